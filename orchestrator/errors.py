@@ -1,0 +1,113 @@
+"""Errors that a user reads: a code, one sentence, the place and the next step.
+
+Every failure that a user can cause is a `RaypeftError`; the command line prints `str(error)` and exits with
+`exit_code`, without a traceback. A bare Python exception that reaches the command line is a bug of ours.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class RaypeftError(Exception):
+    """`where: what the matter is. next step`, in one message.
+
+    Args:
+        problem: one sentence that names the thing, its value and the rule.
+        where: `file:line`, a key, a run or an address; None where the sentence says it.
+        hint: what to do next, a full sentence or a command.
+    """
+
+    code = "error"
+    exit_code = 1
+
+    def __init__(self, problem: str, *, where: str | None = None, hint: str | None = None) -> None:
+        super().__init__(problem)
+        self.problem, self.where, self.hint = problem, where, hint
+
+    def __str__(self) -> str:
+        message = f"{self.where}: {self.problem}" if self.where else self.problem
+        return f"{message} {self.hint}" if self.hint else message
+
+    def __reduce__(self):
+        return _rebuild, (type(self), self.problem, self.where, self.hint)
+
+    def to_dict(self) -> dict[str, str | None]:
+        """The machine form, as `--json` prints it."""
+        return {"code": self.code, "message": self.problem, "where": self.where, "hint": self.hint}
+
+
+def _rebuild(cls: type[RaypeftError], problem: str, where: str | None, hint: str | None) -> RaypeftError:
+    return cls(problem, where=where, hint=hint)
+
+
+class SpecError(RaypeftError):
+    """A job or cluster file that breaks a rule."""
+
+    code, exit_code = "spec", 2
+
+
+class ModelError(RaypeftError):
+    """A base or an adapter that does not exist, is damaged or does not fit."""
+
+    code = "model"
+
+
+class DataError(RaypeftError):
+    """A dataset that is absent, empty, unreadable or lacks a column."""
+
+    code = "data"
+
+
+class PlacementError(RaypeftError):
+    """More than the cluster can give, now or ever."""
+
+    code = "placement"
+
+
+class ClusterError(RaypeftError):
+    """A Ray cluster that does not answer, or is not what we need."""
+
+    code = "cluster"
+
+
+class StorageError(RaypeftError):
+    """Storage that is read-only, full, absent or of a kind that cannot do what is asked."""
+
+    code = "storage"
+
+
+class RegistryError(RaypeftError):
+    """An adapter name, version or alias that does not exist or may not be changed."""
+
+    code = "registry"
+
+
+class RunError(RaypeftError):
+    """A run that cannot start or go on as asked (another spec under its name, done already, not there)."""
+
+    code = "run"
+
+
+class TrainingError(RaypeftError):
+    """A run that failed while it trained: NaN, a worker lost too often."""
+
+    code = "training"
+
+
+class ServeError(RaypeftError):
+    """An endpoint or a deployment that is not there or cannot be made."""
+
+    code = "serve"
+
+
+class Interrupted(RaypeftError):
+    """Ctrl-C or a stop request; the run was saved first."""
+
+    code, exit_code = "interrupted", 130
+
+
+def closest(word: str, choices: Iterable[str], limit: int = 1) -> list[str]:
+    """The `limit` choices that are nearest to `word` in spelling, best first; none where nothing is near."""
+    return difflib.get_close_matches(word, list(choices), n=limit, cutoff=0.55)

@@ -1,0 +1,73 @@
+"""What the service asks of whatever trains: start, follow, stop. `train.launch.RayRunner` is the real one;
+tests use one in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from .plan import Plan
+from .spec.job import JobSpec
+
+Event = dict[str, Any]
+"""`{"event": KIND, "t": unix seconds, ...}`. Kinds and their keys:
+
+state       state: starting | waiting | training | evaluating | saving | registering | deploying | done | failed
+            | interrupted; message
+progress    step, total_steps, epoch, loss, learning_rate, grad_norm, tokens_per_s, eta_s
+eval        step, metrics: {name: number}
+checkpoint  step, path
+warning     message
+failure     attempt, rank, cause, will_retry
+"""
+
+
+@dataclass(frozen=True)
+class TrainRequest:
+    """All that the workers need. `secrets` never reaches a log, an event or a stored file."""
+
+    spec: JobSpec
+    plan: Plan
+    run_dir: str
+    """URL of the run's folder; every node sees it."""
+    run_id: str
+    data_hash: str
+    init_from: str | None = None
+    """Directory or URL of the adapter to train on from."""
+    compare: Mapping[str, str] = field(default_factory=dict)
+    """Adapters to evaluate beside this run's: `{"production": directory or URL}`; the bare base always is."""
+    secrets: Mapping[str, str] = field(default_factory=dict, repr=False)
+
+
+@dataclass(frozen=True)
+class TrainOutcome:
+    """What a finished training leaves behind."""
+
+    adapter_dir: str
+    """URL of a complete adapter directory (HF PEFT's layout) inside the run's folder."""
+    metrics: dict[str, float]
+    """`eval_loss`, `base.eval_loss`, `production.eval_loss`, `exact_match`, `train_loss`, ..."""
+    steps: int
+    first_step_s: float
+    """Seconds from `Runner.start` to the end of the first optimizer step."""
+    train_rows: str
+    """URL of the file of content hashes of the rows that were trained on, one hexadecimal hash a line."""
+    eval_rows: str
+    """Likewise for the rows of the evaluation."""
+
+
+class Runner(Protocol):
+    """One training at a time."""
+
+    def start(self, request: TrainRequest) -> None:
+        """Returns at once; raises a RaypeftError where the request can never be placed."""
+
+    def events(self) -> Iterator[Event]:
+        """Yields events as they come and ends when the run has ended."""
+
+    def stop(self) -> None:
+        """Asks the workers to checkpoint and leave; `events` then ends within 30 s."""
+
+    def outcome(self) -> TrainOutcome:
+        """After `events` has ended: the result, or raises the RaypeftError that ended the run."""
