@@ -1,0 +1,151 @@
+"""The house stays in order: imports point downwards, nothing is circular, and light parts stay light."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+LAYERS = {
+    "peft_dist": [
+        {"contract", "catalog", "errors", "lazy", "linalg", "starts"},
+        {"base_layer", "targets", "sharding", "pool", "rows"},
+        {"methods"},
+        {"adapted"},
+        {"inject", "merge", "checkpoint", "optim"},
+        {"model", "tasks", "mixed", "compat", "loading"},
+        {"__init__"},
+    ],
+    "orchestrator": [
+        {"__init__", "errors", "spec"},
+        {
+            "plan", "plan_view", "deepspeed_config", "model_sizes", "objects", "store", "registry", "lineage",
+            "identity", "gate", "cluster", "devices", "runner", "ask", "local_ray",
+        },
+        {"service", "train"},
+        {"sweep", "serve", "submit"},
+        {"wiring"},
+        {"api", "cli", "__main__", "terminal"},
+    ],
+}  # fmt: skip
+
+
+def modules(package: str) -> dict[str, Path]:
+    return {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in (ROOT / package).rglob("*.py")
+    }
+
+
+def imports(name: str, path: Path, known: set[str]) -> set[str]:
+    """Modules of the project that `name` imports anywhere in its text, in-function imports counted."""
+    found = set()
+    parts = name.split(".")
+    package = parts if path.name == "__init__.py" else parts[:-1]
+    package = [part for part in package if part != "__init__"]
+    tree = ast.parse(path.read_text())
+    typing_only = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING")
+        for inner in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        if id(node) in typing_only:
+            continue
+        if isinstance(node, ast.Import):
+            targets = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            stem = ".".join([*base, *(node.module.split(".") if node.module else [])])
+            targets = [f"{stem}.{alias.name}" for alias in node.names] + [stem]
+        else:
+            continue
+        for target in targets:
+            for candidate in (target, f"{target}.__init__"):
+                if candidate in known:
+                    found.add(candidate)
+                    break
+    return found - {name, ".".join([*package, "__init__"])}
+
+
+def layer_of(module: str) -> int:
+    package, *rest = module.split(".")
+    room = rest[0] if rest else "__init__"
+    for number, rooms in enumerate(LAYERS[package]):
+        if room in rooms:
+            return number
+    raise AssertionError(f"{module} has no layer: give it one in LAYERS and in docs/architecture.md")
+
+
+@pytest.mark.parametrize("package", LAYERS)
+def test_imports_point_downwards(package):
+    known = modules("peft_dist") | modules("orchestrator")
+    wrong = []
+    for name, path in modules(package).items():
+        for target in imports(name, path, set(known)):
+            if target.split(".")[0] != package:
+                if package == "peft_dist":
+                    wrong.append(f"{name} imports {target}: peft_dist may not know the orchestrator")
+            elif layer_of(target) > layer_of(name):
+                wrong.append(f"{name} (layer {layer_of(name)}) imports {target} (layer {layer_of(target)})")
+    assert not wrong, "\n".join(sorted(wrong))
+
+
+def test_nothing_is_circular():
+    known = modules("peft_dist") | modules("orchestrator")
+    graph = {name: imports(name, path, set(known)) for name, path in known.items()}
+    done: set[str] = set()
+
+    def visit(name: str, trail: tuple[str, ...]) -> None:
+        assert name not in trail, "a circle: " + " -> ".join([*trail[trail.index(name) :], name])
+        if name in done:
+            return
+        for target in graph[name]:
+            visit(target, (*trail, name))
+        done.add(name)
+
+    for name in graph:
+        visit(name, ())
+
+
+def in_function_imports(path: Path) -> list[int]:
+    return [
+        inner.lineno
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+        for inner in ast.walk(node)
+        if isinstance(inner, (ast.Import, ast.ImportFrom))
+    ]
+
+
+def test_imports_stand_at_the_top():
+    known = modules("peft_dist") | modules("orchestrator")
+    late = {name: lines for name, path in known.items() if (lines := in_function_imports(path))}
+    late.pop("orchestrator.wiring", None)
+    assert not late
+
+
+HEAVY = ("torch", "ray", "transformers", "deepspeed", "datasets")
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "import orchestrator.spec.load, orchestrator.plan, orchestrator.registry, orchestrator.store",
+        "import orchestrator.cli, orchestrator.api",
+        "import importlib, pkgutil, peft_dist.catalog, peft_dist.methods as m\n"
+        "[importlib.import_module(i.name) for i in pkgutil.walk_packages(m.__path__, 'peft_dist.methods.')]",
+    ],
+)
+def test_light_parts_leave_the_heavy_packages_out(statement):
+    code = f"{statement}\nimport sys\nprint(*[name for name in {HEAVY!r} if name in sys.modules])"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert loaded.stdout.split() == []
+
+
+def test_file_names_say_something():
+    banned = {"utils", "helpers", "common", "misc"}
+    assert not [name for name in modules("peft_dist") | modules("orchestrator") if banned & set(name.split("."))]
