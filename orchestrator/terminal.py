@@ -1,0 +1,147 @@
+"""How a run's events look: a live bar on a terminal, plain lines without one, one JSON object an event with
+`--json`, nothing with `--quiet`. A view is a context manager that is called with each event."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from contextlib import AbstractContextManager
+from typing import TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn
+
+from .runner import Event
+
+PLAIN_INTERVAL_S = 5.0
+"""Seconds between two progress lines where there is no terminal to redraw."""
+
+
+class View(AbstractContextManager["View"]):
+    """Shows nothing: `--quiet`, and the base of the others."""
+
+    def __call__(self, event: Event) -> None:
+        """Takes one event."""
+
+    def __exit__(self, *exc: object) -> None:
+        return None
+
+
+class JsonView(View):
+    """One JSON object a line, on standard output."""
+
+    def __init__(self, out: TextIO | None = None) -> None:
+        self.out = out or sys.stdout
+
+    def __call__(self, event: Event) -> None:
+        print(json.dumps(event), file=self.out, flush=True)
+
+
+class PlainView(View):
+    """Lines for logs and pipes; progress at most every `PLAIN_INTERVAL_S` seconds and at the last step."""
+
+    def __init__(self, out: TextIO | None = None) -> None:
+        self.out = out or sys.stderr
+        self.last = 0.0
+
+    def __call__(self, event: Event) -> None:
+        if event["event"] == "progress":
+            is_last = event["step"] == event["total_steps"]
+            if not is_last and time.monotonic() - self.last < PLAIN_INTERVAL_S:
+                return
+            self.last = time.monotonic()
+        if line := describe(event):
+            print(line, file=self.out, flush=True)
+
+
+class LiveView(View):
+    """A bar with step, loss, learning rate, tokens a second and the time left, above it what happened."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.bar = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[facts]}"),
+            console=console,
+            transient=True,
+        )
+        self.task: TaskID | None = None
+
+    def __enter__(self) -> LiveView:
+        self.bar.start()
+        self.task = self.bar.add_task("starting", total=None, facts="")
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.bar.stop()
+
+    def __call__(self, event: Event) -> None:
+        assert self.task is not None
+        kind = event["event"]
+        if kind == "progress":
+            self.bar.update(
+                self.task,
+                description="training",
+                completed=event["step"],
+                total=event["total_steps"],
+                facts=progress_facts(event),
+            )
+        else:
+            if kind == "state":
+                self.bar.update(self.task, description=event["state"])
+            if line := describe(event):
+                style = {"failure": "red", "warning": "yellow"}.get(kind)
+                self.console.print(line, style=style, highlight=False, markup=False)
+
+
+def view_for(*, as_json: bool, quiet: bool, console: Console) -> View:
+    """The view that fits the flags and the terminal."""
+    if as_json:
+        return JsonView()
+    if quiet:
+        return View()
+    return LiveView(console) if console.is_terminal else PlainView()
+
+
+def progress_facts(event: Event) -> str:
+    """`loss 2.31  lr 9.1e-04  1,204 tokens/s  0:12 left`."""
+    return (
+        f"loss {event['loss']:.4f}  lr {event['learning_rate']:.1e}  "
+        f"{event['tokens_per_s']:,.0f} tokens/s  {clock(event['eta_s'])} left"
+    )
+
+
+def clock(seconds: float) -> str:
+    """Seconds as `m:ss` or `h:mm:ss`."""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def describe(event: Event) -> str:
+    """One line for one event; empty where there is nothing to say."""
+    match event["event"]:
+        case "progress":
+            return f"step {event['step']}/{event['total_steps']}  {progress_facts(event)}"
+        case "eval":
+            return f"step {event['step']}  " + describe_metrics(event["metrics"])
+        case "checkpoint":
+            return f"step {event['step']}  checkpoint saved"
+        case "state":
+            return event.get("message", "")
+        case "warning":
+            return f"warning: {event['message']}"
+        case "failure":
+            way_on = "going on from the last checkpoint" if event["will_retry"] else "giving up"
+            who = f"worker {event['rank']}" if event.get("rank") is not None else "the run"
+            return f"{who} failed: {event['cause']}; {way_on}"
+    return ""
+
+
+def describe_metrics(metrics: dict[str, float]) -> str:
+    """`eval_loss 2.1034  exact_match 0.25`."""
+    return "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
