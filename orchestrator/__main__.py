@@ -1,0 +1,5 @@
+"""`python -m orchestrator` is `raypeft`."""
+
+from .cli import main
+
+main()

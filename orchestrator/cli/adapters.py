@@ -1,0 +1,159 @@
+"""Commands on the registry: adapters, show, alias, register, pull, delete, eval."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .. import api
+from ..terminal import describe_metrics
+from .app import (
+    ADAPTERS,
+    AdapterArgument,
+    AsJson,
+    ClusterOption,
+    app,
+    complete_adapters,
+    console,
+    print_json,
+    print_table,
+)
+
+
+@app.command(rich_help_panel=ADAPTERS)
+def adapters(
+    name: Annotated[
+        str | None, typer.Argument(help="One adapter's versions.", autocompletion=complete_adapters)
+    ] = None,
+    cluster: ClusterOption = None,
+    as_json: AsJson = False,
+) -> None:
+    """List adapters, or the versions of one."""
+    where = f"Registry {api.registry_url(cluster)}"
+    if name is None:
+        rows = api.adapters(cluster=cluster)
+        if as_json:
+            print_json([row.to_dict() for row in rows])
+        else:
+            print_table(
+                where,
+                ["name", "latest", "aliases", "base"],
+                ((r.name, r.latest, _aliases(r.aliases), r.base) for r in rows),
+            )
+        return
+    versions = api.versions(name, cluster=cluster)
+    if as_json:
+        print_json([version.to_dict() for version in versions])
+    else:
+        print_table(
+            where,
+            ["version", "aliases", "gate", "metrics", "parent", "created"],
+            (
+                (
+                    v.ref,
+                    ", ".join(v.aliases),
+                    "passed" if v.lineage.gate_passed else "refused",
+                    describe_metrics(v.lineage.metrics),
+                    v.lineage.parent,
+                    v.created,
+                )
+                for v in versions
+            ),
+        )
+
+
+def _aliases(aliases: dict[str, int]) -> str:
+    return ", ".join(f"{alias} -> {version}" for alias, version in sorted(aliases.items()))
+
+
+@app.command(rich_help_panel=ADAPTERS)
+def show(ref: AdapterArgument, cluster: ClusterOption = None, as_json: AsJson = False) -> None:
+    """Show a version: its lineage, metrics, aliases, files."""
+    version = api.show(ref, cluster=cluster)
+    if as_json:
+        print_json(version.to_dict())
+    else:
+        print_table(
+            version.ref, ["", ""], ((k, v) for k, v in version.to_dict().items() if v not in (None, {}, []))
+        )
+
+
+@app.command(rich_help_panel=ADAPTERS)
+def alias(
+    ref: AdapterArgument,
+    alias: Annotated[str, typer.Argument(metavar="ALIAS", help="For example production.")],
+    cluster: ClusterOption = None,
+) -> None:
+    """Point an alias at a version.
+
+    Example: raypeft alias python-docs@2 production
+    """
+    version = api.alias(ref, alias, cluster=cluster)
+    console.print(f"{version.name}@{alias} is {version.ref}", highlight=False)
+
+
+@app.command(rich_help_panel=ADAPTERS)
+def register(
+    source: Annotated[str, typer.Argument(metavar="DIR|HUB_ID", help="An adapter in HF PEFT's layout.")],
+    name: Annotated[str, typer.Option("--name", "-n", help="The adapter's name.")],
+    base: Annotated[
+        str | None, typer.Option(help="Its base model, where its config names none that is here.")
+    ] = None,
+    cluster: ClusterOption = None,
+    as_json: AsJson = False,
+) -> None:
+    """Register an adapter that was trained elsewhere."""
+    version = api.register(source, name, base=base, cluster=cluster)
+    print_json(version.to_dict()) if as_json else console.print(f"registered {version.ref}", highlight=False)
+
+
+@app.command(rich_help_panel=ADAPTERS)
+def pull(
+    ref: AdapterArgument,
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A directory to make.")],
+    cluster: ClusterOption = None,
+) -> None:
+    """Copy a version out of the registry; HF PEFT loads the directory as it is."""
+    version = api.pull(ref, directory, cluster=cluster)
+    console.print(f"{version.ref} is in {directory}", highlight=False)
+
+
+@app.command(rich_help_panel=ADAPTERS)
+def delete(ref: AdapterArgument, cluster: ClusterOption = None) -> None:
+    """Delete a version that no alias and no endpoint holds."""
+    api.delete(ref, cluster=cluster)
+    console.print(f"deleted {ref}", highlight=False)
+
+
+@app.command("eval", rich_help_panel=ADAPTERS)
+def evaluate(
+    ref: AdapterArgument,
+    data: Annotated[str, typer.Argument(metavar="DATA", help="A dataset: path, URL or hub id.")],
+    type: Annotated[str, typer.Option(help="chat, prompt_completion, alpaca or text.")] = "chat",
+    metrics: Annotated[
+        list[str] | None, typer.Option("--metric", help="exact_match or contains; repeatable.")
+    ] = None,
+    max_rows: Annotated[int | None, typer.Option(help="Evaluate at most so many rows.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens generated a row.")] = 64,
+    cluster: ClusterOption = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure a version on data, beside its bare base.
+
+    Example: raypeft eval python-docs@1 questions.jsonl --metric contains
+    """
+    measured = api.evaluate(
+        ref,
+        data,
+        type=type,
+        metrics=metrics or (),
+        max_rows=max_rows,
+        max_new_tokens=max_new_tokens,
+        cluster=cluster,
+    )
+    if as_json:
+        print_json(measured)
+    else:
+        console.print(describe_metrics(measured), highlight=False)

@@ -1,0 +1,100 @@
+"""The command line's frame: the application, the options that commands share, how results and errors are printed."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from .. import api
+from ..errors import RaypeftError
+
+app = typer.Typer(
+    name="raypeft",
+    help="Train adapters from a YAML job on a Ray cluster, gate and register them, and serve them.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+
+MAKE, RUNS, ADAPTERS, SERVING = "Write a job", "Run jobs", "Adapters", "Endpoints"
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
+ClusterOption = Annotated[
+    str | None, typer.Option("--cluster", "-c", metavar="FILE|NAME", help="A cluster file, or its name.")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", "-s", metavar="KEY=VALUE", help="Override a key: training.learning_rate=1e-4."),
+]
+
+
+def complete_adapters(incomplete: str) -> list[str]:
+    """Names and versions of the registry that begin as typed; nothing where it does not answer."""
+    try:
+        rows = api.adapters()
+    except RaypeftError:
+        return []
+    names = [row.name for row in rows] + [f"{row.name}@{row.latest}" for row in rows]
+    return [name for name in names if name.startswith(incomplete)]
+
+
+def complete_runs(incomplete: str) -> list[str]:
+    """Ids of stored runs that begin as typed; nothing where the storage does not answer."""
+    try:
+        return [record.id for record in api.jobs() if record.id.startswith(incomplete)]
+    except RaypeftError:
+        return []
+
+
+AdapterArgument = Annotated[
+    str,
+    typer.Argument(metavar="NAME@V", help="NAME@VERSION or NAME@ALIAS.", autocompletion=complete_adapters),
+]
+RunArgument = Annotated[
+    str, typer.Argument(metavar="ID", help="A run's id or name.", autocompletion=complete_runs)
+]
+
+console = Console()
+errors = Console(stderr=True)
+
+
+def print_json(value: Any) -> None:
+    """One JSON document on standard output."""
+    print(json.dumps(value, indent=2, default=str))
+
+
+def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """A table; empty cells for None."""
+    table = Table(*columns, title=title, title_justify="left", box=None, header_style="bold", pad_edge=False)
+    for row in rows:
+        table.add_row(*("" if cell is None else str(cell) for cell in row))
+    console.print(table)
+
+
+def main() -> None:
+    """The console script. A `RaypeftError` is one message and an exit code, never a traceback."""
+    sys.exit(run_guarded(app))
+
+
+def run_guarded(command: Callable[..., Any], arguments: Sequence[str] | None = None) -> int:
+    """Runs the application on `arguments` (the process's own where None) and returns its exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        command(args=given)
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else 1
+    except RaypeftError as error:
+        if "--json" in given:
+            print(json.dumps({"error": error.to_dict()}), flush=True)
+        errors.print(f"error: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
+        return error.exit_code
+    except KeyboardInterrupt:
+        errors.print("interrupted")
+        return 130
+    return 0

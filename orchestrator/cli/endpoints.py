@@ -1,0 +1,127 @@
+"""Commands for serving: deploy, endpoints, undeploy, ask, up, down."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from .. import api
+from ..terminal import describe
+from .app import (
+    SERVING,
+    AdapterArgument,
+    AsJson,
+    ClusterOption,
+    app,
+    console,
+    errors,
+    print_json,
+    print_table,
+)
+
+
+@app.command(rich_help_panel=SERVING)
+def deploy(
+    ref: AdapterArgument,
+    endpoint: Annotated[str | None, typer.Option(help="The endpoint; from the base where not given.")] = None,
+    alias: Annotated[str, typer.Option(help="The alias that the version takes.")] = "production",
+    replicas: Annotated[int, typer.Option(min=1, help="Replicas of a new endpoint.")] = 1,
+    force: Annotated[bool, typer.Option(help="Although its gate refused it; recorded.")] = False,
+    cluster: ClusterOption = None,
+    as_json: AsJson = False,
+) -> None:
+    """Serve a version at the endpoint of its base, started where there is none.
+
+    Example: raypeft deploy python-docs@2
+    """
+
+    def show(event: dict[str, object]) -> None:
+        if not as_json and (line := describe(event)):
+            errors.print(line, highlight=False)
+
+    made = api.deploy(
+        ref,
+        endpoint=endpoint,
+        alias=alias,
+        num_replicas=replicas,
+        force=force,
+        cluster=cluster,
+        on_event=show,
+    )
+    if as_json:
+        print_json(made.to_dict())
+    else:
+        console.print(f"{made.state}: {made.model} at {made.url}", highlight=False)
+
+
+@app.command(rich_help_panel=SERVING)
+def endpoints(cluster: ClusterOption = None, as_json: AsJson = False) -> None:
+    """List the endpoints and the adapters that each serves."""
+    rows = api.endpoints(cluster=cluster)
+    if as_json:
+        print_json([row.to_dict() for row in rows])
+    else:
+        print_table(
+            f"Endpoints (registry {api.registry_url(cluster)})",
+            ["name", "state", "url", "base", "adapters"],
+            ((r.name, r.state, r.url, r.base, ", ".join(r.adapters)) for r in rows),
+        )
+
+
+@app.command(rich_help_panel=SERVING)
+def undeploy(
+    name: Annotated[str, typer.Argument(metavar="ENDPOINT|NAME@V", help="An endpoint, or one adapter.")],
+    cluster: ClusterOption = None,
+) -> None:
+    """Take an endpoint, or one adapter, out of service."""
+    api.undeploy(name, cluster=cluster)
+    console.print(f"undeployed {name}", highlight=False)
+
+
+@app.command(rich_help_panel=SERVING)
+def ask(
+    model: Annotated[str, typer.Argument(metavar="NAME", help="NAME, NAME@V, NAME@ALIAS, or a base's name.")],
+    question: Annotated[str, typer.Argument(help="What to ask.")],
+    max_tokens: Annotated[int, typer.Option(help="At most so many tokens.")] = 128,
+    url: Annotated[str | None, typer.Option(help="The endpoint's URL; found where not given.")] = None,
+    cluster: ClusterOption = None,
+    as_json: AsJson = False,
+) -> None:
+    """Ask an adapter, or the bare base, one question.
+
+    Example: raypeft ask python-docs "What does os.path.join do?"
+    """
+    if as_json:
+        print_json(
+            {
+                "model": model,
+                "answer": api.ask(model, question, max_tokens=max_tokens, url=url, cluster=cluster),
+            }
+        )
+        return
+    for piece in api.ask_stream(model, question, max_tokens=max_tokens, url=url, cluster=cluster):
+        print(piece, end="", flush=True)
+    print()
+
+
+@app.command(rich_help_panel=SERVING)
+def up(
+    num_cpus: Annotated[
+        int | None, typer.Option(min=1, help="CPUs that Ray may give; all where not given.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Start a Ray of this machine's own in the background, on loopback."""
+    local = api.up(num_cpus=num_cpus)
+    if as_json:
+        print_json(local.to_dict())
+    else:
+        verb = "started" if local.started else "is up already"
+        console.print(f"Ray {verb}: {local.gcs_address}, dashboard {local.dashboard_url}", highlight=False)
+
+
+@app.command(rich_help_panel=SERVING)
+def down() -> None:
+    """Stop the Ray that `raypeft up` or `run` started, with its endpoints; no other."""
+    console.print("stopped" if api.down() else "no Ray of ours was up")

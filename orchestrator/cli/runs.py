@@ -1,0 +1,189 @@
+"""Commands for jobs: run, submit, jobs, status, logs, cancel."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .. import api
+from ..service import RunResult
+from ..terminal import JsonView, describe, describe_metrics, view_for
+from .app import (
+    RUNS,
+    AsJson,
+    ClusterOption,
+    Overrides,
+    RunArgument,
+    app,
+    console,
+    errors,
+    print_json,
+    print_table,
+)
+
+Address = Annotated[
+    str | None, typer.Option("--address", "-a", metavar="URL", help="A Ray cluster: http://HOST:8265.")
+]
+
+
+@app.command(rich_help_panel=RUNS)
+def run(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A job file.")],
+    set_: Overrides = None,
+    cluster: ClusterOption = None,
+    new: Annotated[bool, typer.Option(help="Number a new run where the name is taken.")] = False,
+    resume: Annotated[bool, typer.Option(help="Take over the run of this name with changed keys.")] = False,
+    force: Annotated[bool, typer.Option(help="Deploy although the gate refuses; recorded.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train, gate, register and deploy, here, following it to the end. The same command again resumes it.
+
+    Example: raypeft run jobs/quickstart.yaml --set training.num_epochs=2
+    """
+    with view_for(as_json=as_json, quiet=quiet, console=errors) as view:
+        result = api.run(
+            file, set_ or (), cluster=cluster, new=new, resume=resume, force=force, on_event=view
+        )
+    if as_json:
+        JsonView()({"event": "result", **result.to_dict()})
+    elif not quiet:
+        show_result(result)
+
+
+def show_result(result: RunResult) -> None:
+    """What a job came to, and how to ask it."""
+    if result.already:
+        console.print(f"done: {result.adapter}", highlight=False)
+    else:
+        console.print(f"{result.state}: {result.adapter}  ({result.wall_s:.0f} s)", highlight=False)
+    if result.metrics:
+        console.print(describe_metrics(result.metrics), highlight=False)
+    for line in api.improvement(result.metrics):
+        console.print(line, highlight=False)
+    for reason in result.reasons:
+        console.print(f"gate: {reason}", highlight=False)
+    if result.comparison:
+        print_table(
+            result.comparison.question,
+            ["the base", f"the adapter {result.adapter}"],
+            [(result.comparison.base, result.comparison.adapter)],
+        )
+        console.print(result.comparison.curl, highlight=False, markup=False, soft_wrap=True)
+    for note in result.notes:
+        console.print(note, highlight=False)
+
+
+@app.command(rich_help_panel=RUNS)
+def submit(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A job file.")],
+    address: Address = None,
+    cluster: ClusterOption = None,
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Stay and print its log to the end.")
+    ] = False,
+    install: Annotated[bool, typer.Option(help="Install what the cluster's environment lacks.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what would be sent, and send nothing.")
+    ] = False,
+    set_: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Send a job to a Ray cluster through its Jobs API.
+
+    Example: raypeft submit jobs/quickstart.yaml --address http://head:8265 --follow
+    """
+    if dry_run:
+        print(api.submission(file, set_ or (), address=address, cluster=cluster, install=install), end="")
+        return
+    job = api.submit(file, set_ or (), address=address, cluster=cluster, install=install)
+    if as_json:
+        print_json(job.to_dict())
+    else:
+        console.print(f"submitted {job.id} to {job.address}", highlight=False)
+    if follow:
+        for text in api.job_logs(job.id, address=job.address, follow=True):
+            print(text, end="", flush=True)
+        state = api.job_status(job.id, address=job.address)
+        if state.status != "SUCCEEDED":
+            errors.print(
+                f"{job.id}: {state.status}: {state.message}", style="red", highlight=False, markup=False
+            )
+            raise typer.Exit(1)
+
+
+@app.command(rich_help_panel=RUNS)
+def jobs(address: Address = None, cluster: ClusterOption = None, as_json: AsJson = False) -> None:
+    """List runs: those in the storage, or with --address those that Ray's Jobs API knows."""
+    if address:
+        rows = api.submitted_jobs(address=address)
+        if as_json:
+            print_json([row.to_dict() for row in rows])
+        else:
+            print_table(address, ["id", "status", "message"], ((r.id, r.status, r.message) for r in rows))
+        return
+    records = api.jobs(cluster=cluster)
+    if as_json:
+        print_json([record.to_dict() for record in records])
+    else:
+        print_table(
+            f"Runs in {api.storage(cluster)}",
+            ["id", "state", "adapter", "updated"],
+            ((r.id, r.state, r.adapter, r.updated) for r in records),
+        )
+
+
+@app.command(rich_help_panel=RUNS)
+def status(
+    id: RunArgument, address: Address = None, cluster: ClusterOption = None, as_json: AsJson = False
+) -> None:
+    """Show a run: its state, metrics, endpoint and the cause of each failure. Needs no cluster."""
+    if address:
+        job = api.job_status(id, address=address)
+        print_json(job.to_dict()) if as_json else console.print(f"{job.id}: {job.status}  {job.message}")
+        return
+    record = api.status(id, cluster=cluster)
+    if as_json:
+        print_json(record.to_dict())
+        return
+    facts = record.to_dict()
+    print_table(
+        record.id, ["", ""], ((key, value) for key, value in facts.items() if value not in (None, {}, []))
+    )
+
+
+@app.command(rich_help_panel=RUNS)
+def logs(
+    id: RunArgument,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the run has ended.")] = False,
+    worker: Annotated[int | None, typer.Option(help="A worker's own output instead of the events.")] = None,
+    address: Address = None,
+    cluster: ClusterOption = None,
+    as_json: AsJson = False,
+) -> None:
+    """Print a run's events, or a worker's output. Needs no cluster but with --address."""
+    if address:
+        for text in api.job_logs(id, address=address, follow=follow):
+            print(text, end="", flush=True)
+        return
+    if worker is not None:
+        for text in api.worker_log(id, worker, follow=follow, cluster=cluster):
+            print(text, end="", flush=True)
+        return
+    view = JsonView()
+    for event in api.logs(id, follow=follow, cluster=cluster):
+        if as_json:
+            view(event)
+        elif line := describe(event):
+            print(line, flush=True)
+
+
+@app.command(rich_help_panel=RUNS)
+def cancel(
+    id: RunArgument, address: Address = None, cluster: ClusterOption = None, as_json: AsJson = False
+) -> None:
+    """Stop a run: it saves a checkpoint first and leaves nothing behind."""
+    state = api.cancel(id, address=address, cluster=cluster)
+    print_json({"id": id, "state": state}) if as_json else console.print(f"{id}: {state}", highlight=False)
