@@ -1,0 +1,46 @@
+"""One home and one local Ray for the whole session; no test touches the user's own."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ["HF_HUB_OFFLINE"] = "1"  # no network: a test that needs a hub brings its own stand-in
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from orchestrator.local_ray import LocalRay, down, ensure_up
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session", autouse=True)
+def session_home(tmp_path_factory) -> Iterator[Path]:
+    """RAYPEFT_HOME for every test: runs, registry and the local Ray's state."""
+    home = tmp_path_factory.mktemp("home")
+    before = os.environ.get("RAYPEFT_HOME")
+    os.environ["RAYPEFT_HOME"] = str(home)
+    os.environ.pop("RAYPEFT_CLUSTER", None)
+    yield home
+    if before is None:
+        os.environ.pop("RAYPEFT_HOME", None)
+    else:
+        os.environ["RAYPEFT_HOME"] = before
+
+
+@pytest.fixture(scope="session")
+def local_ray(session_home) -> Iterator[LocalRay]:
+    """A Ray with two CPUs and 200 MB of object store, with its dashboard, on loopback; ended with the session."""
+    yield ensure_up(num_cpus=2, num_gpus=0, object_store_bytes=200_000_000)
+    down()
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """The root of the checkout."""
+    return ROOT
