@@ -1,0 +1,317 @@
+"""ZeRO-3 for frozen weights: the engine that partitions a base, and the contexts that gather from it.
+
+DeepSpeed owns the frozen weights and nothing else. The engine is built without an optimizer and the model is
+called as `model(...)`; adapter tensors stay whole, outside the partition, and belong to `AdapterOptimizer`.
+ZeRO: arXiv 1910.02054.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+from peft_dist.errors import ShardingError
+from peft_dist.lazy import lazy
+
+deepspeed = lazy("deepspeed")
+
+_ENGINE = "_peft_dist_zero3_engine"
+_REGISTRY = "_peft_dist_in_flight"
+# What a base is partitioned with has no optimizer, no schedule and no precision of its own.
+_NOT_FOR_A_BASE = (
+    "optimizer",
+    "scheduler",
+    "gradient_clipping",
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+)
+
+
+def is_partitioned(parameter: Tensor) -> bool:
+    """Whether DeepSpeed owns this parameter's storage (stage 3), gathered at this moment or not."""
+    return hasattr(parameter, "ds_id")
+
+
+def whole_shape(parameter: Tensor) -> torch.Size:
+    """The parameter's own shape, also while it rests in pieces and its `.shape` is (0,)."""
+    return torch.Size(parameter.ds_shape) if is_partitioned(parameter) else parameter.shape
+
+
+@contextlib.contextmanager
+def gathered(parameters: Iterable[Tensor | None], *, modify: bool = False) -> Iterator[None]:
+    """Within the context the given parameters are whole on every rank; a collective if any rests in pieces.
+
+    Parameters that are whole already (not partitioned, or gathered around us by a forward's hooks) are left
+    as they are, so the context nests. With `modify=True` what rank 0 wrote is what every rank keeps
+    afterwards;
+    without it a change would be lost when the context ends, so it must not be made.
+
+    Raises:
+        ShardingError: `modify=True` for a parameter that a running forward or backward holds gathered.
+    """
+    partitioned = list({id(p): p for p in parameters if p is not None and is_partitioned(p)}.values())
+    if not partitioned:
+        yield
+        return
+    pieces = deepspeed.runtime.zero.partition_parameters
+    for p in partitioned:
+        if p.ds_status == pieces.ZeroParamStatus.INFLIGHT:
+            _wait_for(p)
+    resting = [p for p in partitioned if p.ds_status == pieces.ZeroParamStatus.NOT_AVAILABLE]
+    if not modify:
+        with deepspeed.zero.GatheredParameters(resting, enabled=bool(resting)):
+            yield
+        return
+    in_use = [
+        p
+        for p in partitioned
+        if p.ds_status == pieces.ZeroParamStatus.AVAILABLE and (p.ds_active_sub_modules or _in_context(p))
+    ]
+    if in_use:
+        raise ShardingError(
+            f"{len(in_use)} of {len(partitioned)} partitioned weights are in use by a running forward, "
+            "backward or "
+            "gather and cannot be changed now. Change weights between steps."
+        )
+    with deepspeed.zero.GatheredParameters(partitioned, modifier_rank=0):
+        yield
+
+
+def whole(parameter: Tensor) -> Tensor:
+    """A detached copy of the whole parameter, in its own dtype, on its device; a collective if it is "
+    "partitioned."""
+    with gathered([parameter]), torch.no_grad():
+        return parameter.detach().clone()
+
+
+def elements_at_rest(model: nn.Module) -> int:
+    """How many elements of the model's parameters this rank holds now: whole ones, or its own pieces."""
+    held = 0
+    for parameter in model.parameters():
+        held += parameter.numel()
+        if is_partitioned(parameter):
+            held += parameter.ds_tensor.numel()
+    return held
+
+
+def disable_deepspeed_op_builds() -> None:
+    """Declares every DeepSpeed op incompatible, so that none is ever compiled at run time; torch does the
+    work.
+
+    To be called before `init_distributed`: its shared-memory op takes a minute to compile, and a compilation
+    that was killed leaves a lock file on which every later process waits for ever.
+    """
+    ops = deepspeed.ops.__compatible_ops__
+    for name in ops:
+        ops[name] = False
+
+
+def partition_base(model: nn.Module, deepspeed_config: Mapping[str, Any]) -> None:
+    """Partitions the frozen base of `model` over the ranks (ZeRO-3); afterwards `model(...)` is called as
+    before.
+
+    `model` is a base, or a model with adapters on it: their tensors, and every parameter that is trained,
+    stay whole on each rank. Adapters may be added, loaded and removed afterwards. Backward is
+    `loss.backward()`, with gradient checkpointing and accumulation as usual. Parameters are taken from rank
+    0.
+
+    Args:
+        deepspeed_config: of it, `zero_optimization` and what concerns communication is used; batch sizes,
+            clipping, optimizer and scheduler are not DeepSpeed's here.
+
+    Raises:
+        ShardingError: the stage is not 3, a precision section is on, no process group is up, or the base is
+            partitioned already.
+    """
+    _check(model, deepspeed_config)
+    disable_deepspeed_op_builds()
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    with _bare(base), _without_trained(base):
+        engine, *_ = deepspeed.initialize(model=base, config=_engine_config(deepspeed_config))
+    # Not a child module: the engine holds the base, and the base would then hold itself.
+    base.__dict__[_ENGINE] = engine
+    offload = engine.optimizer
+    registry = base.ds_inflight_param_registry
+    for parameter in base.parameters():
+        if is_partitioned(parameter):
+            setattr(parameter, _REGISTRY, registry)
+    _let_embeddings_require_grad(base)
+    _release_when_done(base, offload)
+
+
+def is_partitioned_base(model: nn.Module) -> bool:
+    """Whether `partition_base` was called on this model or on its base."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return _ENGINE in base.__dict__
+
+
+def _check(model: nn.Module, config: Mapping[str, Any]) -> None:
+    stage = config.get("zero_optimization", {}).get("stage", 0)
+    if stage != 3:
+        raise ShardingError(
+            f"partition_base: zero_optimization.stage is {stage}; only stage 3 partitions a base. At stages "
+            "0 to 2 "
+            "the base stays whole: leave this call out."
+        )
+    for section in ("fp16", "bf16"):
+        if config.get(section, {}).get("enabled"):
+            raise ShardingError(
+                f"partition_base: {section}.enabled is true; DeepSpeed would cast every floating parameter, "
+                "packed "
+                "4-bit weights included. Leave the section out: the base keeps the dtype it was loaded in."
+            )
+    if not dist.is_initialized():
+        raise ShardingError(
+            "partition_base: no process group is up. Call torch.distributed.init_process_group first; one "
+            "process "
+            "needs no partition."
+        )
+    if is_partitioned_base(model) or any(is_partitioned(p) for p in model.parameters()):
+        raise ShardingError("partition_base: this base is partitioned already.")
+
+
+def _engine_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    ours = {key: value for key, value in config.items() if key not in _NOT_FOR_A_BASE}
+    # A weight kept for a reuse that never comes (an evaluation has no backward) would rest whole on every
+    # rank.
+    ours["zero_optimization"] = {"stage3_max_reuse_distance": 0, **config["zero_optimization"]}
+    ours["train_micro_batch_size_per_gpu"] = 1
+    return ours
+
+
+@contextlib.contextmanager
+def _bare(base: nn.Module) -> Iterator[None]:
+    """Within the context the adapted layers are replaced by the layers they adapt.
+
+    DeepSpeed's hooks then sit on the base's own modules alone; on an adapter's modules they would ask
+    parameters that are not partitioned for their pieces.
+    """
+    replaced = [
+        (parent, key, child)
+        for parent in base.modules()
+        for key, child in parent.named_children()
+        if not hasattr(parent, "base_layer") and hasattr(child, "base_layer")
+    ]
+    for parent, key, child in replaced:
+        layer = child
+        while hasattr(layer, "base_layer"):
+            layer = layer.base_layer
+        parent._modules[key] = layer
+    try:
+        yield
+    finally:
+        for parent, key, child in replaced:
+            parent._modules[key] = child
+
+
+@contextlib.contextmanager
+def _without_trained(base: nn.Module) -> Iterator[None]:
+    """Within the context parameters that require a gradient are absent from the base's modules."""
+    trained = [
+        (module, key, parameter)
+        for module in base.modules()
+        for key, parameter in module.named_parameters(recurse=False)
+        if parameter.requires_grad
+    ]
+    for module, key, _ in trained:
+        del module._parameters[key]
+    try:
+        yield
+    finally:
+        for module, key, parameter in trained:
+            module._parameters[key] = parameter
+            # The hooks of this module take all that it lists for pieces to be gathered.
+            listing = functools.partial(_named_partitioned, module)
+            module.named_parameters = listing  # type: ignore[method-assign]
+
+
+def _named_partitioned(module: nn.Module, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Parameter]]:
+    listed = type(module).named_parameters(module, *args, **kwargs)
+    return ((name, parameter) for name, parameter in listed if is_partitioned(parameter))
+
+
+def _let_embeddings_require_grad(base: nn.Module) -> None:
+    """Makes what embeddings give require a gradient.
+
+    The hook that releases a layer after its backward hangs on the gradient of the layer's input; the first
+    layer has none otherwise, and would rest whole on every rank from its first backward on.
+    """
+
+    def require(module: nn.Module, args: Any, output: Tensor) -> None:
+        if torch.is_grad_enabled() and output.is_floating_point():
+            output.requires_grad_(True)
+
+    for module in base.modules():
+        if isinstance(module, nn.Embedding):
+            module.register_forward_hook(require)
+
+
+def _release_when_done(base: nn.Module, offload: Any) -> None:
+    """Releases, at the end of each backward and of each forward without one, what DeepSpeed's hooks left
+    gathered:
+    layers with no input that needs a gradient, and weights prefetched for a backward that does not come."""
+
+    def release(_: Tensor | None = None) -> None:
+        offload.release_backward_leftovers()
+        _release(base)
+
+    def release_at_the_end(_: Tensor) -> None:
+        torch.autograd.Variable._execution_engine.queue_callback(release)  # type: ignore[attr-defined]
+
+    def watch(module: nn.Module, args: Any, output: Any) -> None:
+        needing_grad = [tensor for tensor in _tensors(output) if tensor.requires_grad]
+        for tensor in needing_grad:
+            tensor.register_hook(release_at_the_end)
+        if not needing_grad:
+            release()
+
+    base.register_forward_hook(watch)
+
+
+def _release(base: nn.Module) -> None:
+    pieces = deepspeed.runtime.zero.partition_parameters
+    done = []
+    for parameter in filter(is_partitioned, base.parameters()):
+        if parameter.ds_status == pieces.ZeroParamStatus.INFLIGHT:
+            _wait_for(parameter)
+        kept = parameter.ds_persist or parameter.ds_active_sub_modules
+        if (
+            parameter.ds_status == pieces.ZeroParamStatus.AVAILABLE
+            and not kept
+            and not _in_context(parameter)
+        ):
+            done.append(parameter)
+    if done:
+        done[0].partition(param_list=done)
+
+
+def _in_context(parameter: Any) -> bool:
+    depth = deepspeed.runtime.zero.partition_parameters.DS_Z3_GATHERED_PARAM_CONTEXT_DEPTH_ATTR
+    return getattr(parameter, depth, 0) > 0
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _tensors(item)
+
+
+def _wait_for(parameter: Any) -> None:
+    """Ends the prefetch that is under way for a partitioned parameter; its hook would otherwise do so "
+    "later."""
+    registry = getattr(parameter, _REGISTRY, None)
+    if registry is not None and parameter in registry:
+        registry.pop(parameter).wait()
