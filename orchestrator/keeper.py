@@ -2,8 +2,8 @@
 
 Ray's own processes outlive the command that starts them and would be adopted by the machine's init, out of
 anyone's sight. The keeper makes itself their reaper (Linux `PR_SET_CHILD_SUBREAPER`): whatever Ray starts,
-and whatever that starts in turn, stays below the keeper in the tree of processes, also in sessions of its own.
-Told to end, it ends its whole tree and nothing else.
+and whatever that starts in turn, stays below the keeper in the tree of processes, also in sessions of its
+own. Told to end, it ends its whole tree and nothing else.
 
 Run by path with `python -S -E`: the standard library only, about 9 MB. Exits with the starting command's code
 where that fails, and with 0 once nothing is left below it.

@@ -26,6 +26,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from . import keeper
+from .cluster import ClusterFacts, NodeFacts
 from .errors import ClusterError
 from .home import home
 
@@ -119,7 +120,7 @@ def ensure_up(
             ray = _start(
                 num_cpus or visible_cpus(),
                 visible_gpus() if num_gpus is None else num_gpus,
-                object_store_bytes or (200_000_000 if _memory_bytes() <= 32 * GIB else GIB),
+                object_store_bytes or (200_000_000 if memory_bytes() <= 32 * GIB else GIB),
                 timeout_s,
             )
     ray.attach()
@@ -165,9 +166,21 @@ def visible_gpus() -> int:
     return min(devices, len(named))
 
 
+def facts() -> ClusterFacts:
+    """What the local Ray has, or would have if it were started now."""
+    ray = current()
+    cpus = ray.num_cpus if ray else visible_cpus()
+    gpus = ray.num_gpus if ray else visible_gpus()
+    node = NodeFacts(cpus=cpus, gpus=gpus, memory=memory_bytes())
+    return ClusterFacts(nodes=(node,), max_cpus=cpus, max_gpus=gpus, source="this machine")
+
+
 def memory_bytes() -> int:
     """Memory of this machine, bytes: a container's limit where that is less."""
-    return _memory_bytes()
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with contextlib.suppress(OSError, ValueError):
+        total = min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return total
 
 
 def _start(num_cpus: int, num_gpus: int, object_store_bytes: int, timeout_s: float) -> LocalRay:
@@ -400,13 +413,6 @@ def _short_dir() -> str:
     """Ray's sockets lie about 60 characters below its folder, and a socket's path has at most 107."""
     usual = tempfile.gettempdir()
     return usual if len(usual) <= 30 or not os.access("/tmp", os.W_OK) else "/tmp"
-
-
-def _memory_bytes() -> int:
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    with contextlib.suppress(OSError, ValueError):
-        total = min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    return total
 
 
 def _last_lines(text: str) -> str:

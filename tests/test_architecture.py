@@ -20,10 +20,10 @@ LAYERS = {
         {"__init__"},
     ],
     "orchestrator": [
-        {"__init__", "errors", "spec"},
+        {"__init__", "errors", "home", "spec"},
         {
             "plan", "plan_view", "deepspeed_config", "model_sizes", "objects", "store", "registry", "lineage",
-            "identity", "gate", "cluster", "devices", "runner", "ask", "local_ray",
+            "identity", "gate", "cluster", "devices", "runner", "ask", "local_ray", "keeper", "hub",
         },
         {"service", "train"},
         {"sweep", "serve", "submit"},
