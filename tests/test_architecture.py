@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = {
     "peft_dist": [
         {"contract", "catalog", "errors", "lazy", "linalg", "starts"},
-        {"base_layer", "targets", "sharding", "pool", "rows"},
+        {"base_layer", "targets", "sharding", "pool", "rows", "folder"},
         {"methods"},
         {"adapted"},
         {"inject", "merge", "checkpoint", "optim"},
