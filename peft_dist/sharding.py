@@ -92,6 +92,80 @@ def whole(parameter: Tensor) -> Tensor:
         return parameter.detach().clone()
 
 
+def stored_bits(parameter: Tensor) -> Tensor:
+    """A copy of what this rank stores of the parameter: all of it, or its piece (flat); nothing is "
+    "gathered."""
+    return (parameter.ds_tensor if is_partitioned(parameter) else parameter).detach().clone()
+
+
+@torch.no_grad()
+def restore_bits(parameter: Tensor, bits: Tensor) -> None:
+    """Puts back, bit for bit, what `stored_bits` gave on this rank."""
+    if not is_partitioned(parameter):
+        parameter.data.copy_(bits)
+        return
+    parameter.ds_tensor.data.copy_(bits)
+    available = deepspeed.runtime.zero.partition_parameters.ZeroParamStatus.AVAILABLE
+    if parameter.ds_status == available:
+        # A small weight that stays gathered between steps would go on with its old values.
+        parameter.partition()
+
+
+@torch.no_grad()
+def set_whole(parameter: Tensor, value: Tensor) -> None:
+    """Sets the parameter to `value` wherever its values are kept, cast to its dtype; a collective if sharded.
+
+    A parameter that a user's own DeepSpeed engine trains has an fp32 master in that engine, which the next
+    step would write back over a plain copy: it is set too.
+
+    Args:
+        value: of the parameter's whole shape, the same on every rank.
+    """
+    if is_partitioned(parameter):
+        with gathered([parameter], modify=True):
+            parameter.data.copy_(value)
+        if hasattr(parameter, "_z3_optimizer"):
+            size, rank = parameter.ds_tensor.numel(), parameter.ds_zero_partition_rank
+            master = value.new_zeros(size * parameter.ds_zero_partition_world_size, dtype=torch.float32)
+            master[: value.numel()] = value.flatten()
+            piece = master.narrow(0, size * rank, size)
+            deepspeed.utils.safe_set_local_fp32_param(parameter, piece)
+        return
+    parameter.data.copy_(value)
+    if hasattr(parameter, "_hp_mapping"):
+        deepspeed.utils.safe_set_full_fp32_param(parameter, value.to(parameter.device, torch.float32))
+
+
+def refuse_foreign_engine(model: nn.Module, wish: str) -> None:
+    """Raises if a user's own DeepSpeed engine trains parameters of this model: it would not train any more.
+
+    Raises:
+        ShardingError: such an engine is there; `wish` says what it cannot do.
+    """
+    for name, parameter in model.named_parameters():
+        if hasattr(parameter, "_z3_optimizer") or hasattr(parameter, "_hp_mapping"):
+            raise ShardingError(
+                f"{wish}: a DeepSpeed engine trains {name!r} of this model, and an engine's parameters are "
+                "fixed "
+                "when it is built. Do this before deepspeed.initialize, or train with "
+                "peft_dist.optim.AdapterOptimizer, which takes adapters at any time."
+            )
+
+
+def reach(module: nn.Module, parameters: Iterable[Parameter]) -> None:
+    """Gathers what `module`, whose forward is running, uses of partitioned parameters that hang elsewhere.
+
+    They are released after its forward, and gathered again for its backward, by the hooks that the engine
+    put on `module`. Does nothing for parameters that are not partitioned.
+    """
+    for parameter in parameters:
+        if is_partitioned(parameter):
+            deepspeed.zero.register_external_parameter(module, parameter)
+            if parameter.ds_status == deepspeed.runtime.zero.partition_parameters.ZeroParamStatus.INFLIGHT:
+                _wait_for(parameter)
+            parameter.all_gather()
+
+
 def elements_at_rest(model: nn.Module) -> int:
     """How many elements of the model's parameters this rank holds now: whole ones, or its own pieces."""
     held = 0
