@@ -1,19 +1,61 @@
 """The job: one immutable object per section of the YAML. Rules inside a section stand here, rules across
-sections in `rules.py`; loading, aliases and places in the file in `load.py`.
+sections in `rules.py`; loading and places in the file in `load.py`, other projects' names in `aliases.py`.
 
 Names are those that users of Axolotl, Hugging Face and LLaMA-Factory know.
 """
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, NonNegativeInt, PositiveInt
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    NonNegativeInt,
+    PositiveInt,
+    ValidationInfo,
+    field_validator,
+)
 
 from .durations import parse_duration
 
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}\Z")
+_NAME_RULE = "A name is 1 to 100 letters, digits, '.', '_' or '-', and starts with a letter or a digit."
+
+
+def check_name(name: str) -> str:
+    """`name`, or ValueError with the rule: it becomes a directory, a URL's part and an id (`NAME@VERSION`)."""
+    if not _NAME.match(name):
+        raise ValueError(f"'{name}' is not a name. {_NAME_RULE}")
+    return name
+
+
+def check_alias(name: str) -> str:
+    """`name`, or ValueError: an alias is a name that cannot be taken for a version's number."""
+    if check_name(name).isdigit():
+        raise ValueError(f"'{name}' is not an alias: NAME@{name} means a version. Begin with a letter.")
+    return name
+
+
+def _whole_rows(value: float | int) -> float | int:
+    if value >= 1 and value != int(value):
+        raise ValueError(f"{value} is neither a share below 1 nor a whole number of rows.")
+    return int(value) if value >= 1 else float(value)
+
+
+Name = Annotated[str, AfterValidator(check_name)]
+Alias = Annotated[str, AfterValidator(check_alias)]
 Duration = Annotated[float, BeforeValidator(parse_duration)]
 Share = Annotated[float, Field(ge=0, le=1)]
+Text = Annotated[str, Field(min_length=1)]
+AboveZero = Annotated[FiniteFloat, Field(gt=0)]
+NotNegative = Annotated[FiniteFloat, Field(ge=0)]
+Rows = Annotated[NotNegative | NonNegativeInt, AfterValidator(_whole_rows)]
 
 
 class Section(BaseModel):
@@ -23,19 +65,31 @@ class Section(BaseModel):
 
 
 class ModelSpec(Section):
-    base_model: str = Field(description="a directory, an fsspec URL or a hub id")
-    revision: str = Field("main", description="the hub's branch, tag or commit; pinned to a commit when submitted")
+    """`model`: the frozen base."""
+
+    base_model: Text = Field(description="a directory, an fsspec URL or a hub id")
+    revision: Text = Field("main", description="the hub's branch, tag or commit; pinned to a commit when submitted")
     trust_remote_code: bool = Field(False, description="run code that the model's repository brings")
 
 
 DatasetType = Literal["chat", "prompt_completion", "alpaca", "text"]
 
+DATASET_FIELDS: dict[str, tuple[str, ...]] = {
+    "chat": ("field_messages",),
+    "prompt_completion": ("field_prompt", "field_completion"),
+    "alpaca": ("field_instruction", "field_input", "field_output"),
+    "text": ("field_text",),
+}
+"""The columns of each dataset type, by the key that renames them."""
+
 
 class DatasetSpec(Section):
-    path: str = Field(description="JSONL, CSV, Parquet, a directory, a glob, an fsspec URL or a hub id")
+    """`data.datasets[]` and `eval.datasets[]`: where rows come from and what their columns hold."""
+
+    path: Text = Field(description="JSONL, CSV, Parquet, a directory, a glob, an fsspec URL or a hub id")
     type: DatasetType = Field("chat", description="what the columns hold")
-    split: str = Field("train", description="the split of a hub dataset or of a directory")
-    weight: Annotated[float, Field(gt=0)] = Field(1.0, description="rows are repeated or left out by this factor")
+    split: Text = Field("train", description="the split of a hub dataset or of a directory")
+    weight: AboveZero = Field(1.0, description="rows are repeated or left out by this factor")
     field_messages: str | None = Field(None, description="chat: the column of the messages")
     field_prompt: str | None = Field(None, description="prompt_completion: the column of the prompt")
     field_completion: str | None = Field(None, description="prompt_completion: the column of the completion")
@@ -44,116 +98,161 @@ class DatasetSpec(Section):
     field_output: str | None = Field(None, description="alpaca: the column of the output")
     field_text: str | None = Field(None, description="text: the column of the text")
 
+    @field_validator(*(name for names in DATASET_FIELDS.values() for name in names))
+    @classmethod
+    def _belongs_to_the_type(cls, value: str | None, info: ValidationInfo) -> str | None:
+        kind = info.data.get("type")
+        own = DATASET_FIELDS.get(str(kind), ())
+        if value is not None and kind is not None and info.field_name not in own:
+            raise ValueError(f"a dataset of type {kind} has no such column. It has: {', '.join(own)}.")
+        return value
+
 
 class DataSpec(Section):
-    datasets: Annotated[tuple[DatasetSpec, ...], Field(min_length=1)]
-    val_set_size: Annotated[float, Field(ge=0)] | NonNegativeInt = Field(
-        0.05, description="rows held out: a share below 1, else a number of rows"
-    )
+    """`data`: the rows, those held out, and how long they may be."""
+
+    datasets: Annotated[tuple[DatasetSpec, ...], Field(min_length=1)] = Field(description="where the rows come from")
+    val_set_size: Rows = Field(0.05, description="rows held out: a share below 1, else a number of rows")
     sequence_len: PositiveInt | None = Field(None, description="tokens a row; what the base allows, at most 2048")
     overlong: Literal["truncate", "drop", "error"] = Field("truncate", description="what happens to longer rows")
 
 
 class AdapterSpec(BaseModel):
-    """`type` and `init_from` are ours; every other key is a field of the method's config (see `adapter.py`)."""
+    """`adapter`: `type` and `init_from` are ours; every other key is a field of the method's config (`adapter.py`)."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
-    type: str = Field("lora", description="a method of `raypeft methods`")
-    init_from: str | None = Field(None, description="NAME@V, a directory or a hub id: train on from there")
+    type: Text = Field("lora", description="a method of `raypeft methods`")
+    init_from: Text | None = Field(None, description="NAME@V, a directory or a hub id: train on from there")
 
     @property
     def fields(self) -> dict[str, Any]:
-        """The keys that belong to the method's config, as written or resolved."""
+        """The keys that belong to the method's config, as written; aliases under the config's own names."""
         return dict(self.model_extra or {})
 
 
 class TrainingSpec(Section):
+    """`training`: how long, how large a batch, how fast."""
+
     num_epochs: PositiveInt = Field(1, description="passes over the training rows")
     max_steps: PositiveInt | None = Field(None, description="stop after so many optimizer steps")
     micro_batch_size: PositiveInt = Field(1, description="rows per worker and forward")
     global_batch_size: PositiveInt | None = Field(None, description="rows per optimizer step over all workers")
     gradient_accumulation_steps: PositiveInt | None = Field(None, description="forwards per optimizer step")
-    learning_rate: Annotated[float, Field(gt=0)] = 2e-4
-    lr_scheduler: Literal["constant", "linear", "cosine"] = "cosine"
+    learning_rate: AboveZero = Field(2e-4, description="the peak rate")
+    lr_scheduler: Literal["constant", "linear", "cosine"] = Field("cosine", description="the rate after the warmup")
     warmup_ratio: Share = Field(0.03, description="share of the steps over which the rate rises from zero")
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    max_grad_norm: Annotated[float, Field(ge=0)] = Field(1.0, description="0 turns clipping off")
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    gradient_checkpointing: bool | Literal["auto"] = "auto"
-    seed: NonNegativeInt = 42
+    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="how the adapter's tensors are updated")
+    weight_decay: NotNegative = Field(0.0, description="decoupled decay of the adapter's tensors")
+    max_grad_norm: NotNegative = Field(1.0, description="the global norm is clipped to this; 0 turns clipping off")
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = Field(
+        "auto", description="auto: bf16 on hardware that has it, fp32 on CPU; fp16 scales the loss"
+    )
+    gradient_checkpointing: bool | Literal["auto"] = Field(
+        "auto", description="recompute activations in the backward; auto: with GPUs"
+    )
+    seed: NonNegativeInt = Field(42, description="of the order of rows, the adapter's start and its dropout")
     base_dropout: bool = Field(False, description="keep the base's own dropout on while the adapter trains")
     save_steps: PositiveInt | None = Field(None, description="checkpoint every so many steps")
     saves_per_epoch: PositiveInt | None = Field(None, description="checkpoints per epoch; 1 where neither is given")
     eval_steps: PositiveInt | None = Field(None, description="evaluate every so many steps")
     evals_per_epoch: PositiveInt | None = Field(None, description="evaluations per epoch; 1 where neither is given")
 
+    @field_validator("saves_per_epoch", "evals_per_epoch")
+    @classmethod
+    def _one_cadence(cls, value: int | None, info: ValidationInfo) -> int | None:
+        other = {"saves_per_epoch": "save_steps", "evals_per_epoch": "eval_steps"}[str(info.field_name)]
+        if value is not None and info.data.get(other) is not None:
+            raise ValueError(f"given beside training.{other}. Keep one of the two.")
+        return value
+
 
 class ResourcesSpec(Section):
-    num_workers: PositiveInt = 1
-    gpus_per_worker: Annotated[float, Field(ge=0)] | Literal["auto"] = Field(
+    """`resources`: how many workers, and what each needs."""
+
+    num_workers: PositiveInt = Field(1, description="processes that train together")
+    gpus_per_worker: NotNegative | Literal["auto"] = Field(
         "auto", description="1 where the cluster has GPUs for all workers, else 0"
     )
-    cpus_per_worker: Annotated[float, Field(gt=0)] = 1
+    cpus_per_worker: AboveZero = Field(1, description="CPUs that Ray reserves for a worker")
     labels: dict[str, str] = Field(default_factory=dict, description="Ray node labels that the workers need")
-    placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
+    placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = Field(
+        "PACK", description="together on few nodes, or spread over many; STRICT_ refuses anything else"
+    )
+
+    @field_validator("gpus_per_worker")
+    @classmethod
+    def _whole_gpus(cls, value: float | str) -> float | str:
+        if isinstance(value, (int, float)) and value > 1 and value != int(value):
+            raise ValueError(f"{value} GPUs cannot be given. Write a share up to 1, or a whole number.")
+        return value
 
 
 class StorageSpec(Section):
-    path: str | None = Field(None, description="runs and checkpoints; the cluster's where not given")
+    """`storage`: where runs live and which checkpoints stay."""
+
+    path: Text | None = Field(None, description="runs and checkpoints; the cluster's where not given")
     keep_best: PositiveInt = Field(1, description="checkpoints kept for their evaluation loss")
     keep_latest: PositiveInt = Field(1, description="checkpoints kept for being the newest")
 
 
 class RetrySpec(Section):
+    """`retry`: how long to try."""
+
     start_timeout: Duration = Field("10m", description="how long to wait for a place on the cluster")  # type: ignore[assignment]
 
 
 class EvalSpec(Section):
+    """`eval`: what is measured, on which rows."""
+
     datasets: tuple[DatasetSpec, ...] = Field((), description="the held-out rows where none is given")
     metrics: tuple[Literal["exact_match", "contains"], ...] = Field((), description="generated, beside eval_loss")
     max_rows: PositiveInt | None = Field(None, description="evaluate at most so many rows")
-    max_new_tokens: PositiveInt = 64
+    max_new_tokens: PositiveInt = Field(64, description="length of a generated answer")
 
 
 class RegisterSpec(Section):
-    name: str | None = Field(None, description="the adapter's name; the job's where not given")
-    alias: str | None = Field(None, description="an alias that the new version takes")
+    """`register`: the adapter's name in the registry."""
+
+    name: Name | None = Field(None, description="the adapter's name; the job's where not given")
+    alias: Alias | None = Field(None, description="an alias that the new version takes")
 
 
 class GateSpec(Section):
     """Exactly one of `all` and `any`: comparisons such as `eval_loss < base.eval_loss`."""
 
-    all: tuple[str, ...] | None = None
-    any: tuple[str, ...] | None = None
+    all: tuple[Text, ...] | None = Field(None, description="every comparison must hold")
+    any: tuple[Text, ...] | None = Field(None, description="one comparison must hold")
 
 
 class DeploySpec(Section):
+    """`deploy`: present: the version that passes the gate is served."""
+
     gate: GateSpec | None = Field(None, description="conditions over the metrics; none: deploy always")
-    alias: str = Field("production", description="the alias that the deployed version takes")
-    endpoint: str | None = Field(None, description="the endpoint's name; from the base where not given")
-    num_replicas: PositiveInt = 1
-    gpus_per_replica: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"
-    cpus_per_replica: Annotated[float, Field(gt=0)] = 1
+    alias: Alias = Field("production", description="the alias that the deployed version takes")
+    endpoint: Name | None = Field(None, description="the endpoint's name; from the base where not given")
+    num_replicas: PositiveInt = Field(1, description="processes that answer")
+    gpus_per_replica: NotNegative | Literal["auto"] = Field("auto", description="1 where the cluster has GPUs, else 0")
+    cpus_per_replica: AboveZero = Field(1, description="CPUs and threads of a replica")
+
+
+DeepSpeed = Literal["zero0", "zero1", "zero2", "zero3"] | str | dict[str, Any]
 
 
 class JobSpec(Section):
     """One YAML file, every default filled in."""
 
-    name: str
-    cluster: str = Field("local", description="a cluster file or its name")
-    model: ModelSpec
-    data: DataSpec
-    adapter: AdapterSpec = AdapterSpec()
-    training: TrainingSpec = TrainingSpec()
-    deepspeed: Literal["zero0", "zero1", "zero2", "zero3"] | str | dict[str, Any] = Field(
-        "zero2", description="a stage, a path to a DeepSpeed JSON, or its content"
-    )
-    resources: ResourcesSpec = ResourcesSpec()
-    storage: StorageSpec = StorageSpec()
-    retry: RetrySpec = RetrySpec()
+    name: Name = Field(description="with the hash of spec and data, the run's identity; the file's stem if absent")
+    cluster: Text = Field("local", description="a cluster file or its name")
+    model: ModelSpec = Field(description="the frozen base")
+    data: DataSpec = Field(description="what it is trained on")
+    adapter: AdapterSpec = Field(AdapterSpec(), description="what is trained")
+    training: TrainingSpec = Field(TrainingSpec(), description="how it is trained")
+    deepspeed: DeepSpeed = Field("zero2", description="a stage, a path to a DeepSpeed JSON, or its content")
+    resources: ResourcesSpec = Field(ResourcesSpec(), description="the workers")
+    storage: StorageSpec = Field(StorageSpec(), description="runs and checkpoints")
+    retry: RetrySpec = Field(RetrySpec(), description="how long to try")
     secrets: dict[str, str] = Field(default_factory=dict, description="NAME: env, or file:/path; never a literal")
-    eval: EvalSpec = EvalSpec()
-    register_: RegisterSpec = Field(RegisterSpec(), alias="register")
+    eval: EvalSpec = Field(EvalSpec(), description="what is measured")
+    register_: RegisterSpec = Field(RegisterSpec(), alias="register", description="the name in the registry")
     deploy: DeploySpec | None = Field(None, description="absent: registered, not deployed")

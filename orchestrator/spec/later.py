@@ -1,0 +1,91 @@
+"""Keys that a later version will have: named, so that nobody wonders whether they were misspelt."""
+
+from __future__ import annotations
+
+from .places import Path
+
+_WHOLE_PRECISION = "Remove it: this version keeps the base in the precision it was saved in."
+_NO_PACKING = "Remove it: each row is a sequence of its own in this version."
+_NO_TRACKING = "Remove it: metrics are in the run's folder (metrics.jsonl) and on raypeft status."
+
+LATER: dict[str, str] = {
+    "model.load_in_4bit": _WHOLE_PRECISION,
+    "model.load_in_8bit": _WHOLE_PRECISION,
+    "model.bnb_4bit_quant_type": _WHOLE_PRECISION,
+    "model.bnb_4bit_use_double_quant": _WHOLE_PRECISION,
+    "model.bnb_4bit_compute_dtype": _WHOLE_PRECISION,
+    "model.bnb_4bit_quant_storage": _WHOLE_PRECISION,
+    "data.sample_packing": _NO_PACKING,
+    "retry.worker_failure": "Remove it: a lost worker is replaced twice in this version.",
+    "retry.preemption": "Remove it: a preempted worker counts as a lost one in this version.",
+    "retry.oom": "Remove it: lower training.micro_batch_size where memory runs out.",
+    "retry.max_duration": "Remove it: stop a run with raypeft cancel ID; it saves first.",
+    "deploy.rollout": "Remove it: the gated version takes the alias at once in this version.",
+    "deploy.scale": "Remove it: write deploy.num_replicas for a fixed number.",
+    "deploy.engine": "Remove it: the engine chooses these by itself in this version.",
+    "sweep": "Remove it: run one job per setting, with --set training.learning_rate=1e-4 and the like.",
+    "tracking": _NO_TRACKING,
+}
+"""Dotted key -> what to do in this version."""
+
+LATER_FLAT: dict[str, str] = {
+    "load_in_4bit": _WHOLE_PRECISION,
+    "load_in_8bit": _WHOLE_PRECISION,
+    "quantization_bit": _WHOLE_PRECISION,
+    "quantization_method": _WHOLE_PRECISION,
+    "quantization_type": _WHOLE_PRECISION,
+    "double_quantization": _WHOLE_PRECISION,
+    "bnb_4bit_quant_type": _WHOLE_PRECISION,
+    "bnb_4bit_use_double_quant": _WHOLE_PRECISION,
+    "bnb_4bit_compute_dtype": _WHOLE_PRECISION,
+    "bnb_4bit_quant_storage": _WHOLE_PRECISION,
+    "bnb_config_kwargs": _WHOLE_PRECISION,
+    "sample_packing": _NO_PACKING,
+    "eval_sample_packing": _NO_PACKING,
+    "pad_to_sequence_len": _NO_PACKING,
+    "packing": _NO_PACKING,
+    "neat_packing": _NO_PACKING,
+    "use_dora": "Remove it: write adapter.type: lora without it.",
+    "peft_use_dora": "Remove it: write adapter.type: lora without it.",
+    "pissa_init": "Remove it: write adapter.init_lora_weights where another start is wanted.",
+    "wandb_project": _NO_TRACKING,
+    "wandb_entity": _NO_TRACKING,
+    "wandb_name": _NO_TRACKING,
+    "wandb_watch": _NO_TRACKING,
+    "wandb_log_model": _NO_TRACKING,
+    "wandb_run_id": _NO_TRACKING,
+    "wandb_mode": _NO_TRACKING,
+    "mlflow_tracking_uri": _NO_TRACKING,
+    "mlflow_experiment_name": _NO_TRACKING,
+    "use_tensorboard": _NO_TRACKING,
+    "use_wandb": _NO_TRACKING,
+    "use_mlflow": _NO_TRACKING,
+    "use_swanlab": _NO_TRACKING,
+}
+"""Keys of other projects at the top level that ask for the same."""
+
+_SAYS = "this version does not have it yet."
+
+
+def not_yet(path: Path) -> tuple[str, str] | None:
+    """Problem and hint for a key that this version does not have yet, or for one below it; else None."""
+    keys = [part for part in path if isinstance(part, str)]
+    for size in range(1, len(keys) + 1):
+        if hint := LATER.get(".".join(keys[:size])):
+            return _SAYS, hint
+    return None
+
+
+def not_yet_flat(key: str) -> tuple[str, str] | None:
+    """Likewise for another project's key at the top level."""
+    return (_SAYS, LATER_FLAT[key]) if key in LATER_FLAT else None
+
+
+def offload_stage(stage: str) -> tuple[str, str]:
+    """Likewise for `deepspeed: zero3-offload`."""
+    return f"'{stage}': this version does not offload yet.", "Write zero3, and more workers where memory runs out."
+
+
+def elastic() -> tuple[str, str]:
+    """Likewise for `resources.num_workers: [min, max]`."""
+    return "a list [min, max] asks for an elastic job, which this version does not have yet.", "Write one number."

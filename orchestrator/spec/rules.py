@@ -1,0 +1,240 @@
+"""Rules across sections. Each returns problems, so that all are told at once."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Collection, Iterator
+from typing import Protocol
+
+from peft_dist.catalog import METHODS
+
+from .conditions import parse_comparison
+from .job import GateSpec, JobSpec
+from .places import Path, Problem
+
+GENERATED = ("exact_match", "contains")
+ANSWERED = ("chat", "prompt_completion", "alpaca")
+"""Dataset types whose rows have an answer that can be compared with a generated one."""
+
+
+class ClusterFacts(Protocol):
+    """What the rules ask of a cluster file."""
+
+    @property
+    def kind(self) -> str: ...
+    @property
+    def storage(self) -> str: ...
+    @property
+    def registry(self) -> str: ...
+
+
+def check_rules(spec: JobSpec, written: Collection[Path], warnings: list[str]) -> list[Problem]:
+    """What breaks a rule across sections; `written` are the keys that stand in the file."""
+    found = [
+        *_batch(spec, written),
+        *_gate(spec),
+        *_evaluation(spec),
+        *_secrets(spec),
+        *_task(spec),
+        *_workers(spec),
+    ]
+    warnings += _warnings(spec, written)
+    return found
+
+
+def accumulation(spec: JobSpec) -> tuple[int, int]:
+    """(gradient_accumulation_steps, global_batch_size) of a spec that keeps the rules."""
+    step = spec.resources.num_workers * spec.training.micro_batch_size
+    if spec.training.global_batch_size is not None:
+        return spec.training.global_batch_size // step, spec.training.global_batch_size
+    steps = spec.training.gradient_accumulation_steps or 1
+    return steps, step * steps
+
+
+def _batch(spec: JobSpec, written: Collection[Path]) -> Iterator[Problem]:
+    training, workers = spec.training, spec.resources.num_workers
+    step, size = workers * training.micro_batch_size, training.global_batch_size
+    if size is None:
+        return
+    path: Path = ("training", "global_batch_size")
+    times = f"{workers} worker{'s' * (workers > 1)} x {training.micro_batch_size} rows"
+    if size % step:
+        near = sorted({max(step, size // step * step), (size // step + 1) * step})
+        nearest = " or ".join(str(each) for each in near)
+        yield Problem(path, f"{size} does not divide into {times} = {step}.", f"The nearest that do: {nearest}.")
+    elif training.gradient_accumulation_steps not in (None, size // step):
+        yield Problem(
+            path,
+            f"{size} is not {times} x {training.gradient_accumulation_steps} accumulation steps"
+            f" = {step * (training.gradient_accumulation_steps or 1)}.",
+            f"Remove training.gradient_accumulation_steps: {size // step} follows from the others.",
+        )
+
+
+def produced_metrics(spec: JobSpec) -> list[str]:
+    """The names that a gate may use: what this run measures, of itself, of the base, of production."""
+    measured = ["eval_loss"] if has_evaluation(spec) else []
+    measured += [name for name in spec.eval.metrics if has_evaluation(spec)]
+    return ["train_loss", *measured, *(f"{of}.{name}" for of in ("base", "production") for name in measured)]
+
+
+def has_evaluation(spec: JobSpec) -> bool:
+    """Whether any row is evaluated."""
+    return bool(spec.data.val_set_size or spec.eval.datasets)
+
+
+def _gate(spec: JobSpec) -> Iterator[Problem]:
+    if spec.deploy is None or (gate := spec.deploy.gate) is None:
+        return
+    path: Path = ("deploy", "gate")
+    if (gate.all is None) == (gate.any is None):
+        problem = "has both all and any." if gate.all is not None else "has neither all nor any."
+        yield Problem(path, problem, 'Write gate: {all: ["eval_loss < base.eval_loss"]}.')
+        return
+    key = "all" if gate.all is not None else "any"
+    conditions = _conditions(gate)
+    if not conditions:
+        yield Problem((*path, key), "is an empty list.", "Write a condition, or remove the gate: it then always holds.")
+    for index, text in enumerate(conditions):
+        yield from _condition(spec, (*path, key, index), text)
+
+
+def _conditions(gate: GateSpec) -> tuple[str, ...]:
+    return gate.all if gate.all is not None else gate.any or ()
+
+
+def _condition(spec: JobSpec, path: Path, text: str) -> Iterator[Problem]:
+    try:
+        comparison = parse_comparison(text)
+    except ValueError as error:
+        yield Problem(path, str(error))
+        return
+    metrics = produced_metrics(spec)
+    for name in comparison.names:
+        if name not in metrics:
+            yield Problem(path, f"'{name}' is not measured by this job.", _how_to_measure(spec, name, metrics))
+
+
+def _how_to_measure(spec: JobSpec, name: str, metrics: list[str]) -> str:
+    bare = name.split(".")[-1]
+    if bare in (*GENERATED, "eval_loss") and not has_evaluation(spec):
+        return "Nothing is evaluated: set data.val_set_size above 0, or give eval.datasets."
+    if bare in GENERATED and bare not in spec.eval.metrics:
+        return f"Write eval: {{metrics: [{bare}]}}."
+    return f"It measures: {', '.join(metrics)}."
+
+
+def _evaluation(spec: JobSpec) -> Iterator[Problem]:
+    if not spec.eval.metrics:
+        return
+    if not has_evaluation(spec):
+        yield Problem(
+            ("eval", "metrics"), "there are no rows to evaluate.", "Set data.val_set_size above 0, or give eval.datasets."
+        )
+        return
+    section = "eval" if spec.eval.datasets else "data"
+    for index, dataset in enumerate(spec.eval.datasets or spec.data.datasets):
+        if dataset.type not in ANSWERED:
+            names = ", ".join(spec.eval.metrics)
+            yield Problem(
+                (section, "datasets", index, "type"),
+                f"rows of type '{dataset.type}' have no answer to compare, as eval.metrics ({names}) must.",
+                f"Use {', '.join(ANSWERED)}, or remove eval.metrics.",
+            )
+
+
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
+
+
+def _secrets(spec: JobSpec) -> Iterator[Problem]:
+    """A value that is neither `env` nor `file:/path` may be the secret itself: it is never repeated."""
+    for name, source in spec.secrets.items():
+        path: Path = ("secrets", name)
+        if not _VARIABLE.match(name):
+            yield Problem(("secrets",), "a name is not that of an environment variable.", "Write {HF_TOKEN: env}.")
+        elif source.startswith("file:") and not os.path.isabs(source.removeprefix("file:")):
+            yield Problem(path, "the file's path is not absolute.", "Write file:/path.")
+        elif source != "env" and not source.startswith("file:"):
+            yield Problem(
+                path,
+                "is a literal; a secret never stands in a job.",
+                f"Write {name}: env (the variable {name} of whoever submits), or {name}: file:/path.",
+            )
+
+
+TASKS: dict[str, str] = dict.fromkeys(("chat", "prompt_completion", "alpaca", "text"), "CAUSAL_LM")
+"""The task that each dataset type trains."""
+
+
+def task_type(spec: JobSpec) -> str:
+    """The PEFT task that the job's rows train."""
+    return TASKS[spec.data.datasets[0].type]
+
+
+def _task(spec: JobSpec) -> Iterator[Problem]:
+    entry = METHODS.get(spec.adapter.type.upper())
+    task = task_type(spec)
+    if entry and task not in entry.task_types:
+        yield Problem(
+            ("adapter", "type"),
+            f"{spec.adapter.type} does not train {task}, which rows of type '{spec.data.datasets[0].type}' need.",
+            f"It trains: {', '.join(entry.task_types)}.",
+        )
+    rows = [("data", index, each) for index, each in enumerate(spec.data.datasets)]
+    rows += [("eval", index, each) for index, each in enumerate(spec.eval.datasets)]
+    for section, index, dataset in rows:
+        if TASKS[dataset.type] != task:
+            yield Problem(
+                (section, "datasets", index, "type"),
+                f"rows of type '{dataset.type}' train {TASKS[dataset.type]}, those of the first dataset {task}.",
+                "One job trains one task.",
+            )
+
+
+def _workers(spec: JobSpec) -> Iterator[Problem]:
+    resources = spec.resources
+    if isinstance(resources.gpus_per_worker, (int, float)) and 0 < resources.gpus_per_worker < 1:
+        if spec.resources.num_workers > 1:
+            yield Problem(
+                ("resources", "gpus_per_worker"),
+                f"{resources.gpus_per_worker:g}: workers that share a GPU cannot train together (NCCL refuses it).",
+                "Write 1, or one worker.",
+            )
+
+
+def _warnings(spec: JobSpec, written: Collection[Path]) -> Iterator[str]:
+    if spec.training.max_steps and ("training", "num_epochs") in written:
+        yield "training.max_steps ends the run, whatever training.num_epochs says."
+    if spec.deploy and spec.deploy.gate is None:
+        yield "deploy has no gate: every version of this job is served."
+
+
+def check_cluster(spec: JobSpec, cluster: ClusterFacts) -> list[Problem]:
+    """Rules that need the cluster's file: several nodes need storage that each of them sees."""
+    if cluster.kind == "local":
+        return []
+    found = []
+    runs = spec.storage.path or cluster.storage
+    for path, what, url in ((("storage", "path"), "runs", runs), (("cluster",), "adapters", cluster.registry)):
+        if _is_node_local(url):
+            found.append(
+                Problem(
+                    path,
+                    f"{what} would be kept in '{url}', which only one node of a {cluster.kind} cluster sees.",
+                    "Write s3://BUCKET/PREFIX, or a directory that all nodes mount (under /mnt, /nfs, /efs, /shared).",
+                )
+            )
+    return found
+
+
+_MOUNTED = ("/mnt/", "/nfs/", "/efs/", "/fsx/", "/shared/", "/lustre/", "/gpfs/", "/data/", "/cluster/", "/home/shared/")
+
+
+def _is_node_local(url: str) -> bool:
+    """A path without a scheme, outside the folders where shared storage is mounted by custom."""
+    if "://" in url and not url.startswith(("file://", "local://")):
+        return False
+    path = os.path.abspath(os.path.expanduser(url.split("://")[-1])) + "/"
+    return not path.startswith(_MOUNTED)
+
