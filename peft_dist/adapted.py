@@ -1,0 +1,419 @@
+"""The modules around a base's layers: they pick the adapters that serve, cast at the border, drop out, and run
+batches in which rows name different adapters. Storage, mathematics and layer kinds are elsewhere.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from peft_dist.base_layer import Layer, door
+from peft_dist.contract import ActivationMethod, BaseLayer, Method, ReplaceMethod, SiteMethod, WeightMethod
+from peft_dist.errors import AdapterError, RowsError
+from peft_dist.pool import AdapterPool, PooledModule
+from peft_dist.rows import BASE, Current, Rows, Split, drop, stream
+from peft_dist.sharding import is_partitioned, whole_shape
+
+
+class AdapterModule(PooledModule):
+    """What the two wrappers below share: whose adapters are here, and which serve.
+
+    Attributes:
+        methods: adapter -> its method here.
+        active_adapters: the names that serve rows which name none; also names that have nothing here.
+        disabled: whether the bare base serves.
+        merged_adapters: the names whose change is in the base's weights now, in the order they were merged.
+    """
+
+    def __init__(self, pool: AdapterPool, site_name: str, current: Current) -> None:
+        super().__init__(pool, site_name)
+        self.methods: dict[str, Any] = {}
+        self.active_adapters: list[str] = []
+        self.disabled = False
+        self.merged_adapters: list[str] = []
+        self._current = current
+
+    def add(self, adapter: str, method: Method, layer: Layer, dtype: torch.dtype, device: Any) -> None:
+        """Makes room for an adapter's tensors, unfilled."""
+        self.hold(adapter, type(method).__name__, method.params(layer.site), dtype, device)  # type: ignore[attr-defined]
+        self.methods[adapter] = method
+
+    def start(self, adapter: str, layer: Layer) -> None:
+        """Fills an adapter's tensors; a collective where its method reads a partitioned weight."""
+        p = {name: parameter.detach() for name, parameter in self.tensors(adapter).items()}
+        with torch.no_grad():
+            for name, param in self.wanted(adapter).items():
+                if not p[name].is_meta:
+                    param.start(p[name])
+            if not any(t.is_meta for t in p.values()):
+                self.methods[adapter].start_from_base(p, layer)
+
+    def delete(self, adapter: str) -> None:
+        """Removes an adapter.
+
+        Raises:
+            AdapterError: it is merged.
+        """
+        if adapter in self.merged_adapters:
+            raise AdapterError(f"{self._site_name}: {adapter!r} is merged. Unmerge it before deleting it.")
+        self.drop(adapter)
+        del self.methods[adapter]
+        self.active_adapters = [name for name in self.active_adapters if name != adapter]
+
+    def serving(self, choice: str | None) -> tuple[str, ...]:
+        """The adapters here that serve rows with this choice: a name, `"__base__"`, or None for the active ones."""
+        names = self.active_adapters if choice is None else () if choice == BASE else (choice,)
+        return tuple(name for name in names if name in self.methods)
+
+
+@dataclass(frozen=True)
+class Level:
+    """One adapter of several on a layer: it sees `under`, the layer as those before it left it."""
+
+    name: str
+    method: SiteMethod
+    p: dict[str, nn.Parameter]
+    under: BaseLayer
+
+
+class Adjusted:
+    """A layer with the changes of some levels in its weight and bias; all else is the layer's own."""
+
+    def __init__(self, base: Layer, levels: Sequence[Level]) -> None:
+        self._base, self._levels = base, tuple(levels)
+
+    def __getattr__(self, attribute: str) -> Any:
+        return getattr(self._base, attribute)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._base(x)
+
+    def weight(self) -> Tensor:
+        W = self._base.weight()
+        for level in self._levels:
+            W = W + level.method.delta(level.p, level.under)
+        return W
+
+    def bias(self) -> Tensor | None:
+        b = self._base.bias()
+        for level in self._levels:
+            db = level.method.bias_delta(level.p, level.under)
+            b = db if b is None else b if db is None else b + db
+        return b
+
+
+class Adapted(AdapterModule):
+    """A layer with adapters on it. Not merged, disabled or named otherwise: the active adapters serve.
+
+    Attributes:
+        base_layer: the frozen layer. base: its door.
+    """
+
+    def __init__(self, layer: nn.Module, name: str, pool: AdapterPool, current: Current, base: Layer | None = None):
+        super().__init__(pool, name, current)
+        self.base_layer = layer
+        self.base = base or door(layer, name)
+
+    @property
+    def weight(self) -> Tensor:
+        """The frozen layer's own weight, as programs read it from any linear layer."""
+        return self.base_layer.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The frozen layer's own bias."""
+        return self.base_layer.bias
+
+    def __getattr__(self, attribute: str) -> Any:
+        try:
+            return super().__getattr__(attribute)
+        except AttributeError:
+            # in_features, num_embeddings and the like: models read them from their layers.
+            return getattr(super().__getattr__("base_layer"), attribute)
+
+    def levels(self, names: Sequence[str]) -> list[Level]:
+        """The named adapters, in order, each with the layer that it changes. Neighbours of kind "add" change the
+        same layer; the rest change what the ones before left."""
+        levels: list[Level] = []
+        under: BaseLayer = self.base
+        for name in names:
+            method = self.methods[name]
+            if levels and not (method.compose == levels[-1].method.compose == "add"):
+                under = Adjusted(self.base, levels)
+            levels.append(Level(name, method, self.tensors(name), under))
+        return levels
+
+    def change(self, names: Sequence[str]) -> tuple[Tensor | None, Tensor | None]:
+        """(dW (out, in), db (out,)) of the named adapters together; None for what they leave as it is. A collective
+        where a method reads a partitioned weight. Adapters that have nothing here count as no change."""
+        dW = db = None
+        with torch.no_grad():
+            for level in self.levels([name for name in names if name in self.methods]):
+                if self.base.site.in_:
+                    change = level.method.delta(level.p, level.under)
+                    dW = change if dW is None else dW + change
+                bias_change = level.method.bias_delta(level.p, level.under)
+                if bias_change is not None:
+                    db = bias_change if db is None else db + bias_change
+        return dW, db
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if args or kwargs:
+            raise TypeError(f"{self._site_name}: an adapted layer takes its input alone.")
+        rows = self._current.rows
+        if self.disabled:
+            return self.base_layer(x)
+        if self.merged_adapters:
+            if rows is not None and rows.adapters is not None:
+                raise RowsError(f"{self._site_name}: {self.merged_adapters} are merged. Unmerge to name adapters per row.")
+            return self.base_layer(x)
+        if rows is None or rows.num is None:
+            return self._serve(self.serving(None), x, _Entrance(self))
+        choices = [(self.serving(s.adapter), s.start, s.stop) for s in rows.segments]
+        if all(names == choices[0][0] for names, _, _ in choices[1:]):
+            names = choices[0][0] if choices else self.serving(None)
+            if not names:
+                return self.base_layer(x)
+            if rows.samples is None or not self.training:
+                return self._serve(names, x, _Entrance(self))
+            split = rows.of(self.base.site, x, self._current.length)
+            return split.restored(self._serve(names, split.x, _Entrance(self, rows.samples)))
+        split = rows.of(self.base.site, x, self._current.length)
+        parts = [(self.levels(names), start, stop) for names, start, stop in choices]
+        if all(isinstance(level.method, WeightMethod) for levels, _, _ in parts for level in levels):
+            return self._mixed_weights(x, split, parts)
+        return self._mixed(split, parts)
+
+    def _serve(self, names: tuple[str, ...], x: Tensor, entrance: _Entrance) -> Tensor:
+        """One choice of adapters for all rows of x."""
+        if not names:
+            return self.base_layer(x)
+        if len(names) == 1:
+            method, p = self.methods[names[0]], self.tensors(names[0])
+            if next(iter(p.values())).dtype == x.dtype:
+                return method.forward(p, self.base, x, entrance.of(method, p))
+            framed = _Framed(self.base, x.dtype)
+            return method.forward(p, framed, x, entrance.of(method, p)).to(framed.given)
+        levels = self.levels(names)
+        inputs = _down(levels, x)
+        y = self.base_layer(_as_given(inputs[0], x))
+        return _up(levels, inputs, y, entrance)
+
+    def _mixed_weights(self, x: Tensor, split: Split, parts: list[tuple[list[Level], int, int]]) -> Tensor:
+        """Rows name different adapters, all of which add to W: the layer runs once, the additions part by part."""
+        y = self.base_layer(x)
+        if split.rows.num != x.shape[0] and split.length is None:
+            y = y.expand(split.x.shape[0], *y.shape[1:])
+        xs = split.sorted(split.x)
+        samples = split.rows.samples
+        entrances = [
+            _Entrance(self, None if samples is None else split.sorted(samples)[start:stop]) for _, start, stop in parts
+        ]
+        added = self._stacked(xs, parts, entrances)
+        if added is None:
+            pieces = []
+            for (levels, start, stop), entrance in zip(parts, entrances, strict=True):
+                piece = None
+                for level in levels:
+                    part = level.method.added(level.p, level.under, entrance.of(level.method, level.p)(xs[start:stop]))  # type: ignore[attr-defined]
+                    piece = part if piece is None else piece + part
+                pieces.append(piece)
+            like = next(piece for piece in pieces if piece is not None)
+            added = torch.cat(
+                [
+                    like.new_zeros((stop - start, *like.shape[1:])) if piece is None else piece
+                    for piece, (_, start, stop) in zip(pieces, parts, strict=True)
+                ]
+            )
+        return (y + split.restored(split.unsorted(added))).to(y.dtype)
+
+    def _stacked(self, xs: Tensor, parts: list, entrances: list[_Entrance]) -> Tensor | None:
+        """The additions of all parts by one product over stacked tensors, where the parts are alike; else None."""
+        num_rows = parts[0][2] - parts[0][1]
+        if any(len(levels) != 1 or stop - start != num_rows for levels, start, stop in parts):
+            return None
+        levels = [levels[0] for levels, _, _ in parts]
+        buckets = {id(self._pool.bucket(self._site_name, level.name)) for level in levels}
+        if len(buckets) != 1:
+            return None
+        # In the order of their slots, neighbours are read without a copy.
+        bucket = self._pool.homes[self._site_name, levels[0].name]
+        p = bucket.stacked([level.name for level in levels])
+        entered = [
+            entrance.of(level.method, level.p)(xs[start:stop])
+            for level, entrance, (_, start, stop) in zip(levels, entrances, parts, strict=True)
+        ] if any(e.drops(level.method) for e, level in zip(entrances, levels, strict=True)) else None
+        whole = torch.cat(entered) if entered else entrances[0].of(levels[0].method, levels[0].p)(xs)
+        methods = [level.method for level in levels]
+        added = type(methods[0]).mixed(methods, p, self.base, whole.unflatten(0, (len(parts), num_rows)))  # type: ignore[attr-defined]
+        return None if added is None else added.flatten(0, 1)
+
+    def _mixed(self, split: Split, parts: list[tuple[list[Level], int, int]]) -> Tensor:
+        """Rows name different adapters of any kind: each part goes down through its levels, the layer runs once on
+        all (ranks that name different adapters must gather its weight equally often), each part goes up again."""
+        xs, samples = split.sorted(split.x), split.rows.samples
+        inputs = [_down(levels, xs[start:stop]) for levels, start, stop in parts]
+        y = self.base_layer(split.restored(split.unsorted(torch.cat([_as_given(lowest[0], xs) for lowest in inputs]))))
+        ys = split.sorted(y if split.length is None else y.unflatten(0, (-1, split.length)))
+        given = []
+        for (levels, start, stop), part_inputs in zip(parts, inputs, strict=True):
+            entrance = _Entrance(self, None if samples is None else split.sorted(samples)[start:stop])
+            given.append(_up(levels, part_inputs, ys[start:stop], entrance))
+        return split.restored(split.unsorted(torch.cat(given)))
+
+
+class _Entrance:
+    """How x enters an adapter's branch of a module: in the adapter's dtype, dropped out while training."""
+
+    def __init__(self, module: Adapted, samples: Tensor | None = None) -> None:
+        self.module, self.samples = module, samples
+
+    def drops(self, method: SiteMethod) -> bool:
+        return self.module.training and method.dropout > 0
+
+    def of(self, method: SiteMethod, p: dict[str, nn.Parameter]) -> Callable[[Tensor], Tensor]:
+        dtype = next(iter(p.values())).dtype
+
+        def enter(x: Tensor) -> Tensor:
+            if not x.is_floating_point():
+                return x
+            x = x.to(dtype)
+            if not self.drops(method):
+                return x
+            if self.samples is None:
+                return F.dropout(x, method.dropout)
+            rows = self.module._current.rows
+            assert rows is not None
+            return drop(x, method.dropout, self.samples, stream(rows.seed, rows.step, self.module._site_name))
+
+        return enter
+
+
+class _Framed:
+    """A layer behind adapters of another dtype: takes what it is given in its own, and remembers what it gives."""
+
+    def __init__(self, base: Layer, taken: torch.dtype) -> None:
+        self._base, self._taken = base, taken
+        self.given = taken
+
+    def __getattr__(self, attribute: str) -> Any:
+        return getattr(self._base, attribute)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y = self._base(x.to(self._taken))
+        self.given = y.dtype
+        return y
+
+
+def _as_given(x: Tensor, like: Tensor) -> Tensor:
+    return x.to(like.dtype)
+
+
+def _down(levels: list[Level], x: Tensor) -> list[Tensor]:
+    """What each level takes, the lowest first, and below it what the layer takes: levels + 1 tensors."""
+    inputs = [x]
+    for level in reversed(levels):
+        if isinstance(level.method, ActivationMethod):
+            x = level.method.before(level.p, level.under, x)
+        inputs.append(x)
+    return inputs[::-1]
+
+
+def _up(levels: list[Level], inputs: list[Tensor], y: Tensor, entrance: _Entrance) -> Tensor:
+    """What the adapted layer gives, from y, what the layer gave, in y's dtype."""
+    given = y.dtype
+    for level, x in zip(levels, inputs[1:], strict=True):
+        if isinstance(level.method, ActivationMethod):
+            y = level.method.after(level.p, level.under, y)
+        else:
+            y = y + level.method.added(level.p, level.under, entrance.of(level.method, level.p)(x))  # type: ignore[attr-defined]
+    return y.to(given)
+
+
+class Replaced(AdapterModule):
+    """A module that adapters replace by tensors of their own: `modules_to_save`.
+
+    Attributes:
+        original_module: the frozen module.
+    """
+
+    def __init__(self, module: nn.Module, name: str, pool: AdapterPool, current: Current) -> None:
+        super().__init__(pool, name, current)
+        self.original_module = module
+        # A copy without memory and without an engine's hooks, into which an adapter's tensors are put to run it.
+        self.__dict__["_shell"] = _shell(module)
+
+    def __getattr__(self, attribute: str) -> Any:
+        try:
+            return super().__getattr__(attribute)
+        except AttributeError:
+            return getattr(super().__getattr__("original_module"), attribute)
+
+    @property
+    def base_layer(self) -> nn.Module:
+        """The frozen module, under the name that `Adapted` gives it."""
+        return self.original_module
+
+    def train(self, mode: bool = True) -> Replaced:
+        self._shell.train(mode)
+        return super().train(mode)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        rows = self._current.rows
+        if self.disabled:
+            return self.original_module(*args, **kwargs)
+        if rows is None or rows.adapters is None:
+            return self._run(self.serving(None), args, kwargs)
+        choices = [(self.serving(s.adapter), s.start, s.stop) for s in rows.segments]
+        if len(choices) == 1:
+            return self._run(choices[0][0], args, kwargs)
+        return self._mixed(rows, choices, args, kwargs)
+
+    def _run(self, names: tuple[str, ...], args: tuple, kwargs: dict[str, Any]) -> Any:
+        if not names:
+            return self.original_module(*args, **kwargs)
+        p = self.tensors(names[-1])
+        dtype = next(iter(p.values())).dtype
+        wanted = [a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() else a for a in args]
+        y = functional_call(self._shell, p, tuple(wanted), kwargs)
+        same = args and isinstance(args[0], Tensor) and args[0].is_floating_point() and isinstance(y, Tensor)
+        return y.to(args[0].dtype) if same else y
+
+    def _mixed(self, rows: Rows, choices: list, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+        if len(args) != 1 or kwargs:
+            raise RowsError(f"{self._site_name}: rows can name different adapters only where a module takes one input.")
+        split = rows.of(Layer(self._shell, self._site_name).site, args[0], self._current.length)
+        xs = split.sorted(split.x)
+        # Once for all rows: ranks that name different adapters must gather a partitioned weight equally often.
+        apart = any(is_partitioned(t) for t in self.original_module.parameters())
+        bare = split.sorted(self.original_module(split.x)) if apart or any(not n for n, _, _ in choices) else None
+        pieces = [
+            self._run(names, (xs[start:stop],), {}) if names else bare[start:stop] for names, start, stop in choices
+        ]
+        return split.restored(split.unsorted(torch.cat(pieces)))
+
+
+def _shell(module: nn.Module) -> nn.Module:
+    empty = {
+        id(p): nn.Parameter(torch.empty(whole_shape(p), dtype=p.dtype, device="meta"), requires_grad=False)
+        for p in module.parameters()
+    }
+    shell = copy.deepcopy(module, memo=dict(empty))
+    for part in shell.modules():
+        part._forward_hooks.clear()
+        part._forward_pre_hooks.clear()
+        part._backward_hooks.clear()
+        part._backward_pre_hooks.clear()
+    return shell
+
+
+def is_replacing(method: Method) -> bool:
+    """Whether a method replaces a module's tensors and does not change a layer's weight."""
+    return isinstance(method, ReplaceMethod)

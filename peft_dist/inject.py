@@ -1,0 +1,234 @@
+"""Adapters into a base: chooses the layers, wraps them in place, makes room, fills, freezes the rest.
+
+Everything that can be refused is refused before the base is touched.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from peft_dist.adapted import Adapted, AdapterModule, Replaced
+from peft_dist.base_layer import Layer, door, has_door
+from peft_dist.config import PeftConfig, TargetedConfig
+from peft_dist.contract import Method, SiteMethod
+from peft_dist.errors import AdapterError, TargetError
+from peft_dist.methods.replace.modules_to_save import ModulesToSave
+from peft_dist.methods.weight.bias import BiasCopy
+from peft_dist.pool import AdapterPool
+from peft_dist.rows import BASE, Current
+from peft_dist.targets import HEAD_NAMES, BaseFacts, resolve, resolve_saved
+
+
+@dataclass
+class Adapters:
+    """What the adapters of one model share.
+
+    Attributes:
+        pool: their tensors. current: what the model runs now.
+    """
+
+    pool: AdapterPool = field(default_factory=AdapterPool)
+    current: Current = field(default_factory=Current)
+
+
+@dataclass
+class Place:
+    """Where a layer of the base hangs: `parent._modules[key]`, wrapped or not."""
+
+    name: str
+    parent: nn.Module
+    key: str
+    module: nn.Module
+
+    @property
+    def layer(self) -> nn.Module:
+        """The base's own layer."""
+        layer = self.module
+        while isinstance(layer, AdapterModule):
+            layer = layer.base_layer
+        return layer
+
+    def wrapper(self, kind: type[AdapterModule]) -> AdapterModule | None:
+        """The wrapper of this kind around the layer, where there is one."""
+        module = self.module
+        while isinstance(module, AdapterModule):
+            if isinstance(module, kind):
+                return module
+            module = module.base_layer
+        return None
+
+
+def places(model: nn.Module) -> dict[str, Place]:
+    """Every module of the base by its name in the bare base, wrappers looked through."""
+    return {place.name: place for place in _walk(model, "", set())}
+
+
+def _walk(module: nn.Module, prefix: str, seen: set[int]) -> Iterator[Place]:
+    for key, child in module._modules.items():
+        if child is None or id(child) in seen:
+            continue
+        seen.add(id(child))
+        name = f"{prefix}.{key}" if prefix else key
+        place = Place(name, module, key, child)
+        yield place
+        yield from _walk(place.layer, name, seen)
+
+
+def facts_of(model: nn.Module, found: dict[str, Place]) -> BaseFacts:
+    """What targets are chosen from."""
+    heads = set()
+    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    for name, place in found.items():
+        if output is not None and place.layer is _bare(output):
+            heads.add(name)
+        elif output is None and name in HEAD_NAMES:
+            heads.add(name)
+    kinds = {name: _kind(place.layer) for name, place in found.items()}
+    architecture = getattr(getattr(model, "config", None), "model_type", None)
+    return BaseFacts(type(model).__name__, kinds, frozenset(heads), architecture)
+
+
+def _bare(module: nn.Module) -> nn.Module:
+    while isinstance(module, AdapterModule):
+        module = module.base_layer
+    return module
+
+
+def _kind(layer: nn.Module) -> str:
+    if not has_door(layer):
+        return "module"
+    if isinstance(layer, nn.Embedding):
+        return "embedding"
+    return type(layer).__name__.lower() if isinstance(layer, nn.modules.conv._ConvNd) else "linear"
+
+
+def check_name(adapter: str, taken: Any) -> None:
+    """Whether an adapter may be called so.
+
+    Raises:
+        AdapterError: the name is empty, has a dot, is reserved, or is taken.
+    """
+    if not adapter or "." in adapter or adapter == BASE:
+        raise AdapterError(
+            f"adapter {adapter!r}: a name is not empty, has no '.', and is not '{BASE}'. Choose another."
+        )
+    if adapter in taken:
+        raise AdapterError(f"adapter {adapter!r}: the model has one of this name. Delete it first, or choose another.")
+
+
+def adapter_dtype(base: Layer, autocast: bool) -> torch.dtype:
+    """The dtype of an adapter's tensors on a layer: the layer's, or fp32 for half precision and below."""
+    dtype = base.dtype
+    return torch.float32 if dtype.itemsize == 1 or (autocast and dtype.itemsize < 4) else dtype
+
+
+def inject(
+    model: nn.Module,
+    config: PeftConfig,
+    adapter: str,
+    adapters: Adapters,
+    *,
+    autocast_adapter_dtype: bool = True,
+    low_cpu_mem_usage: bool = False,
+    start: bool = True,
+) -> list[str]:
+    """Puts an adapter on the base in place; a collective where a start reads partitioned weights.
+
+    Args:
+        low_cpu_mem_usage: makes the adapter's tensors on meta; whoever loads them gives them memory.
+        start: fills the tensors; False where a checkpoint will.
+
+    Returns:
+        names of the layers it sits on.
+
+    Raises:
+        TargetError: targets match nothing, or a layer that cannot be adapted.
+    """
+    found = places(model)
+    facts = facts_of(model, found)
+    chosen: list[tuple[Place, type[AdapterModule], Layer, Method]] = []
+    targets: list[str] = []
+    if isinstance(config, TargetedConfig):
+        assert isinstance(config, SiteMethod)
+        targets = resolve(config, facts)
+        for name in targets:
+            chosen.append((found[name], Adapted, door(found[name].layer, name), config))
+    saved = resolve_saved(getattr(config, "modules_to_save", None), facts)
+    for name in saved:
+        layer = found[name].layer
+        if any(isinstance(part, AdapterModule) for part in layer.modules()):
+            raise TargetError(f"modules_to_save: {name!r} holds layers that other adapters sit on. Name its layers.")
+        if any(True for _ in layer.buffers()):
+            warnings.warn(f"modules_to_save: buffers of {name!r} stay the base's.", stacklevel=3)
+        if any(True for _ in layer.parameters()):
+            chosen.append((found[name], Replaced, Layer(layer, name), ModulesToSave()))
+    if getattr(config, "bias", "none") == "all":
+        within = tuple(f"{name}." for name in saved)
+        for name, place in found.items():
+            bias = place.layer._parameters.get("bias")
+            if bias is not None and name not in (*targets, *saved) and not name.startswith(within or ("\0",)):
+                base = door(place.layer, name) if has_door(place.layer) else Layer(place.layer, name)
+                chosen.append((place, Adapted, base, BiasCopy()))
+    # Asked once before anything is touched: a method may refuse a layer.
+    for _, _, base, method in chosen:
+        method.params(base.site)  # type: ignore[attr-defined]
+    freeze(model)
+    for place, kind, base, method in chosen:
+        wrapper = place.wrapper(kind) or _wrap(place, kind, base, adapters)
+        device = torch.device("meta") if low_cpu_mem_usage else base.device
+        wrapper.add(adapter, method, base, adapter_dtype(base, autocast_adapter_dtype), device)
+        if start and not low_cpu_mem_usage:
+            wrapper.start(adapter, base)
+    return targets
+
+
+def _wrap(place: Place, kind: type[AdapterModule], base: Layer, adapters: Adapters) -> AdapterModule:
+    if kind is Adapted and isinstance(place.module, Replaced):
+        inner = Adapted(place.layer, place.name, adapters.pool, adapters.current, base)
+        place.module.original_module = inner
+        wrapper: AdapterModule = inner
+    else:
+        if kind is Adapted:
+            wrapper = Adapted(place.module, place.name, adapters.pool, adapters.current, base)
+        else:
+            wrapper = Replaced(place.module, place.name, adapters.pool, adapters.current)
+        place.parent._modules[place.key] = wrapper
+        place.module = wrapper
+    wrapper.train(base.layer.training)
+    return wrapper
+
+
+def freeze(model: nn.Module) -> None:
+    """The base's own parameters get no gradient; adapters' are left as they are."""
+    theirs = {
+        id(p)
+        for module in model.modules()
+        if isinstance(module, AdapterModule)
+        for adapter in module.adapters
+        for p in module.tensors(adapter).values()
+    }
+    for parameter in model.parameters():
+        if id(parameter) not in theirs:
+            parameter.requires_grad_(False)
+
+
+def adapter_modules(model: nn.Module) -> Iterator[tuple[str, AdapterModule]]:
+    """(name in the bare base, wrapper) of every wrapped layer."""
+    for place in places(model).values():
+        module = place.module
+        while isinstance(module, AdapterModule):
+            yield place.name, module
+            module = module.base_layer
+
+
+def remove_wrappers(model: nn.Module) -> None:
+    """Puts the base's own layers back in the place of their wrappers."""
+    for place in places(model).values():
+        if isinstance(place.module, AdapterModule):
+            place.parent._modules[place.key] = place.layer

@@ -1,0 +1,88 @@
+"""(IA)^3: y = l * (W x + b), or W (l * x) + b in feed-forward layers.
+
+Liu et al. 2022, arXiv:2205.05638.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from peft_dist import starts
+from peft_dist.config import TargetedConfig
+from peft_dist.contract import ActivationMethod, BaseLayer, Param, Params, Site
+from peft_dist.errors import BaseLayerError, ConfigError
+from peft_dist.targets import ends_in
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass
+class IA3Config(TargetedConfig, ActivationMethod):
+    """HF PEFT's IA3Config.
+
+    Args:
+        feedforward_modules: which targets are scaled at their input: suffixes, or one regular expression; a subset of
+            the targets.
+        fan_in_fan_out: the weight is stored (in, out); known from the layer, kept for checkpoints.
+        init_ia3_weights: True: start at 1, which changes nothing; False: at random.
+    """
+
+    feedforward_modules: list[str] | str | None = None
+    fan_in_fan_out: bool = False
+    init_ia3_weights: bool = True
+
+    prefix: ClassVar[str] = "ia3_"
+    without_effect: ClassVar[dict[str, Any]] = {}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = "IA3"
+        forward = self.feedforward_modules
+        if isinstance(forward, (list, tuple, set, frozenset)):
+            self.feedforward_modules = forward = sorted(forward)
+        outside = [n for n in forward if n not in self.target_modules] if self._both_lists() else []  # type: ignore[operator, union-attr]
+        if outside:
+            raise ConfigError(
+                f"IA3Config.feedforward_modules: {outside[0]!r} is not in target_modules; it must be a subset of them."
+            )
+
+    def _both_lists(self) -> bool:
+        return isinstance(self.feedforward_modules, list) and isinstance(self.target_modules, list)
+
+    def is_feedforward(self, site: Site) -> bool:
+        """Whether `site` is scaled at its input."""
+        return ends_in(self.feedforward_modules or [], site.name)
+
+    def params(self, site: Site) -> dict[str, Param]:
+        if site.kind == "embedding":
+            raise BaseLayerError(f"{site.name}: IA3 scales channels; it cannot sit on an embedding. Leave it out.")
+        start = starts.ones if self.init_ia3_weights else starts.normal
+        ones = (1,) * len(site.kernel)
+        if self.is_feedforward(site):
+            channels = site.in_ if not site.kernel else site.tensors[0][1][1]
+            return {"l": Param("ia3_l", ("1", "in", *map(str, ones)), (1, channels, *ones), start)}
+        if site.kernel:
+            return {"l": Param("ia3_l", ("1", "out", *map(str, ones)), (1, site.out, *ones), start)}
+        return {"l": Param("ia3_l", ("out", "1"), (site.out, 1), start)}
+
+    def _scale(self, p: Params, site: Site) -> Tensor:
+        return p["l"] if site.kernel else p["l"].flatten()
+
+    def before(self, p: Params, base: BaseLayer, x: Tensor) -> Tensor:
+        return x * self._scale(p, base.site) if self.is_feedforward(base.site) else x
+
+    def after(self, p: Params, base: BaseLayer, y: Tensor) -> Tensor:
+        return y if self.is_feedforward(base.site) else y * self._scale(p, base.site)
+
+    def delta(self, p: Params, base: BaseLayer) -> Tensor:
+        W, shift = base.weight(), p["l"].flatten() - 1
+        if not self.is_feedforward(base.site):
+            return shift[:, None] * W
+        return W * shift.repeat_interleave(W.shape[1] // len(shift))
+
+    def bias_delta(self, p: Params, base: BaseLayer) -> Tensor | None:
+        if self.is_feedforward(base.site) or not base.site.bias:
+            return None
+        return (p["l"].flatten() - 1) * base.bias()

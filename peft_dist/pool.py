@@ -1,0 +1,231 @@
+"""The one storage of adapter tensors.
+
+For each site, method and shape one array (slots, ...) per tensor, grown by doubling; an adapter owns a slot, and
+its Parameters are views of it. A batch that mixes adapters reads the arrays as they are. The Parameters are the
+truth: whoever moves one elsewhere (`.to`, `deepcopy`, an engine that flattens) is noticed by its data pointer,
+and its values are taken from where they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peft_dist.contract import Param
+
+
+class Bucket:
+    """The adapters of one method and one set of shapes at one site.
+
+    Attributes:
+        arrays: name -> (slots, ...).
+        owners: per slot the adapter's name, or None where it is free.
+        held: per slot the Parameters that are meant to be views of it.
+    """
+
+    def __init__(self, like: Mapping[str, Tensor]) -> None:
+        self.arrays = {name: t.new_zeros((0, *t.shape)) for name, t in like.items()}
+        self.owners: list[str | None] = []
+        self.held: list[dict[str, nn.Parameter]] = []
+
+    def take(self, adapter: str, parameters: dict[str, nn.Parameter]) -> None:
+        """Moves the values of `parameters` into a free slot and makes them views of it."""
+        if None not in self.owners:
+            self._grow()
+        slot = self.owners.index(None)
+        self.owners[slot], self.held[slot] = adapter, parameters
+        for name, parameter in parameters.items():
+            view = self.arrays[name][slot]
+            view.copy_(parameter.detach())
+            parameter.data = view
+
+    def release(self, adapter: str) -> None:
+        """Frees the adapter's slot; its Parameters keep a copy of their own."""
+        slot = self.owners.index(adapter)
+        for parameter in self.held[slot].values():
+            if self._is_view(slot, parameter):
+                parameter.data = parameter.data.clone()
+        self.owners[slot], self.held[slot] = None, {}
+
+    def stacked(self, adapters: Sequence[str]) -> dict[str, Tensor]:
+        """Name -> (k, ...), the tensors of the named adapters; a gradient reaches each Parameter itself."""
+        slots = [self.owners.index(adapter) for adapter in adapters]
+        return {name: self._stack(name, slots) for name in self.arrays}
+
+    def _stack(self, name: str, slots: list[int]) -> Tensor:
+        parameters = [self.held[slot][name] for slot in slots]
+        if not all(self._is_view(slot, p, name) for slot, p in zip(slots, parameters, strict=True)):
+            return torch.stack(list(parameters))
+        array, first = self.arrays[name], slots[0]
+        neighbours = slots == list(range(first, first + len(slots)))
+        values = array[first : first + len(slots)] if neighbours else array[slots]
+        return _Stack.apply(values, *parameters)
+
+    def _is_view(self, slot: int, parameter: nn.Parameter, name: str | None = None) -> bool:
+        name = name or next(key for key, p in self.held[slot].items() if p is parameter)
+        place = self.arrays[name]
+        return (
+            parameter.dtype == place.dtype
+            and parameter.device == place.device
+            and parameter.data_ptr() == place.data_ptr() + slot * place.stride(0) * place.element_size()
+        )
+
+    def _grow(self) -> None:
+        more = max(1, len(self.owners))
+        old = self.arrays
+        at_home = [
+            {name for name, p in held.items() if self._is_view(slot, p, name)} for slot, held in enumerate(self.held)
+        ]
+        self.arrays = {name: torch.cat([a, a.new_zeros((more, *a.shape[1:]))]) for name, a in old.items()}
+        for slot, names in enumerate(at_home):
+            for name in names:
+                self.held[slot][name].data = self.arrays[name][slot]
+        self.owners += [None] * more
+        self.held += [{} for _ in range(more)]
+
+
+class _Stack(torch.autograd.Function):
+    """values (k, ...), which are the k parameters' own memory; hands each its part of the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, *parameters: Tensor) -> Tensor:
+        return values.view_as(values)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return None, *gradient.unbind(0)
+
+
+class AdapterPool:
+    """Every bucket of one model, by (site, method, shapes, dtype, device)."""
+
+    def __init__(self) -> None:
+        self.buckets: dict[tuple, Bucket] = {}
+        self.homes: dict[tuple[str, str], Bucket] = {}
+
+    def take(self, site: str, method: str, adapter: str, parameters: dict[str, nn.Parameter]) -> None:
+        """Gives the adapter a slot at `site`; its Parameters become views of the pool. Again for one that is in:
+        moves it to where its Parameters' dtype and device are now."""
+        self.release(site, adapter)
+        shapes = tuple((name, tuple(p.shape), p.dtype, p.device) for name, p in parameters.items())
+        bucket = self.buckets.setdefault((site, method, shapes), Bucket(parameters))
+        bucket.take(adapter, parameters)
+        self.homes[site, adapter] = bucket
+
+    def release(self, site: str, adapter: str) -> None:
+        """Frees the adapter's slot at `site`, where it has one."""
+        bucket = self.homes.pop((site, adapter), None)
+        if bucket is not None:
+            bucket.release(adapter)
+            if not any(bucket.owners):
+                self.buckets = {key: b for key, b in self.buckets.items() if b is not bucket}
+
+    def bucket(self, site: str, adapter: str) -> Bucket | None:
+        """Where the adapter's tensors at `site` are; adapters of one bucket can be stacked."""
+        return self.homes.get((site, adapter))
+
+    @property
+    def num_bytes(self) -> int:
+        """What the arrays take, free slots counted."""
+        return sum(a.nbytes for bucket in self.buckets.values() for a in bucket.arrays.values())
+
+
+class Tensors(nn.Module):
+    """A leaf that holds what hangs below an adapter's name: `lora_A.NAME` with its `.weight`."""
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}{tuple(p.shape)}" for name, p in self._parameters.items() if p is not None)
+
+
+class PooledModule(nn.Module):
+    """A module on which adapters' tensors hang under HF PEFT's names, and live in the pool."""
+
+    def __init__(self, pool: AdapterPool, site_name: str) -> None:
+        super().__init__()
+        self._pool = pool
+        self._site_name = site_name
+        # adapter -> method's tensor name -> (the module's dictionary that holds it, its key there)
+        self._places: dict[str, dict[str, tuple[dict[str, Any], str]]] = {}
+        self._wanted: dict[str, dict[str, Param]] = {}
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """The adapters that have tensors here, in the order they were added."""
+        return tuple(self._places)
+
+    def wanted(self, adapter: str) -> dict[str, Param]:
+        """What the adapter's method asked for here, by the method's own names."""
+        return self._wanted.get(adapter, {})
+
+    def tensors(self, adapter: str) -> dict[str, nn.Parameter]:
+        """The adapter's Parameters here, by the method's own names."""
+        return {name: held[key] for name, (held, key) in self._places[adapter].items()}
+
+    def hold(self, adapter: str, method: str, wanted: dict[str, Param], dtype: torch.dtype, device: Any) -> None:
+        """Makes room for the adapter's tensors, unfilled, zero."""
+        self._wanted[adapter] = wanted
+        places: dict[str, tuple[dict[str, Any], str]] = {}
+        for name, param in wanted.items():
+            parameter = nn.Parameter(torch.empty(param.shape, dtype=dtype, device=device), param.trainable)
+            places[name] = _hang(self, param.key, adapter, parameter)
+        self._places[adapter] = places
+        self._pool.take(self._site_name, method, adapter, self.tensors(adapter))
+
+    def drop(self, adapter: str) -> None:
+        """Removes the adapter's tensors."""
+        self._pool.release(self._site_name, adapter)
+        for param in self._wanted.pop(adapter).values():
+            first, _, _ = param.key.partition(".")
+            holder = getattr(self, first, None)
+            if holder is not None and adapter in holder:
+                del holder[adapter]
+            if holder is not None and not len(holder):
+                delattr(self, first)
+        del self._places[adapter]
+
+    def materialise(self, adapter: str, device: Any) -> None:
+        """Gives tensors that rest on meta real memory on `device`, unfilled; others stay as they are."""
+        if not any(p.is_meta for p in self.tensors(adapter).values()):
+            return
+        for held, key in self._places[adapter].values():
+            if held[key].is_meta:
+                held[key] = nn.Parameter(torch.empty_like(held[key], device=device), held[key].requires_grad)
+        self._take_in(adapter)
+
+    def _take_in(self, adapter: str) -> None:
+        method = self._pool.homes[self._site_name, adapter]
+        family = next(key[1] for key, bucket in self._pool.buckets.items() if bucket is method)
+        self._pool.take(self._site_name, family, adapter, self.tensors(adapter))
+
+    def _apply(self, fn: Any, recurse: bool = True) -> PooledModule:
+        before = {a: {n: (p.data_ptr(), p.dtype, p.device) for n, p in self.tensors(a).items()} for a in self._places}
+        super()._apply(fn, recurse)
+        for adapter, old in before.items():
+            now = {n: (p.data_ptr(), p.dtype, p.device) for n, p in self.tensors(adapter).items()}
+            if now != old:
+                self._take_in(adapter)
+        return self
+
+
+def _hang(module: nn.Module, key: str, adapter: str, parameter: nn.Parameter) -> tuple[dict[str, Any], str]:
+    """Hangs `parameter` on `module` under `key`, the adapter's name after its first part."""
+    first, _, rest = key.partition(".")
+    if not hasattr(module, first):
+        setattr(module, first, nn.ModuleDict() if rest else nn.ParameterDict())
+    holder = getattr(module, first)
+    if not rest:
+        holder[adapter] = parameter
+        return holder._parameters, adapter
+    if adapter not in holder:
+        holder[adapter] = Tensors()
+    node = holder[adapter]
+    *between, last = rest.split(".")
+    for part in between:
+        if part not in node._modules:
+            node.add_module(part, Tensors())
+        node = node._modules[part]
+    node.register_parameter(last, parameter)
+    return node._parameters, last

@@ -1,0 +1,189 @@
+"""Which adapter serves which part of an input, and which mask dropout draws there.
+
+A mask is a function of (seed, step, the sample's index in the global batch, site, position, channel) alone: it
+does not depend on the rank, on what else is in the batch, on padding to the right, on the device, or on whether
+the forward is a recomputation under gradient checkpointing.
+"""
+
+from __future__ import annotations
+
+import functools
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from peft_dist.contract import Site
+from peft_dist.errors import RowsError
+
+BASE = "__base__"
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Neighbouring rows, in sorted order, that one choice of adapters serves; None stands for the active ones."""
+
+    adapter: str | None
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """What the rows of one batch are, for the time of `model.using(rows)`.
+
+    Args:
+        adapters: for each sequence an adapter's name, `"__base__"` for the bare base, or None for the active
+            adapters; None as a whole: the active adapters serve all.
+        samples: (B,) each sequence's index in the global batch, int64. With it dropout is stateless; without it,
+            torch's generator draws the masks.
+        seed: of the run. step: the optimizer step.
+    """
+
+    adapters: Sequence[str | None] | None = None
+    samples: Tensor | None = None
+    seed: int = 0
+    step: int = 0
+    segments: tuple[Segment, ...] = field(init=False, repr=False)
+    order: list[int] | None = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.adapters is not None and self.samples is not None and len(self.adapters) != len(self.samples):
+            raise RowsError(
+                f"Rows: {len(self.adapters)} adapters for {len(self.samples)} samples. Give one of each per sequence."
+            )
+        order, segments = _sorted_segments(self.adapters) if self.adapters is not None else (None, ())
+        object.__setattr__(self, "segments", segments)
+        object.__setattr__(self, "order", order)
+
+    @property
+    def num(self) -> int | None:
+        """How many sequences these rows are; None where nothing says so."""
+        if self.adapters is not None:
+            return len(self.adapters)
+        return None if self.samples is None else len(self.samples)
+
+    def of(self, site: Site, x: Tensor, length: int | None) -> Split:
+        """How these rows divide x (rows, ...), the input of `site`.
+
+        One row that all share (a position table's) is broadcast first; (rows x length, ...) is taken apart, where
+        `length` is the number of positions of the model's input.
+
+        Raises:
+            RowsError: x is none of these; names the site.
+        """
+        num = self.num
+        if num is None or x.shape[0] == num:
+            return Split(self, x, None)
+        if x.shape[0] == 1:
+            return Split(self, x.expand(num, *x.shape[1:]), None)
+        if length is not None and x.shape[0] == num * length:
+            return Split(self, x.unflatten(0, (num, length)), length)
+        raise RowsError(
+            f"{site.name}: its input has {x.shape[0]} rows, but the batch has {num} sequences"
+            + (f" of {length} positions" if length else "")
+            + ". Rows cannot tell which adapter serves which part of it; run one adapter at a time."
+        )
+
+
+def _sorted_segments(adapters: Sequence[str | None]) -> tuple[list[int] | None, tuple[Segment, ...]]:
+    names = list(dict.fromkeys(adapters))
+    order = sorted(range(len(adapters)), key=lambda row: names.index(adapters[row]))
+    segments, start = [], 0
+    for name in names:
+        stop = start + sum(1 for a in adapters if a == name)
+        segments.append(Segment(name, start, stop))
+        start = stop
+    return (None if order == list(range(len(adapters))) else order), tuple(segments)
+
+
+@dataclass(frozen=True)
+class Split:
+    """An input x (rows, ...) of a site, one row per sequence, and the way back to the site's own shape."""
+
+    rows: Rows
+    x: Tensor
+    length: int | None
+
+    def sorted(self, x: Tensor) -> Tensor:
+        """x with the rows of each adapter side by side."""
+        return x if self.rows.order is None else x[self.rows.order]
+
+    def unsorted(self, y: Tensor) -> Tensor:
+        """y (rows, ...) in the order of the batch again."""
+        order = self.rows.order
+        if order is None:
+            return y
+        back = [0] * len(order)
+        for place, row in enumerate(order):
+            back[row] = place
+        return y[back]
+
+    def restored(self, y: Tensor) -> Tensor:
+        """y (rows, ...) in the shape that the site's input had."""
+        return y if self.length is None else y.flatten(0, 1)
+
+
+@dataclass
+class Current:
+    """What a model is running now; one object, shared by all its adapted modules.
+
+    A plain attribute and not a context variable: autograd recomputes checkpointed layers in threads of its own.
+
+    Args:
+        rows: of the batch, or None.
+        length: positions of the model's input, where known.
+    """
+
+    rows: Rows | None = None
+    length: int | None = None
+
+
+def drop(x: Tensor, p: float, samples: Tensor, key: tuple[int, int]) -> Tensor:
+    """x (rows, ..., channels) with a share p of its elements zero and the rest scaled by 1 / (1 - p)."""
+    keep = keep_mask(tuple(x.shape), p, samples.to(x.device), key)
+    return x.mul(keep).mul_(1 / (1 - p))
+
+
+def keep_mask(shape: tuple[int, ...], p: float, samples: Tensor, key: tuple[int, int]) -> Tensor:
+    """The boolean mask of elements that stay: shape (rows, ..., channels), samples (rows,) int64."""
+    device = samples.device
+    row = _mixed(samples.to(torch.int32) * _A + key[0])
+    positions = torch.Size(shape[1:-1]).numel()
+    place = _mixed(row[:, None] + torch.arange(positions, dtype=torch.int32, device=device) * _B)
+    channel = _mixed(torch.arange(shape[-1], dtype=torch.int32, device=device) * _C + key[1])
+    bits = _mixed(place[:, :, None] ^ channel)
+    return (bits >= int(p * 2**32) - 2**31).view(shape)
+
+
+@functools.lru_cache(maxsize=4096)
+def stream(seed: int, step: int, site: str) -> tuple[int, int]:
+    """Two 32-bit keys, signed, of the random stream of one site at one step."""
+    z = (seed * 0x9E3779B97F4A7C15 + step * 0xD1B54A32D192ED03 + zlib.crc32(site.encode())) & _64
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        z = ((z ^ (z >> shift)) * factor) & _64
+    z ^= z >> 31
+    return _signed(z & 0xFFFFFFFF), _signed(z >> 32)
+
+
+def _mixed(h: Tensor) -> Tensor:
+    """A bijection of int32 in which each bit of the argument reaches the upper bits of the result; in place.
+
+    Two rounds of xor-shift and multiply, after murmur3's finaliser; arithmetic shifts, wrapping products."""
+    h ^= h >> 15
+    h *= _M1
+    h ^= h >> 13
+    h *= _M2
+    h ^= h >> 16
+    return h
+
+
+def _signed(value: int) -> int:
+    return value - 2**32 if value >= 2**31 else value
+
+
+_64 = 2**64 - 1
+_A, _B, _C = _signed(0x9E3779B1), _signed(0x85EBCA77), _signed(0xC2B2AE3D)
+_M1, _M2 = _signed(0x85EBCA6B), _signed(0xC2B2AE35)

@@ -1,0 +1,43 @@
+"""Named initialisers: each fills a tensor in place. Imports torch when first called."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from peft_dist.lazy import lazy
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+torch = lazy("torch")
+
+
+def zeros(t: Tensor) -> Tensor:
+    """All zeros."""
+    return t.zero_()
+
+
+def ones(t: Tensor) -> Tensor:
+    """All ones."""
+    return t.fill_(1.0)
+
+
+def normal(t: Tensor) -> Tensor:
+    """The standard normal distribution."""
+    return t.normal_()
+
+
+def gaussian(r: int):
+    """Normal with standard deviation 1/r, as LoRA's `gaussian` start has it."""
+    return lambda t: t.normal_(std=1 / r)
+
+
+def kaiming_uniform(t: Tensor) -> Tensor:
+    """Kaiming uniform with a = sqrt(5), which is torch's own start of a linear layer."""
+    return torch.nn.init.kaiming_uniform_(t, a=math.sqrt(5))
+
+
+def inherit(t: Tensor) -> Tensor:
+    """Nothing: `start_from_base` fills it."""
+    return t

@@ -1,0 +1,258 @@
+"""Which layers of a base a config means, by HF PEFT's rules; says what matched and what did not. Imports no torch."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from peft_dist.errors import TargetError, closest
+
+ALL_LINEAR = "all-linear"
+
+_Q_V = ("q_proj", "v_proj")
+_QUERY_VALUE = ("query", "value")
+# The targets of an architecture (`config.model_type`) where a config names none: HF PEFT's tables.
+DEFAULT_TARGETS: dict[str, dict[str, Sequence[str] | str]] = {
+    "LORA": {
+        **dict.fromkeys(("t5", "mt5"), ("q", "v")),
+        **dict.fromkeys(
+            "bart opt gptj gpt_neo llama llama4 mistral mixtral stablelm gemma gemma2 gemma3_text qwen2 qwen3".split(),
+            _Q_V,
+        ),
+        **dict.fromkeys("bert roberta xlm-roberta electra layoutlm".split(), _QUERY_VALUE),
+        **dict.fromkeys(
+            "bloom gpt_neox chatglm RefinedWebModel RefinedWeb falcon".split(), ("query_key_value",)
+        ),
+        **dict.fromkeys(("gpt2", "gpt_bigcode"), ("c_attn",)),
+        "blip-2": ("q", "v", "q_proj", "v_proj"),
+        "deberta-v2": ("query_proj", "value_proj"),
+        "deberta": ("in_proj",),
+        "mpt": ("Wqkv",),
+        "btlm": ("c_proj", "c_attn"),
+        "codegen": ("qkv_proj",),
+        "phi": ("q_proj", "v_proj", "fc1", "fc2"),
+        "gemma4": r".*language_model\..*\.(q_proj|v_proj)",
+        "nemotron_h": ("q_proj", "k_proj", "v_proj", "o_proj"),
+        "rwkv": ("key", "value", "receptance", "output"),
+        "rwkv7": ("r_proj", "k_proj", "v_proj", "o_proj", "key", "value"),
+    },
+    "IA3": {
+        "t5": ("k", "v", "wo"),
+        "mt5": ("k", "v", "wi_1"),
+        **dict.fromkeys(("gpt2", "gpt_bigcode"), ("c_attn", "mlp.c_proj")),
+        "bloom": ("query_key_value", "mlp.dense_4h_to_h"),
+        **dict.fromkeys(("roberta", "bert"), ("key", "value", "output.dense")),
+        "opt": ("q_proj", "k_proj", "fc2"),
+        "gptj": ("q_proj", "v_proj", "fc_out"),
+        **dict.fromkeys(
+            ("gpt_neox", "RefinedWebModel", "RefinedWeb", "falcon"), ("query_key_value", "dense_4h_to_h")
+        ),
+        "gpt_neo": ("q_proj", "v_proj", "c_proj"),
+        "bart": ("q_proj", "v_proj", "fc2"),
+        **dict.fromkeys(("llama", "mistral"), ("k_proj", "v_proj", "down_proj")),
+        **dict.fromkeys("llama4 gemma gemma2 gemma3_text qwen2 qwen3".split(), ("q_proj", "v_proj", "down_proj")),
+        "mixtral": ("k_proj", "v_proj", "w2"),
+        "deberta-v2": ("key_proj", "value_proj", "output.dense"),
+        "deberta": ("in_proj", "output.dense"),
+        "phi": ("q_proj", "v_proj", "fc2"),
+    },
+}
+# Of those, the ones that IA3 scales at their input.
+DEFAULT_FEEDFORWARD: dict[str, Sequence[str]] = {
+    "t5": ("wo",),
+    "mt5": (),
+    **dict.fromkeys(("gpt2", "gpt_bigcode"), ("mlp.c_proj",)),
+    "bloom": ("mlp.dense_4h_to_h",),
+    **dict.fromkeys(("roberta", "bert", "deberta-v2", "deberta"), ("output.dense",)),
+    **dict.fromkeys(("opt", "bart", "phi"), ("fc2",)),
+    "gptj": ("fc_out",),
+    **dict.fromkeys(("gpt_neox", "RefinedWebModel", "RefinedWeb", "falcon"), ("dense_4h_to_h",)),
+    "gpt_neo": ("c_proj",),
+    **dict.fromkeys("llama llama4 mistral gemma gemma2 gemma3_text qwen2 qwen3".split(), ("down_proj",)),
+    "mixtral": ("w2",),
+}
+
+
+@dataclass(frozen=True)
+class BaseFacts:
+    """What targets are chosen from.
+
+    Args:
+        name: the base's class.
+        layers: every module's dotted name -> what it is: `linear`, `embedding`, `conv1d`, ... or `module`.
+        heads: names of output embeddings and classifier heads, which `all-linear` leaves out.
+        architecture: `config.model_type`, or None.
+    """
+
+    name: str
+    layers: Mapping[str, str]
+    heads: frozenset[str] = field(default_factory=frozenset)
+    architecture: str | None = None
+
+
+def resolve(config: Any, facts: BaseFacts) -> list[str]:
+    """Names of the layers that `config` means, in the base's order.
+
+    Sets `config.target_modules` where it was None or `all-linear`, to what it came to.
+
+    Raises:
+        TargetError: they match nothing, or a module that has no weight matrix.
+    """
+    _fill_defaults(config, facts)
+    if is_all_linear(config.target_modules):
+        chosen = [name for name, kind in facts.layers.items() if kind == "linear" and name not in facts.heads]
+        chosen = [name for name in chosen if not _is_left_out(config, name)]
+        if not chosen:
+            raise TargetError(f"targets: 'all-linear' matched none: {facts.name} has no linear layer that is left in.")
+        config.target_modules = _shortest(chosen, facts)
+        return chosen
+    matched = [name for name in facts.layers if name and _is_target(config, name)]
+    if not matched:
+        raise TargetError(_nothing_matched(config, facts))
+    for name in matched:
+        if facts.layers[name] == "module":
+            raise TargetError(
+                f"targets: {name!r} of {facts.name} is a container or a layer without a weight matrix, so no adapter "
+                "fits on it. Name the linear, embedding or convolution layers in it."
+            )
+    if not isinstance(config.target_modules, str):
+        _warn_of_unmatched(
+            [target for target in config.target_modules if not any(ends_in([target], n) for n in matched)],
+            "target_modules",
+            facts,
+        )
+    for field_name in ("rank_pattern", "alpha_pattern"):
+        pattern = getattr(config, field_name, None) or {}
+        _warn_of_unmatched(
+            [key for key in pattern if not any(by_pattern({key: True}, n, False) for n in matched)], field_name, facts
+        )
+    return matched
+
+
+def resolve_saved(names: Sequence[str] | None, facts: BaseFacts) -> list[str]:
+    """Names of the modules that `modules_to_save` means: whole names or suffixes, none inside another.
+
+    Raises:
+        TargetError: a name matches nothing.
+    """
+    chosen: list[str] = []
+    for wanted in names or ():
+        found = [name for name in facts.layers if ends_in([wanted], name)]
+        if not found and not wanted_of_a_head(wanted):
+            near = closest(wanted, {name.rpartition(".")[2] for name in facts.layers if name})
+            raise TargetError(
+                f"modules_to_save: {wanted!r} matched no module of {facts.name}."
+                + (f" Similar: {near[0]!r}." if near else "")
+            )
+        chosen += [name for name in found if name not in chosen]
+    return [name for name in chosen if not any(name.startswith(f"{outer}.") for outer in chosen)]
+
+
+def wanted_of_a_head(name: str) -> bool:
+    """Whether it is one of the names that task classes add for whichever head the base has."""
+    return name in HEAD_NAMES
+
+
+# The names that classifier heads go by; the task classes train them whole.
+HEAD_NAMES = ("classifier", "score", "qa_outputs")
+
+
+def is_all_linear(targets: Sequence[str] | str | None) -> bool:
+    """Whether targets are the shorthand for every linear layer."""
+    return isinstance(targets, str) and targets.lower() == ALL_LINEAR
+
+
+def ends_in(targets: Sequence[str] | str, name: str) -> bool:
+    """Whether `name` is one of `targets` or ends in `.` and one; a str is a regular expression over all of it."""
+    if isinstance(targets, str):
+        return re.fullmatch(targets, name) is not None
+    return name in targets or any(name.endswith(f".{target}") for target in targets)
+
+
+def by_pattern(pattern: Mapping[str, Any], name: str, default: Any) -> Any:
+    """The value of the first key that matches the end of `name` as a regular expression, from a dot on."""
+    for key, value in pattern.items():
+        if re.match(rf"(.*\.)?({key})$", name):
+            return value
+    return default
+
+
+def _fill_defaults(config: Any, facts: BaseFacts) -> None:
+    if config.target_modules is not None:
+        return
+    known = DEFAULT_TARGETS.get(config.peft_type, {})
+    if facts.architecture not in known:
+        raise TargetError(
+            f"targets: target_modules is not given, and {facts.architecture or facts.name!r} has no usual ones. Name "
+            "the layers, or say 'all-linear'."
+        )
+    usual = known[facts.architecture]
+    config.target_modules = usual if isinstance(usual, str) else list(usual)
+    if config.peft_type == "IA3" and config.feedforward_modules is None:
+        config.feedforward_modules = list(DEFAULT_FEEDFORWARD[facts.architecture])
+
+
+def _is_left_out(config: Any, name: str) -> bool:
+    if config.exclude_modules and ends_in(config.exclude_modules, name):
+        return True
+    # What is trained whole is not adapted too.
+    return any(re.match(rf"(^|.*\.){saved}($|\..*)", name) for saved in config.modules_to_save or ())
+
+
+def _is_target(config: Any, name: str) -> bool:
+    if _is_left_out(config, name) or not ends_in(config.target_modules, name):
+        return False
+    wanted = getattr(config, "layers_to_transform", None)
+    if isinstance(config.target_modules, str) or name in config.target_modules or wanted is None or wanted == []:
+        return True
+    index = _layer_index(name, config.layers_pattern)
+    return index is not None and index in ([wanted] if isinstance(wanted, int) else wanted)
+
+
+def _layer_index(name: str, patterns: Sequence[str] | str | None) -> int | None:
+    patterns = [patterns] if isinstance(patterns, str) else list(patterns or ())
+    # The first numbered part is the layer's; an expert's number comes later.
+    wholes = [rf"(?:^|.*?\.){pattern}\.(\d+)\." for pattern in patterns] or [r".*?\.[^.]*\.(\d+)\."]
+    for whole in wholes:
+        found = re.match(whole, name)
+        if found:
+            return int(found[1])
+    return None
+
+
+def _shortest(chosen: list[str], facts: BaseFacts) -> list[str]:
+    """The last parts of the names where they mean just these layers, else the names."""
+    ends = list(dict.fromkeys(name.rpartition(".")[2] for name in chosen))
+    return ends if [name for name in facts.layers if name and ends_in(ends, name)] == chosen else chosen
+
+
+def _nothing_matched(config: Any, facts: BaseFacts) -> str:
+    targets = config.target_modules
+    linear = [name for name, kind in facts.layers.items() if kind == "linear"]
+    of_what = f"{len(linear)} linear layers of {facts.name}"
+    if not isinstance(targets, str) and not targets:
+        return f"targets: target_modules is empty; {facts.name} has {len(linear)} linear layers. Name some."
+    named = targets if isinstance(targets, str) else ", ".join(repr(target) for target in targets)
+    message = f"targets: {named!r} matched none of {of_what}." if isinstance(targets, str) else (
+        f"targets: {named} matched none of {of_what}."
+    )
+    if any(name and ends_in(targets, name) for name in facts.layers):
+        return f"{message} exclude_modules, modules_to_save or layers_to_transform leaves out all that they match."
+    ends = Counter(name.rpartition(".")[2] for name, kind in facts.layers.items() if kind != "module")
+    near = closest(targets if isinstance(targets, str) else targets[0].rpartition(".")[2], ends)
+    return f"{message} Similar: {near[0]!r} ({ends[near[0]]} layers)" if near else f"{message} There are: {_some(ends)}."
+
+
+def _some(ends: Counter[str]) -> str:
+    return ", ".join(repr(end) for end, _ in ends.most_common(8))
+
+
+def _warn_of_unmatched(unmatched: list[str], field_name: str, facts: BaseFacts) -> None:
+    if unmatched:
+        warnings.warn(
+            f"{field_name}: {', '.join(map(repr, unmatched))} matched no layer of {facts.name}.", stacklevel=4
+        )
