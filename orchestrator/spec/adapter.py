@@ -145,7 +145,9 @@ def _rename(tree: Tree, path: Path, target: Path) -> list[Problem]:
         other = tree.nearest(target)
         beside = f"{other.key} (line {other.line})" if other.line else other.key
         tree.places[path] = place
-        problem = f"{show(value)} contradicts {beside}: {show(present)}; both mean {'.'.join(map(str, target))}."
+        problem = (
+            f"{show(value)} contradicts {beside}: {show(present)}; both mean {'.'.join(map(str, target))}."
+        )
         return [Problem(path, problem, "Keep one of them.")]
     return []
 
@@ -203,12 +205,17 @@ def accepts(annotation: Any, value: Any) -> bool:
     return True
 
 
-def _ask_the_method(tree: Tree, section: dict[str, Any], kind: str, known: dict[str, MethodField]) -> list[Problem]:
+def _ask_the_method(
+    tree: Tree, section: dict[str, Any], kind: str, known: dict[str, MethodField]
+) -> list[Problem]:
     """Makes the config, whose own rules (`__post_init__`) raise ValueError."""
     fields = {name: value for name, value in section.items() if name not in OURS}
     missing = [name for name, each in known.items() if each.default is MISSING and name not in fields]
     if missing:
-        return [Problem(("adapter", name), f"is required by {kind} and not given.", known[name].help) for name in missing]
+        return [
+            Problem(("adapter", name), f"is required by {kind} and not given.", known[name].help)
+            for name in missing
+        ]
     try:
         config_class(kind.upper())(**_with_defaults(fields, known))
     except (ValueError, TypeError) as error:

@@ -52,7 +52,9 @@ def _steps_or_none(value: Any) -> Any:
 
 def _step_count(value: Any) -> Any:
     if isinstance(value, float) and 0 < value < 1:
-        raise ValueError(f"{value} is a share of the run. Write a number of steps, or {{saves,evals}}_per_epoch.")
+        raise ValueError(
+            f"{value} is a share of the run. Write a number of steps, or {{saves,evals}}_per_epoch."
+        )
     return _whole(value)
 
 
@@ -73,7 +75,9 @@ def _list_of_names(value: Any) -> Any:
 def _all_linear(value: Any) -> Any:
     if value is True:
         return "all-linear"
-    raise ValueError("false leaves nothing to adapt. Write lora_target_modules: [q_proj, v_proj], and remove this key.")
+    raise ValueError(
+        "false leaves nothing to adapt. Write lora_target_modules: [q_proj, v_proj], and remove this key."
+    )
 
 
 def _yes(word: str, instead: str) -> Change:
@@ -105,7 +109,9 @@ def _adapter_type(value: Any) -> Any:
 
 def _finetuning_type(value: Any) -> Any:
     if value in ("full", "freeze"):
-        raise ValueError(f"'{value}' trains the base itself; this trains adapters. List them: raypeft methods")
+        raise ValueError(
+            f"'{value}' trains the base itself; this trains adapters. List them: raypeft methods"
+        )
     return _adapter_type(value)
 
 
@@ -135,7 +141,8 @@ _SCHEDULERS = _one_of(
     "Write training.lr_scheduler: constant, linear or cosine.",
 )
 _OVERLONG = _one_of(
-    {"drop": "drop", "truncate": "truncate", "raise": "error"}, "Write data.overlong: truncate, drop or error."
+    {"drop": "drop", "truncate": "truncate", "raise": "error"},
+    "Write data.overlong: truncate, drop or error.",
 )
 _CHECKPOINTING = _one_of(
     {True: True, False: False, "auto": "auto", "true": True, "false": False},
@@ -191,7 +198,9 @@ ROWS: tuple[Alias, ...] = (
     *_maps("adapter.layers_pattern", "peft_layers_pattern"),
     *_maps("adapter.init_from", "lora_model_dir", "adapter_name_or_path"),
     *_refused(_OWN_LOOP, "loraplus_lr_ratio", "loraplus_lr_embedding", "create_new_adapter", "lora_on_cpu"),
-    *_refused(_OWN_LOOP, "relora", "relora_steps", "peft", "lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel"),
+    *_refused(
+        _OWN_LOOP, "relora", "relora_steps", "peft", "lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel"
+    ),
     *_refused("Write adapter.modules_to_save for layers that train in full.", "unfrozen_parameters"),
     # the data
     *_maps("data.datasets", "datasets"),
@@ -206,14 +215,18 @@ ROWS: tuple[Alias, ...] = (
     *_refused("Remove it: only the answers' tokens are trained.", "train_on_inputs", accepts=(False,)),
     *_refused("Remove it: only the answers' tokens are trained.", "train_on_prompt", accepts=(False,)),
     *_refused("Remove it: every answer of a conversation is trained.", "mask_history", accepts=(False,)),
-    *_refused("Remove it: the order of rows follows from training.seed.", "group_by_length", accepts=(False,)),
     *_refused(
-        "Remove it: rows of all datasets are mixed.", "shuffle_merged_datasets", accepts=(True,)
+        "Remove it: the order of rows follows from training.seed.", "group_by_length", accepts=(False,)
     ),
+    *_refused("Remove it: rows of all datasets are mixed.", "shuffle_merged_datasets", accepts=(True,)),
     *_refused(_LOADER, "dataset_prepared_path", "preprocessing_num_workers", "dataloader_num_workers"),
-    *_refused(_LOADER, "dataset_processes", "dataset_num_proc", "overwrite_cache", "streaming", "tokenized_path"),
+    *_refused(
+        _LOADER, "dataset_processes", "dataset_num_proc", "overwrite_cache", "streaming", "tokenized_path"
+    ),
     *_refused(_LOADER, "dataloader_pin_memory", "dataloader_prefetch_factor", "skip_prepare_dataset"),
-    *_refused(_OWN_LOOP, "dataset_exact_deduplication", "push_dataset_to_hub", "shuffle_before_merging_datasets"),
+    *_refused(
+        _OWN_LOOP, "dataset_exact_deduplication", "push_dataset_to_hub", "shuffle_before_merging_datasets"
+    ),
     # the training
     *_maps("training.num_epochs", "num_epochs", "num_train_epochs", change=_whole),
     *_maps("training.max_steps", "max_steps", change=_steps_or_none),
@@ -238,7 +251,10 @@ ROWS: tuple[Alias, ...] = (
     *_maps("training.evals_per_epoch", "evals_per_epoch"),
     *_maps("training.saves_per_epoch", "save_strategy", change=_strategy("training.save_steps")),
     *_maps(
-        "training.evals_per_epoch", "eval_strategy", "evaluation_strategy", change=_strategy("training.eval_steps")
+        "training.evals_per_epoch",
+        "eval_strategy",
+        "evaluation_strategy",
+        change=_strategy("training.eval_steps"),
     ),
     *_maps("storage.keep_latest", "save_total_limit"),
     *_refused("Write training.warmup_ratio, a share of the steps.", "warmup_steps", accepts=(0,)),
@@ -259,7 +275,9 @@ ROWS: tuple[Alias, ...] = (
     *_refused("Remove it: the best checkpoint is that of the lowest eval_loss.", "greater_is_better"),
     *_refused(_RESUME, "resume_from_checkpoint", "auto_resume_from_checkpoints"),
     *_refused("Remove it: adapters are always saved as safetensors.", "save_safetensors", accepts=(True,)),
-    *_refused("Remove it: checkpoints hold the optimizer's state as well.", "save_only_model", accepts=(False,)),
+    *_refused(
+        "Remove it: checkpoints hold the optimizer's state as well.", "save_only_model", accepts=(False,)
+    ),
     *_refused("Remove it: unknown keys are always refused.", "strict"),
     *_refused("Remove it: this trains on examples (SFT).", "stage", accepts=("sft",)),
     *_refused(_METHODS, "rl", "trl", "rl_beta", "pref_beta", "pref_loss", "reward_model"),
@@ -267,7 +285,9 @@ ROWS: tuple[Alias, ...] = (
     *_refused("Write data.val_set_size: 0 to hold no rows out.", "do_eval", accepts=(True,)),
     *_refused("Remove it: evaluation generates where eval.metrics asks for it.", "do_predict"),
     *_refused("Write eval.metrics: [exact_match].", "predict_with_generate", "eval_causal_lm_metrics"),
-    *_refused(_KERNELS, "flash_attention", "sdp_attention", "xformers_attention", "flex_attention", "flash_attn"),
+    *_refused(
+        _KERNELS, "flash_attention", "sdp_attention", "xformers_attention", "flex_attention", "flash_attn"
+    ),
     *_refused(_KERNELS, "eager_attention", "s2_attention", "attn_implementation", "enable_liger_kernel"),
     *_refused(_KERNELS, "use_unsloth", "use_unsloth_gc", "plugins"),
     # the workers and the storage
@@ -276,7 +296,9 @@ ROWS: tuple[Alias, ...] = (
     *_maps("storage.path", "output_dir", "ray_storage_path"),
     *_maps("name", "run_name", "ray_run_name"),
     Alias("resources_per_worker", "resources"),
-    *_refused(_SHARDING, "fsdp", "fsdp_config", "fsdp_version", "tensor_parallel_size", "context_parallel_size"),
+    *_refused(
+        _SHARDING, "fsdp", "fsdp_config", "fsdp_version", "tensor_parallel_size", "context_parallel_size"
+    ),
     *_refused("Remove it: `raypeft run` always trains on Ray.", "use_ray", accepts=(True,)),
     *_refused("Write a cluster file and name it: cluster: FILE.", "ray_init_kwargs", "accelerator_config"),
     *_refused("Remove it: workers find each other through Ray.", "local_rank", "world_size", "ddp"),
@@ -372,7 +394,9 @@ def _resolve(tree: Tree, row: Alias, problems: list[Problem]) -> None:
         _drop(tree, path, None, problems)
     elif row.target is None:
         accepted = any(value == one and type(value) is type(one) for one in row.accepts)
-        refusal = Problem(path, f"{show(value)}: not a key of a job." if row.accepts else "not a key of a job.", row.instead)
+        refusal = Problem(
+            path, f"{show(value)}: not a key of a job." if row.accepts else "not a key of a job.", row.instead
+        )
         _drop(tree, path, None if accepted else refusal, problems)
     elif row.name == "resources_per_worker":
         _resources_per_worker(tree, problems)
@@ -394,9 +418,7 @@ def _resources_per_worker(tree: Tree, problems: list[Problem]) -> None:
     _drop(tree, path, None, problems)
 
 
-def _move(
-    tree: Tree, path: Path, target: Path, change: Change | None, problems: list[Problem]
-) -> None:
+def _move(tree: Tree, path: Path, target: Path, change: Change | None, problems: list[Problem]) -> None:
     value, places = tree.take(path)
     place = places[()]
     try:
@@ -411,7 +433,11 @@ def _move(
     if parent is not MISSING and parent is not None and not isinstance(parent, dict):
         tree.places[path] = place
         problems.append(
-            Problem(path, f"is {dotted(target)}, but {dotted(target[:-1])} is {show(parent)}.", "Write one mapping.")
+            Problem(
+                path,
+                f"is {dotted(target)}, but {dotted(target[:-1])} is {show(parent)}.",
+                "Write one mapping.",
+            )
         )
         return
     present = tree.get(target)
@@ -445,4 +471,9 @@ def _resolve_dataset(tree: Tree, path: Path, problems: list[Problem]) -> None:
     for name in [name for name in dataset if name in DATASET_REFUSED]:
         where: Path = (*path, name)
         hint = DATASET_REFUSED[name]
-        _drop(tree, where, None if dataset[name] is None else Problem(where, "not a key of a dataset.", hint), problems)
+        _drop(
+            tree,
+            where,
+            None if dataset[name] is None else Problem(where, "not a key of a dataset.", hint),
+            problems,
+        )

@@ -76,7 +76,9 @@ def _tokens(text: str) -> list[tuple[str, str]]:
     while position < end:
         match = _TOKEN.match(text, position)
         if match is None:
-            raise ValueError(f"'{text}' is not a comparison: '{text[position:].strip()[0]}' has no meaning here. {_RULE}")
+            raise ValueError(
+                f"'{text}' is not a comparison: '{text[position:].strip()[0]}' has no meaning here. {_RULE}"
+            )
         tokens.append((str(match.lastgroup), match[str(match.lastgroup)]))
         position = match.end()
     return tokens

@@ -35,7 +35,9 @@ def decode(raw: bytes, source: str) -> str:
         if b"\0" in raw:
             raise SpecError("is a binary file, not a YAML job.", where=source) from None
         raise SpecError(
-            f"byte 0x{raw[error.start]:02x} is not UTF-8.", where=f"{source}:{line}", hint="Save the file as UTF-8."
+            f"byte 0x{raw[error.start]:02x} is not UTF-8.",
+            where=f"{source}:{line}",
+            hint="Save the file as UTF-8.",
         ) from None
     if "\0" in text:
         raise SpecError("is a binary file, not a YAML job.", where=source)
@@ -63,7 +65,9 @@ def parse_value(text: str, key: str, source: str) -> tuple[Any, dict[Path, Place
         node = _compose(text, source)
     except SpecError:
         if text.lstrip()[:1] in ("[", "{", '"', "'"):
-            raise SpecError(f"'{text}' is not a YAML value: a bracket or a quote is not closed.", where=f"{source} {key}") from None
+            raise SpecError(
+                f"'{text}' is not a YAML value: a bracket or a quote is not closed.", where=f"{source} {key}"
+            ) from None
         return text, {(): Place(0, 0, source, key)}
     if node is None:
         return None, {(): Place(0, 0, source, key)}
@@ -81,7 +85,9 @@ def _compose(text: str, source: str) -> Node | None:
         where = f"{source}:{mark.line + 1}" if mark else source
         what = (error.problem or error.context or "it cannot be read").strip().rstrip(".")
         if "another document" in what or "single document" in (error.context or ""):
-            raise SpecError("holds several YAML documents ('---').", where=where, hint="One file is one job.") from None
+            raise SpecError(
+                "holds several YAML documents ('---').", where=where, hint="One file is one job."
+            ) from None
         at = f" (column {mark.column + 1})" if mark else ""
         raise SpecError(f"not YAML: {what}{at}.", where=where, hint=_yaml_hint(what)) from None
     except (YAMLError, ValueError) as error:
@@ -129,7 +135,10 @@ class _Reader:
         if id(node) in self._open:
             raise SpecError("an anchor contains itself.", where=f"{self.source}:{node.start_mark.line + 1}")
         self.places[path] = self._place(at or node, path)
-        if not isinstance(node, ScalarNode) and str(node.tag).removeprefix("tag:yaml.org,2002:") not in ("map", "seq"):
+        if not isinstance(node, ScalarNode) and str(node.tag).removeprefix("tag:yaml.org,2002:") not in (
+            "map",
+            "seq",
+        ):
             self._fail(node.start_mark.line + 1, path, f"the tag {node.tag} is not allowed.", "Remove it.")
             return None
         self._open.add(id(node))
@@ -199,7 +208,9 @@ class _Reader:
             return node.value
         value = _plain(node.value)
         if isinstance(value, float) and not math.isfinite(value):
-            self._fail(node.start_mark.line + 1, path, f"{node.value} is not a finite number.", "Write a number.")
+            self._fail(
+                node.start_mark.line + 1, path, f"{node.value} is not a finite number.", "Write a number."
+            )
         return value
 
     def _fail(self, line: int, path: Path, problem: str, hint: str | None = None) -> None:

@@ -19,6 +19,7 @@ from pydantic import (
     NonNegativeInt,
     PositiveInt,
     ValidationInfo,
+    WithJsonSchema,
     field_validator,
 )
 
@@ -50,7 +51,9 @@ def _whole_rows(value: float | int) -> float | int:
 
 Name = Annotated[str, AfterValidator(check_name)]
 Alias = Annotated[str, AfterValidator(check_alias)]
-Duration = Annotated[float, BeforeValidator(parse_duration)]
+Duration = Annotated[
+    float, BeforeValidator(parse_duration), WithJsonSchema({"type": ["number", "string"], "minimum": 0})
+]
 Share = Annotated[float, Field(ge=0, le=1)]
 Text = Annotated[str, Field(min_length=1)]
 AboveZero = Annotated[FiniteFloat, Field(gt=0)]
@@ -68,7 +71,9 @@ class ModelSpec(Section):
     """`model`: the frozen base."""
 
     base_model: Text = Field(description="a directory, an fsspec URL or a hub id")
-    revision: Text = Field("main", description="the hub's branch, tag or commit; pinned to a commit when submitted")
+    revision: Text = Field(
+        "main", description="the hub's branch, tag or commit; pinned to a commit when submitted"
+    )
     trust_remote_code: bool = Field(False, description="run code that the model's repository brings")
 
 
@@ -111,10 +116,16 @@ class DatasetSpec(Section):
 class DataSpec(Section):
     """`data`: the rows, those held out, and how long they may be."""
 
-    datasets: Annotated[tuple[DatasetSpec, ...], Field(min_length=1)] = Field(description="where the rows come from")
+    datasets: Annotated[tuple[DatasetSpec, ...], Field(min_length=1)] = Field(
+        description="where the rows come from"
+    )
     val_set_size: Rows = Field(0.05, description="rows held out: a share below 1, else a number of rows")
-    sequence_len: PositiveInt | None = Field(None, description="tokens a row; what the base allows, at most 2048")
-    overlong: Literal["truncate", "drop", "error"] = Field("truncate", description="what happens to longer rows")
+    sequence_len: PositiveInt | None = Field(
+        None, description="tokens a row; what the base allows, at most 2048"
+    )
+    overlong: Literal["truncate", "drop", "error"] = Field(
+        "truncate", description="what happens to longer rows"
+    )
 
 
 class AdapterSpec(BaseModel):
@@ -137,14 +148,20 @@ class TrainingSpec(Section):
     num_epochs: PositiveInt = Field(1, description="passes over the training rows")
     max_steps: PositiveInt | None = Field(None, description="stop after so many optimizer steps")
     micro_batch_size: PositiveInt = Field(1, description="rows per worker and forward")
-    global_batch_size: PositiveInt | None = Field(None, description="rows per optimizer step over all workers")
+    global_batch_size: PositiveInt | None = Field(
+        None, description="rows per optimizer step over all workers"
+    )
     gradient_accumulation_steps: PositiveInt | None = Field(None, description="forwards per optimizer step")
     learning_rate: AboveZero = Field(2e-4, description="the peak rate")
-    lr_scheduler: Literal["constant", "linear", "cosine"] = Field("cosine", description="the rate after the warmup")
+    lr_scheduler: Literal["constant", "linear", "cosine"] = Field(
+        "cosine", description="the rate after the warmup"
+    )
     warmup_ratio: Share = Field(0.03, description="share of the steps over which the rate rises from zero")
     optimizer: Literal["adamw", "sgd"] = Field("adamw", description="how the adapter's tensors are updated")
     weight_decay: NotNegative = Field(0.0, description="decoupled decay of the adapter's tensors")
-    max_grad_norm: NotNegative = Field(1.0, description="the global norm is clipped to this; 0 turns clipping off")
+    max_grad_norm: NotNegative = Field(
+        1.0, description="the global norm is clipped to this; 0 turns clipping off"
+    )
     precision: Literal["auto", "bf16", "fp16", "fp32"] = Field(
         "auto", description="auto: bf16 on hardware that has it, fp32 on CPU; fp16 scales the loss"
     )
@@ -154,9 +171,13 @@ class TrainingSpec(Section):
     seed: NonNegativeInt = Field(42, description="of the order of rows, the adapter's start and its dropout")
     base_dropout: bool = Field(False, description="keep the base's own dropout on while the adapter trains")
     save_steps: PositiveInt | None = Field(None, description="checkpoint every so many steps")
-    saves_per_epoch: PositiveInt | None = Field(None, description="checkpoints per epoch; 1 where neither is given")
+    saves_per_epoch: PositiveInt | None = Field(
+        None, description="checkpoints per epoch; 1 where neither is given"
+    )
     eval_steps: PositiveInt | None = Field(None, description="evaluate every so many steps")
-    evals_per_epoch: PositiveInt | None = Field(None, description="evaluations per epoch; 1 where neither is given")
+    evals_per_epoch: PositiveInt | None = Field(
+        None, description="evaluations per epoch; 1 where neither is given"
+    )
 
     @field_validator("saves_per_epoch", "evals_per_epoch")
     @classmethod
@@ -206,7 +227,9 @@ class EvalSpec(Section):
     """`eval`: what is measured, on which rows."""
 
     datasets: tuple[DatasetSpec, ...] = Field((), description="the held-out rows where none is given")
-    metrics: tuple[Literal["exact_match", "contains"], ...] = Field((), description="generated, beside eval_loss")
+    metrics: tuple[Literal["exact_match", "contains"], ...] = Field(
+        (), description="generated, beside eval_loss"
+    )
     max_rows: PositiveInt | None = Field(None, description="evaluate at most so many rows")
     max_new_tokens: PositiveInt = Field(64, description="length of a generated answer")
 
@@ -232,7 +255,9 @@ class DeploySpec(Section):
     alias: Alias = Field("production", description="the alias that the deployed version takes")
     endpoint: Name | None = Field(None, description="the endpoint's name; from the base where not given")
     num_replicas: PositiveInt = Field(1, description="processes that answer")
-    gpus_per_replica: NotNegative | Literal["auto"] = Field("auto", description="1 where the cluster has GPUs, else 0")
+    gpus_per_replica: NotNegative | Literal["auto"] = Field(
+        "auto", description="1 where the cluster has GPUs, else 0"
+    )
     cpus_per_replica: AboveZero = Field(1, description="CPUs and threads of a replica")
 
 
@@ -242,7 +267,9 @@ DeepSpeed = Literal["zero0", "zero1", "zero2", "zero3"] | str | dict[str, Any]
 class JobSpec(Section):
     """One YAML file, every default filled in."""
 
-    name: Name = Field(description="with the hash of spec and data, the run's identity; the file's stem if absent")
+    name: Name = Field(
+        description="with the hash of spec and data, the run's identity; the file's stem if absent"
+    )
     cluster: Text = Field("local", description="a cluster file or its name")
     model: ModelSpec = Field(description="the frozen base")
     data: DataSpec = Field(description="what it is trained on")
@@ -252,7 +279,9 @@ class JobSpec(Section):
     resources: ResourcesSpec = Field(ResourcesSpec(), description="the workers")
     storage: StorageSpec = Field(StorageSpec(), description="runs and checkpoints")
     retry: RetrySpec = Field(RetrySpec(), description="how long to try")
-    secrets: dict[str, str] = Field(default_factory=dict, description="NAME: env, or file:/path; never a literal")
+    secrets: dict[str, str] = Field(
+        default_factory=dict, description="NAME: env, or file:/path; never a literal"
+    )
     eval: EvalSpec = Field(EvalSpec(), description="what is measured")
     register_: RegisterSpec = Field(RegisterSpec(), alias="register", description="the name in the registry")
     deploy: DeploySpec | None = Field(None, description="absent: registered, not deployed")

@@ -83,9 +83,15 @@ def not_yet_flat(key: str) -> tuple[str, str] | None:
 
 def offload_stage(stage: str) -> tuple[str, str]:
     """Likewise for `deepspeed: zero3-offload`."""
-    return f"'{stage}': this version does not offload yet.", "Write zero3, and more workers where memory runs out."
+    return (
+        f"'{stage}': this version does not offload yet.",
+        "Write zero3, and more workers where memory runs out.",
+    )
 
 
 def elastic() -> tuple[str, str]:
     """Likewise for `resources.num_workers: [min, max]`."""
-    return "a list [min, max] asks for an elastic job, which this version does not have yet.", "Write one number."
+    return (
+        "a list [min, max] asks for an elastic job, which this version does not have yet.",
+        "Write one number.",
+    )

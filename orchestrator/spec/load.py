@@ -1,6 +1,6 @@
 """A job's YAML -> JobSpec: read, inherit, override, resolve aliases, check; every error says where.
 
-    raypeft validate FILE  ->  load_job(FILE)
+raypeft validate FILE  ->  load_job(FILE)
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from ..errors import SpecError, closest
 from .adapter import check_adapter
 from .aliases import resolve_aliases
+from .deepspeed_keys import STAGES, check_deepspeed
 from .document import decode, parse_document
 from .job import JobSpec
 from .later import elastic, offload_stage
@@ -24,9 +25,10 @@ from .overrides import apply_overrides
 from .places import Path, Place, Problem, Tree, dotted, raise_all
 from .rules import check_rules
 from .unknown import unknown_key
-from .words import explain
+from .words import explain, show
 
-STAGES = ("zero0", "zero1", "zero2", "zero3")
+FORMAT = 1
+"""The form of what is stored. A default never changes its meaning without a new one."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,9 @@ def load_job_text(text: str, source: str = "<text>", overrides: Sequence[str] = 
     return _load(text, source, stem, overrides, ())
 
 
-def load_job_mapping(values: Mapping[str, Any], source: str = "<spec>", overrides: Sequence[str] = ()) -> LoadedJob:
+def load_job_mapping(
+    values: Mapping[str, Any], source: str = "<spec>", overrides: Sequence[str] = ()
+) -> LoadedJob:
     """Likewise from a mapping, as a notebook passes it. `name` must be in it."""
     try:
         text = json.dumps(values)
@@ -113,9 +117,43 @@ def _load(
     return _finish(parse_document(text, source), source, text, stem, overrides, trail)
 
 
+def check_format(tree: Tree) -> None:
+    """Takes `format` out of what was stored. Raises SpecError where a newer version wrote it."""
+    if "format" not in tree.values:
+        return
+    place = tree.nearest(("format",))
+    value, _ = tree.take(("format",))
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise SpecError(
+            f"{show(value)} is not a format.", where=str(place), hint=f"Write {FORMAT}, or remove the key."
+        )
+    if value > FORMAT:
+        raise SpecError(
+            f"format {value} was written by a newer raypeft; this one reads up to format {FORMAT}.",
+            where=str(place),
+            hint="Upgrade: pip install -U raypeft",
+        )
+
+
+def spec_from_values(values: dict[str, Any], source: str) -> JobSpec:
+    """The job of canonical values, as they were stored: nothing is inherited, renamed or read from elsewhere."""
+    try:
+        return _model(values)
+    except ValidationError as error:
+        tree = Tree(source, values)
+        raise_all(tree.errors(explain(JobSpec, values, error.errors(), unknown_key)))
+        raise
+
+
 def _finish(
-    tree: Tree, source: str, text: str, stem: str | None, overrides: Sequence[str], trail: tuple[FilePath, ...]
+    tree: Tree,
+    source: str,
+    text: str,
+    stem: str | None,
+    overrides: Sequence[str],
+    trail: tuple[FilePath, ...],
 ) -> LoadedJob:
+    check_format(tree)
     tree, problems = _inherited(tree, trail)
     tree, more = apply_overrides(tree, overrides)
     errors = [*problems, *more]
@@ -178,7 +216,7 @@ def _validated(
         problems += [_about_the_stem(problem, tree, stem) for problem in found]
         errors += _without_repeats(tree.errors(problems), errors)
         return None
-    problems += check_rules(spec, set(tree.places), warnings)
+    problems += [*check_rules(spec, set(tree.places), warnings), *check_deepspeed(spec)]
     errors += tree.errors(problems)
     return spec
 
@@ -258,8 +296,9 @@ def _deepspeed_file(value: str, directory: FilePath) -> dict[str, Any] | Problem
     try:
         content = json.loads(found.read_bytes())
     except (ValueError, OSError) as error:
-        return Problem(("deepspeed",), f"'{value}' is not JSON: {error}.", "Mend it, or write a stage: zero2.")
+        return Problem(
+            ("deepspeed",), f"'{value}' is not JSON: {error}.", "Mend it, or write a stage: zero2."
+        )
     if not isinstance(content, dict):
         return Problem(("deepspeed",), f"'{value}' holds no JSON object.", "Write a stage: zero2.")
     return content
-

@@ -30,7 +30,9 @@ def _apply(tree: Tree, override: str, errors: list[SpecError]) -> Tree:
     if not equals or not key or not all(key.split(".")):
         raise SpecError(f"'{override}' is not KEY=VALUE.", where="--set", hint=_FORM)
     if key == "extends":
-        raise SpecError("a file extends; an override cannot.", where="--set extends", hint="Write it in the file.")
+        raise SpecError(
+            "a file extends; an override cannot.", where="--set extends", hint="Write it in the file."
+        )
     value, places = parse_value(text, key, "--set")
     path = _path(tree, key)
     if any(isinstance(part, int) for part in path):
@@ -93,5 +95,7 @@ def _check_way(tree: Tree, values: Any, path: Path, key: str) -> None:
         present = tree.get(here)
         if isinstance(inner, dict) and path == () and isinstance(present, (str, int, float)) and name != key:
             raise SpecError(
-                f"{dotted(here)} is '{present}', not a mapping.", where=f"--set {key}", hint=f"Set {dotted(here)} whole."
+                f"{dotted(here)} is '{present}', not a mapping.",
+                where=f"--set {key}",
+                hint=f"Set {dotted(here)} whole.",
             )

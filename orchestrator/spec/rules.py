@@ -62,7 +62,9 @@ def _batch(spec: JobSpec, written: Collection[Path]) -> Iterator[Problem]:
     if size % step:
         near = sorted({max(step, size // step * step), (size // step + 1) * step})
         nearest = " or ".join(str(each) for each in near)
-        yield Problem(path, f"{size} does not divide into {times} = {step}.", f"The nearest that do: {nearest}.")
+        yield Problem(
+            path, f"{size} does not divide into {times} = {step}.", f"The nearest that do: {nearest}."
+        )
     elif training.gradient_accumulation_steps not in (None, size // step):
         yield Problem(
             path,
@@ -95,7 +97,9 @@ def _gate(spec: JobSpec) -> Iterator[Problem]:
     key = "all" if gate.all is not None else "any"
     conditions = _conditions(gate)
     if not conditions:
-        yield Problem((*path, key), "is an empty list.", "Write a condition, or remove the gate: it then always holds.")
+        yield Problem(
+            (*path, key), "is an empty list.", "Write a condition, or remove the gate: it then always holds."
+        )
     for index, text in enumerate(conditions):
         yield from _condition(spec, (*path, key, index), text)
 
@@ -113,7 +117,9 @@ def _condition(spec: JobSpec, path: Path, text: str) -> Iterator[Problem]:
     metrics = produced_metrics(spec)
     for name in comparison.names:
         if name not in metrics:
-            yield Problem(path, f"'{name}' is not measured by this job.", _how_to_measure(spec, name, metrics))
+            yield Problem(
+                path, f"'{name}' is not measured by this job.", _how_to_measure(spec, name, metrics)
+            )
 
 
 def _how_to_measure(spec: JobSpec, name: str, metrics: list[str]) -> str:
@@ -130,7 +136,9 @@ def _evaluation(spec: JobSpec) -> Iterator[Problem]:
         return
     if not has_evaluation(spec):
         yield Problem(
-            ("eval", "metrics"), "there are no rows to evaluate.", "Set data.val_set_size above 0, or give eval.datasets."
+            ("eval", "metrics"),
+            "there are no rows to evaluate.",
+            "Set data.val_set_size above 0, or give eval.datasets.",
         )
         return
     section = "eval" if spec.eval.datasets else "data"
@@ -152,7 +160,9 @@ def _secrets(spec: JobSpec) -> Iterator[Problem]:
     for name, source in spec.secrets.items():
         path: Path = ("secrets", name)
         if not _VARIABLE.match(name):
-            yield Problem(("secrets",), "a name is not that of an environment variable.", "Write {HF_TOKEN: env}.")
+            yield Problem(
+                ("secrets",), "a name is not that of an environment variable.", "Write {HF_TOKEN: env}."
+            )
         elif source.startswith("file:") and not os.path.isabs(source.removeprefix("file:")):
             yield Problem(path, "the file's path is not absolute.", "Write file:/path.")
         elif source != "env" and not source.startswith("file:"):
@@ -216,7 +226,10 @@ def check_cluster(spec: JobSpec, cluster: ClusterFacts) -> list[Problem]:
         return []
     found = []
     runs = spec.storage.path or cluster.storage
-    for path, what, url in ((("storage", "path"), "runs", runs), (("cluster",), "adapters", cluster.registry)):
+    for path, what, url in (
+        (("storage", "path"), "runs", runs),
+        (("cluster",), "adapters", cluster.registry),
+    ):
         if _is_node_local(url):
             found.append(
                 Problem(
@@ -228,7 +241,18 @@ def check_cluster(spec: JobSpec, cluster: ClusterFacts) -> list[Problem]:
     return found
 
 
-_MOUNTED = ("/mnt/", "/nfs/", "/efs/", "/fsx/", "/shared/", "/lustre/", "/gpfs/", "/data/", "/cluster/", "/home/shared/")
+_MOUNTED = (
+    "/mnt/",
+    "/nfs/",
+    "/efs/",
+    "/fsx/",
+    "/shared/",
+    "/lustre/",
+    "/gpfs/",
+    "/data/",
+    "/cluster/",
+    "/home/shared/",
+)
 
 
 def _is_node_local(url: str) -> bool:
@@ -237,4 +261,3 @@ def _is_node_local(url: str) -> bool:
         return False
     path = os.path.abspath(os.path.expanduser(url.split("://")[-1])) + "/"
     return not path.startswith(_MOUNTED)
-

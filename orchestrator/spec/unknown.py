@@ -24,7 +24,9 @@ def unknown_key(path: Path) -> Problem:
     if refusal := not_yet(path) or not_yet_flat(str(path[-1])):
         return Problem(path, *refusal)
     key = str(path[-1])
-    near = closest(key, _keys_beside(path) + ([row.name for row in ROWS if row.target] if len(path) == 1 else []))
+    near = closest(
+        key, _keys_beside(path) + ([row.name for row in ROWS if row.target] if len(path) == 1 else [])
+    )
     elsewhere = _lives_at(path)
     if elsewhere and not (near and _is_misspelt(key, near[0])):
         return Problem(path, "no such key here.", f"Write it as {elsewhere}.")

@@ -146,7 +146,11 @@ def _explain_one(model: type[BaseModel], path: Path, detail: ErrorDetails, value
     field = field_at(model, path)
     kind = detail["type"]
     if path[:1] == ("secrets",):
-        what = "does not say where it is found." if len(path) > 1 else "is not a mapping of names to where each is found."
+        what = (
+            "does not say where it is found."
+            if len(path) > 1
+            else "is not a mapping of names to where each is found."
+        )
         return Problem(path, what, _SECRETS_HINT)
     if kind == "missing":
         return Problem(path, "is required and not given.", _write(path, field))
@@ -181,7 +185,12 @@ def _write(path: Path, field: FieldInfo | None) -> str | None:
 
 
 def _advice(value: Any, detail: ErrorDetails, field: FieldInfo | None, words: str) -> str | None:
-    if field and isinstance(value, str) and (inner := model_in(field.annotation)) and "path" in inner.model_fields:
+    if (
+        field
+        and isinstance(value, str)
+        and (inner := model_in(field.annotation))
+        and "path" in inner.model_fields
+    ):
         return f"Write {{path: {value}}}." if words == "a mapping" else f"Write [{{path: {value}}}]."
     if isinstance(value, str):
         near = closest(value, _choices(field.annotation) if field else [])
