@@ -55,6 +55,8 @@ class TrainOutcome:
     """URL of the file of content hashes of the rows that were trained on, one hexadecimal hash a line."""
     eval_rows: str
     """Likewise for the rows of the evaluation."""
+    question: str | None = None
+    """The question of the first evaluation row, to ask the endpoint; None for plain text."""
 
 
 class Runner(Protocol):

@@ -3,10 +3,12 @@ runs in a test without a cluster."""
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -33,9 +35,16 @@ class Deployment:
 
     endpoint: str
     url: str
+    """Of its OpenAI API: http://HOST:PORT/ENDPOINT/v1."""
     model: str
-    base_model: str
+    """`name@version`."""
+    base_name: str
+    """What the bare base is called there."""
     state: str = "live"
+
+    def to_dict(self) -> dict[str, Any]:
+        """As `--json` prints it."""
+        return asdict(self)
 
 
 class Endpoints(Protocol):
@@ -73,6 +82,17 @@ class Environment:
 
 
 @dataclass(frozen=True)
+class Comparison:
+    """One question, and what the bare base and the adapter say to it."""
+
+    question: str
+    base: str
+    adapter: str
+    curl: str
+    """The shell line that asks the adapter the same."""
+
+
+@dataclass(frozen=True)
 class RunResult:
     """What a job came to."""
 
@@ -87,6 +107,11 @@ class RunResult:
     reasons: tuple[str, ...] = ()
     already: bool = False
     """True where an earlier run of the same job had done it all."""
+    question: str | None = None
+    """The first question of the evaluation rows."""
+    comparison: Comparison | None = None
+    notes: tuple[str, ...] = ()
+    """What a user should know now, such as that Ray stays up."""
 
     def to_dict(self) -> dict[str, Any]:
         """The last JSON object of `raypeft run --json`."""
@@ -104,6 +129,39 @@ def plan_job(spec: JobSpec, environment: Environment) -> Plan:
     return make_plan(spec, environment.facts(), sizes)
 
 
+class StopRequest:
+    """What Ctrl-C asks for. While workers train, the first one has them save a checkpoint and leave; a second
+    one, or one at any other time, raises KeyboardInterrupt at once."""
+
+    def __init__(self) -> None:
+        self._asked, self._ended = threading.Event(), threading.Event()
+        self._runner: Runner | None = None
+
+    def ask(self) -> None:
+        """Called by a signal handler, so it only raises or sets a flag."""
+        if self._runner is None or self._asked.is_set():
+            raise KeyboardInterrupt
+        self._asked.set()
+
+    @contextlib.contextmanager
+    def stops(self, runner: Runner) -> Iterator[None]:
+        """Within the context, `ask` stops this runner."""
+        watcher = threading.Thread(target=self._watch, args=(runner,), name="stop-request", daemon=True)
+        self._runner = runner
+        watcher.start()
+        try:
+            yield
+        finally:
+            self._runner = None
+            self._ended.set()
+            self._asked.set()
+
+    def _watch(self, runner: Runner) -> None:
+        self._asked.wait()
+        if not self._ended.is_set():
+            runner.stop()
+
+
 def run_job(
     spec: JobSpec,
     environment: Environment,
@@ -113,6 +171,7 @@ def run_job(
     resume: bool = False,
     force: bool = False,
     on_event: OnEvent = lambda event: None,
+    stop: StopRequest | None = None,
 ) -> RunResult:
     """Trains, gates, registers and deploys; goes on where an earlier attempt stopped.
 
@@ -120,30 +179,39 @@ def run_job(
         new: number a new run where the name is taken by another spec.
         resume: take over the run of this name although keys that may change did.
         force: deploy although the gate refuses; recorded.
+        stop: through which Ctrl-C asks for a checkpoint.
 
     Raises:
         RaypeftError: the leaf says what failed; the run's folder keeps the cause.
-        Interrupted: Ctrl-C; the run was checkpointed and the same command resumes it.
+        Interrupted: it was stopped; the same call goes on from its last checkpoint.
     """
     began = time.time()
     plan = plan_job(spec, environment)
     base = base_identity(spec.model.base_model, spec.model.revision)
-    run = environment.runs.open(spec.name, spec, data_hash(spec), new=new, resume=resume)
-    with run:
-        emit = _recorder(run, on_event)
+    environment.registry.check_writable()
+    with environment.runs.open(spec.name, spec, data_hash(spec), new=new, resume=resume) as run:
+        attempt = _Attempt(
+            spec,
+            plan,
+            base,
+            run,
+            environment,
+            secrets or {},
+            force,
+            _recorder(run, on_event),
+            stop or StopRequest(),
+        )
         try:
-            result = _finish(spec, plan, base, run, environment, secrets or {}, force, emit)
-        except KeyboardInterrupt as stop:
+            result = attempt.finish()
+        except KeyboardInterrupt as interrupt:
             run.set_state("interrupted")
             raise Interrupted(
                 f"run '{run.id}' was interrupted.", hint="The same command goes on from its last checkpoint."
-            ) from stop
+            ) from interrupt
         except RaypeftError as error:
-            state = "interrupted" if isinstance(error, Interrupted) else "failed"
-            run.set_state(state, cause=str(error))
+            run.set_state("interrupted" if isinstance(error, Interrupted) else "failed", cause=str(error))
             raise
-        wall_s = time.time() - began
-        return RunResult(**{**result, "job": run.id, "wall_s": round(wall_s, 3)})
+        return replace(result, wall_s=round(time.time() - began, 3))
 
 
 def _recorder(run: Run, on_event: OnEvent) -> OnEvent:
@@ -160,199 +228,182 @@ def _recorder(run: Run, on_event: OnEvent) -> OnEvent:
     return emit
 
 
-def _finish(
-    spec: JobSpec,
-    plan: Plan,
-    base: BaseIdentity,
-    run: Run,
-    environment: Environment,
-    secrets: dict[str, str],
-    force: bool,
-    emit: OnEvent,
-) -> dict[str, Any]:
-    """The stages that this run still lacks; each leaves a record, so that a killed run repeats none."""
-    first_step_s = None
-    version = _registered(spec, run, environment.registry)
-    if version is not None and run.record.state == "done":
-        endpoint = run.record.endpoint
-        deployment = Deployment(**endpoint) if isinstance(endpoint, dict) else None
-        emit({"event": "state", "state": "done", "message": f"done: {version.ref}"})
-        return {
-            "state": "done", "adapter": version.ref, "metrics": run.record.metrics, "endpoint": deployment,
-            "already": True,
-        }  # fmt: skip
-    if version is None:
-        outcome = _train(spec, plan, base, run, environment, secrets, emit)
-        first_step_s = outcome.first_step_s
-        version = _register(spec, base, run, outcome, environment.registry, emit)
-    metrics = version.lineage.metrics
-    reasons = tuple(version.lineage.gate_reasons)
-    facts: dict[str, Any] = {
-        "adapter": version.ref, "metrics": metrics, "first_step_s": first_step_s, "reasons": reasons,
-    }  # fmt: skip
-    if spec.deploy is None:
-        return facts | {"state": _settle(run, emit, "done", f"done: {version.ref}", version)}
-    if not version.lineage.gate_passed and not force:
-        message = f"{version.ref} is registered, not deployed: the gate refused it"
-        return facts | {"state": _settle(run, emit, "registered, refused by the gate", message, version)}
-    emit({"event": "state", "state": "deploying", "message": f"deploying {version.ref}"})
-    deployment = environment.open_endpoints().deploy(
-        version, spec.model.base_model, spec.model.revision, spec.deploy, force=force, on_event=emit
-    )
-    state = "done" if deployment.state == "live" else "registered, waiting to deploy"
-    message = f"{version.ref} answers at {deployment.url}" if state == "done" else f"{version.ref}: {state}"
-    return facts | {"state": _settle(run, emit, state, message, version, deployment), "endpoint": deployment}
+@dataclass
+class _Attempt:
+    """One attempt at a run. Each stage leaves a record, so that the next attempt repeats none."""
 
+    spec: JobSpec
+    plan: Plan
+    base: BaseIdentity
+    run: Run
+    environment: Environment
+    secrets: dict[str, str]
+    force: bool
+    emit: OnEvent
+    stop: StopRequest
+    outcome: TrainOutcome | None = None
 
-def _settle(
-    run: Run,
-    emit: OnEvent,
-    state: str,
-    message: str,
-    version: AdapterVersion,
-    deployment: Deployment | None = None,
-) -> str:
-    run.set_state(
-        state,
-        adapter=version.ref,
-        metrics=version.lineage.metrics,
-        endpoint=asdict(deployment) if deployment else None,
-    )
-    emit({"event": "state", "state": state, "message": message})
-    return state
-
-
-def _registered(spec: JobSpec, run: Run, registry: Registry) -> AdapterVersion | None:
-    """The version that an earlier attempt of this run registered, also where it died before saying so."""
-    name = spec.register_.name or spec.name
-    for version in reversed(registry.versions(name)):
-        if version.lineage.run_id == run.id:
-            return version
-    return None
-
-
-def _train(
-    spec: JobSpec,
-    plan: Plan,
-    base: BaseIdentity,
-    run: Run,
-    environment: Environment,
-    secrets: dict[str, str],
-    emit: OnEvent,
-) -> TrainOutcome:
-    production = _production(spec, environment.registry)
-    if production is not None and production.lineage.base.content_hash != base.content_hash:
-        emit({"event": "warning", "message": f"{production.ref} belongs to another base: not compared with"})
-        production = None
-    request = TrainRequest(
-        spec=spec,
-        plan=plan,
-        run_dir=run.url,
-        run_id=run.id,
-        data_hash=run.record.data_hash,
-        init_from=_init_from(spec, base, environment.registry),
-        compare={"production": production.url} if production else {},
-        secrets=secrets,
-    )
-    run.set_state("starting")
-    emit({"event": "state", "state": "starting", "message": f"run {run.id}: {_layout(plan)}"})
-    runner = environment.open_runner()
-    runner.start(request)
-    for event in _until_end(runner):
-        emit(event)
-    return runner.outcome()
-
-
-def _layout(plan: Plan) -> str:
-    kind = "GPU" if plan.use_gpu else "CPU"
-    plural = "" if plan.num_workers == 1 else "s"
-    return f"{plan.num_workers} {kind} worker{plural}, ZeRO-{plan.zero_stage}, {plan.global_batch_size} rows a step"
-
-
-def _until_end(runner: Runner) -> Iterator[Event]:
-    """The runner's events; a first Ctrl-C asks it to stop and waits, a second leaves at once."""
-    stopped = False
-    events = runner.events()
-    while True:
-        try:
-            yield from events
-            break
-        except KeyboardInterrupt:
-            if stopped:
-                raise
-            stopped = True
-            yield {"event": "state", "state": "interrupted", "message": "stopping: saving a checkpoint first"}
-            runner.stop()
-            events = runner.events()
-
-
-def _production(spec: JobSpec, registry: Registry) -> AdapterVersion | None:
-    """The version that the gate compares with: the holder of the deployment's alias."""
-    if spec.deploy is None or not any(name.startswith("production.") for name in names_in(spec.deploy.gate)):
-        return None
-    name = spec.register_.name or spec.name
-    number = registry.alias(name, spec.deploy.alias)
-    return registry.get(f"{name}@{number}") if number is not None else None
-
-
-def _init_from(spec: JobSpec, base: BaseIdentity, registry: Registry) -> str | None:
-    source = spec.adapter.init_from
-    if source is None or "@" not in source or Path(source).exists():
-        return source
-    version = registry.get(source)
-    if version.lineage.base.content_hash != base.content_hash:
-        raise RegistryError(
-            f"adapter.init_from: {version.ref} was trained on {version.lineage.base.name}, this job's base is {base.name}.",
-            hint="Name an adapter of the same base.",
+    def finish(self) -> RunResult:
+        """All stages that the run still lacks."""
+        version = self._registered()
+        if version is not None and self.run.record.state == "done":
+            return self._done_before(version)
+        if version is None:
+            self.outcome = self._train()
+            version = self._register(self.outcome)
+        if self.spec.deploy is None:
+            return self._settle("done", f"done: {version.ref}", version)
+        if version.lineage.gate_passed is False and not self.force:
+            message = f"{version.ref} is registered, not deployed: the gate refused it"
+            return self._settle("registered, refused by the gate", message, version)
+        self._say("deploying", f"deploying {version.ref}")
+        model = self.spec.model
+        deployment = self.environment.open_endpoints().deploy(
+            version, model.base_model, model.revision, self.spec.deploy, force=self.force, on_event=self.emit
         )
-    return version.url
+        if deployment.state == "live":
+            return self._settle("done", f"{version.ref} answers at {deployment.url}", version, deployment)
+        state = "registered, waiting to deploy"
+        return self._settle(
+            state, f"{version.ref} is {state}: the cluster has no room yet", version, deployment
+        )
 
+    @property
+    def name(self) -> str:
+        """The adapter's name."""
+        return self.spec.register_.name or self.spec.name
 
-def _register(
-    spec: JobSpec, base: BaseIdentity, run: Run, outcome: TrainOutcome, registry: Registry, emit: OnEvent
-) -> AdapterVersion:
-    name = spec.register_.name or spec.name
-    production = _production(spec, registry)
-    verdict = check(
-        spec.deploy.gate if spec.deploy else None, outcome.metrics, has_production=production is not None
-    )
-    for reason in verdict.reasons:
-        emit({"event": "state", "state": "gating", "message": f"gate: {reason}"})
-    emit({"event": "state", "state": "registering", "message": f"registering {name}"})
-    train_rows = row_hashes(read(outcome.train_rows)[0])
-    _report_seen_rows(outcome, production, registry, emit)
-    lineage = Lineage(
-        base=base,
-        spec_hash=canonical_hash(spec),
-        resolved_spec=resolved_yaml(spec),
-        data_hash=run.record.data_hash,
-        metrics=outcome.metrics,
-        parent=spec.adapter.init_from,
-        run_id=run.id,
-        gate_passed=verdict.passed,
-        gate_reasons=verdict.reasons,
-    )
-    with tempfile.TemporaryDirectory() as scratch:
-        local = Path(scratch) / "adapter"
-        get_tree(outcome.adapter_dir, local)
-        version = registry.register(name, local, lineage, train_rows=train_rows)
-    if spec.register_.alias:
-        registry.set_alias(name, version.version, spec.register_.alias)
-    emit({"event": "state", "state": "registered", "message": f"registered {version.ref}"})
-    run.set_state("registered", adapter=version.ref, metrics=outcome.metrics)
-    return version
+    def _say(self, state: str, message: str) -> None:
+        self.emit({"event": "state", "state": state, "message": message})
 
+    def _done_before(self, version: AdapterVersion) -> RunResult:
+        self._say("done", f"done: {version.ref}")
+        record = self.run.record
+        endpoint = Deployment(**record.endpoint) if record.endpoint else None
+        return RunResult(self.run.id, "done", version.ref, version.lineage.metrics, endpoint, already=True)
 
-def _report_seen_rows(
-    outcome: TrainOutcome, production: AdapterVersion | None, registry: Registry, emit: OnEvent
-) -> None:
-    """Evaluation rows on which the production version was trained flatter it: counted and said."""
-    if production is None:
-        return
-    rows = row_hashes(read(outcome.eval_rows)[0])
-    seen = count_trained_on(rows, registry.train_rows(production))
-    if seen:
-        emit({
+    def _settle(
+        self, state: str, message: str, version: AdapterVersion, deployment: Deployment | None = None
+    ) -> RunResult:
+        metrics = version.lineage.metrics
+        self.run.set_state(
+            state, adapter=version.ref, metrics=metrics, endpoint=deployment.to_dict() if deployment else None
+        )
+        self._say(state, message)
+        return RunResult(
+            self.run.id,
+            state,
+            version.ref,
+            metrics,
+            deployment,
+            first_step_s=self.outcome.first_step_s if self.outcome else None,
+            reasons=tuple(version.lineage.gate_reasons),
+            question=self.outcome.question if self.outcome else None,
+        )
+
+    def _registered(self) -> AdapterVersion | None:
+        """The version that an earlier attempt of this run registered, also where it died before saying so."""
+        mine = (v for v in self.environment.registry.versions(self.name) if v.lineage.run_id == self.run.id)
+        return next(mine, None)
+
+    def _train(self) -> TrainOutcome:
+        production = self._production()
+        request = TrainRequest(
+            spec=self.spec,
+            plan=self.plan,
+            run_dir=self.run.url,
+            run_id=self.run.id,
+            data_hash=self.run.record.data_hash,
+            init_from=self._init_from(),
+            compare={"production": production.url} if production else {},
+            secrets=self.secrets,
+        )
+        self.run.set_state("starting")
+        self._say("starting", f"run {self.run.id}: {self._layout()}")
+        runner = self.environment.open_runner()
+        runner.start(request)
+        with self.stop.stops(runner):
+            for event in runner.events():
+                self.emit(event)
+        return runner.outcome()
+
+    def _layout(self) -> str:
+        plan = self.plan
+        workers = (
+            f"{plan.num_workers} {'GPU' if plan.use_gpu else 'CPU'} worker{'s' * (plan.num_workers > 1)}"
+        )
+        return f"{workers}, ZeRO-{plan.zero_stage}, {plan.global_batch_size} rows a step"
+
+    def _production(self) -> AdapterVersion | None:
+        """The version that the gate compares with: the holder of the deployment's alias, on the same base."""
+        deploy = self.spec.deploy
+        if deploy is None or not any(name.startswith("production.") for name in names_in(deploy.gate)):
+            return None
+        number = self.environment.registry.alias(self.name, deploy.alias)
+        if number is None:
+            return None
+        version = self.environment.registry.get(f"{self.name}@{number}")
+        if version.lineage.base.is_same(self.base):
+            return version
+        self.emit({
             "event": "warning",
-            "message": f"{seen} of {len(rows)} evaluation rows were in the training rows of {production.ref}",
+            "message": f"{version.ref} ({deploy.alias}) belongs to another base and is not compared with",
         })  # fmt: skip
+        return None
+
+    def _init_from(self) -> str | None:
+        source = self.spec.adapter.init_from
+        if source is None or "@" not in source or Path(source).exists():
+            return source
+        version = self.environment.registry.get(source)
+        if not version.lineage.base.is_same(self.base):
+            raise RegistryError(
+                f"{version.ref} was trained on {version.lineage.base.name}, this job's base is {self.base.name}.",
+                where="adapter.init_from",
+                hint="Name an adapter of the same base.",
+            )
+        return version.url
+
+    def _register(self, outcome: TrainOutcome) -> AdapterVersion:
+        registry, deploy = self.environment.registry, self.spec.deploy
+        production = self._production()
+        verdict = check(
+            deploy.gate if deploy else None, outcome.metrics, has_production=production is not None
+        )
+        if deploy is not None:
+            for reason in verdict.reasons:
+                self._say("gating", f"gate: {reason}")
+        self._report_seen_rows(outcome, production)
+        lineage = Lineage(
+            base=self.base,
+            run_id=self.run.id,
+            spec_hash=canonical_hash(self.spec),
+            resolved_spec=resolved_yaml(self.spec),
+            data_hash=self.run.record.data_hash,
+            metrics=outcome.metrics,
+            parent=self.spec.adapter.init_from,
+            gate_passed=verdict.passed if deploy is not None and deploy.gate is not None else None,
+            gate_reasons=verdict.reasons if deploy is not None else (),
+        )
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = get_tree(outcome.adapter_dir, Path(scratch) / "adapter")
+            rows = row_hashes(read(outcome.train_rows)[0])
+            version = registry.register(self.name, folder, lineage, train_rows=rows)
+        if self.spec.register_.alias:
+            registry.set_alias(self.name, version.version, self.spec.register_.alias)
+        self.run.set_state("registered", adapter=version.ref, metrics=outcome.metrics)
+        self._say("registered", f"registered {version.ref}")
+        return version
+
+    def _report_seen_rows(self, outcome: TrainOutcome, production: AdapterVersion | None) -> None:
+        """Evaluation rows on which a version was trained flatter it: counted and said."""
+        rows = row_hashes(read(outcome.eval_rows)[0])
+        registry = self.environment.registry
+        compared = {production.ref: production} if production else {}
+        parent = self.spec.adapter.init_from
+        if parent and "@" in parent and not Path(parent).exists():
+            compared[parent] = registry.get(parent)
+        for ref, version in compared.items():
+            if seen := count_trained_on(rows, registry.train_rows(version)):
+                message = f"{seen} of {len(rows)} evaluation rows were in the training rows of {ref}"
+                self.emit({"event": "warning", "message": message})

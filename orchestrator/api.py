@@ -1,0 +1,452 @@
+"""What the command line does, as functions: each command is one function here that returns typed objects.
+
+from orchestrator import api
+result = api.run("jobs/quickstart.yaml", ["training.num_epochs=2"])
+print(result.adapter, result.metrics["eval_loss"])
+print(api.ask("python-docs", "What does os.path.join do?"))
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import ask as asking
+from . import local_ray, service, wiring
+from .adapter_folder import check_adapter
+from .cluster import Cluster, load_cluster
+from .errors import ModelError, ServeError
+from .identity import base_identity
+from .lineage import Lineage
+from .plan import Plan
+from .registry import AdapterRow, AdapterVersion, Registry
+from .runner import Event
+from .service import Deployment, OnEvent, RunResult
+from .spec import canonical
+from .spec import methods as method_rows
+from .spec import schema as schemas
+from .spec import templates as job_templates
+from .spec.job import DeploySpec, JobSpec
+from .spec.load import LoadedJob, load_job, load_job_mapping
+from .spec.secrets import read_secrets
+from .store import RunRecord
+
+if TYPE_CHECKING:
+    from .serve.endpoints import EndpointInfo
+    from .train.inspection import Inspection
+
+JobSource = str | os.PathLike[str] | Mapping[str, Any] | LoadedJob
+
+
+def ignore(event: Event) -> None:
+    """Takes an event and does nothing."""
+
+
+# writing a job
+
+
+def load(job: JobSource, overrides: Sequence[str] = ()) -> LoadedJob:
+    """A job from a file, a mapping (in a notebook), or loaded already.
+
+    Raises:
+        SpecError: it breaks a rule; with file, line and key.
+    """
+    if isinstance(job, LoadedJob):
+        return job
+    if isinstance(job, Mapping):
+        return load_job_mapping(job, overrides=overrides)
+    return load_job(job, overrides)
+
+
+def validate(job: JobSource, overrides: Sequence[str] = ()) -> LoadedJob:
+    """Checks a job against the schema and the rules across its keys, and that its cluster file exists."""
+    loaded = load(job, overrides)
+    _cluster(None, loaded)
+    return loaded
+
+
+def resolved(spec: JobSpec) -> str:
+    """The job as YAML, every default filled in."""
+    return canonical.resolved_yaml(spec)
+
+
+def schema() -> dict[str, Any]:
+    """The JSON Schema of a job, for editors."""
+    return schemas.json_schema()
+
+
+def methods() -> list[method_rows.MethodRow]:
+    """The adapter methods that there are."""
+    return method_rows.method_rows()
+
+
+def templates() -> list[tuple[str, str]]:
+    """Name and one line of each template of `init`."""
+    return job_templates.list_templates()
+
+
+def init(template: str, directory: str | Path = ".", *, force: bool = False) -> list[Path]:
+    """Writes a commented job file and what it needs; returns the paths written."""
+    return job_templates.write_template(template, Path(directory), force=force)
+
+
+def inspect(job: JobSource, rows: int = 3, overrides: Sequence[str] = ()) -> Inspection:
+    """Renders a job's rows as the model will read them. Imports torch's tokenizers, unlike its neighbours."""
+    return wiring.inspect_rows(load(job, overrides).spec, rows)
+
+
+def plan(job: JobSource, overrides: Sequence[str] = (), *, cluster: str | None = None) -> Plan:
+    """How a job would run: workers, batch arithmetic, memory, whether it fits."""
+    loaded = load(job, overrides)
+    return service.plan_job(loaded.spec, _environment(_cluster(cluster, loaded), loaded))
+
+
+# runs
+
+
+def run(
+    job: JobSource,
+    overrides: Sequence[str] = (),
+    *,
+    cluster: str | None = None,
+    new: bool = False,
+    resume: bool = False,
+    force: bool = False,
+    on_event: OnEvent = ignore,
+) -> RunResult:
+    """Trains, gates, registers and deploys a job, here, to the end; the same call again goes on or says "done".
+
+    Args:
+        overrides: `training.learning_rate=1e-4`, as `--set` takes them.
+        cluster: a cluster file, a name or an address, before RAYPEFT_CLUSTER and the job's own key.
+        new: number a new run where the name is taken by another spec.
+        resume: take over the run of this name although keys that may change did.
+        force: deploy although the gate refuses.
+        on_event: called with each event (see `runner.Event`).
+
+    Raises:
+        RaypeftError: what failed, where, and what to do next.
+    """
+    loaded = load(job, overrides)
+    where = _cluster(cluster, loaded)
+    was_up = where.kind != "local" or local_ray.current() is not None
+    environment = _environment(where, loaded)
+    secrets = read_secrets(loaded)
+    for warning in loaded.warnings:
+        on_event({"event": "warning", "message": warning})
+    stop = service.StopRequest()
+    try:
+        with _signals(stop):
+            result = service.run_job(
+                loaded.spec,
+                environment,
+                secrets=secrets,
+                new=new,
+                resume=resume,
+                force=force,
+                on_event=on_event,
+                stop=stop,
+            )
+        if result.endpoint is not None and result.endpoint.state == "live" and not result.already:
+            result = replace(result, comparison=_compare(result))
+    finally:
+        wiring.disconnect()
+        notes = () if was_up else _leave(environment)
+    return replace(result, notes=notes)
+
+
+@contextlib.contextmanager
+def _signals(stop: service.StopRequest) -> Iterator[None]:
+    """Within the context Ctrl-C and SIGTERM ask for a checkpoint first."""
+
+    def ask(number: int, frame: object) -> None:
+        stop.ask()
+
+    try:
+        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not the main thread: signals are the program's own business
+        yield
+        return
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _leave(environment: service.Environment) -> tuple[str, ...]:
+    """Ends the Ray that this command started, unless an endpoint lives on it."""
+    if environment.registry.endpoint_names():
+        return ("Ray stays up for the endpoint; end both with: raypeft down",)
+    local_ray.down()
+    return ()
+
+
+def _compare(result: RunResult) -> service.Comparison | None:
+    """Asks the base and the adapter one and the same question."""
+    assert result.endpoint is not None
+    question, url = result.question, result.endpoint.url
+    if question is None:
+        return None
+    answers = [
+        asking.ask(url, model, question, max_tokens=64)
+        for model in (result.endpoint.base_name, result.endpoint.model)
+    ]
+    return service.Comparison(
+        question, *answers, asking.curl_line(url, result.endpoint.model, question, max_tokens=64)
+    )
+
+
+def improvement(metrics: Mapping[str, float]) -> list[str]:
+    """`held-out loss 1.93, the bare base's 3.10: 37.7 % lower`, where both were measured."""
+    ours, theirs = metrics.get("eval_loss"), metrics.get("base.eval_loss")
+    if not ours or not theirs:
+        return []
+    change = 100 * (1 - ours / theirs)
+    word = "lower" if change >= 0 else "higher"
+    return [f"held-out loss {ours:.4f}, the bare base's {theirs:.4f}: {abs(change):.1f} % {word}"]
+
+
+def storage(cluster: str | None = None) -> str:
+    """Where runs are read from."""
+    return load_cluster(cluster).storage
+
+
+def jobs(*, cluster: str | None = None) -> list[RunRecord]:
+    """All stored runs, the newest first. Needs no cluster."""
+    return _environment(load_cluster(cluster)).runs.list()
+
+
+def status(id: str, *, cluster: str | None = None) -> RunRecord:
+    """One stored run by its id, a part of it, or the job's name. Needs no cluster."""
+    return _environment(load_cluster(cluster)).runs.get(id).record
+
+
+def logs(id: str, *, follow: bool = False, cluster: str | None = None) -> Iterator[Event]:
+    """A run's events; with `follow` until it has ended."""
+    return _environment(load_cluster(cluster)).runs.get(id).events(follow=follow)
+
+
+def worker_log(id: str, worker: int, *, follow: bool = False, cluster: str | None = None) -> Iterator[str]:
+    """What one worker printed."""
+    return _environment(load_cluster(cluster)).runs.get(id).log(worker, follow=follow)
+
+
+# the registry
+
+
+def registry_url(cluster: str | None = None) -> str:
+    """Which registry a command reads."""
+    return load_cluster(cluster).registry
+
+
+def adapters(*, cluster: str | None = None) -> list[AdapterRow]:
+    """One row an adapter."""
+    return _registry(cluster).adapters()
+
+
+def versions(name: str, *, cluster: str | None = None) -> list[AdapterVersion]:
+    """An adapter's versions, the oldest first.
+
+    Raises:
+        RegistryError: there is no such adapter.
+    """
+    registry = _registry(cluster)
+    found = registry.versions(name)
+    if not found:
+        registry.resolve(f"{name}@1")
+    return found
+
+
+def show(ref: str, *, cluster: str | None = None) -> AdapterVersion:
+    """A version with its lineage."""
+    return _registry(cluster).get(ref)
+
+
+def alias(ref: str, alias: str, *, cluster: str | None = None) -> AdapterVersion:
+    """Points `alias` at a version; endpoints follow within about a second."""
+    registry = _registry(cluster)
+    name, version = registry.resolve(ref)
+    return registry.set_alias(name, version, alias)
+
+
+def register(
+    source: str, name: str, *, base: str | None = None, cluster: str | None = None
+) -> AdapterVersion:
+    """Registers an adapter that was trained elsewhere: a directory in HF PEFT's layout or a hub id.
+
+    Args:
+        base: its base model; what the adapter's config names where None.
+
+    Raises:
+        ModelError: not a whole adapter in safetensors, or its base is not there.
+    """
+    with wiring.adapter_folder(source) as folder:
+        base_model = base or check_adapter(folder).base_model
+        if base_model is None:
+            raise ModelError(
+                "adapter_config.json names no base_model_name_or_path.",
+                where=source,
+                hint="Say it: --base MODEL",
+            )
+        lineage = Lineage(base_identity(base_model), origin=f"registered from {source}")
+        return _registry(cluster).register(name, folder, lineage)
+
+
+def pull(ref: str, directory: str | Path, *, cluster: str | None = None) -> AdapterVersion:
+    """Copies a version into a new directory, checked against its hashes."""
+    return _registry(cluster).pull(ref, directory)
+
+
+def delete(ref: str, *, cluster: str | None = None) -> None:
+    """Deletes a version that no alias and no endpoint holds."""
+    _registry(cluster).delete(ref)
+
+
+def evaluate(
+    ref: str,
+    data: str,
+    *,
+    type: str = "chat",
+    metrics: Sequence[str] = (),
+    max_rows: int | None = None,
+    max_new_tokens: int = 64,
+    cluster: str | None = None,
+) -> dict[str, float]:
+    """Measures a version on data, in this process: its metrics, and the bare base's as `base.NAME`."""
+    version = _registry(cluster).get(ref)
+    dataset = {"path": data, "type": type}
+    measured: dict[str, Any] = {
+        "datasets": [dataset],
+        "metrics": list(metrics),
+        "max_new_tokens": max_new_tokens,
+    }
+    if max_rows is not None:
+        measured["max_rows"] = max_rows
+    spec = load_job_mapping(
+        {
+            "name": version.name,
+            "model": {
+                "base_model": version.lineage.base.source,
+                "revision": version.lineage.base.revision or "main",
+            },
+            "data": {"datasets": [dataset], "val_set_size": 0},
+            "eval": measured,
+        },
+        source="raypeft eval",
+    ).spec
+    with wiring.adapter_folder(version.url) as folder:
+        return wiring.evaluate(spec, str(folder))
+
+
+# serving
+
+
+def deploy(
+    ref: str,
+    *,
+    endpoint: str | None = None,
+    alias: str = "production",
+    num_replicas: int | None = None,
+    force: bool = False,
+    cluster: str | None = None,
+    on_event: OnEvent = ignore,
+) -> Deployment:
+    """Serves a version at the endpoint of its base, which is started where there is none."""
+    environment = _environment(load_cluster(cluster))
+    version = environment.registry.get(ref)
+    asked: dict[str, Any] = {"endpoint": endpoint, "alias": alias}
+    if num_replicas is not None:
+        asked["num_replicas"] = num_replicas
+    base = version.lineage.base
+    return environment.open_endpoints().deploy(
+        version, base.source, base.revision or "main", DeploySpec(**asked), force=force, on_event=on_event
+    )
+
+
+def endpoints(*, cluster: str | None = None) -> list[EndpointInfo]:
+    """All endpoints with what they serve. Starts no Ray: without one they are shown as down."""
+    return wiring.endpoint_rows(load_cluster(cluster))
+
+
+def undeploy(name: str, *, cluster: str | None = None) -> None:
+    """Takes an endpoint out of service, or one adapter (`NAME@V`) wherever it is served."""
+    where = load_cluster(cluster)
+    if "@" not in name:
+        wiring.endpoints(where, Registry(where.registry)).undeploy(name)
+        return
+    served = [
+        row.name for row in endpoints(cluster=cluster) if any(a.split(" ")[0] == name for a in row.adapters)
+    ]
+    if not served:
+        raise ServeError(f"no endpoint serves '{name}'.", hint="List them: raypeft endpoints")
+    for endpoint in served:
+        wiring.endpoints(where, Registry(where.registry)).undeploy(endpoint, name)
+
+
+def ask(
+    model: str, question: str, *, max_tokens: int = 128, url: str | None = None, cluster: str | None = None
+) -> str:
+    """An adapter's, or a bare base's, answer to one question."""
+    return asking.ask(url or _url_of(model, cluster), model, question, max_tokens=max_tokens)
+
+
+def ask_stream(
+    model: str, question: str, *, max_tokens: int = 128, url: str | None = None, cluster: str | None = None
+) -> Iterator[str]:
+    """Likewise, piece by piece as it is generated."""
+    return asking.ask_stream(url or _url_of(model, cluster), model, question, max_tokens=max_tokens)
+
+
+def _url_of(model: str, cluster: str | None) -> str:
+    """The endpoint that answers to `model`."""
+    where = load_cluster(cluster)
+    rows = [row for row in endpoints(cluster=cluster) if row.state == "live"]
+    if not rows:
+        raise ServeError("no endpoint is up.", where=where.registry, hint="Start one: raypeft deploy NAME@V")
+    if len(rows) == 1:
+        return rows[0].url
+    name = model.partition("@")[0]
+    for row in rows:
+        if model in (row.name, row.base) or any(
+            adapter.partition("@")[0] == name for adapter in row.adapters
+        ):
+            return row.url
+    raise ServeError(
+        f"none of the {len(rows)} endpoints serves '{model}'.",
+        hint=f"They serve: {', '.join(adapter for row in rows for adapter in (row.base, *row.adapters))}.",
+    )
+
+
+# the local Ray
+
+
+def up(*, num_cpus: int | None = None) -> local_ray.LocalRay:
+    """Starts this machine's own Ray in the background, on loopback; returns the one that is up."""
+    return local_ray.ensure_up(num_cpus)
+
+
+def down() -> bool:
+    """Stops it with its endpoints, and no other; returns whether there was one."""
+    return local_ray.down()
+
+
+# inside
+
+
+def _cluster(cluster: str | None, job: LoadedJob) -> Cluster:
+    beside = Path(job.path).parent if Path(job.path).exists() else None
+    return load_cluster(cluster, job.spec.cluster, beside=beside)
+
+
+def _environment(cluster: Cluster, job: LoadedJob | None = None) -> service.Environment:
+    return wiring.environment(cluster, storage=job.spec.storage.path if job else None)
+
+
+def _registry(cluster: str | None) -> Registry:
+    return Registry(load_cluster(cluster).registry)

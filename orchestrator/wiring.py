@@ -1,0 +1,162 @@
+"""Joins the use cases to Ray: the only file that imports inside functions, so that a command which needs
+neither torch nor Ray pays for neither."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+from . import local_ray
+from .cluster import Cluster, ClusterFacts
+from .errors import ClusterError, ModelError
+from .objects import get_tree
+from .registry import Registry
+from .runner import Runner
+from .service import Environment
+from .spec.job import JobSpec
+from .store import RunStore
+
+if TYPE_CHECKING:
+    from .serve.endpoints import RayEndpoints
+    from .train.inspection import Inspection
+
+
+def environment(cluster: Cluster, *, storage: str | None = None) -> Environment:
+    """What the use cases work on, for one cluster; nothing is started or connected to yet.
+
+    Args:
+        storage: the job's own `storage.path`, which goes before the cluster's.
+    """
+    registry = Registry(cluster.registry)
+    return Environment(
+        cluster=cluster,
+        runs=RunStore(storage or cluster.storage),
+        registry=registry,
+        open_runner=lambda: _runner(cluster),
+        open_endpoints=lambda: endpoints(cluster, registry),
+        facts=lambda: facts(cluster),
+    )
+
+
+def facts(cluster: Cluster) -> ClusterFacts | None:
+    """What the cluster has and can grow to; None where only the running cluster would know."""
+    if cluster.kind == "local":
+        return local_ray.facts()
+    if cluster.is_inside:
+        return None
+    from .submit.facts import read_facts
+
+    return read_facts(cluster)
+
+
+def connect(cluster: Cluster) -> None:
+    """Makes this process a driver of the cluster's Ray; starts the local one where none is up.
+
+    Raises:
+        ClusterError: it does not answer, or is a remote one, which takes jobs only.
+    """
+    if cluster.kind == "local":
+        up = local_ray.ensure_up()
+        address = up.gcs_address
+    elif cluster.is_inside:
+        address = "auto"
+    else:
+        raise ClusterError(
+            f"cluster '{cluster.name}' is reached through Ray's Jobs API.",
+            hint=f"Send the job there: raypeft submit FILE --cluster {cluster.path or cluster.address} --follow",
+        )
+    import ray
+
+    if ray.is_initialized():
+        return
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level="ERROR", namespace="raypeft")
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise ClusterError(
+            f"Ray does not answer: {error}", where=address, hint="See: raypeft up, raypeft down."
+        ) from error
+
+
+def disconnect() -> None:
+    """Ends this process's connection to Ray, where it has one."""
+    import sys
+
+    if "ray" in sys.modules:
+        sys.modules["ray"].shutdown()
+
+
+def endpoints(cluster: Cluster, registry: Registry) -> RayEndpoints:
+    """The cluster's endpoints; connects first."""
+    connect(cluster)
+    from .serve.endpoints import RayEndpoints
+
+    serve = cluster.serve
+    return RayEndpoints(registry, host=serve.host, port=serve.port, local=cluster.kind == "local")
+
+
+def _runner(cluster: Cluster) -> Runner:
+    connect(cluster)
+    from .train.launch import RayRunner
+
+    return RayRunner()
+
+
+def inspect_rows(spec: JobSpec, rows: int) -> Inspection:
+    """Renders a job's rows as the workers will read them."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from .train.inspection import inspect_job
+
+    return inspect_job(spec, rows)
+
+
+def evaluate(spec: JobSpec, adapter_dir: str) -> dict[str, float]:
+    """Metrics over the rows of `eval.datasets`, in this process: the adapter's; the bare base's as `base.NAME`."""
+    import torch
+
+    from peft_dist.loading import load_base
+
+    from .train.data import load_examples
+    from .train.evaluate import evaluate_adapter
+    from .train.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(spec)
+    base = load_base(spec.model.base_model, revision=spec.model.revision, dtype=torch.float32)
+    rows = load_examples(spec, tokenizer, max_len=None).evaluation
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    bare = evaluate_adapter(base, tokenizer, None, rows, spec.eval, device=device)
+    adapted = evaluate_adapter(base, tokenizer, adapter_dir, rows, spec.eval, device=device)
+    return adapted | {f"base.{name}": value for name, value in bare.items()}
+
+
+@contextmanager
+def adapter_folder(source: str) -> Iterator[Path]:
+    """A local folder with an adapter: `source` itself, or a copy of a URL's or a hub id's files while within.
+
+    Raises:
+        StorageError, ModelError: nothing is there.
+    """
+    if "://" not in source and Path(source).expanduser().exists():
+        yield Path(source).expanduser()
+        return
+    with TemporaryDirectory() as scratch:
+        if "://" in source:
+            yield get_tree(source, Path(scratch) / "adapter")
+        else:
+            yield _from_hub(source, scratch)
+
+
+def _from_hub(name: str, scratch: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, local_dir=scratch, allow_patterns=["*.json", "*.safetensors"]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise ModelError(
+            f"'{name}' is neither a folder nor an adapter that the hub gives: {str(error).splitlines()[0]}",
+            hint="Name a folder with adapter_config.json, a URL or a hub id.",
+        ) from error
