@@ -1,0 +1,135 @@
+"""Documents -> question/answer rows in chat form: what the documentation itself says, asked for by name.
+
+A row is left out where its answer is also found in the base's corpus, where another row gives the same
+answer, or where its text differs between micro releases of CPython 3.11 (`UNSTABLE`): the file is the same
+byte for byte on each.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from documents import Document, Entry, normal
+
+MIN_CHARS, MAX_CHARS = 24, 480
+MAX_BODY = 2000
+TURNS = (
+    ("section", ("What does the Python reference say about {name}?", "Explain {name} in Python.")),
+    ("module", ("What is the module {name} for?", "What is {name} in Python?")),
+    ("class", ("What is {name}?", "What is the class {name} for?")),
+    ("function", ("What does {name} do?", "What is {name} for?")),
+)
+QUESTIONS = dict(TURNS)
+MORE = "Tell me more."
+HOW = "How is {name} called?"
+
+# Compared between 3.11.2 (as Debian patches it) and 3.11.7; the first part of a name stands for all below it.
+UNSTABLE = (
+    "asyncio.streams.StreamReader.read", "asyncio.taskgroups", "collections.OrderedDict.__new__",
+    "email.utils.getaddresses", "pdb.runeval", "shutil.rmtree",
+)  # fmt: skip
+UNSTABLE_SECTIONS = ("Dictionary view objects", "String Methods")
+
+
+def rows(documents: Iterable[Document], corpus: Iterable[str]) -> list[dict]:
+    """`{"messages": [...], "document": name}` rows, ordered by a hash of the question."""
+    known = normal(" ".join(corpus))
+    seen: set[str] = set()
+    found = []
+    for document in documents:
+        if not document.for_rows:
+            continue
+        for entry in document.entries:
+            for messages in _dialogues(entry):
+                answers = [m["content"] for m in messages if m["role"] == "assistant"]
+                if any(text in seen for text in answers) or messages[0]["content"] in seen:
+                    continue
+                if any(text in known for text in answers):
+                    continue
+                seen.update(answers, [messages[0]["content"]])
+                found.append({"messages": messages, "document": document.name})
+    return sorted(found, key=lambda row: _hash(row["messages"][0]["content"]))
+
+
+def topic_rows(documents: Iterable[Document], corpus: Iterable[str]) -> list[dict]:
+    """`{"title": ..., "body": ...}`: the prose of those sections of the language reference that the base has
+    not seen."""
+    known = normal(" ".join(corpus))
+    found = []
+    for document in documents:
+        if not document.for_rows or not document.name.startswith("topic "):
+            continue
+        for entry in document.entries:
+            body = "\n\n".join(text for text in entry.paragraphs if text.isascii() and text not in known)
+            if entry.kind == "section" and len(body) >= 200 and entry.name not in UNSTABLE_SECTIONS:
+                found.append({"title": entry.name, "body": body[:MAX_BODY]})
+    return found
+
+
+def to_jsonl(found: list[dict]) -> str:
+    """One row a line, the same text for the same rows."""
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found)
+
+
+def sha256(path: Path) -> str:
+    """The file's sha256, hexadecimal."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _dialogues(entry: Entry) -> Iterator[list[dict]]:
+    name = _public(entry.name)
+    if name is None or any(entry.name == part or entry.name.startswith(f"{part}.") for part in UNSTABLE):
+        return
+    choices = QUESTIONS[entry.kind]
+    question = choices[_hash(entry.name) % len(choices)].format(name=name)
+    said = [_answer(paragraph) for paragraph in entry.paragraphs[:3]]
+    if said and said[0] is None and len(said) > 1 and _is_signature(entry.paragraphs[0]):
+        said = said[1:]
+    if not said or said[0] is None:
+        return
+    messages = _turn(question, said[0])
+    if len(said) > 1 and said[1] is not None and _hash(entry.name + "?") % 3 == 0:
+        messages += _turn(MORE, said[1])
+    yield messages
+    signature = re.sub(r"^\(\$?(self|cls|module|type)(, /)?(, )?", "(", entry.signature)
+    call = f"{name}{signature}"
+    if entry.kind == "function" and "," in signature and len(call) <= 160 and _hash(name + "()") % 3 == 0:
+        yield _turn(HOW.format(name=name), call)
+
+
+def _turn(question: str, answer: str) -> list[dict]:
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def _public(name: str) -> str | None:
+    """The name as a reader would write it; None for private ones."""
+    if " " in name or "`" in name:
+        return name  # a section's title
+    parts = name.split(".")
+    if any(part.startswith("_") and not re.fullmatch(r"__\w+__", part) for part in parts):
+        return None
+    return name
+
+
+def _is_signature(paragraph: str) -> bool:
+    return re.match(r"[\w.]+\(", paragraph) is not None
+
+
+def _answer(paragraph: str) -> str | None:
+    """The paragraph on one line, or None where it is no plain prose of a fitting length."""
+    lines = paragraph.splitlines()
+    if any(line.startswith(("    ", ">>>", "-", "*", "=", "+", "|", ":", "#", "@", ".. ")) for line in lines):
+        return None
+    text = normal(paragraph)
+    plain = text.isascii() and not re.search(r"::=|>>>|\bXXX\b|\bTODO\b|->.*->", text)
+    if not plain or not MIN_CHARS <= len(text) <= MAX_CHARS or len(text.split()) < 5 or _is_signature(text):
+        return None
+    return text if text[0].isupper() and text[-1] in ".!:)" else None
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
