@@ -1,0 +1,510 @@
+"""Adapters on disk, in HF PEFT's layout: adapter_model.safetensors, adapter_config.json and README.md.
+
+A tensor's name in the file follows from where it hangs in the model and from what its method asked for:
+nothing here knows a method. Under ZeRO-3 only the adapter is gathered, never the base, and one rank writes.
+Only safetensors are read or written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import os
+import re
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import fsspec
+import safetensors
+import safetensors.torch
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+from peft_dist.config import CONFIG_NAME, PeftConfig
+from peft_dist.contract import Param, PromptMethod
+from peft_dist.errors import AdapterError, CheckpointError, suggest
+from peft_dist.folder import FolderError, check_safetensors, is_hub_id, is_url, local_folder
+from peft_dist.pool import PooledModule
+from peft_dist.sharding import set_whole, whole, whole_shape
+
+WEIGHTS_NAME = "adapter_model.safetensors"
+PICKLED_NAME = "adapter_model.bin"
+CARD_NAME = "README.md"
+DEFAULT_ADAPTER = "default"
+
+_EMBEDDING_NAMES = ("embed_tokens", "lm_head")
+
+
+class LoadResult(NamedTuple):
+    """What did not meet: names that the model has and the file has not, and the other way round."""
+
+    missing_keys: list[str]
+    unexpected_keys: list[str]
+
+
+@dataclass(frozen=True)
+class SavedAdapter:
+    """An adapter as read from its directory: its config, and its tensors on the CPU by their names in the
+    file."""
+
+    config: PeftConfig
+    tensors: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where one tensor of an adapter lives in the model: `name` there is the Parameter's own."""
+
+    module: PooledModule
+    name: str
+    parameter: Parameter
+
+
+# Names
+
+
+def adapter_places(model: nn.Module, adapter_name: str) -> dict[str, _Place]:
+    """The adapter's tensors in `model`, by their names in a checkpoint, in the model's order."""
+    places = {}
+    for path, module in model.named_modules():
+        if not isinstance(module, PooledModule) or adapter_name not in module.adapters:
+            continue
+        parameters = module.tensors(adapter_name)
+        method = getattr(module, "methods", {}).get(adapter_name)
+        for key, param in module.wanted(adapter_name).items():
+            saved = param.key if param.saved is None else param.saved
+            # Virtual tokens belong to no layer: HF PEFT stores them under their bare name.
+            prefix = "" if isinstance(method, PromptMethod) else path
+            places[_join(prefix, saved)] = _Place(
+                module, _join(path, _hung(param, adapter_name)), parameters[key]
+            )
+    return places
+
+
+def adapter_parameters(model: nn.Module, adapter_name: str) -> dict[str, Parameter]:
+    """The adapter's tensors in `model`, by their names in a checkpoint."""
+    return {key: place.parameter for key, place in adapter_places(model, adapter_name).items()}
+
+
+def _hung(param: Param, adapter_name: str) -> str:
+    first, _, rest = param.key.partition(".")
+    return _join(first, adapter_name, rest)
+
+
+def _join(*parts: str) -> str:
+    return ".".join(part for part in parts if part)
+
+
+# The state dictionary
+
+
+def get_peft_model_state_dict(
+    model: nn.Module,
+    state_dict: Mapping[str, Tensor] | None = None,
+    adapter_name: str = DEFAULT_ADAPTER,
+    unwrap_compiled: bool = False,
+    save_embedding_layers: bool | Literal["auto"] = "auto",
+) -> dict[str, Tensor]:
+    """The adapter's tensors, whole, by their names in a checkpoint; a collective where some are sharded.
+
+    Args:
+        state_dict: the model's, where another library has gathered it; else the model's own tensors are
+        taken. unwrap_compiled: take the model out of its torch.compile wrapper first.
+        save_embedding_layers: add the base's embeddings; "auto" where the adapter sits on them, or where the
+            vocabulary was resized.
+
+    Raises:
+        AdapterError: there is no such adapter.
+        CheckpointError: a tensor is empty or on the meta device, so its values are not known here.
+    """
+    if unwrap_compiled:
+        model = getattr(model, "_orig_mod", model)
+    _known_adapter(model, adapter_name)
+    tensors = {}
+    for key, place in adapter_places(model, adapter_name).items():
+        if state_dict is None:
+            tensors[key] = _values(key, place.parameter)
+        elif place.name in state_dict:
+            tensors[key] = state_dict[place.name]
+        else:
+            raise CheckpointError(
+                f"state_dict lacks {place.name!r} of adapter {adapter_name!r}. Pass the whole one."
+            )
+    for key, parameter in _embeddings(model, adapter_name, save_embedding_layers).items():
+        tensors[key] = _values(key, parameter)
+    empty = [key for key, value in tensors.items() if value.numel() == 0]
+    if empty:
+        raise CheckpointError(
+            f"{empty[0]!r} and {len(empty) - 1} more tensors of adapter {adapter_name!r} are empty: "
+            "they rest sharded elsewhere. Gather them before saving."
+        )
+    return tensors
+
+
+def set_peft_model_state_dict(
+    model: nn.Module,
+    peft_model_state_dict: Mapping[str, Tensor],
+    adapter_name: str = DEFAULT_ADAPTER,
+    ignore_mismatched_sizes: bool = False,
+    low_cpu_mem_usage: bool = False,
+) -> LoadResult:
+    """Fills the adapter's tensors, which must be in the model, from a checkpoint's names; nothing on an
+    error.
+
+    A collective where tensors are sharded. Under a user's own DeepSpeed engine the engine's fp32 masters are
+    set too, so that its next step does not undo what was loaded.
+
+    Args:
+        low_cpu_mem_usage: taken for compatibility; tensors on meta are given memory in any case.
+
+    Returns:
+        The names without a counterpart. Names in the file that the model does not know are no error.
+
+    Raises:
+        AdapterError: there is no such adapter.
+        CheckpointError: a shape differs, and `ignore_mismatched_sizes` is false; or no name at all is known.
+    """
+    _known_adapter(model, adapter_name)
+    places = adapter_places(model, adapter_name)
+    embeddings = {key: p for key, p in _all_embeddings(model).items() if key in peft_model_state_dict}
+    wanted: dict[str, Parameter] = {key: place.parameter for key, place in places.items()} | embeddings
+    given = {key: value for key, value in peft_model_state_dict.items() if key in wanted}
+    result = LoadResult(
+        missing_keys=[place.name for key, place in places.items() if key not in given],
+        unexpected_keys=[key for key in peft_model_state_dict if key not in wanted],
+    )
+    if places and not any(key in given for key in places):
+        raise CheckpointError(
+            f"none of the {len(peft_model_state_dict)} tensors belongs to adapter {adapter_name!r}, "
+            f"whose first is {next(iter(places))!r}. Was it trained on another base, or with other target_modules?"
+        )
+    wrong = [key for key, value in given.items() if value.shape != whole_shape(wanted[key])]
+    if wrong:
+        listed = ", ".join(
+            f"{key!r} is {tuple(given[key].shape)} there and {tuple(whole_shape(wanted[key]))} here"
+            for key in wrong[:3]
+        )
+        message = (
+            f"{len(wrong)} of {len(given)} tensors of adapter {adapter_name!r} have another shape: {listed}."
+        )
+        if not ignore_mismatched_sizes:
+            raise CheckpointError(f"{message} Its rank, targets or base differ from this model's.")
+        warnings.warn(f"{message} They keep their values.", stacklevel=2)
+        given = {key: value for key, value in given.items() if key not in wrong}
+    for module in {id(place.module): place.module for place in places.values()}.values():
+        module.materialise(adapter_name, _device(module))
+    for key, parameter in _current(model, adapter_name, embeddings).items():
+        if key in given:
+            set_whole(parameter, given[key])
+    return result
+
+
+def _current(
+    model: nn.Module, adapter_name: str, embeddings: Mapping[str, Parameter]
+) -> dict[str, Parameter]:
+    """The tensors to fill; asked again after those on meta were replaced."""
+    return adapter_parameters(model, adapter_name) | dict(embeddings)
+
+
+def _device(module: nn.Module) -> torch.device:
+    return getattr(getattr(module, "base", None), "device", torch.device("cpu"))
+
+
+def _values(key: str, parameter: Tensor) -> Tensor:
+    if parameter.is_meta:
+        raise CheckpointError(
+            f"{key!r} is on the meta device and has no values. Load or start the adapter first."
+        )
+    return whole(parameter)
+
+
+def _known_adapter(model: nn.Module, adapter_name: str) -> None:
+    known = getattr(model, "peft_config", {})
+    if adapter_name not in known:
+        raise AdapterError(
+            f"there is no adapter {adapter_name!r}; there are: {', '.join(known) or 'none'}."
+            f"{suggest(adapter_name, known)}"
+        )
+
+
+# Embeddings of the base that travel with an adapter
+
+
+def _all_embeddings(model: nn.Module) -> dict[str, Parameter]:
+    """The weights of the base's input and output embeddings, by their names in a checkpoint."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    found = {}
+    for getter in ("get_input_embeddings", "get_output_embeddings"):
+        layer = _asked(base, getter)
+        layer = getattr(layer, "base_layer", layer)
+        weight = getattr(layer, "weight", None)
+        if isinstance(weight, Parameter):
+            path = next((path for path, module in model.named_modules() if module is layer), None)
+            if path is not None:
+                found[f"{path}.weight"] = weight
+    return found
+
+
+def _asked(base: nn.Module, getter: str) -> nn.Module | None:
+    try:
+        return getattr(base, getter)() if hasattr(base, getter) else None
+    except NotImplementedError:
+        return None
+
+
+def _embeddings(model: nn.Module, adapter_name: str, wish: bool | Literal["auto"]) -> dict[str, Parameter]:
+    if wish is False:
+        return {}
+    embeddings = _all_embeddings(model)
+    adapted = {
+        f"{path}.base_layer.weight"
+        for path, module in model.named_modules()
+        if isinstance(module, PooledModule)
+        and adapter_name in module.adapters
+        and path.rpartition(".")[2] in _EMBEDDING_NAMES
+    }
+    targeted = {key: parameter for key, parameter in embeddings.items() if key in adapted}
+    if targeted:
+        return targeted
+    if wish is True or _is_resized(model, adapter_name):
+        return embeddings
+    return {}
+
+
+def _is_resized(model: nn.Module, adapter_name: str) -> bool:
+    """Whether the base's vocabulary differs from the one in its directory; false where that cannot be
+    seen."""
+    config = getattr(model, "peft_config", {})[adapter_name]
+    base_path = getattr(config, "base_model_name_or_path", None)
+    here = getattr(getattr(model, "config", None), "vocab_size", None)
+    if not base_path or here is None or not (Path(base_path) / "config.json").is_file():
+        return False
+    stored = json.loads((Path(base_path) / "config.json").read_text(encoding="utf-8")).get("vocab_size")
+    return stored is not None and stored != here
+
+
+# Writing
+
+
+def save_adapters(
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    *,
+    selected_adapters: Iterable[str] | None = None,
+    save_embedding_layers: bool | Literal["auto"] = "auto",
+    is_main_process: bool | None = None,
+    state_dict: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Writes adapters to a directory or fsspec URL, from which HF PEFT and `read_adapter` load them.
+
+    The adapter named "default" goes into the directory itself, each other one into a subdirectory of its
+    name. To be called on every rank, since sharded tensors are gathered; one rank writes. Files are written
+    aside and renamed, the config last: whoever finds one finds the whole adapter.
+
+    Args:
+        is_main_process: whether this process writes; by default rank 0 of the default group does.
+
+    Raises:
+        AdapterError: an adapter that is not there.
+        CheckpointError: values are not known here, or the directory cannot be written.
+    """
+    names = list(model.peft_config if selected_adapters is None else selected_adapters)  # type: ignore[arg-type]
+    for name in names:
+        _known_adapter(model, name)
+    writes = (
+        is_main_process if is_main_process is not None else not dist.is_initialized() or dist.get_rank() == 0
+    )
+    for name in names:
+        tensors = get_peft_model_state_dict(
+            model, state_dict, name, save_embedding_layers=save_embedding_layers
+        )
+        if writes:
+            config = copy.copy(model.peft_config[name])  # type: ignore[index]
+            config.inference_mode = True
+            target = os.fspath(directory) if name == DEFAULT_ADAPTER else f"{os.fspath(directory)}/{name}"
+            _write(target, config, tensors)
+
+
+def _write(target: str, config: PeftConfig, tensors: Mapping[str, Tensor]) -> None:
+    tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+    try:
+        with _aside(target) as folder:
+            safetensors.torch.save_file(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt"})
+            (folder / CARD_NAME).write_text(_card(config), encoding="utf-8")
+            config.save_pretrained(folder)
+            if is_url(target):
+                _upload(folder, target)
+            else:
+                _move(folder, Path(target))
+    except (OSError, safetensors.SafetensorError) as error:
+        raise CheckpointError(f"{target}: the adapter cannot be written: {error}") from error
+
+
+@contextlib.contextmanager
+def _aside(target: str) -> Iterator[Path]:
+    """An empty directory, beside the target where that is local, so that a rename will do; removed at the
+    end."""
+    parent = None
+    made: list[Path] = []
+    if not is_url(target):
+        parent = Path(target).absolute().parent
+        made = [path for path in (parent, *parent.parents) if not path.exists()]
+        parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=".adapter-", dir=parent))
+    # mkdtemp lets only its owner in; what is saved is for whoever may read the directory around it.
+    mask = os.umask(0)
+    os.umask(mask)
+    folder.chmod(0o777 & ~mask)
+    try:
+        yield folder
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        for path in made:
+            with contextlib.suppress(OSError):
+                path.rmdir()
+        raise
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _move(folder: Path, target: Path) -> None:
+    if not target.exists():
+        folder.rename(target)
+        return
+    for name in (WEIGHTS_NAME, CARD_NAME, CONFIG_NAME):
+        if name != CARD_NAME or not (target / name).exists():
+            os.replace(folder / name, target / name)
+    # A pickled adapter of before would be another one.
+    (target / PICKLED_NAME).unlink(missing_ok=True)
+
+
+def _upload(folder: Path, target: str) -> None:
+    filesystem, root = fsspec.url_to_fs(target)
+    filesystem.makedirs(root, exist_ok=True)
+    for name in (WEIGHTS_NAME, CARD_NAME, CONFIG_NAME):
+        filesystem.put_file(str(folder / name), f"{root}/{name}")
+
+
+def _card(config: PeftConfig) -> str:
+    base = config.base_model_name_or_path or ""
+    head = ["---", *([f"base_model: {json.dumps(base)}"] if base else []), "library_name: peft"]
+    method = str(getattr(config.peft_type, "value", config.peft_type))
+    tags = ["tags:", f"- {method.lower()}", "---"]
+    task = f" for {config.task_type}" if config.task_type else ""
+    body = [
+        "",
+        f"# {method} adapter",
+        "",
+        f"Trained{task} on the base `{base or 'given by its user'}`.",
+        "Load it with this library or with HF PEFT:",
+        "",
+        "```python",
+        "model = PeftModel.from_pretrained(base_model, THIS_DIRECTORY)",
+        "```",
+        "",
+    ]
+    return "\n".join(head + tags + body)
+
+
+# Reading
+
+
+def read_config(
+    path: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    token: Any = None,
+) -> PeftConfig:
+    """The config of a saved adapter: a directory, an fsspec URL or a hub id.
+
+    Raises:
+        CheckpointError: it is not there. ConfigError: it breaks a rule.
+    """
+    return _read_config(_found(path, (CONFIG_NAME,), revision, subfolder, token), path)
+
+
+def read_adapter(
+    path: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    token: Any = None,
+    key_mapping: Mapping[str, str] | None = None,
+) -> SavedAdapter:
+    """A saved adapter: a directory, an fsspec URL or a hub id.
+
+    Args:
+        subfolder: where in it; adapters that are not "default" lie in a folder of their name.
+        key_mapping: regular expressions on names in the file, without `base_model.model.`, and what to put
+        there.
+
+    Raises:
+        CheckpointError: it is not there, is damaged, or its weights are pickled.
+        ConfigError: its config breaks a rule.
+    """
+    folder = _found(path, (CONFIG_NAME, WEIGHTS_NAME, PICKLED_NAME), revision, subfolder, token)
+    config = _read_config(folder, path)
+    file = folder / WEIGHTS_NAME
+    if not file.is_file():
+        if (folder / PICKLED_NAME).is_file():
+            raise CheckpointError(
+                f"{os.fspath(path)!r} has its weights in {PICKLED_NAME}, which runs code when it is read; "
+                f"only {WEIGHTS_NAME} is loaded. Convert it where you trust it: safetensors.torch.save_file("
+                f"torch.load({PICKLED_NAME!r}, weights_only=True), {WEIGHTS_NAME!r})."
+            )
+        raise CheckpointError(f"{os.fspath(path)!r} has no {WEIGHTS_NAME}.")
+    try:
+        check_safetensors(file)
+        tensors = safetensors.torch.load_file(file, device="cpu")
+    except (FolderError, OSError, safetensors.SafetensorError) as error:
+        raise CheckpointError(f"adapter {os.fspath(path)!r}: {error}") from error
+    return SavedAdapter(config, _renamed(tensors, key_mapping))
+
+
+def _found(
+    path: str | os.PathLike[str],
+    names: tuple[str, ...],
+    revision: str | None,
+    subfolder: str | None,
+    token: Any,
+) -> Path:
+    text = os.fspath(path)
+    on_hub = is_hub_id(text)
+    if subfolder and not on_hub:
+        text = f"{text.rstrip('/')}/{subfolder}"
+    patterns = tuple(f"{subfolder}/{name}" for name in names) if subfolder and on_hub else names
+    try:
+        folder = local_folder(text, patterns, revision=revision, token=token)
+    except FolderError as error:
+        raise CheckpointError(f"adapter: {error}") from error
+    return folder / subfolder if subfolder and on_hub else folder
+
+
+def _read_config(folder: Path, path: str | os.PathLike[str]) -> PeftConfig:
+    if not (folder / CONFIG_NAME).is_file():
+        raise CheckpointError(f"{os.fspath(path)!r} has no {CONFIG_NAME}; it is not an adapter's directory.")
+    return PeftConfig.from_pretrained(folder)
+
+
+def _renamed(tensors: dict[str, Tensor], mapping: Mapping[str, str] | None) -> dict[str, Tensor]:
+    if not mapping:
+        return tensors
+    prefix = "base_model.model."
+    renamed = {}
+    for key, value in tensors.items():
+        name = key.removeprefix(prefix)
+        for pattern, replacement in mapping.items():
+            name, count = re.subn(pattern, replacement, name)
+            if count:
+                break
+        renamed[prefix + name if key.startswith(prefix) else name] = value
+    return renamed
