@@ -1,0 +1,143 @@
+"""Asking an endpoint over plain HTTP; imports neither ray nor torch."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import requests
+
+from .errors import ServeError
+
+_CONNECT_TIMEOUT_S = 5.0
+_ANSWER_TIMEOUT_S = 600.0
+
+Messages = Sequence[dict[str, str]]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came back."""
+
+    text: str
+    model: str
+    """The version that answered, `name@version`, or the base's own name."""
+    finish_reason: str | None
+    completion_tokens: int
+
+
+def ask(
+    url: str,
+    model: str,
+    question: str | Messages,
+    *,
+    max_tokens: int = 128,
+    temperature: float = 0.0,
+) -> Answer:
+    """One answer.
+
+    Args:
+        url: the endpoint's API, http://HOST:PORT/BASE/v1.
+        question: what the user says, or a whole conversation.
+
+    Raises:
+        ServeError: nothing answers there, or the endpoint refuses; the message is the endpoint's own.
+    """
+    body = {**_body(model, question, max_tokens), "temperature": temperature}
+    with _post(url, body, stream=False) as response:
+        try:
+            reply = response.json()
+            choice = reply["choices"][0]
+            return Answer(
+                text=choice["message"]["content"],
+                model=reply["model"],
+                finish_reason=choice["finish_reason"],
+                completion_tokens=reply["usage"]["completion_tokens"],
+            )
+        except (ValueError, LookupError, TypeError) as error:
+            raise ServeError(f"{url} does not answer in OpenAI's form.", hint="Is it an endpoint?") from error
+
+
+def ask_stream(
+    url: str,
+    model: str,
+    question: str | Messages,
+    *,
+    max_tokens: int = 128,
+    temperature: float = 0.0,
+) -> Iterator[str]:
+    """The answer's text as it comes; see `ask`."""
+    body = {**_body(model, question, max_tokens), "temperature": temperature, "stream": True}
+    with _post(url, body, stream=True) as response:
+        for line in response.iter_lines():
+            data = line.removeprefix(b"data: ").strip()
+            if not data or not line.startswith(b"data: "):
+                continue
+            if data == b"[DONE]":
+                return
+            chunk = json.loads(data)
+            if "error" in chunk:
+                raise ServeError(chunk["error"]["message"], where=url)
+            for choice in chunk["choices"]:
+                if text := choice["delta"].get("content"):
+                    yield text
+
+
+def models(url: str) -> list[str]:
+    """The names that an endpoint answers to.
+
+    Raises:
+        ServeError: nothing answers there.
+    """
+    try:
+        response = requests.get(f"{url.rstrip('/')}/models", timeout=(_CONNECT_TIMEOUT_S, 60))
+    except requests.RequestException as error:
+        raise _silent(url) from error
+    _check(response, url)
+    return [card["id"] for card in response.json()["data"]]
+
+
+def curl_line(url: str, model: str, question: str, *, max_tokens: int = 128) -> str:
+    """The shell line that asks the same."""
+    body = {**_body(model, question, max_tokens), "temperature": 0}
+    address = shlex.quote(f"{url.rstrip('/')}/chat/completions")
+    return (
+        f"curl -s {address} -H 'Content-Type: application/json' "
+        f"-d {shlex.quote(json.dumps(body, ensure_ascii=False))}"
+    )
+
+
+def _body(model: str, question: str | Messages, max_tokens: int) -> dict[str, Any]:
+    messages = [{"role": "user", "content": question}] if isinstance(question, str) else list(question)
+    return {"model": model, "messages": messages, "max_tokens": max_tokens}
+
+
+def _post(url: str, body: dict[str, Any], *, stream: bool) -> requests.Response:
+    try:
+        response = requests.post(
+            f"{url.rstrip('/')}/chat/completions",
+            json=body,
+            stream=stream,
+            timeout=(_CONNECT_TIMEOUT_S, _ANSWER_TIMEOUT_S),
+        )
+    except requests.RequestException as error:
+        raise _silent(url) from error
+    _check(response, url)
+    return response
+
+
+def _check(response: requests.Response, url: str) -> None:
+    if response.status_code < 400:
+        return
+    try:
+        said = response.json()["error"]["message"]
+    except (ValueError, LookupError, TypeError):
+        said = f"HTTP {response.status_code}: {response.text[:300]}"
+    raise ServeError(said, where=url)
+
+
+def _silent(url: str) -> ServeError:
+    return ServeError("nothing answers.", where=url, hint="See what is up: raypeft endpoints")

@@ -1,0 +1,51 @@
+"""The base of an endpoint, ready to answer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, PreTrainedModel
+
+from peft_dist.loading import load_base
+
+from ..chat_template import ensure_chat_template
+
+_CONTEXT_WHERE_UNKNOWN = 2048
+
+
+@dataclass(frozen=True)
+class Base:
+    """A model in evaluation mode on its device, its tokenizer, and what the engine must know of them."""
+
+    model: PreTrainedModel
+    tokenizer: Any
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        """The tokens that end an answer: the base's generation config says them, else the tokenizer."""
+        said = self.model.generation_config.eos_token_id
+        if said is None:
+            said = self.tokenizer.eos_token_id
+        return frozenset([said] if isinstance(said, int) else said or ())
+
+    @property
+    def max_context(self) -> int:
+        """Tokens of prompt and answer together: the base's positions, else the tokenizer's limit."""
+        positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        limit = self.tokenizer.model_max_length
+        return positions or (limit if limit < 10**9 else _CONTEXT_WHERE_UNKNOWN)
+
+
+def load(path: str, revision: str, threads: int) -> Base:
+    """The base in the dtype of its files, on the GPU that this process was given or else the CPU.
+
+    Args:
+        threads: CPU threads of the process, for good.
+    """
+    torch.set_num_threads(threads)
+    model: Any = load_base(path, task="CAUSAL_LM", dtype="auto", revision=revision)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
+    return Base(model.to(device).eval().requires_grad_(False), ensure_chat_template(tokenizer))

@@ -1,0 +1,69 @@
+"""What an endpoint shall serve, as it is kept in the registry's storage. Replicas follow it; whoever deploys
+changes it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any
+
+from ..identity import BaseIdentity
+
+
+@dataclass(frozen=True)
+class Served:
+    """One adapter version on an endpoint."""
+
+    name: str
+    version: int
+    forced: bool = False
+    """Deployed although its gate had refused it."""
+    alias_when_live: str | None = None
+    """The alias that the replica sets as soon as it serves the version; None where the deployer does."""
+
+    @property
+    def ref(self) -> str:
+        """`name@version`."""
+        return f"{self.name}@{self.version}"
+
+
+@dataclass(frozen=True)
+class Desired:
+    """One endpoint: its base, and the versions that it serves."""
+
+    endpoint: str
+    base: BaseIdentity
+    threads: int = 1
+    """CPU threads of each replica."""
+    adapters: tuple[Served, ...] = field(default=())
+
+    def served(self, ref: str) -> Served | None:
+        """The entry of a version, None where it is not served."""
+        return next((entry for entry in self.adapters if entry.ref == ref), None)
+
+    def with_adapter(self, entry: Served) -> Desired:
+        """Also serving `entry`, in place of an older entry of the same version."""
+        others = tuple(other for other in self.adapters if other.ref != entry.ref)
+        return replace(self, adapters=(*others, entry))
+
+    def without(self, ref: str) -> Desired:
+        """No longer serving that version."""
+        return replace(self, adapters=tuple(entry for entry in self.adapters if entry.ref != ref))
+
+    def to_dict(self) -> dict[str, Any]:
+        """As it is stored."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, stored: dict[str, Any]) -> Desired:
+        """Reads what `to_dict` wrote, also by another version: unknown keys are passed over."""
+        return cls(
+            endpoint=stored["endpoint"],
+            base=BaseIdentity(**_known(BaseIdentity, stored["base"])),
+            threads=stored.get("threads", 1),
+            adapters=tuple(Served(**_known(Served, entry)) for entry in stored.get("adapters", ())),
+        )
+
+
+def _known(kind: Any, stored: dict[str, Any]) -> dict[str, Any]:
+    names = {entry.name for entry in fields(kind)}
+    return {name: value for name, value in stored.items() if name in names}

@@ -1,0 +1,400 @@
+"""Deploying, listing and ending endpoints, from a driver that is connected to Ray."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import requests
+
+from ..errors import PlacementError, ServeError, closest
+from ..identity import BaseIdentity, base_identity
+from ..registry import AdapterVersion, Registry
+from ..runner import Event
+from ..service import Deployment
+from ..spec.job import DeploySpec
+from . import serve_cluster
+from .desired import Desired, Served
+from .naming import base_id, check_endpoint_name, default_endpoint
+from .serve_cluster import Application, Door, Placement
+
+OnEvent = Callable[[Event], None]
+
+SECONDS_FOR_A_PLACE = 20.0
+"""How long a replica may wait for room before the deployment is left to become live by itself."""
+_POLL_S = 0.1
+
+
+@dataclass(frozen=True)
+class EndpointInfo:
+    """An endpoint as `raypeft endpoints` shows it."""
+
+    name: str
+    url: str
+    """Where its OpenAI API is: http://HOST:PORT/NAME/v1."""
+    routes: tuple[str, ...]
+    """All URLs that reach it: also http://HOST:PORT/v1 while it is the only one."""
+    base: str
+    adapters: tuple[str, ...]
+    """`name@version` of each; with ` (forced)` where the gate had refused it."""
+    state: str
+    """live | starting | waiting | failed | down"""
+    message: str = ""
+    replicas: int = 0
+
+
+class RayEndpoints:
+    """The endpoints of one cluster. The process must be connected to its Ray.
+
+    Args:
+        registry: where adapters and desired states are.
+        host, port: where Serve shall listen if none runs yet.
+        local: whether the cluster is this machine's own: replicas then reserve nothing, so that training
+            finds its workers' places.
+        place_timeout_s: seconds after which a replica without a place is reported as waiting.
+    """
+
+    def __init__(
+        self,
+        registry: Registry,
+        *,
+        host: str = "127.0.0.1",
+        port: int = 8000,
+        local: bool,
+        place_timeout_s: float = SECONDS_FOR_A_PLACE,
+    ) -> None:
+        self._registry, self._host, self._port, self._local = registry, host, port, local
+        self._place_timeout_s = place_timeout_s
+
+    def deploy(
+        self,
+        version: AdapterVersion,
+        base_model: str,
+        revision: str,
+        deploy: DeploySpec,
+        *,
+        force: bool = False,
+        on_event: OnEvent = lambda event: None,
+    ) -> Deployment:
+        """Has the endpoint of the version's base answer with the version, then points the alias at it.
+
+        Returns with state `waiting` where the cluster has no room now; the endpoint then becomes live, and
+        takes the alias, by itself.
+
+        Raises:
+            ServeError: refused by its gate, another base's endpoint, or it does not come up; nothing changes.
+            PlacementError: no node can ever hold a replica.
+        """
+        _check_gate(version, force)
+        base = _check_base(version, base_model, revision)
+        endpoint = self._choose(base, deploy.endpoint)
+        placement = self._place(deploy)
+        door = serve_cluster.open_serve(self._host, self._port)
+        if door.note:
+            on_event({"event": "warning", "message": door.note})
+        running = serve_cluster.applications().get(endpoint)
+        entry = Served(version.name, version.version, forced=force and version.lineage.gate_passed is False)
+        before = self._record(endpoint, base, version, entry, max(1, int(deploy.cpus_per_replica)))
+        started = False
+        try:
+            if running is None or running.status in ("DELETING", "NOT_STARTED", "DEPLOY_FAILED"):
+                started = True
+                prefix = "/" if serve_cluster.route_taken("/") is None else f"/{endpoint}"
+                serve_cluster.start_application(endpoint, self._registry.url, prefix, placement)
+            elif "num_replicas" in deploy.model_fields_set and deploy.num_replicas != running.num_replicas:
+                serve_cluster.change_application(
+                    running, self._registry.url, num_replicas=deploy.num_replicas
+                )
+            live = self._await(endpoint, version.ref, door, on_event)
+        except BaseException:
+            self._restore(endpoint, before, version.ref)
+            if started:
+                serve_cluster.delete_application(endpoint)
+            raise
+        if live:
+            self._registry.set_alias(version.name, version.version, deploy.alias)
+        else:
+            self._change(endpoint, lambda now: now.with_adapter(replace(entry, alias_when_live=deploy.alias)))
+        return Deployment(
+            endpoint=endpoint,
+            url=f"{door.url}/{endpoint}/v1",
+            model=version.ref,
+            base_model=base.source,
+            state="live" if live else "waiting",
+        )
+
+    def status(self) -> list[EndpointInfo]:
+        """All endpoints of this registry or on this cluster, by name."""
+        door = serve_cluster.find_door()
+        running = serve_cluster.applications()
+        desired = self._all_desired()
+        return [
+            _info(name, desired.get(name), running.get(name), door, alone=len(running) == 1)
+            for name in sorted(desired.keys() | running.keys())
+        ]
+
+    def undeploy(self, name: str, adapter: str | None = None) -> None:
+        """Takes one adapter (`name@version`, or each version of `name`), or the endpoint, out of service.
+
+        Raises:
+            ServeError: there is no such endpoint, or it does not serve that adapter.
+        """
+        running = serve_cluster.applications()
+        desired = self._all_desired()
+        if name not in desired and name not in running:
+            near = closest(name, desired.keys() | running.keys())
+            hint = f"Closest: '{near[0]}'." if near else "List them: raypeft endpoints."
+            raise ServeError(f"there is no endpoint '{name}'.", hint=hint)
+        if adapter is not None:
+            self._withdraw(name, desired.get(name), adapter, name in running)
+            return
+        if name in running:
+            serve_cluster.delete_application(name)
+        if name in desired:
+            for entry in desired[name].adapters:
+                self._registry.release(entry.ref, name)
+            self._registry.update_endpoint(name, lambda stored: None)
+        self._give_root_to_the_last()
+
+    def _choose(self, base: BaseIdentity, asked: str | None) -> str:
+        """The endpoint for a base: the one asked for, else the one that serves it, else a new one.
+
+        Raises:
+            ServeError: the one asked for serves another base.
+        """
+        desired = self._all_desired()
+        if asked is not None:
+            check_endpoint_name(asked)
+            there = desired.get(asked)
+            if there is not None and not there.base.is_same(base):
+                raise ServeError(
+                    f"endpoint '{asked}' serves the base {there.base.name} ({there.base.content_hash[:8]}), "
+                    f"and this adapter belongs to {base.name} ({base.content_hash[:8]}).",
+                    where="deploy.endpoint",
+                    hint=f"Deploy it to another endpoint, or end this one first: raypeft undeploy {asked}",
+                )
+            return asked
+        of_base = [name for name, state in desired.items() if state.base.is_same(base)]
+        by_name = default_endpoint(base, desired.keys() - of_base)
+        if by_name in of_base or len(of_base) != 1:
+            return by_name
+        return of_base[0]
+
+    def _place(self, deploy: DeploySpec) -> Placement:
+        """What a replica reserves.
+
+        Raises:
+            PlacementError: no node of this machine's own cluster has that much.
+        """
+        if self._local and deploy.gpus_per_replica in ("auto", 0):
+            # It shares what training reserves. Ray hides all GPUs from who reserves none, unless told not to.
+            see_gpus = {} if deploy.gpus_per_replica == 0 else {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+            return Placement(deploy.num_replicas, 0, 0, see_gpus)
+        auto = 1.0 if serve_cluster.can_ever_place(0, 1) else 0.0
+        gpus = auto if deploy.gpus_per_replica == "auto" else float(deploy.gpus_per_replica)
+        cpus = 0.0 if self._local else float(deploy.cpus_per_replica)
+        if self._local and not serve_cluster.can_ever_place(cpus, gpus):
+            raise PlacementError(
+                f"a replica asks for {gpus:g} GPUs, and this machine has fewer.",
+                where="deploy.gpus_per_replica",
+                hint="Lower it, or leave it at auto.",
+            )
+        return Placement(deploy.num_replicas, cpus, gpus, {})
+
+    def _record(
+        self, endpoint: str, base: BaseIdentity, version: AdapterVersion, entry: Served, threads: int
+    ) -> Desired | None:
+        """Adds a version to the desired state; returns the state before."""
+        stored = self._registry.endpoint_state(endpoint)
+        before = Desired.from_dict(stored) if stored else None
+        if before is not None and not before.base.is_same(base):
+            raise ServeError(f"endpoint '{endpoint}' now serves another base.", hint="Deploy again.")
+
+        def add(now: dict[str, Any] | None) -> dict[str, Any]:
+            there = Desired.from_dict(now) if now else Desired(endpoint, base)
+            return replace(there, base=base, threads=threads).with_adapter(entry).to_dict()
+
+        reasons = version.lineage.gate_reasons if entry.forced else ()
+        self._registry.hold(entry.ref, endpoint, forced=entry.forced, reasons=reasons)
+        self._registry.update_endpoint(endpoint, add)
+        return before
+
+    def _restore(self, endpoint: str, before: Desired | None, ref: str) -> None:
+        """Takes a failed deployment back."""
+        earlier = before.served(ref) if before else None
+        if before is None:
+            self._registry.update_endpoint(endpoint, lambda stored: None)
+        elif earlier is not None:
+            self._change(endpoint, lambda now: now.with_adapter(earlier))
+        else:
+            self._change(endpoint, lambda now: now.without(ref))
+        if earlier is None:
+            self._registry.release(ref, endpoint)
+
+    def _await(self, endpoint: str, ref: str, door: Door, on_event: OnEvent) -> bool:
+        """Waits until the endpoint answers as `ref`; False where its replica has found no place.
+
+        Raises:
+            ServeError: Serve gave the application up, or the replica refuses the adapter.
+        """
+        began, said = time.monotonic(), ""
+        while True:
+            app = serve_cluster.applications().get(endpoint)
+            if app is not None and app.status in ("DEPLOY_FAILED", "UNHEALTHY"):
+                raise ServeError(f"endpoint '{endpoint}' does not come up: {_cause(app.message)}")
+            if app is not None and app.num_running:
+                said = _say(on_event, said, f"endpoint {endpoint}: loading {ref}")
+                if _answers(f"{door.url}/{endpoint}", ref):
+                    return True
+            elif app is not None and app.num_unplaced:
+                said = _say(on_event, said, f"endpoint {endpoint}: waiting for room on the cluster")
+                if time.monotonic() - began > self._place_timeout_s:
+                    return False
+            else:
+                said = _say(on_event, said, f"endpoint {endpoint}: starting a replica")
+            time.sleep(_POLL_S)
+
+    def _withdraw(self, endpoint: str, desired: Desired | None, adapter: str, is_up: bool) -> None:
+        entries = _matching(desired, adapter) if desired else []
+        if not entries:
+            there = [entry.ref for entry in desired.adapters] if desired else []
+            serves = f"It serves {', '.join(there)}." if there else "It serves the bare base only."
+            raise ServeError(f"endpoint '{endpoint}' does not serve '{adapter}'.", hint=serves)
+        for entry in entries:
+            self._change(endpoint, _without(entry.ref))
+            self._registry.release(entry.ref, endpoint)
+        door = serve_cluster.find_door()
+        if is_up and door is not None:
+            _await_gone(f"{door.url}/{endpoint}", {entry.ref for entry in entries})
+
+    def _give_root_to_the_last(self) -> None:
+        """`/v1` belongs to the only endpoint: where one is left, it takes `/` over, in place."""
+        running = serve_cluster.applications()
+        if len(running) != 1 or serve_cluster.route_taken("/") is not None:
+            return
+        serve_cluster.change_application(next(iter(running.values())), self._registry.url, route_prefix="/")
+
+    def _change(self, endpoint: str, change: Callable[[Desired], Desired]) -> None:
+        def apply(stored: dict[str, Any] | None) -> dict[str, Any] | None:
+            return change(Desired.from_dict(stored)).to_dict() if stored else None
+
+        self._registry.update_endpoint(endpoint, apply)
+
+    def _all_desired(self) -> dict[str, Desired]:
+        found = {}
+        for name in self._registry.endpoint_names():
+            if stored := self._registry.endpoint_state(name):
+                found[name] = Desired.from_dict(stored)
+        return found
+
+
+def _check_gate(version: AdapterVersion, force: bool) -> None:
+    if version.lineage.gate_passed is False and not force:
+        reasons = "; ".join(version.lineage.gate_reasons)
+        raise ServeError(
+            f"the gate refused {version.ref}" + (f": {reasons}." if reasons else "."),
+            hint=f"Deploy it all the same with: raypeft deploy {version.ref} --force (it is recorded)",
+        )
+
+
+def _check_base(version: AdapterVersion, base_model: str, revision: str) -> BaseIdentity:
+    base = base_identity(base_model, revision)
+    theirs = version.lineage.base
+    if not base.is_same(theirs):
+        raise ServeError(
+            f"{version.ref} was trained on {theirs.name} ({theirs.content_hash[:8]}), and {base_model} is "
+            f"{base.name} ({base.content_hash[:8]}): another base, or one that has changed since.",
+            hint="Deploy it on the base that it was trained on.",
+        )
+    return base
+
+
+def _say(on_event: OnEvent, before: str, message: str) -> str:
+    if message != before:
+        on_event({"event": "state", "state": "deploying", "message": message})
+    return message
+
+
+def _answers(url: str, ref: str) -> bool:
+    """Whether one token comes from `ref`.
+
+    Raises:
+        ServeError: the replica refuses the adapter.
+    """
+    body: dict[str, Any] = {"model": ref, "prompt": "a", "max_tokens": 1, "temperature": 0}
+    try:
+        answer = requests.post(f"{url}/v1/completions", json=body, timeout=(5, 600))
+    except requests.ConnectionError:
+        return False
+    if answer.status_code == 400:
+        raise ServeError(f"{ref} is not served: {_message(answer)}")
+    return answer.status_code == 200
+
+
+def _await_gone(url: str, refs: set[str], timeout_s: float = 15.0) -> None:
+    """Waits until a running endpoint no longer lists versions; one that does not answer lists none."""
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        try:
+            answer = requests.get(f"{url}/v1/models", timeout=5)
+        except requests.RequestException:
+            return
+        if answer.status_code != 200 or not refs & {card["id"] for card in answer.json()["data"]}:
+            return
+        time.sleep(_POLL_S)
+
+
+def _message(answer: requests.Response) -> str:
+    try:
+        return str(answer.json()["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return answer.text[:300]
+
+
+def _cause(message: str) -> str:
+    """The last line that says something of Serve's report, which ends in a traceback."""
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    return lines[-1] if lines else "Serve gives no reason"
+
+
+def _without(ref: str) -> Callable[[Desired], Desired]:
+    return lambda now: now.without(ref)
+
+
+def _matching(desired: Desired, adapter: str) -> list[Served]:
+    return [entry for entry in desired.adapters if adapter in (entry.ref, entry.name)]
+
+
+def _info(
+    name: str, desired: Desired | None, app: Application | None, door: Door | None, *, alone: bool
+) -> EndpointInfo:
+    root = door.url if door and app else ""
+    routes: tuple[str, ...] = (f"{root}/{name}/v1",) if root else ()
+    if root and app and alone and app.route_prefix == "/":
+        routes += (f"{root}/v1",)
+    adapters = desired.adapters if desired else ()
+    state, message = _state(app)
+    return EndpointInfo(
+        name=name,
+        url=routes[0] if routes else "",
+        routes=routes,
+        base=base_id(desired.base) if desired else "",
+        adapters=tuple(entry.ref + (" (forced)" if entry.forced else "") for entry in adapters),
+        state=state,
+        message=message,
+        replicas=app.num_running if app else 0,
+    )
+
+
+def _state(app: Application | None) -> tuple[str, str]:
+    if app is None:
+        return "down", "not on this cluster now: deploy an adapter to start it, or undeploy it"
+    if app.num_running:
+        return "live", ""
+    if app.status in ("DEPLOY_FAILED", "UNHEALTHY"):
+        return "failed", _cause(app.message)
+    if app.num_unplaced:
+        return "waiting", "for room on the cluster"
+    return "starting", ""

@@ -1,0 +1,83 @@
+"""What an endpoint asks of whatever generates. `SequentialEngine` takes one request at a time; a batching
+engine takes its place behind the same protocol. No torch here: the HTTP side is tested against any engine."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+FinishReason = Literal["stop", "length"]
+
+
+class EngineDead(RuntimeError):
+    """The engine's thread has ended: the replica must be replaced."""
+
+
+class AdapterRefused(Exception):
+    """An adapter that cannot be served: its files do not load or do not fit the base."""
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One sequence to generate.
+
+    `adapter` is the key given to `load`, None the bare base. `temperature` 0 is greedy; `seed` makes a
+    sampled sequence repeatable.
+    """
+
+    prompt_ids: tuple[int, ...]
+    adapter: str | None
+    max_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What a generation yields: final text, and the tokens it took. The last has a `finish_reason`."""
+
+    text: str
+    num_tokens: int
+    finish_reason: FinishReason | None = None
+
+
+class Engine(Protocol):
+    """One base and the adapters that were loaded onto it. All methods may be called from any thread."""
+
+    @property
+    def max_context(self) -> int:
+        """Tokens that prompt and answer may have together."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids are below this."""
+
+    def virtual_tokens(self, adapter: str | None) -> int:
+        """Tokens of the context that the adapter itself takes (prompt methods)."""
+
+    async def load(self, adapter: str, directory: Path) -> None:
+        """Loads an adapter under a key; returns at once where the key is loaded.
+
+        Raises:
+            AdapterRefused: the files are damaged or do not fit the base.
+            EngineDead: the engine has stopped.
+        """
+
+    async def unload(self, adapter: str) -> None:
+        """Frees an adapter after the generations that use it; unknown keys are ignored."""
+
+    def loaded(self) -> frozenset[str]:
+        """The keys that are loaded."""
+
+    def generate(self, request: Generation) -> AsyncGenerator[Piece, None]:
+        """Yields pieces as they come; closing the generator cancels the generation within one token."""
+
+    def check(self) -> None:
+        """Raises EngineDead where requests would never be answered."""
+
+    def close(self) -> None:
+        """Ends the engine; generations that run end with EngineDead."""

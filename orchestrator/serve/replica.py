@@ -1,0 +1,93 @@
+"""One replica of an endpoint: HTTP side and engine in one Ray actor, so that tokens take no second hop."""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ray import serve
+from starlette.types import ASGIApp
+
+from peft_dist.lazy import lazy
+
+from ..errors import ServeError
+from ..registry import Registry
+from .app import build_app
+from .catalogue import Catalogue
+from .desired import Desired, Served
+from .naming import endpoint_of
+from .prompts import Prompts
+
+# Whoever deploys imports this file too, and needs neither torch nor transformers for it.
+base_model = lazy("orchestrator.serve.base_model")
+sequential = lazy("orchestrator.serve.sequential")
+
+
+class Replica:
+    """What Serve runs. The desired state in the registry says which adapters; nothing is reconfigured.
+
+    Args:
+        endpoint: the endpoint's name, also the first part of its URLs.
+        registry_url: where its desired state and the adapters are.
+    """
+
+    def __init__(self, endpoint: str, registry_url: str) -> None:
+        self._registry = Registry(registry_url)
+        self._endpoint = endpoint
+        desired = self._read_desired()
+        if desired is None:
+            raise ServeError(f"endpoint '{endpoint}' is not in the registry {registry_url}.")
+        base = base_model.load(desired.base.source, desired.base.revision or "main", desired.threads)
+        self._prompts = Prompts(base.tokenizer)
+        self._engine = sequential.SequentialEngine(
+            base.model, self._prompts.decode, base.eos_ids, base.max_context
+        )
+        self._scratch = tempfile.TemporaryDirectory(prefix="raypeft-adapters-")
+        self._catalogue = Catalogue(
+            desired.base,
+            self._engine,
+            self._registry,
+            self._read_desired,
+            self._finish_promotion,
+            cache=Path(self._scratch.name),
+        )
+        self._others: tuple[float, Sequence[str]] = (float("-inf"), ())
+
+    def __serve_build_asgi_app__(self) -> ASGIApp:
+        """The application that Serve mounts."""
+        return build_app(self._endpoint, self._engine, self._prompts, self._catalogue, self._other_endpoints)
+
+    async def check_health(self) -> None:
+        """Called by Serve, which replaces a replica that raises; follows the desired state while idle."""
+        self._engine.check()
+        await self._catalogue.refresh()
+
+    def _read_desired(self) -> Desired | None:
+        stored = self._registry.endpoint_state(self._endpoint)
+        return Desired.from_dict(stored) if stored else None
+
+    def _finish_promotion(self, entry: Served) -> None:
+        def settle(stored: dict[str, Any] | None) -> dict[str, Any] | None:
+            desired = Desired.from_dict(stored) if stored else None
+            if desired is None or desired.served(entry.ref) is None:
+                return stored
+            return desired.with_adapter(replace(entry, alias_when_live=None)).to_dict()
+
+        self._registry.update_endpoint(self._endpoint, settle)
+
+    async def _other_endpoints(self) -> Sequence[str]:
+        read_at, names = self._others
+        if time.monotonic() - read_at > 1.0:
+            names = await asyncio.to_thread(_endpoints_but, self._endpoint)
+            self._others = (time.monotonic(), names)
+        return names
+
+
+def _endpoints_but(own: str) -> list[str]:
+    names = (endpoint_of(application) for application in serve.status().applications)
+    return [name for name in names if name is not None and name != own]

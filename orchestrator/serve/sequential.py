@@ -1,0 +1,265 @@
+"""An engine that generates one sequence at a time, in the order of asking, by transformers' `generate`."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import queue
+import threading
+from collections.abc import AsyncGenerator, Callable, Sequence
+from concurrent.futures import Future
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
+
+from peft_dist import PeftModel
+
+from .engine import AdapterRefused, EngineDead, Generation, Piece
+from .text import TextStream
+
+Decode = Callable[[Sequence[int]], str]
+
+
+class Adapters:
+    """The adapters on one base, all through `peft_dist`."""
+
+    def __init__(self, base: PreTrainedModel) -> None:
+        self.base: Any = base
+        self.model: Any = base
+        self.virtual_tokens: dict[str, int] = {}
+
+    def load(self, key: str, directory: Path) -> None:
+        """Adds an adapter from HF PEFT's directory; leaves the model as it was where that fails.
+
+        Raises:
+            AdapterRefused: with the reason.
+        """
+        try:
+            if self.model is self.base:
+                self.model = PeftModel.from_pretrained(self.base, str(directory), adapter_name=key)
+            else:
+                self.model.load_adapter(str(directory), adapter_name=key)
+        except Exception as error:
+            if self.model is not self.base and key in self.model.peft_config:
+                self.model.delete_adapter(key)
+            raise AdapterRefused(str(error)) from error
+        self.model.eval()
+        config = self.model.peft_config[key]
+        self.virtual_tokens[key] = int(getattr(config, "num_virtual_tokens", None) or 0)
+
+    def unload(self, key: str) -> None:
+        """Frees an adapter."""
+        if self.virtual_tokens.pop(key, None) is not None:
+            self.model.delete_adapter(key)
+
+    def active(self, key: str | None) -> AbstractContextManager[Any]:
+        """Within it, the model answers with this adapter, or as the bare base."""
+        if key is None:
+            return nullcontext() if self.model is self.base else self.model.disable_adapter()
+        self.model.set_adapter(key)
+        return nullcontext()
+
+
+@dataclass
+class _Task:
+    """One turn of the engine's thread."""
+
+    run: Callable[[], None]
+    fail: Callable[[BaseException], None]
+
+
+@dataclass
+class _Stream:
+    """Pieces on their way from the engine's thread to one request."""
+
+    loop: asyncio.AbstractEventLoop
+    pieces: asyncio.Queue[Piece | BaseException] = field(default_factory=asyncio.Queue)
+    cancelled: threading.Event = field(default_factory=threading.Event)
+
+    def put(self, item: Piece | BaseException) -> None:
+        if not self.loop.is_closed():
+            self.loop.call_soon_threadsafe(self.pieces.put_nowait, item)
+
+
+class SequentialEngine:
+    """One thread that owns the model: generations, loads and unloads in the order of asking.
+
+    Args:
+        model: the base, on its device, of a causal language model.
+        decode: token ids to text, without special tokens.
+        eos_ids: the tokens that end an answer.
+        max_context: tokens of prompt and answer together.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, decode: Decode, eos_ids: frozenset[int], max_context: int
+    ) -> None:
+        self._adapters = Adapters(model.eval())
+        self._decode, self._eos_ids, self._max_context = decode, eos_ids, max_context
+        self._tasks: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
+        self._dead: BaseException | None = None
+        self._door = threading.Lock()
+        self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def max_context(self) -> int:
+        """Tokens that prompt and answer may have together."""
+        return self._max_context
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the base's embedding."""
+        return int(self._adapters.base.get_input_embeddings().weight.shape[0])
+
+    def virtual_tokens(self, adapter: str | None) -> int:
+        """Tokens that a prompt method's adapter puts before the prompt."""
+        return self._adapters.virtual_tokens.get(adapter, 0) if adapter else 0
+
+    def loaded(self) -> frozenset[str]:
+        """The keys that are loaded."""
+        return frozenset(self._adapters.virtual_tokens)
+
+    async def load(self, adapter: str, directory: Path) -> None:
+        """See `Engine.load`; waits for the generations that were asked for before."""
+
+        def load() -> None:
+            if adapter not in self._adapters.virtual_tokens:
+                self._adapters.load(adapter, directory)
+
+        await self._turn(load)
+
+    async def unload(self, adapter: str) -> None:
+        """See `Engine.unload`."""
+        await self._turn(lambda: self._adapters.unload(adapter))
+
+    async def generate(self, request: Generation) -> AsyncGenerator[Piece, None]:
+        """See `Engine.generate`."""
+        stream = _Stream(asyncio.get_running_loop())
+        self._submit(_Task(lambda: self._generate(request, stream), stream.put))
+        try:
+            while True:
+                piece = await stream.pieces.get()
+                if isinstance(piece, BaseException):
+                    raise piece
+                yield piece
+                if piece.finish_reason is not None:
+                    return
+        finally:
+            stream.cancelled.set()
+
+    def check(self) -> None:
+        """Raises EngineDead where the thread has ended."""
+        if self._dead is not None or not self._thread.is_alive():
+            raise EngineDead(f"the engine has stopped: {self._dead!r}")
+
+    def close(self) -> None:
+        """Ends the thread after the turn that runs; everything that waits fails with EngineDead."""
+        with self._door:
+            self._dead = self._dead or EngineDead("closed")
+        self._tasks.put(None)
+
+    async def _turn(self, action: Callable[[], None]) -> None:
+        done: Future[None] = Future()
+
+        def run() -> None:
+            action()
+            done.set_result(None)
+
+        self._submit(_Task(run, done.set_exception))
+        await asyncio.wrap_future(done)
+
+    def _submit(self, task: _Task) -> None:
+        with self._door:
+            self.check()
+            self._tasks.put(task)
+
+    def _work(self) -> None:
+        try:
+            while (task := self._tasks.get()) is not None and self._dead is None:
+                try:
+                    task.run()
+                except Exception as error:
+                    task.fail(error)
+                except BaseException as error:
+                    task.fail(EngineDead(repr(error)))
+                    raise
+        except BaseException as error:
+            self._dead = error
+        finally:
+            with self._door:
+                self._dead = self._dead or EngineDead("its thread has ended")
+                while not self._tasks.empty():
+                    if (task := self._tasks.get()) is not None:
+                        task.fail(EngineDead(f"the engine has stopped: {self._dead!r}"))
+
+    @torch.inference_mode()
+    def _generate(self, request: Generation, stream: _Stream) -> None:
+        if stream.cancelled.is_set():
+            return
+        tap = _Tap(TextStream(self._decode, request.stop), self._eos_ids, stream)
+        model = self._adapters.model
+        if request.temperature > 0:
+            torch.manual_seed(request.seed if request.seed is not None else torch.seed() % 2**63)
+        ids = torch.tensor([request.prompt_ids], device=self._adapters.base.device)
+        with self._adapters.active(request.adapter):
+            model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                generation_config=self._config(request),
+                stopping_criteria=StoppingCriteriaList([tap]),
+            )
+        if not tap.ended:
+            stream.put(Piece(tap.text.finish(), 0, "stop" if tap.text.stopped else "length"))
+
+    def _config(self, request: Generation) -> GenerationConfig:
+        """The base's own defaults (a repetition penalty, its end tokens) with what the request says."""
+        config = copy.deepcopy(self._adapters.base.generation_config)
+        config.update(
+            max_new_tokens=request.max_tokens,
+            max_length=None,
+            do_sample=request.temperature > 0,
+            temperature=request.temperature if request.temperature > 0 else None,
+            top_p=request.top_p if request.temperature > 0 else None,
+            top_k=0 if request.temperature > 0 else None,
+            eos_token_id=sorted(self._eos_ids) or None,
+            num_beams=1,
+            num_return_sequences=1,
+            return_dict_in_generate=False,
+        )
+        if config.pad_token_id is None:
+            config.pad_token_id = min(self._eos_ids, default=0)
+        return config
+
+
+class _Tap(StoppingCriteria):
+    """Sees each new token before transformers asks whether to go on; gives its text out and may say stop."""
+
+    def __init__(self, text: TextStream, eos_ids: frozenset[int], stream: _Stream) -> None:
+        self.text, self._eos_ids, self._stream = text, eos_ids, stream
+        self.ended = False
+
+    def __call__(self, input_ids: torch.LongTensor, scores: Any, **kwargs: Any) -> Any:
+        """Whether each sequence is done (batch,)."""
+        return torch.full((input_ids.shape[0],), self._take(int(input_ids[0, -1])), device=input_ids.device)
+
+    def _take(self, token: int) -> bool:
+        if self._stream.cancelled.is_set():
+            self.ended = True
+            return True
+        if token in self._eos_ids:
+            return self._end(self.text.finish())
+        new = self.text.push(token)
+        if self.text.stopped:
+            return self._end(new)
+        self._stream.put(Piece(new, 1))
+        return False
+
+    def _end(self, text: str) -> bool:
+        self.ended = True
+        self._stream.put(Piece(text, 1, "stop"))
+        return True

@@ -1,0 +1,233 @@
+"""Ray Serve as this project sees it: where it listens, our applications on it, how they start and end.
+Applications of others on the same Serve are never touched."""
+
+from __future__ import annotations
+
+import logging
+import socket
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray import serve
+from ray.serve.context import _get_global_client
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from ..errors import ServeError
+from .naming import application, endpoint_of
+from .replica import Replica
+
+_PORTS_TRIED = 50
+_CODE_VERSION = "1"
+"""Serve restarts replicas whose version changes; a fixed one lets a deployment be moved in place."""
+
+
+@dataclass(frozen=True)
+class Door:
+    """Where Serve listens."""
+
+    host: str
+    port: int
+    note: str | None = None
+    """What to tell the user: another port than asked for."""
+
+    @property
+    def url(self) -> str:
+        """http://HOST:PORT, as a client of this machine or the cluster reaches it."""
+        host = _head_node()["NodeManagerAddress"] if self.host in ("0.0.0.0", "::") else self.host
+        return f"http://{host}:{self.port}"
+
+
+@dataclass(frozen=True)
+class Application:
+    """One of our applications on Serve."""
+
+    endpoint: str
+    status: str
+    """Serve's word: DEPLOYING, RUNNING, DEPLOY_FAILED, UNHEALTHY, DELETING, NOT_STARTED."""
+    message: str
+    route_prefix: str | None
+    num_replicas: int
+    num_running: int
+    num_unplaced: int
+    """Replicas that wait for room on the cluster."""
+    actor_options: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Placement:
+    """What each replica reserves, and how many there are."""
+
+    num_replicas: int
+    num_cpus: float
+    num_gpus: float
+    environment: dict[str, str]
+    """Environment variables of the replica."""
+
+    @property
+    def actor_options(self) -> dict[str, Any]:
+        """For Serve's `ray_actor_options`."""
+        options: dict[str, Any] = {"num_cpus": self.num_cpus, "num_gpus": self.num_gpus}
+        if self.environment:
+            inherited = dict(ray.get_runtime_context().runtime_env)
+            variables = {**inherited.get("env_vars", {}), **self.environment}
+            options["runtime_env"] = {**inherited, "env_vars": variables}
+        return options
+
+
+def open_serve(host: str, port: int) -> Door:
+    """Starts Serve on the head node where none runs; a port that is taken is replaced by the next free one.
+
+    Raises:
+        ServeError: no port is free, or Serve runs without HTTP.
+    """
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    running = find_door()
+    if running is not None:
+        if running.port != port or running.host != host:
+            note = f"Serve already listens on {running.host}:{running.port}, not {host}:{port}"
+            return Door(running.host, running.port, note)
+        return running
+    free = _on_head(_first_free_port, host, port)
+    if free is None:
+        raise ServeError(
+            f"no port of {host} from {port} to {port + _PORTS_TRIED - 1} is free on the cluster's head.",
+            hint="Free one, or set serve.port in the cluster file.",
+        )
+    serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": free})
+    return Door(host, free, None if free == port else f"port {port} is taken: Serve listens on {free}")
+
+
+def find_door() -> Door | None:
+    """Where Serve listens; None where none runs on this cluster.
+
+    Raises:
+        ServeError: Serve runs without HTTP.
+    """
+    client = _get_global_client(raise_if_no_controller_running=False)
+    if client is None:
+        return None
+    options = client.http_config
+    if options.host is None:
+        raise ServeError(
+            "Serve runs on this cluster without its HTTP side.",
+            hint="End it (`serve shutdown`) and deploy again.",
+        )
+    return Door(options.host, options.port)
+
+
+def applications() -> dict[str, Application]:
+    """Our applications by endpoint; empty where no Serve runs."""
+    client = _get_global_client(raise_if_no_controller_running=False)
+    if client is None:
+        return {}
+    found = {}
+    for name, details in client.get_serve_details()["applications"].items():
+        if (endpoint := endpoint_of(name)) is not None:
+            found[endpoint] = _application(endpoint, details)
+    return found
+
+
+def route_taken(prefix: str) -> str | None:
+    """The application, ours or another's, that is mounted at a prefix."""
+    client = _get_global_client(raise_if_no_controller_running=False)
+    if client is None:
+        return None
+    there = client.get_serve_details()["applications"].items()
+    return next((name for name, details in there if details["route_prefix"] == prefix), None)
+
+
+def start_application(endpoint: str, registry_url: str, route_prefix: str, placement: Placement) -> None:
+    """Starts an endpoint's application; returns before its replicas are up."""
+    _run(endpoint, registry_url, route_prefix, placement.num_replicas, placement.actor_options)
+
+
+def change_application(
+    app: Application, registry_url: str, *, route_prefix: str | None = None, num_replicas: int | None = None
+) -> None:
+    """Mounts a running application elsewhere, or changes the number of its replicas; those that run go on."""
+    _run(
+        app.endpoint,
+        registry_url,
+        route_prefix or app.route_prefix or f"/{app.endpoint}",
+        num_replicas or app.num_replicas,
+        app.actor_options,
+    )
+
+
+def _run(
+    endpoint: str, registry_url: str, route_prefix: str, num_replicas: int, options: dict[str, Any]
+) -> None:
+    deployment: Any = serve.deployment(
+        serve.ingress()(Replica),
+        name="endpoint",
+        version=_CODE_VERSION,
+        num_replicas=num_replicas,
+        ray_actor_options=options,
+        max_ongoing_requests=1024,
+        health_check_period_s=5,
+        health_check_timeout_s=60,
+        graceful_shutdown_timeout_s=120,
+        max_constructor_retry_count=2,
+        logging_config={"enable_access_log": False},
+    )
+    bound = deployment.bind(endpoint, registry_url)
+    serve.api._run(bound, name=application(endpoint), route_prefix=route_prefix, _blocking=False)
+
+
+def delete_application(endpoint: str) -> None:
+    """Ends an endpoint's application and waits until it is gone."""
+    serve.delete(application(endpoint))
+
+
+def can_ever_place(num_cpus: float, num_gpus: float) -> bool:
+    """Whether a node that is up has so much in all."""
+    return any(
+        node["Resources"].get("CPU", 0) >= num_cpus and node["Resources"].get("GPU", 0) >= num_gpus
+        for node in ray.nodes()
+        if node["Alive"]
+    )
+
+
+def _application(endpoint: str, details: dict[str, Any]) -> Application:
+    deployment = next(iter(details["deployments"].values()), None)
+    replicas = deployment["replicas"] if deployment else []
+    return Application(
+        endpoint=endpoint,
+        status=str(getattr(details["status"], "value", details["status"])),
+        message=details["message"] or (deployment["message"] if deployment else ""),
+        route_prefix=details["route_prefix"],
+        num_replicas=deployment["target_num_replicas"] if deployment else 0,
+        num_running=sum(replica["state"] == "RUNNING" for replica in replicas),
+        num_unplaced=sum(replica["state"] == "STARTING" and not replica["node_id"] for replica in replicas),
+        actor_options=deployment["deployment_config"].get("ray_actor_options") or {} if deployment else {},
+    )
+
+
+def _head_node() -> dict[str, Any]:
+    return next(
+        node for node in ray.nodes() if node["Alive"] and "node:__internal_head__" in node["Resources"]
+    )
+
+
+def _on_head(function: Any, *arguments: Any) -> Any:
+    """Calls a function on the cluster's head node."""
+    head = _head_node()["NodeID"]
+    if ray.get_runtime_context().get_node_id() == head:
+        return function(*arguments)
+    strategy: Any = NodeAffinitySchedulingStrategy(head, soft=False)
+    placed = ray.remote(num_cpus=0, scheduling_strategy=strategy)(function)
+    return ray.get(placed.remote(*arguments))
+
+
+def _first_free_port(host: str, port: int) -> int | None:
+    for candidate in range(port, min(port + _PORTS_TRIED, 65536)):
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((host, candidate))
+                probe.listen()
+            except OSError:
+                continue
+            return candidate
+    return None
