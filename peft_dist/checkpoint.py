@@ -77,12 +77,14 @@ def adapter_places(model: nn.Module, adapter_name: str) -> dict[str, _Place]:
     for path, module in model.named_modules():
         if not isinstance(module, PooledModule) or adapter_name not in module.adapters:
             continue
+        # A wrapper inside another counts as the layer it adapts.
+        layer = path.replace(".original_module", "")
         parameters = module.tensors(adapter_name)
         method = getattr(module, "methods", {}).get(adapter_name)
         for key, param in module.wanted(adapter_name).items():
             saved = param.key if param.saved is None else param.saved
             # Virtual tokens belong to no layer: HF PEFT stores them under their bare name.
-            prefix = "" if isinstance(method, PromptMethod) else path
+            prefix = "" if isinstance(method, PromptMethod) else layer
             places[_join(prefix, saved)] = _Place(
                 module, _join(path, _hung(param, adapter_name)), parameters[key]
             )
@@ -106,18 +108,17 @@ def _join(*parts: str) -> str:
 # The state dictionary
 
 
-def get_peft_model_state_dict(
+def state_dict(
     model: nn.Module,
-    state_dict: Mapping[str, Tensor] | None = None,
     adapter_name: str = DEFAULT_ADAPTER,
-    unwrap_compiled: bool = False,
+    whole_model: Mapping[str, Tensor] | None = None,
     save_embedding_layers: bool | Literal["auto"] = "auto",
 ) -> dict[str, Tensor]:
     """The adapter's tensors, whole, by their names in a checkpoint; a collective where some are sharded.
 
     Args:
-        state_dict: the model's, where another library has gathered it; else the model's own tensors are
-        taken. unwrap_compiled: take the model out of its torch.compile wrapper first.
+        whole_model: the model's state dictionary, where another library has gathered it; else the model's own
+            tensors are taken.
         save_embedding_layers: add the base's embeddings; "auto" where the adapter sits on them, or where the
             vocabulary was resized.
 
@@ -125,18 +126,16 @@ def get_peft_model_state_dict(
         AdapterError: there is no such adapter.
         CheckpointError: a tensor is empty or on the meta device, so its values are not known here.
     """
-    if unwrap_compiled:
-        model = getattr(model, "_orig_mod", model)
     _known_adapter(model, adapter_name)
     tensors = {}
     for key, place in adapter_places(model, adapter_name).items():
-        if state_dict is None:
+        if whole_model is None:
             tensors[key] = _values(key, place.parameter)
-        elif place.name in state_dict:
-            tensors[key] = state_dict[place.name]
+        elif place.name in whole_model:
+            tensors[key] = whole_model[place.name]
         else:
             raise CheckpointError(
-                f"state_dict lacks {place.name!r} of adapter {adapter_name!r}. Pass the whole one."
+                f"the whole model lacks {place.name!r} of adapter {adapter_name!r}. Pass the whole one."
             )
     for key, parameter in _embeddings(model, adapter_name, save_embedding_layers).items():
         tensors[key] = _values(key, parameter)
@@ -149,12 +148,11 @@ def get_peft_model_state_dict(
     return tensors
 
 
-def set_peft_model_state_dict(
+def load_state_dict(
     model: nn.Module,
-    peft_model_state_dict: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor],
     adapter_name: str = DEFAULT_ADAPTER,
     ignore_mismatched_sizes: bool = False,
-    low_cpu_mem_usage: bool = False,
 ) -> LoadResult:
     """Fills the adapter's tensors, which must be in the model, from a checkpoint's names; nothing on an
     error.
@@ -174,17 +172,18 @@ def set_peft_model_state_dict(
     """
     _known_adapter(model, adapter_name)
     places = adapter_places(model, adapter_name)
-    embeddings = {key: p for key, p in _all_embeddings(model).items() if key in peft_model_state_dict}
+    embeddings = {key: p for key, p in _all_embeddings(model).items() if key in tensors}
     wanted: dict[str, Parameter] = {key: place.parameter for key, place in places.items()} | embeddings
-    given = {key: value for key, value in peft_model_state_dict.items() if key in wanted}
+    given = {key: value for key, value in tensors.items() if key in wanted}
     result = LoadResult(
         missing_keys=[place.name for key, place in places.items() if key not in given],
-        unexpected_keys=[key for key in peft_model_state_dict if key not in wanted],
+        unexpected_keys=[key for key in tensors if key not in wanted],
     )
     if places and not any(key in given for key in places):
         raise CheckpointError(
-            f"none of the {len(peft_model_state_dict)} tensors belongs to adapter {adapter_name!r}, "
-            f"whose first is {next(iter(places))!r}. Was it trained on another base, or with other target_modules?"
+            f"none of the {len(tensors)} tensors belongs to adapter {adapter_name!r}, "
+            f"whose first is {next(iter(places))!r}. "
+            "Was it trained on another base, or with other target_modules?"
         )
     wrong = [key for key, value in given.items() if value.shape != whole_shape(wanted[key])]
     if wrong:
@@ -294,16 +293,16 @@ def _is_resized(model: nn.Module, adapter_name: str) -> bool:
 # Writing
 
 
-def save_adapters(
+def save(
     model: nn.Module,
     directory: str | os.PathLike[str],
+    names: Iterable[str] | None = None,
     *,
-    selected_adapters: Iterable[str] | None = None,
     save_embedding_layers: bool | Literal["auto"] = "auto",
     is_main_process: bool | None = None,
-    state_dict: Mapping[str, Tensor] | None = None,
+    whole_model: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Writes adapters to a directory or fsspec URL, from which HF PEFT and `read_adapter` load them.
+    """Writes adapters to a directory or fsspec URL, from which HF PEFT and `read` load them.
 
     The adapter named "default" goes into the directory itself, each other one into a subdirectory of its
     name. To be called on every rank, since sharded tensors are gathered; one rank writes. Files are written
@@ -316,16 +315,14 @@ def save_adapters(
         AdapterError: an adapter that is not there.
         CheckpointError: values are not known here, or the directory cannot be written.
     """
-    names = list(model.peft_config if selected_adapters is None else selected_adapters)  # type: ignore[arg-type]
+    names = list(model.peft_config if names is None else names)  # type: ignore[arg-type]
     for name in names:
         _known_adapter(model, name)
     writes = (
         is_main_process if is_main_process is not None else not dist.is_initialized() or dist.get_rank() == 0
     )
     for name in names:
-        tensors = get_peft_model_state_dict(
-            model, state_dict, name, save_embedding_layers=save_embedding_layers
-        )
+        tensors = state_dict(model, name, whole_model, save_embedding_layers)
         if writes:
             config = copy.copy(model.peft_config[name])  # type: ignore[index]
             config.inference_mode = True
@@ -432,7 +429,7 @@ def read_config(
     return _read_config(_found(path, (CONFIG_NAME,), revision, subfolder, token), path)
 
 
-def read_adapter(
+def read(
     path: str | os.PathLike[str],
     *,
     revision: str | None = None,

@@ -1,0 +1,258 @@
+"""Adapters into the base's weights and out again: W + dW, computed in fp32 and rounded once to W's dtype.
+
+Knows no method and no storage: `Adapted.change` gives dW and db, the layer's door adds them. Under ZeRO-3
+every function here is a collective, and what it changes holds on every rank and across steps. The stored bits
+are kept at a merge, so unmerging restores them exactly in any dtype; at stage 3 a rank keeps its own piece of
+them.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+from torch.nn import Parameter
+
+from peft_dist.adapted import Adapted, AdapterModule, Replaced
+from peft_dist.contract import PromptMethod
+from peft_dist.errors import AdapterError, MergeError, suggest
+from peft_dist.inject import adapter_modules, remove_wrappers
+from peft_dist.sharding import is_partitioned, set_whole
+
+_KEPT = "_kept_at_merge"
+_OWN_WEIGHT = "_tied_before_merge"
+
+
+def merge(
+    base: nn.Module,
+    adapter_names: Sequence[str] | None = None,
+    safe_merge: bool = False,
+    *,
+    keep: bool = True,
+) -> list[str]:
+    """Adds the adapters' changes to the weights of `base`, in place; the bare layers then serve them.
+
+    Adapters that are merged already stay so: their changes and the new ones are put together anew on the
+    stored weights, as if merged at once. Modules trained whole (`modules_to_save`) go on serving their
+    adapter's copy.
+
+    Args:
+        base: the model whose layers are wrapped.
+        adapter_names: in the order in which they act; the active ones by default.
+        safe_merge: look first whether every merged weight is finite, and change nothing if one is not.
+        keep: keep the stored weights for `unmerge`: as much memory again as the adapted layers take.
+
+    Returns:
+        the names that are merged now.
+
+    Raises:
+        AdapterError: an adapter that has no layer here.
+        MergeError: a merged weight would not be finite (`safe_merge`); other adapters are merged and the
+        stored
+            weights were not kept; a weight that is both tied and partitioned.
+    """
+    modules = [module for _, module in adapter_modules(base) if isinstance(module, Adapted)]
+    merged_before = next((module.merged_adapters for module in modules if module.merged_adapters), [])
+    wanted = _names(base, adapter_names)
+    new = [name for name in wanted if name not in merged_before]
+    if not new:
+        if merged_before:
+            warnings.warn("All adapters are already merged, nothing to do.", stacklevel=2)
+        return list(merged_before)
+    if merged_before:
+        unmerge(base)
+    names = [*merged_before, *new]
+    touched = [module for module in modules if any(name in module.methods for name in names)]
+    users = _users(base)
+    _check_tied(touched, users)
+    if safe_merge:
+        _check_finite(touched, names)
+    for module in touched:
+        dW, db = module.change(names)
+        if keep:
+            _keep(module)
+        if dW is not None:
+            _untie(module, users)
+            module.base.add_(dW)
+        if db is not None:
+            module.base.add_bias_(db)
+    # Also where a merged adapter has nothing: a layer must not add the active ones on top of the merged ones.
+    for module in modules:
+        module.merged_adapters = list(names)
+    return names
+
+
+def unmerge(base: nn.Module) -> None:
+    """Puts back the stored weights, bit for bit, and the adapters to work.
+
+    Raises:
+        MergeError: the stored weights were not kept at the merge.
+    """
+    modules = [module for _, module in adapter_modules(base) if isinstance(module, Adapted)]
+    merged = [module for module in modules if module.merged_adapters]
+    if not merged:
+        warnings.warn("Already unmerged, nothing to do.", stacklevel=2)
+        return
+    changed = [m for m in merged if any(name in m.methods for name in m.merged_adapters)]
+    lost = [module for module in changed if _KEPT not in module.__dict__]
+    if lost:
+        raise MergeError(
+            f"{lost[0]._site_name}: the stored weight was not kept when {lost[0].merged_adapters} was "
+            "merged, and "
+            "subtracting would not restore its bits. Load the base again, or merge with keep=True."
+        )
+    for module in changed:
+        _retie(module)
+        module.base.restore_(module.__dict__.pop(_KEPT))
+    for module in merged:
+        module.merged_adapters = []
+
+
+def merge_and_unload(
+    base: nn.Module, adapter_names: Sequence[str] | None = None, safe_merge: bool = False
+) -> nn.Module:
+    """`base` with the adapters' changes in its weights and without their wrappers; in place.
+
+    Modules trained whole take the copy of the last of the adapters that has one.
+
+    Raises:
+        AdapterError, MergeError: as `merge`.
+    """
+    names = merge(base, adapter_names, safe_merge=safe_merge, keep=False) or _names(base, adapter_names)
+    for _, module in adapter_modules(base):
+        if isinstance(module, Replaced):
+            _take_over(module, names)
+    remove_wrappers(base)
+    if any(_OWN_WEIGHT in module.__dict__ for module in base.modules()):
+        _say_untied(base)
+    return base
+
+
+def unload(base: nn.Module) -> nn.Module:
+    """`base` without adapters and their wrappers, its weights as they were; in place.
+
+    Raises:
+        MergeError: adapters are merged and the stored weights were not kept.
+    """
+    if any(module.merged_adapters for _, module in adapter_modules(base)):
+        unmerge(base)
+    remove_wrappers(base)
+    return base
+
+
+def refuse_prompts(methods: Mapping[str, object], adapter_names: Sequence[str] | None) -> None:
+    """Raises for an adapter that adds tokens: there is no weight into which they could be merged.
+
+    Args:
+        methods: adapter -> its config.
+
+    Raises:
+        MergeError: names the adapter and its method.
+    """
+    for name in methods if adapter_names is None else adapter_names:
+        method = methods.get(name)
+        if isinstance(method, PromptMethod):
+            raise MergeError(
+                f"adapter {name!r}: {getattr(method, 'peft_type', type(method).__name__)} adds tokens "
+                "before the "
+                "input and changes no weight, so it cannot be merged. Serve it as an adapter."
+            )
+
+
+def _names(base: nn.Module, adapter_names: Sequence[str] | None) -> list[str]:
+    known: dict[str, None] = {}
+    active: dict[str, None] = {}
+    for _, module in adapter_modules(base):
+        known |= dict.fromkeys(module.methods)
+        active |= dict.fromkeys(module.active_adapters)
+    names = list(active) if adapter_names is None else list(dict.fromkeys(adapter_names))
+    for name in names:
+        if name not in known:
+            raise AdapterError(
+                f"merge: there is no adapter {name!r}; there are: "
+                f"{', '.join(known) or 'none'}.{suggest(name, known)}"
+            )
+    return names
+
+
+def _check_finite(modules: Sequence[Adapted], names: Sequence[str]) -> None:
+    for module in modules:
+        dW, db = module.change(names)
+        parts = ((module.base.weight, dW), (module.base.bias, db))
+        with torch.no_grad():
+            merged = [read() + change for read, change in parts if change is not None]
+        if not all(bool(torch.isfinite(value.to(module.base.dtype)).all()) for value in merged):
+            raise MergeError(
+                f"{module._site_name}: the weight merged with {', '.join(map(repr, names))} would not be "
+                "finite. "
+                "The adapter seems to be broken; nothing was merged."
+            )
+
+
+# Weights that two layers share
+
+
+def _users(base: nn.Module) -> dict[int, int]:
+    """Parameter's id -> how many places of the base's layers use it."""
+    wrapped = {id(module) for module in base.modules() if isinstance(module, AdapterModule)}
+    counts: dict[int, int] = {}
+    for module in base.modules():
+        if id(module) not in wrapped:
+            for parameter in module._parameters.values():
+                if parameter is not None:
+                    counts[id(parameter)] = counts.get(id(parameter), 0) + 1
+    return counts
+
+
+def _is_tied(module: Adapted, users: dict[int, int]) -> bool:
+    weight = getattr(module.base.layer, "weight", None)
+    return isinstance(weight, Parameter) and users.get(id(weight), 0) > 1
+
+
+def _check_tied(modules: Sequence[Adapted], users: dict[int, int]) -> None:
+    for module in modules:
+        if _is_tied(module, users) and is_partitioned(module.base.layer.weight):
+            raise MergeError(
+                f"{module._site_name}: its weight is tied to another layer's and partitioned by ZeRO-3; a "
+                "merge would "
+                "change both layers. Merge on an unpartitioned base, or leave tied embeddings out of the "
+                "targets."
+            )
+
+
+def _untie(module: Adapted, users: dict[int, int]) -> None:
+    """Gives a layer that shares its weight one of its own, so that a merge leaves the other layer as it
+    is."""
+    if _is_tied(module, users):
+        layer = module.base.layer
+        layer.__dict__[_OWN_WEIGHT] = (layer.weight,)
+        layer.weight = Parameter(layer.weight.detach().clone(), requires_grad=False)
+
+
+def _retie(module: Adapted) -> None:
+    tied = module.base.layer.__dict__.pop(_OWN_WEIGHT, None)
+    if tied is not None:
+        module.base.layer.weight = tied[0]
+        # The shared weight was never changed; what was kept of the copy must not be written into it.
+        module.__dict__[_KEPT].pop("weight")
+
+
+def _say_untied(base: nn.Module) -> None:
+    for module in base.modules():
+        module.__dict__.pop(_OWN_WEIGHT, None)
+    config = getattr(base, "config", None)
+    if getattr(config, "tie_word_embeddings", False):
+        config.tie_word_embeddings = False
+
+
+def _keep(module: Adapted) -> None:
+    module.__dict__[_KEPT] = module.base.stored()
+
+
+def _take_over(module: Replaced, names: Sequence[str]) -> None:
+    chosen = [name for name in names if name in module.methods]
+    if chosen:
+        for key, value in module.tensors(chosen[-1]).items():
+            set_whole(module.original_module.get_parameter(key), value.detach())
