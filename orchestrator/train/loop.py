@@ -1,0 +1,293 @@
+"""The training loop of one worker: steps, evaluations and checkpoints, with or without other ranks.
+
+One step is one global batch: its loss is the sum over the target tokens of all ranks and micro-batches,
+divided by their number. Everything that a step depends on is in the model, the optimizer's states and
+`Position`.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from orchestrator.errors import TrainingError
+from orchestrator.runner import TrainRequest
+from peft_dist.optim import AdapterOptimizer
+from peft_dist.rows import Rows
+
+from .batches import StepBatch, collate, num_steps, steps
+from .checkpoint import Position, prune, write_checkpoint
+from .data import Example
+from .evaluate import ADAPTER, Evaluation, Stopped, pad_id
+from .events import Reporter
+from .group import Group
+from .loss import IGNORED, LossScale, num_targets, target_loss
+from .schedule import evaluates_at, learning_rate, saves_at
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """One optimizer step, summed over all ranks."""
+
+    loss: float
+    grad_norm: float
+    target_tokens: float
+    tokens: float
+
+
+class Training:
+    """A run in progress on this rank.
+
+    Args:
+        examples: the training rows, the same on every rank.
+        position: where to start; step 0 for a fresh run.
+        reporter: rank 0's way to the driver, with the request to stop; None elsewhere.
+    """
+
+    def __init__(
+        self,
+        request: TrainRequest,
+        model: nn.Module,
+        optimizer: AdapterOptimizer,
+        tokenizer: Any,
+        examples: Sequence[Example],
+        evaluation: Evaluation,
+        group: Group,
+        position: Position,
+        *,
+        precision: str = "fp32",
+        reporter: Reporter | None = None,
+    ) -> None:
+        self.request, self.spec, self.plan = request, request.spec, request.plan
+        self.model, self.optimizer, self.tokenizer = model, optimizer, tokenizer
+        self.examples, self.evaluation, self.group = examples, evaluation, group
+        self.position, self.reporter = position, reporter
+        self.saved_step = position.step
+        self.scale = LossScale(precision == "fp16")
+        if self.scale.enabled and position.step:
+            self.scale.value, self.scale.good_steps = position.loss_scale, position.scale_good_steps
+        training = self.spec.training
+        self.steps_per_epoch = math.ceil(len(examples) / self.plan.global_batch_size)
+        self.total_steps = num_steps(
+            len(examples),
+            epochs=training.num_epochs,
+            max_steps=training.max_steps,
+            global_batch_size=self.plan.global_batch_size,
+        )
+        self._throughput = Throughput()
+
+    @property
+    def should_stop(self) -> bool:
+        """Whether this rank was asked to stop; ranks must agree before they act on it."""
+        return self.reporter is not None and self.reporter.stop_requested
+
+    def run(self) -> None:
+        """Steps until the last one.
+
+        Raises:
+            Stopped: a stop was asked for; the checkpoint is saved.
+            TrainingError: the loss or a gradient is not a number; earlier checkpoints stay.
+        """
+        for batch in self._batches():
+            if self.group.any(self.should_stop):
+                self._save_and_stop()
+            outcome = self.take_step(batch)
+            self._advance(batch, outcome)
+            self._report(outcome)
+            step = self.position.step
+            is_last = step == self.total_steps
+            try:
+                if is_last or evaluates_at(step, self.steps_per_epoch, self.spec.training):
+                    self.evaluate()
+            except Stopped:
+                self._save_and_stop()
+            if is_last or saves_at(step, self.steps_per_epoch, self.spec.training):
+                self.save()
+
+    def take_step(self, batch: StepBatch) -> StepOutcome:
+        """Forward, backward and update over one global batch; nothing is changed where the loss is not
+        finite.
+
+        Raises:
+            TrainingError: the loss or the gradients are not finite.
+        """
+        step = batch.step + 1
+        torch.manual_seed(_mixed(self.spec.training.seed, step, self.group.rank))
+        parts = [[self.examples[row] for row in rows] for rows in batch.micro]
+        tensors = [self._tensors(part) if part else self._silent() for part in parts]
+        targets, tokens = self.group.sum(
+            [
+                float(sum(num_targets(one["labels"]) for one in tensors)),
+                float(sum(len(example.input_ids) for part in parts for example in part)),
+            ]
+        )
+        samples = [numbers or [0] for numbers in batch.samples]
+        self.optimizer.set_learning_rate(ADAPTER, learning_rate(step, self.total_steps, self.spec.training))
+        self.optimizer.zero_grad()
+        mine = sum(
+            self._backward(one, numbers, step, targets) for one, numbers in zip(tensors, samples, strict=True)
+        )
+        loss = self.group.sum([mine])[0] / max(1.0, targets)
+        if not math.isfinite(loss):
+            raise self._not_finite("loss", loss, step)
+        self.optimizer.reduce()
+        norm = self.optimizer.step(self.scale.value)[ADAPTER]
+        overflowed = not math.isfinite(norm)
+        self.scale.update(overflowed)
+        if overflowed and (not self.scale.enabled or self.scale.is_exhausted):
+            raise self._not_finite("gradient", norm, step)
+        return StepOutcome(loss, norm, targets, tokens)
+
+    def evaluate(self) -> None:
+        """Measures `eval_loss` on the held-out rows, keeps it in the position and reports it."""
+        if not self.evaluation.used:
+            return
+        metrics = self.evaluation.loss_only(self.model)
+        self.position = replace(self.position, metrics=metrics, evaluated_at=self.position.step)
+        self._emit("eval", step=self.position.step, metrics=metrics)
+        self._throughput.pause_ended()
+
+    def save(self) -> None:
+        """Commits a checkpoint of this step and prunes older ones."""
+        if self.saved_step == self.position.step:
+            return
+        state = self.optimizer.whole_state()
+        url = write_checkpoint(
+            self.request.run_dir,
+            replace(self.position, loss_scale=self.scale.value, scale_good_steps=self.scale.good_steps),
+            self.model.save_pretrained,  # type: ignore[arg-type]
+            state if self.group.is_first else None,
+        )
+        if self.group.is_first:
+            prune(self.request.run_dir, self.spec.storage.keep_best, self.spec.storage.keep_latest)
+        self.saved_step = self.position.step
+        self._emit("checkpoint", step=self.position.step, path=url)
+        self._throughput.pause_ended()
+
+    def _batches(self) -> Any:
+        training, plan = self.spec.training, self.plan
+        return steps(
+            len(self.examples),
+            epochs=training.num_epochs,
+            max_steps=training.max_steps,
+            global_batch_size=plan.global_batch_size,
+            micro_batch_size=plan.micro_batch_size,
+            world_size=self.group.size,
+            rank=self.group.rank,
+            seed=training.seed,
+            start_step=self.position.step,
+        )
+
+    def _backward(self, tensors: dict[str, Tensor], samples: list[int], step: int, targets: float) -> float:
+        """Adds one micro-batch's gradients; returns its summed loss."""
+        rows = Rows(samples=torch.tensor(samples), seed=self.spec.training.seed, step=step)
+        with self.model.using(rows):  # type: ignore[operator]
+            out = self.model(input_ids=tensors["input_ids"], attention_mask=tensors["attention_mask"])
+            loss = target_loss(out.logits, tensors["labels"])
+            (loss * (self.scale.value / max(1.0, targets))).backward()
+        return float(loss.detach())
+
+    def _tensors(self, rows: Sequence[Example]) -> dict[str, Tensor]:
+        return {
+            key: value.to(self.group.device) for key, value in collate(rows, pad_id(self.tokenizer)).items()
+        }
+
+    def _silent(self) -> dict[str, Tensor]:
+        """A row without targets: a rank that has nothing to do in a short last batch takes part all the
+        same."""
+        tensors = self._tensors(self.examples[:1])
+        return tensors | {"labels": torch.full_like(tensors["labels"], IGNORED)}
+
+    def _advance(self, batch: StepBatch, outcome: StepOutcome) -> None:
+        self.position = replace(
+            self.position,
+            step=batch.step + 1,
+            epoch=batch.epoch + 1,
+            loss_sum=self.position.loss_sum + outcome.loss * outcome.target_tokens,
+            target_tokens=self.position.target_tokens + outcome.target_tokens,
+        )
+
+    def _save_and_stop(self) -> None:
+        self._emit("state", state="saving", message=f"stopping: checkpoint at step {self.position.step}")
+        if self.position.step:
+            self.save()
+        raise Stopped
+
+    def _not_finite(self, what: str, value: float, step: int) -> TrainingError:
+        kept = (
+            f"the last good checkpoint is at step {self.saved_step}"
+            if self.saved_step
+            else "no checkpoint yet"
+        )
+        lower = "Lower training.learning_rate"
+        hint = (
+            f"{lower}, or set precision: bf16."
+            if self.scale.enabled
+            else f"{lower} or look at the rows of this step."
+        )
+        return TrainingError(
+            f"the {what} of step {step} is {value}: training stopped, and {kept}.",
+            where=f"run {self.request.run_id}",
+            hint=hint,
+        )
+
+    def _report(self, outcome: StepOutcome) -> None:
+        step, rate = self.position.step, self._throughput.took(outcome.tokens)
+        self._emit(
+            "progress",
+            step=step,
+            total_steps=self.total_steps,
+            epoch=self.position.epoch,
+            loss=outcome.loss,
+            learning_rate=learning_rate(step, self.total_steps, self.spec.training),
+            grad_norm=outcome.grad_norm,
+            tokens_per_s=rate.tokens_per_s,
+            eta_s=rate.step_s * (self.total_steps - step),
+        )
+
+    def _emit(self, kind: str, **fields: Any) -> None:
+        if self.reporter is not None and self.group.is_first:
+            self.reporter.emit(kind, **fields)
+
+
+@dataclass(frozen=True)
+class Rate:
+    """Smoothed speed."""
+
+    tokens_per_s: float
+    step_s: float
+
+
+class Throughput:
+    """Tokens a second and seconds a step, averaged with a half-life of about ten steps; pauses do not
+    count."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock, self._since = clock, clock()
+        self._tokens = self._seconds = self._steps = 0.0
+
+    def took(self, tokens: float) -> Rate:
+        """Notes that a step over `tokens` has just ended."""
+        now = self._clock()
+        fade = 0.93
+        self._tokens = self._tokens * fade + tokens
+        self._seconds = self._seconds * fade + (now - self._since)
+        self._steps = self._steps * fade + 1
+        self._since = now
+        return Rate(self._tokens / max(self._seconds, 1e-9), self._seconds / self._steps)
+
+    def pause_ended(self) -> None:
+        """What happened since the last step was no training."""
+        self._since = self._clock()
+
+
+def _mixed(seed: int, step: int, rank: int) -> int:
+    """A seed for torch's own generator that differs by step and rank; a run resumed at a step draws the
+    same."""
+    return (seed * 1_000_003 + step * 8_191 + rank) % 2**63

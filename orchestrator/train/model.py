@@ -1,0 +1,148 @@
+"""The model of a run: the base as it was loaded, the adapter on it, sharded where the plan says so."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoTokenizer
+
+import peft_dist
+from orchestrator.devices import recomputes_activations
+from orchestrator.errors import ModelError, SpecError
+from orchestrator.runner import TrainRequest
+from orchestrator.spec.adapter import peft_config
+from orchestrator.spec.job import JobSpec
+from peft_dist.catalog import config_class
+from peft_dist.errors import PeftDistError
+from peft_dist.loading import load_base
+from peft_dist.sharding import partition_base
+
+from .evaluate import ADAPTER
+from .group import Group
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def load_tokenizer(spec: JobSpec) -> Any:
+    """The base's own tokenizer.
+
+    Raises:
+        ModelError: it has none.
+    """
+    where = spec.model.base_model
+    try:
+        return AutoTokenizer.from_pretrained(
+            where, revision=spec.model.revision, trust_remote_code=spec.model.trust_remote_code
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(
+            f"the base '{where}' has no tokenizer that can be loaded: {_first_line(error)}",
+            where="model.base_model",
+            hint="Save one beside the weights with tokenizer.save_pretrained(DIRECTORY).",
+        ) from error
+
+
+def load_frozen_base(spec: JobSpec, precision: str, device: str) -> nn.Module:
+    """The base in the run's dtype on the worker's device, its own dropout silent unless `base_dropout`."""
+    base = load_base(
+        spec.model.base_model,
+        dtype=DTYPES[precision],
+        revision=spec.model.revision,
+        trust_remote_code=spec.model.trust_remote_code,
+    )
+    if not spec.training.base_dropout:
+        silence_dropout(base)
+    return base.to(device)
+
+
+def silence_dropout(base: nn.Module) -> None:
+    """Sets every dropout rate of the base to zero: its modules' `p`, and the rates that its layers and config
+    keep as numbers (`attention_dropout`, `resid_pdrop`, `layerdrop`, ...).
+
+    The base stays in train mode, which gradient checkpointing needs; adapters bring their own dropout.
+    """
+    for owner in _rate_owners(base):
+        for name, value in vars(owner).items():
+            is_rate = isinstance(value, float) and ("drop" in name or (name == "p" and _is_dropout(owner)))
+            if is_rate and value > 0:
+                setattr(owner, name, 0.0)
+
+
+def build_model(request: TrainRequest, base: nn.Module, group: Group, init_from: Path | None) -> nn.Module:
+    """The base with the run's adapter, in train mode, gradient checkpointing and ZeRO-3 as planned.
+
+    Args:
+        init_from: a local adapter directory to train on from; None: a fresh adapter, the same on every rank.
+
+    Raises:
+        SpecError: the adapter's config does not fit the base (a target that matches nothing).
+        ModelError: the adapter to train on from is of another kind or does not fit.
+    """
+    spec = request.spec
+    torch.manual_seed(spec.training.seed)
+    model = _fresh(spec, base) if init_from is None else _continued(spec, base, init_from)
+    model.to(group.device)
+    model.train()
+    num_parameters = sum(parameter.numel() for parameter in base.parameters())
+    if recomputes_activations(
+        spec.training.gradient_checkpointing, on_gpu=group.device != "cpu", num_parameters=num_parameters
+    ):
+        recompute: Any = base.gradient_checkpointing_enable
+        recompute(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if request.plan.zero_stage == 3 and group.is_distributed:
+        partition_base(model, request.plan.deepspeed)
+    return model
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that are trained, by name."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def _fresh(spec: JobSpec, base: nn.Module) -> nn.Module:
+    config = config_class(spec.adapter.type.upper())(**peft_config(spec.adapter))
+    try:
+        return peft_dist.get_peft_model(base, config, adapter_name=ADAPTER)
+    except PeftDistError as error:
+        raise SpecError(str(error), where="adapter") from error
+
+
+def _continued(spec: JobSpec, base: nn.Module, folder: Path) -> nn.Module:
+    try:
+        model = peft_dist.PeftModel.from_pretrained(
+            base, str(folder), adapter_name=ADAPTER, is_trainable=True
+        )
+    except (PeftDistError, OSError) as error:
+        raise ModelError(
+            f"the adapter does not fit the base '{spec.model.base_model}': {_first_line(error)}",
+            where=f"adapter.init_from: {spec.adapter.init_from}",
+            hint="Name an adapter that was trained on this base.",
+        ) from error
+    found = str(getattr(model.peft_config[ADAPTER].peft_type, "value", model.peft_config[ADAPTER].peft_type))
+    if found.lower() != spec.adapter.type.lower():
+        raise ModelError(
+            f"the adapter is of type '{found.lower()}', adapter.type says '{spec.adapter.type}'.",
+            where=f"adapter.init_from: {spec.adapter.init_from}",
+            hint=f"Write `type: {found.lower()}`.",
+        )
+    return model
+
+
+def _rate_owners(base: nn.Module) -> Iterator[object]:
+    yield from base.modules()
+    for module in base.modules():
+        if (config := getattr(module, "config", None)) is not None and hasattr(config, "__dict__"):
+            yield config
+
+
+def _is_dropout(owner: object) -> bool:
+    return isinstance(owner, nn.modules.dropout._DropoutNd)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,92 @@
+"""Whether a cluster can ever give a plan its workers, and what it lacks now. Pure; `launch.py` asks Ray."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from orchestrator.plan import Plan
+
+
+@dataclass(frozen=True)
+class NodeRoom:
+    """One node: all that it has, of which `free` is not taken now, and its labels."""
+
+    total: Mapping[str, float]
+    free: Mapping[str, float] = field(default_factory=dict)
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+
+def why_impossible(
+    plan: Plan, nodes: Sequence[NodeRoom], most: Mapping[str, float] | None = None
+) -> str | None:
+    """One sentence on why the workers can never be placed; None where they can, busy or not.
+
+    Args:
+        nodes: the nodes that are up.
+        most: what the autoscaler could give in all, by resource; None where the cluster does not grow.
+    """
+    wanted = f"{plan.num_workers} x {describe(plan.bundle)}"
+    if most:
+        for resource, amount in plan.bundle.items():
+            available = max(most.get(resource, 0), sum(node.total.get(resource, 0) for node in nodes))
+            if amount * plan.num_workers > available:
+                return (
+                    f"{wanted} needs {amount * plan.num_workers:g} {resource}, "
+                    f"the cluster grows to {available:g} at most."
+                )
+        return None
+    fitting = [node for node in nodes if has_labels(node, plan.labels)]
+    if plan.labels and not fitting:
+        labels = ", ".join(f"{key}={value}" for key, value in plan.labels.items())
+        return f"no node has the labels {labels}; the cluster has {len(nodes)} node(s)."
+    room = [capacity(node.total, plan.bundle) for node in fitting]
+    places = {
+        "STRICT_PACK": max(room, default=0),
+        "STRICT_SPREAD": sum(1 for count in room if count > 0),
+    }.get(plan.placement, sum(room))
+    if places >= plan.num_workers:
+        return None
+    totals = {resource: sum(node.total.get(resource, 0) for node in fitting) for resource in plan.bundle}
+    return (
+        f"{wanted} placed {plan.placement} will never fit: the cluster has {describe(totals)} on "
+        f"{len(fitting)} node(s), room for {places} worker(s)."
+    )
+
+
+def what_is_missing(plan: Plan, nodes: Sequence[NodeRoom]) -> str:
+    """What the workers wait for: `2 x {CPU: 1}; free now: CPU 1 of 2`."""
+    fitting = [node for node in nodes if has_labels(node, plan.labels)]
+    free = ", ".join(
+        f"{resource} {sum(node.free.get(resource, 0) for node in fitting):g} of "
+        f"{sum(node.total.get(resource, 0) for node in fitting):g}"
+        for resource in plan.bundle
+    )
+    return f"{plan.num_workers} x {describe(plan.bundle)}; free now: {free}"
+
+
+def capacity(resources: Mapping[str, float], bundle: Mapping[str, float]) -> int:
+    """How many bundles fit into resources."""
+    needed = {resource: amount for resource, amount in bundle.items() if amount > 0}
+    return min(
+        (math.floor(resources.get(name, 0) / amount + 1e-9) for name, amount in needed.items()), default=0
+    )
+
+
+def has_labels(node: NodeRoom, labels: Mapping[str, str]) -> bool:
+    """Whether a node has all labels; Ray's selectors `in(a,b)`, `!a` and `!in(a,b)` count too."""
+    return all(_matches(node.labels.get(key), wanted) for key, wanted in labels.items())
+
+
+def describe(resources: Mapping[str, float]) -> str:
+    """`{CPU: 1, GPU: 1}`."""
+    return "{" + ", ".join(f"{name}: {amount:g}" for name, amount in resources.items()) + "}"
+
+
+def _matches(value: str | None, wanted: str) -> bool:
+    if wanted.startswith("!"):
+        return not _matches(value, wanted[1:])
+    if wanted.startswith("in(") and wanted.endswith(")"):
+        return value in [choice.strip() for choice in wanted[3:-1].split(",")]
+    return value == wanted

@@ -1,0 +1,216 @@
+"""One worker's whole run, from the base's weights to the final adapter: no Ray, any number of ranks."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from orchestrator import objects
+from orchestrator.errors import ModelError, TrainingError
+from orchestrator.runner import TrainRequest
+from orchestrator.spec.job import JobSpec
+from peft_dist.errors import BaseModelError, PeftDistError
+from peft_dist.optim import AdapterOptimizer, Hyper
+
+from .checkpoint import MANIFEST, Checkpoint, Position, at_step, local_copy, newest_good, seal
+from .data import Example, Examples, load_examples
+from .evaluate import ADAPTER, Evaluation, Stopped, compare
+from .events import Reporter
+from .group import Group
+from .loop import Training
+from .model import build_model, load_frozen_base, load_tokenizer, trainable
+
+
+@dataclass(frozen=True)
+class RunEnd:
+    """What a worker returns: plain numbers and strings. `is_stopped`: a stop was asked for, `steps` are
+    saved."""
+
+    steps: int
+    is_stopped: bool = False
+    metrics: dict[str, float] = field(default_factory=dict)
+    adapter_dir: str = ""
+    train_rows: str = ""
+    eval_rows: str = ""
+    question: str | None = None
+
+
+def train(
+    request: TrainRequest, *, device: str = "cpu", precision: str = "fp32", reporter: Reporter | None = None
+) -> RunEnd:
+    """Trains on this rank, from the last good checkpoint where there is one.
+
+    Args:
+        device, precision: what `orchestrator.devices` decided for this rank.
+        reporter: events and the request to stop; rank 0's are told to the driver.
+
+    Raises:
+        RaypeftError: DataError, ModelError, SpecError, StorageError or TrainingError, with its message for
+        users.
+    """
+    try:
+        with tempfile.TemporaryDirectory(prefix="raypeft-") as scratch:
+            return _Run(request, Group(device), precision, reporter, Path(scratch)).finish()
+    except BaseModelError as error:
+        raise ModelError(str(error), where="model.base_model") from error
+    except PeftDistError as error:
+        raise TrainingError(str(error), where=f"run {request.run_id}") from error
+
+
+def positions_left(spec: JobSpec, base: nn.Module) -> int | None:
+    """Tokens a row may have at most: the base's positions less a prompt method's virtual tokens; None where
+    the base sets no bound."""
+    allowed = getattr(getattr(base, "config", None), "max_position_embeddings", None)
+    return None if allowed is None else allowed - int(spec.adapter.fields.get("num_virtual_tokens") or 0)
+
+
+def question_of(rows: Sequence[Example]) -> str | None:
+    """The question of the first row: its last user message, or its prompt; None for plain text."""
+    if not rows:
+        return None
+    prompt = rows[0].prompt
+    if isinstance(prompt, str):
+        return prompt or None
+    asked = [message["content"] for message in prompt if message["role"] == "user"]
+    return asked[-1] if asked else None
+
+
+class _Run:
+    """The parts of one run on this rank."""
+
+    def __init__(
+        self, request: TrainRequest, group: Group, precision: str, reporter: Reporter | None, scratch: Path
+    ) -> None:
+        self.request, self.spec, self.group = request, request.spec, group
+        self.precision, self.reporter, self.scratch = precision, reporter, scratch
+        self.tokenizer = load_tokenizer(self.spec)
+        base = load_frozen_base(self.spec, precision, group.device)
+        self.examples: Examples = load_examples(
+            self.spec, self.tokenizer, max_len=positions_left(self.spec, base)
+        )
+        self._emit("state", state="starting", message=self.examples.report.sentence())
+        checkpoint = self._newest()
+        self.model = build_model(request, base, group, self._source(checkpoint))
+        self.evaluation = Evaluation(
+            rows=self.examples.evaluation,
+            tokenizer=self.tokenizer,
+            batch_size=request.plan.micro_batch_size,
+            group=group,
+            spec=self.spec.eval,
+            is_sharded=request.plan.zero_stage == 3 and group.is_distributed,
+            should_stop=lambda: reporter is not None and reporter.stop_requested,
+        )
+        self.training = self._training(checkpoint)
+
+    def finish(self) -> RunEnd:
+        """Trains, evaluates and leaves the final adapter in the run's folder."""
+        training = self.training
+        try:
+            if training.position.step < training.total_steps:
+                message = f"step {training.position.step} of {training.total_steps}"
+                self._emit("state", state="training", message=message)
+            training.run()
+            metrics = self._measure()
+        except Stopped:
+            return RunEnd(steps=training.position.step, is_stopped=True)
+        self._emit("state", state="saving", message="writing the final adapter")
+        final = self._save_final()
+        rows = {
+            "train_rows": self._write_hashes("train_rows.txt", self.examples.train),
+            "eval_rows": self._write_hashes("eval_rows.txt", self.evaluation.used),
+        }
+        return RunEnd(
+            training.position.step,
+            metrics=metrics,
+            adapter_dir=final,
+            question=question_of(self.evaluation.used),
+            **rows,
+        )
+
+    def _training(self, checkpoint: Checkpoint | None) -> Training:
+        spec = self.spec.training
+        optimizer = AdapterOptimizer(stage=self.request.plan.zero_stage)  # type: ignore[arg-type]
+        hyper = Hyper(
+            learning_rate=spec.learning_rate,
+            optimizer=spec.optimizer,
+            weight_decay=spec.weight_decay,
+            max_grad_norm=spec.max_grad_norm,
+        )
+        optimizer.add(ADAPTER, trainable(self.model), hyper)
+        if checkpoint is not None:
+            optimizer.load_whole_state(checkpoint.optimizer_state())
+        position = checkpoint.position if checkpoint else Position(step=0, epoch=0, seed=spec.seed)
+        return Training(
+            self.request,
+            self.model,
+            optimizer,
+            self.tokenizer,
+            self.examples.train,
+            self.evaluation,
+            self.group,
+            position,
+            precision=self.precision,
+            reporter=self.reporter,
+        )
+
+    def _newest(self) -> Checkpoint | None:
+        """The checkpoint to go on from, chosen and verified by rank 0, read by all."""
+        found = None
+        if self.group.is_first:
+            found = newest_good(
+                self.request.run_dir, self.scratch, lambda text: self._emit("warning", message=text)
+            )
+        step = int(self.group.first(found.position.step if found else 0))
+        if step == 0:
+            return None
+        self._emit("state", state="starting", message=f"going on from the checkpoint at step {step}")
+        return found or at_step(self.request.run_dir, step, self.scratch)
+
+    def _source(self, checkpoint: Checkpoint | None) -> Path | None:
+        if checkpoint is not None:
+            return checkpoint.adapter_dir
+        if self.request.init_from is None:
+            return None
+        return local_copy(self.request.init_from, self.scratch / "init_from")
+
+    def _measure(self) -> dict[str, float]:
+        """All metrics of the run: the adapter's own, `base.*`, and those of the adapters to compare with."""
+        position = self.training.position
+        found = {"train_loss": position.loss_sum / max(1.0, position.target_tokens)}
+        if not self.evaluation.used:
+            return found
+        self._emit("state", state="evaluating", message=f"{len(self.evaluation.used)} rows")
+        known = position.metrics.get("eval_loss") if position.evaluated_at == position.step else None
+        found |= self.evaluation.measure(self.model, known)
+        others = {
+            label: str(local_copy(url, self.scratch / f"compare-{label}"))
+            for label, url in self.request.compare.items()
+        }
+        found |= compare(self.evaluation, self.model, others)
+        self._emit("eval", step=position.step, metrics=found)
+        return found
+
+    def _save_final(self) -> str:
+        url = objects.join(self.request.run_dir, "final")
+        folder = self.scratch / "final"
+        self.model.save_pretrained(str(folder))  # type: ignore[operator]
+        if self.group.is_first:
+            seal(folder, step=self.training.position.step)
+            objects.delete_tree(url)
+            objects.put_tree(folder, url, manifest=MANIFEST)
+        return url
+
+    def _write_hashes(self, name: str, rows: Iterable[Example]) -> str:
+        url = objects.join(self.request.run_dir, name)
+        if self.group.is_first:
+            objects.write(url, "".join(f"{row.row_hash}\n" for row in rows).encode())
+        return url
+
+    def _emit(self, kind: str, **fields: Any) -> None:
+        if self.reporter is not None and self.group.is_first:
+            self.reporter.emit(kind, **fields)
