@@ -73,14 +73,14 @@ class ClusterFile(_Part):
     """The keys of a cluster file."""
 
     kind: Kind
-    address: str | None = Field(None, description="http://HOST:8265, where Ray's Jobs API answers")
-    launcher: str | None = Field(None, description="the Ray cluster launcher's own file, beside this one")
-    manifest: str | None = Field(None, description="a KubeRay RayJob manifest, beside this one")
+    address: str | None = Field(default=None, description="http://HOST:8265, where Ray's Jobs API answers")
+    launcher: str | None = Field(default=None, description="the Ray cluster launcher's own file, beside this one")
+    manifest: str | None = Field(default=None, description="a KubeRay RayJob manifest, beside this one")
     storage: str | None = Field(
-        None, description="runs and checkpoints: a URL or a folder that every node sees"
+        default=None, description="runs and checkpoints: a URL or a folder that every node sees"
     )
-    registry: str | None = Field(None, description="adapters: likewise")
-    install: bool = Field(False, description="install what the cluster's environment lacks, with each job")
+    registry: str | None = Field(default=None, description="adapters: likewise")
+    install: bool = Field(default=False, description="install what the cluster's environment lacks, with each job")
     serve: ServeAddress = ServeAddress()
 
 

@@ -23,7 +23,7 @@ LAYERS = {
         {"__init__", "errors", "home", "spec"},
         {
             "plan", "plan_view", "deepspeed_config", "model_sizes", "objects", "store", "registry", "lineage",
-            "identity", "gate", "cluster", "devices", "runner", "ask", "local_ray", "keeper", "hub",
+            "identity", "gate", "cluster", "devices", "runner", "ask", "local_ray", "keeper",
         },
         {"service", "train"},
         {"sweep", "serve", "submit"},
