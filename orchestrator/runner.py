@@ -20,6 +20,7 @@ eval        step, metrics: {name: number}
 checkpoint  step, path
 warning     message
 failure     attempt, rank, cause, will_retry
+log         rank, text: what a worker printed, secrets taken out; kept in the run's logs, never shown as it comes
 """
 
 

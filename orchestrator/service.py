@@ -218,6 +218,9 @@ def _recorder(run: Run, on_event: OnEvent) -> OnEvent:
     """Keeps each event in the run's folder, then shows it."""
 
     def emit(event: Event) -> None:
+        if event["event"] == "log":  # of interest to `raypeft logs` alone
+            run.append_log(event["rank"], event["text"])
+            return
         event = {"t": round(time.time(), 3), **event}
         if event["event"] in ("progress", "eval"):
             run.append_metrics(event)

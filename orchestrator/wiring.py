@@ -123,7 +123,7 @@ def evaluate(spec: JobSpec, adapter_dir: str) -> dict[str, float]:
     from .train.evaluate import evaluate_adapter
     from .train.tokenizer import load_tokenizer
 
-    tokenizer = load_tokenizer(spec)
+    tokenizer = load_tokenizer(spec.model)
     base = load_base(spec.model.base_model, revision=spec.model.revision, dtype=torch.float32)
     rows = load_examples(spec, tokenizer, max_len=None).evaluation
     device = "cuda" if torch.cuda.is_available() else "cpu"
