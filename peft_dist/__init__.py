@@ -1,0 +1,54 @@
+"""Adapters for sharded bases, under HF PEFT's public names. Each name is imported when first used."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_NAMES = {
+    "peft_dist.catalog": ("PeftType", "TaskType"),
+    "peft_dist.config": ("PeftConfig", "PromptLearningConfig"),
+    "peft_dist.errors": ("PeftDistError",),
+    "peft_dist.loading": ("load_base",),
+    "peft_dist.methods.activation.ia3": ("IA3Config",),
+    "peft_dist.methods.prompt.prompt_tuning": ("PromptTuningConfig", "PromptTuningInit"),
+    "peft_dist.methods.weight.lora": ("LoraConfig",),
+    "peft_dist.mixed": ("PeftMixedModel",),
+    "peft_dist.model": (
+        "PeftModel",
+        "get_peft_model",
+        "get_peft_model_state_dict",
+        "inject_adapter_in_model",
+        "set_peft_model_state_dict",
+    ),
+    "peft_dist.optim": ("AdapterOptimizer", "Hyper"),
+    "peft_dist.rows": ("Rows",),
+    "peft_dist.tasks": (
+        "PeftModelForCausalLM",
+        "PeftModelForFeatureExtraction",
+        "PeftModelForQuestionAnswering",
+        "PeftModelForSeq2SeqLM",
+        "PeftModelForSequenceClassification",
+        "PeftModelForTokenClassification",
+    ),
+}
+_HOMES = {name: module for module, names in _NAMES.items() for name in names}
+# The classes of the tasks register themselves with the model's file when they are imported.
+_WITH_TASKS = frozenset({"PeftModel", "get_peft_model"})
+
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'peft_dist' has no attribute {name!r}")
+    if name in _WITH_TASKS:
+        importlib.import_module("peft_dist.tasks")
+        importlib.import_module("peft_dist.mixed")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from peft_dist.base_layer import Layer, door
-from peft_dist.contract import ActivationMethod, BaseLayer, Method, ReplaceMethod, SiteMethod, WeightMethod
+from peft_dist.contract import ActivationMethod, BaseLayer, Method, SiteMethod, WeightMethod
 from peft_dist.errors import AdapterError, RowsError
 from peft_dist.pool import AdapterPool, PooledModule
 from peft_dist.rows import BASE, Current, Rows, Split, drop, stream
@@ -116,7 +116,9 @@ class Adapted(AdapterModule):
         base_layer: the frozen layer. base: its door.
     """
 
-    def __init__(self, layer: nn.Module, name: str, pool: AdapterPool, current: Current, base: Layer | None = None):
+    def __init__(
+        self, layer: nn.Module, name: str, pool: AdapterPool, current: Current, base: Layer | None = None
+    ):
         super().__init__(pool, name, current)
         self.base_layer = layer
         self.base = base or door(layer, name)
@@ -172,7 +174,9 @@ class Adapted(AdapterModule):
             return self.base_layer(x)
         if self.merged_adapters:
             if rows is not None and rows.adapters is not None:
-                raise RowsError(f"{self._site_name}: {self.merged_adapters} are merged. Unmerge to name adapters per row.")
+                raise RowsError(
+                    f"{self._site_name}: {self.merged_adapters} are merged. Unmerge to name adapters per row."
+                )
             return self.base_layer(x)
         if rows is None or rows.num is None:
             return self._serve(self.serving(None), x, _Entrance(self))
@@ -214,7 +218,8 @@ class Adapted(AdapterModule):
         xs = split.sorted(split.x)
         samples = split.rows.samples
         entrances = [
-            _Entrance(self, None if samples is None else split.sorted(samples)[start:stop]) for _, start, stop in parts
+            _Entrance(self, None if samples is None else split.sorted(samples)[start:stop])
+            for _, start, stop in parts
         ]
         added = self._stacked(xs, parts, entrances)
         if added is None:
@@ -222,7 +227,9 @@ class Adapted(AdapterModule):
             for (levels, start, stop), entrance in zip(parts, entrances, strict=True):
                 piece = None
                 for level in levels:
-                    part = level.method.added(level.p, level.under, entrance.of(level.method, level.p)(xs[start:stop]))  # type: ignore[attr-defined]
+                    part = level.method.added(
+                        level.p, level.under, entrance.of(level.method, level.p)(xs[start:stop])
+                    )  # type: ignore[attr-defined]
                     piece = part if piece is None else piece + part
                 pieces.append(piece)
             like = next(piece for piece in pieces if piece is not None)
@@ -246,10 +253,14 @@ class Adapted(AdapterModule):
         # In the order of their slots, neighbours are read without a copy.
         bucket = self._pool.homes[self._site_name, levels[0].name]
         p = bucket.stacked([level.name for level in levels])
-        entered = [
-            entrance.of(level.method, level.p)(xs[start:stop])
-            for level, entrance, (_, start, stop) in zip(levels, entrances, parts, strict=True)
-        ] if any(e.drops(level.method) for e, level in zip(entrances, levels, strict=True)) else None
+        entered = (
+            [
+                entrance.of(level.method, level.p)(xs[start:stop])
+                for level, entrance, (_, start, stop) in zip(levels, entrances, parts, strict=True)
+            ]
+            if any(e.drops(level.method) for e, level in zip(entrances, levels, strict=True))
+            else None
+        )
         whole = torch.cat(entered) if entered else entrances[0].of(levels[0].method, levels[0].p)(xs)
         methods = [level.method for level in levels]
         added = type(methods[0]).mixed(methods, p, self.base, whole.unflatten(0, (len(parts), num_rows)))  # type: ignore[attr-defined]
@@ -260,7 +271,9 @@ class Adapted(AdapterModule):
         all (ranks that name different adapters must gather its weight equally often), each part goes up again."""
         xs, samples = split.sorted(split.x), split.rows.samples
         inputs = [_down(levels, xs[start:stop]) for levels, start, stop in parts]
-        y = self.base_layer(split.restored(split.unsorted(torch.cat([_as_given(lowest[0], xs) for lowest in inputs]))))
+        y = self.base_layer(
+            split.restored(split.unsorted(torch.cat([_as_given(lowest[0], xs) for lowest in inputs])))
+        )
         ys = split.sorted(y if split.length is None else y.unflatten(0, (-1, split.length)))
         given = []
         for (levels, start, stop), part_inputs in zip(parts, inputs, strict=True):
@@ -341,12 +354,13 @@ class Replaced(AdapterModule):
     """A module that adapters replace by tensors of their own: `modules_to_save`.
 
     Attributes:
-        original_module: the frozen module.
+        original_module: the frozen module. base: its door.
     """
 
     def __init__(self, module: nn.Module, name: str, pool: AdapterPool, current: Current) -> None:
         super().__init__(pool, name, current)
         self.original_module = module
+        self.base = Layer(module, name)
         # A copy without memory and without an engine's hooks, into which an adapter's tensors are put to run it.
         self.__dict__["_shell"] = _shell(module)
 
@@ -388,14 +402,21 @@ class Replaced(AdapterModule):
 
     def _mixed(self, rows: Rows, choices: list, args: tuple, kwargs: dict[str, Any]) -> Tensor:
         if len(args) != 1 or kwargs:
-            raise RowsError(f"{self._site_name}: rows can name different adapters only where a module takes one input.")
-        split = rows.of(Layer(self._shell, self._site_name).site, args[0], self._current.length)
+            raise RowsError(
+                f"{self._site_name}: rows can name different adapters only where a module takes one input."
+            )
+        split = rows.of(self.base.site, args[0], self._current.length)
         xs = split.sorted(split.x)
         # Once for all rows: ranks that name different adapters must gather a partitioned weight equally often.
         apart = any(is_partitioned(t) for t in self.original_module.parameters())
-        bare = split.sorted(self.original_module(split.x)) if apart or any(not n for n, _, _ in choices) else None
+        bare = (
+            split.sorted(self.original_module(split.x))
+            if apart or any(not n for n, _, _ in choices)
+            else None
+        )
         pieces = [
-            self._run(names, (xs[start:stop],), {}) if names else bare[start:stop] for names, start, stop in choices
+            self._run(names, (xs[start:stop],), {}) if names else bare[start:stop]
+            for names, start, stop in choices
         ]
         return split.restored(split.unsorted(torch.cat(pieces)))
 
@@ -412,8 +433,3 @@ def _shell(module: nn.Module) -> nn.Module:
         part._backward_hooks.clear()
         part._backward_pre_hooks.clear()
     return shell
-
-
-def is_replacing(method: Method) -> bool:
-    """Whether a method replaces a module's tensors and does not change a layer's weight."""
-    return isinstance(method, ReplaceMethod)

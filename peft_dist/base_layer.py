@@ -86,7 +86,9 @@ class Layer:
 
     def apply(self, W: Tensor, x: Tensor) -> Tensor:
         """The layer with W (rows, in) in place of its weight, without bias: x (..., in) -> (..., rows)."""
-        raise BaseLayerError(f"{self.site.name}: a {type(self.layer).__name__} has no weight matrix to apply.")
+        raise BaseLayerError(
+            f"{self.site.name}: a {type(self.layer).__name__} has no weight matrix to apply."
+        )
 
     def mix(self, M: Tensor, h: Tensor) -> Tensor:
         """M (rows, channels) over the channels of h: (..., channels) -> (..., rows)."""
@@ -104,7 +106,9 @@ class Layer:
             BaseLayerError: the layer has no bias.
         """
         if not self.site.bias:
-            raise BaseLayerError(f"{self.site.name}: this layer has no bias to add to. Do not merge; keep the adapter.")
+            raise BaseLayerError(
+                f"{self.site.name}: this layer has no bias to add to. Do not merge; keep the adapter."
+            )
         self._add("bias", b)
 
     def stored(self) -> dict[str, Tensor]:
@@ -136,7 +140,9 @@ class Layer:
     def _add(self, key: str, change: Tensor) -> None:
         parameter = self.layer.get_parameter(key)
         if parameter.is_meta:
-            raise BaseLayerError(f"{self.site.name}.{key} is on the meta device: load the base before changing it.")
+            raise BaseLayerError(
+                f"{self.site.name}.{key} is on the meta device: load the base before changing it."
+            )
         with torch.no_grad(), gathered([parameter], modify=True):
             stored = parameter.data
             exact = torch.promote_types(stored.dtype, torch.float32)
@@ -209,7 +215,9 @@ class ConvLayer(Layer):
 
     def __init__(self, layer: nn.Module, name: str) -> None:
         if layer.groups != 1:
-            raise BaseLayerError(f"{name}: a convolution with {layer.groups} groups; only one group can be adapted.")
+            raise BaseLayerError(
+                f"{name}: a convolution with {layer.groups} groups; only one group can be adapted."
+            )
         self.kind = CONVS[len(layer.kernel_size)]
         super().__init__(layer, name)
 

@@ -82,7 +82,9 @@ class PeftConfig:
             else:
                 unknown.append(key)
         if unknown:
-            warnings.warn(f"{chosen.__name__}: unknown fields are left out: {', '.join(sorted(unknown))}.", stacklevel=2)
+            warnings.warn(
+                f"{chosen.__name__}: unknown fields are left out: {', '.join(sorted(unknown))}.", stacklevel=2
+            )
         return chosen(**kept)
 
     @classmethod
@@ -132,7 +134,11 @@ class TargetedConfig(PeftConfig):
         for name in ("target_modules", "exclude_modules", "modules_to_save"):
             value = getattr(self, name)
             if isinstance(value, (list, tuple, set, frozenset)):
-                setattr(self, name, list(dict.fromkeys(sorted(value) if isinstance(value, (set, frozenset)) else value)))
+                setattr(
+                    self,
+                    name,
+                    list(dict.fromkeys(sorted(value) if isinstance(value, (set, frozenset)) else value)),
+                )
 
 
 @dataclass

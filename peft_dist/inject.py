@@ -119,7 +119,9 @@ def check_name(adapter: str, taken: Any) -> None:
             f"adapter {adapter!r}: a name is not empty, has no '.', and is not '{BASE}'. Choose another."
         )
     if adapter in taken:
-        raise AdapterError(f"adapter {adapter!r}: the model has one of this name. Delete it first, or choose another.")
+        raise AdapterError(
+            f"adapter {adapter!r}: the model has one of this name. Delete it first, or choose another."
+        )
 
 
 def adapter_dtype(base: Layer, autocast: bool) -> torch.dtype:
@@ -163,7 +165,9 @@ def inject(
     for name in saved:
         layer = found[name].layer
         if any(isinstance(part, AdapterModule) for part in layer.modules()):
-            raise TargetError(f"modules_to_save: {name!r} holds layers that other adapters sit on. Name its layers.")
+            raise TargetError(
+                f"modules_to_save: {name!r} holds layers that other adapters sit on. Name its layers."
+            )
         if any(True for _ in layer.buffers()):
             warnings.warn(f"modules_to_save: buffers of {name!r} stay the base's.", stacklevel=3)
         if any(True for _ in layer.parameters()):
@@ -232,3 +236,45 @@ def remove_wrappers(model: nn.Module) -> None:
     for place in places(model).values():
         if isinstance(place.module, AdapterModule):
             place.parent._modules[place.key] = place.layer
+
+
+def activate(model: nn.Module, names: list[str]) -> None:
+    """Makes the named adapters serve rows that name none, in this order."""
+    for _, module in adapter_modules(model):
+        module.active_adapters = list(names)
+
+
+def set_requires_grad(model: nn.Module, names: list[str], requires_grad: bool) -> None:
+    """Lets the named adapters' tensors be trained, or not; others stay as they are. Frozen ones stay frozen."""
+    for _, module in adapter_modules(model):
+        for name in names:
+            for key, param in module.wanted(name).items():
+                module.tensors(name)[key].requires_grad_(requires_grad and param.trainable)
+
+
+def delete(model: nn.Module, adapter: str) -> None:
+    """Removes an adapter, and the wrappers that are left without any.
+
+    Raises:
+        AdapterError: it is merged; nothing is removed.
+    """
+    modules = [(name, module) for name, module in adapter_modules(model) if adapter in module.adapters]
+    for name, module in modules:
+        if adapter in module.merged_adapters:
+            raise AdapterError(f"{name}: adapter {adapter!r} is merged. Unmerge it before deleting it.")
+    for _, module in modules:
+        module.delete(adapter)
+    for place in places(model).values():
+        _unwrap_empty(place)
+
+
+def _unwrap_empty(place: Place) -> None:
+    parent, key = place.parent, place.key
+    module: Any = place.module
+    while isinstance(module, AdapterModule):
+        inner = module.base_layer
+        if not module.adapters:
+            parent._modules[key] = inner
+        else:
+            parent, key = module, "base_layer" if isinstance(module, Adapted) else "original_module"
+        module = inner

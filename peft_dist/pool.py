@@ -77,7 +77,8 @@ class Bucket:
         more = max(1, len(self.owners))
         old = self.arrays
         at_home = [
-            {name for name, p in held.items() if self._is_view(slot, p, name)} for slot, held in enumerate(self.held)
+            {name for name, p in held.items() if self._is_view(slot, p, name)}
+            for slot, held in enumerate(self.held)
         ]
         self.arrays = {name: torch.cat([a, a.new_zeros((more, *a.shape[1:]))]) for name, a in old.items()}
         for slot, names in enumerate(at_home):
@@ -164,7 +165,9 @@ class PooledModule(nn.Module):
         """The adapter's Parameters here, by the method's own names."""
         return {name: held[key] for name, (held, key) in self._places[adapter].items()}
 
-    def hold(self, adapter: str, method: str, wanted: dict[str, Param], dtype: torch.dtype, device: Any) -> None:
+    def hold(
+        self, adapter: str, method: str, wanted: dict[str, Param], dtype: torch.dtype, device: Any
+    ) -> None:
         """Makes room for the adapter's tensors, unfilled, zero."""
         self._wanted[adapter] = wanted
         places: dict[str, tuple[dict[str, Any], str]] = {}
@@ -201,7 +204,10 @@ class PooledModule(nn.Module):
         self._pool.take(self._site_name, family, adapter, self.tensors(adapter))
 
     def _apply(self, fn: Any, recurse: bool = True) -> PooledModule:
-        before = {a: {n: (p.data_ptr(), p.dtype, p.device) for n, p in self.tensors(a).items()} for a in self._places}
+        before = {
+            a: {n: (p.data_ptr(), p.dtype, p.device) for n, p in self.tensors(a).items()}
+            for a in self._places
+        }
         super()._apply(fn, recurse)
         for adapter, old in before.items():
             now = {n: (p.data_ptr(), p.dtype, p.device) for n, p in self.tensors(adapter).items()}

@@ -54,7 +54,9 @@ DEFAULT_TARGETS: dict[str, dict[str, Sequence[str] | str]] = {
         "gpt_neo": ("q_proj", "v_proj", "c_proj"),
         "bart": ("q_proj", "v_proj", "fc2"),
         **dict.fromkeys(("llama", "mistral"), ("k_proj", "v_proj", "down_proj")),
-        **dict.fromkeys("llama4 gemma gemma2 gemma3_text qwen2 qwen3".split(), ("q_proj", "v_proj", "down_proj")),
+        **dict.fromkeys(
+            "llama4 gemma gemma2 gemma3_text qwen2 qwen3".split(), ("q_proj", "v_proj", "down_proj")
+        ),
         "mixtral": ("k_proj", "v_proj", "w2"),
         "deberta-v2": ("key_proj", "value_proj", "output.dense"),
         "deberta": ("in_proj", "output.dense"),
@@ -107,7 +109,9 @@ def resolve(config: Any, facts: BaseFacts) -> list[str]:
         chosen = [name for name, kind in facts.layers.items() if kind == "linear" and name not in facts.heads]
         chosen = [name for name in chosen if not _is_left_out(config, name)]
         if not chosen:
-            raise TargetError(f"targets: 'all-linear' matched none: {facts.name} has no linear layer that is left in.")
+            raise TargetError(
+                f"targets: 'all-linear' matched none: {facts.name} has no linear layer that is left in."
+            )
         config.target_modules = _shortest(chosen, facts)
         return chosen
     matched = [name for name in facts.layers if name and _is_target(config, name)]
@@ -128,7 +132,9 @@ def resolve(config: Any, facts: BaseFacts) -> list[str]:
     for field_name in ("rank_pattern", "alpha_pattern"):
         pattern = getattr(config, field_name, None) or {}
         _warn_of_unmatched(
-            [key for key in pattern if not any(by_pattern({key: True}, n, False) for n in matched)], field_name, facts
+            [key for key in pattern if not any(by_pattern({key: True}, n, False) for n in matched)],
+            field_name,
+            facts,
         )
     return matched
 
@@ -207,7 +213,12 @@ def _is_target(config: Any, name: str) -> bool:
     if _is_left_out(config, name) or not ends_in(config.target_modules, name):
         return False
     wanted = getattr(config, "layers_to_transform", None)
-    if isinstance(config.target_modules, str) or name in config.target_modules or wanted is None or wanted == []:
+    if (
+        isinstance(config.target_modules, str)
+        or name in config.target_modules
+        or wanted is None
+        or wanted == []
+    ):
         return True
     index = _layer_index(name, config.layers_pattern)
     return index is not None and index in ([wanted] if isinstance(wanted, int) else wanted)
@@ -237,14 +248,20 @@ def _nothing_matched(config: Any, facts: BaseFacts) -> str:
     if not isinstance(targets, str) and not targets:
         return f"targets: target_modules is empty; {facts.name} has {len(linear)} linear layers. Name some."
     named = targets if isinstance(targets, str) else ", ".join(repr(target) for target in targets)
-    message = f"targets: {named!r} matched none of {of_what}." if isinstance(targets, str) else (
-        f"targets: {named} matched none of {of_what}."
+    message = (
+        f"targets: {named!r} matched none of {of_what}."
+        if isinstance(targets, str)
+        else (f"targets: {named} matched none of {of_what}.")
     )
     if any(name and ends_in(targets, name) for name in facts.layers):
         return f"{message} exclude_modules, modules_to_save or layers_to_transform leaves out all that they match."
     ends = Counter(name.rpartition(".")[2] for name, kind in facts.layers.items() if kind != "module")
     near = closest(targets if isinstance(targets, str) else targets[0].rpartition(".")[2], ends)
-    return f"{message} Similar: {near[0]!r} ({ends[near[0]]} layers)" if near else f"{message} There are: {_some(ends)}."
+    return (
+        f"{message} Similar: {near[0]!r} ({ends[near[0]]} layers)"
+        if near
+        else f"{message} There are: {_some(ends)}."
+    )
 
 
 def _some(ends: Counter[str]) -> str:

@@ -57,7 +57,9 @@ class IA3Config(TargetedConfig, ActivationMethod):
 
     def params(self, site: Site) -> dict[str, Param]:
         if site.kind == "embedding":
-            raise BaseLayerError(f"{site.name}: IA3 scales channels; it cannot sit on an embedding. Leave it out.")
+            raise BaseLayerError(
+                f"{site.name}: IA3 scales channels; it cannot sit on an embedding. Leave it out."
+            )
         start = starts.ones if self.init_ia3_weights else starts.normal
         ones = (1,) * len(site.kernel)
         if self.is_feedforward(site):

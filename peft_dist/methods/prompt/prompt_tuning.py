@@ -66,9 +66,13 @@ class PromptTuningConfig(PromptLearningConfig, PromptMethod):
         if self.prompt_tuning_init is PromptTuningInit.TEXT:
             for name in ("tokenizer_name_or_path", "prompt_tuning_init_text"):
                 if not getattr(self, name):
-                    raise ConfigError(f"PromptTuningConfig.{name}: must be given when prompt_tuning_init is TEXT.")
+                    raise ConfigError(
+                        f"PromptTuningConfig.{name}: must be given when prompt_tuning_init is TEXT."
+                    )
         if self.tokenizer_kwargs and self.prompt_tuning_init is not PromptTuningInit.TEXT:
-            raise ConfigError("PromptTuningConfig.tokenizer_kwargs: only used when prompt_tuning_init is TEXT.")
+            raise ConfigError(
+                "PromptTuningConfig.tokenizer_kwargs: only used when prompt_tuning_init is TEXT."
+            )
 
     @property
     def num_tokens(self) -> int:
@@ -91,7 +95,9 @@ class PromptTuningConfig(PromptLearningConfig, PromptMethod):
 
     def _text_ids(self) -> list[int]:
         # A checkpoint's config must not be able to run code from a hub.
-        arguments = {key: value for key, value in (self.tokenizer_kwargs or {}).items() if key != "trust_remote_code"}
+        arguments = {
+            key: value for key, value in (self.tokenizer_kwargs or {}).items() if key != "trust_remote_code"
+        }
         tokenizer = transformers.AutoTokenizer.from_pretrained(self.tokenizer_name_or_path, **arguments)
         ids = tokenizer(self.prompt_tuning_init_text)["input_ids"]
         if not ids:

@@ -81,7 +81,10 @@ class LoraConfig(TargetedConfig, WeightMethod):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = "LORA"
-        for name, r in {"r": self.r, **{f"rank_pattern[{key!r}]": r for key, r in self.rank_pattern.items()}}.items():
+        for name, r in {
+            "r": self.r,
+            **{f"rank_pattern[{key!r}]": r for key, r in self.rank_pattern.items()},
+        }.items():
             if not isinstance(r, int) or r < 1:
                 raise ConfigError(f"LoraConfig.{name}: {r!r}; a rank is a whole number of at least 1.")
         if not 0 <= self.lora_dropout < 1:
@@ -93,7 +96,9 @@ class LoraConfig(TargetedConfig, WeightMethod):
                 f"LoraConfig.init_lora_weights: {self.init_lora_weights!r} is not one of True, False, 'gaussian'."
             )
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
-            raise ConfigError("LoraConfig.layers_to_transform: cannot be used when `target_modules` is a str.")
+            raise ConfigError(
+                "LoraConfig.layers_to_transform: cannot be used when `target_modules` is a str."
+            )
         if isinstance(self.target_modules, str) and self.layers_pattern is not None:
             raise ConfigError("LoraConfig.layers_pattern: cannot be used when `target_modules` is a str.")
         if self.layers_pattern and self.layers_to_transform is None:

@@ -1,0 +1,663 @@
+"""PeftModel: a base with adapters, by HF PEFT's names. Thin: what it does is in the files that it calls."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import inspect
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from peft_dist import checkpoint, inject, merge
+from peft_dist.adapted import AdapterModule
+from peft_dist.base_layer import EmbeddingLayer, door
+from peft_dist.config import PeftConfig
+from peft_dist.contract import PromptMethod
+from peft_dist.errors import AdapterError, CheckpointError, ConfigError, suggest
+from peft_dist.pool import PooledModule
+from peft_dist.rows import BASE, Rows
+
+PROMPTS = "prompt_encoder"
+
+
+class AdaptedBase(nn.Module):
+    """The base with its wrapped layers: what `PeftModel.base_model` is. `model` is the base itself."""
+
+    def __init__(self, model: nn.Module, peft_config: dict[str, PeftConfig]) -> None:
+        super().__init__()
+        self.model = model
+        self.peft_config = peft_config
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)
+
+    def __getattr__(self, attribute: str) -> Any:
+        try:
+            return super().__getattr__(attribute)
+        except AttributeError:
+            if attribute == "model":
+                raise
+            return getattr(self.model, attribute)
+
+    def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
+        """Adds the named adapters' changes to the base's weights in place; the active ones where none is named."""
+        merge.refuse_prompts(self.peft_config, adapter_names)
+        merge.merge(self.model, adapter_names, safe_merge)
+
+    def unmerge_adapter(self) -> None:
+        """Takes merged adapters out of the base's weights again."""
+        merge.unmerge(self.model)
+
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: Sequence[str] | None = None
+    ) -> nn.Module:
+        """The base with the named adapters merged for good and no wrappers."""
+        merge.refuse_prompts(self.peft_config, adapter_names)
+        return merge.merge_and_unload(self.model, adapter_names, safe_merge)
+
+    def unload(self) -> nn.Module:
+        """The bare base, its weights as they were, without adapters or wrappers."""
+        return merge.unload(self.model)
+
+    def enable_adapter_layers(self) -> None:
+        """Lets adapters serve."""
+        for _, module in inject.adapter_modules(self.model):
+            module.disabled = False
+
+    def disable_adapter_layers(self) -> None:
+        """Lets the bare base serve."""
+        for _, module in inject.adapter_modules(self.model):
+            module.disabled = True
+
+
+class PeftModel(PooledModule):
+    """A base with adapters.
+
+    Args:
+        model: the base; wrapped in place and frozen.
+        peft_config: of the first adapter, or None for a base that gets adapters later.
+        adapter_name: of the first adapter.
+        autocast_adapter_dtype: adapters on a half-precision base are fp32.
+        low_cpu_mem_usage: makes the adapter's tensors on meta.
+
+    Attributes:
+        base_model: the base with its wrapped layers. peft_config: name -> config. active_adapters: names.
+    """
+
+    task_type: str | None = None
+
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: PeftConfig | None,
+        adapter_name: str = "default",
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+    ) -> None:
+        shared = inject.Adapters()
+        super().__init__(shared.pool, PROMPTS)
+        self._adapters = shared
+        self.peft_config: dict[str, PeftConfig] = {}
+        self.base_model = AdaptedBase(model, self.peft_config)
+        self.active_adapters: list[str] = []
+        self.disabled = False
+        inject.freeze(model)
+        if peft_config is not None:
+            self._add(adapter_name, peft_config, autocast_adapter_dtype, low_cpu_mem_usage, start=True)
+            self.set_adapter(adapter_name, inference_mode=peft_config.inference_mode)
+
+    # --- adapters
+
+    @property
+    def active_adapter(self) -> str:
+        """The first active adapter's name."""
+        if not self.active_adapters:
+            raise AdapterError("no adapter is active. Add or load one, or call set_adapter.")
+        return self.active_adapters[0]
+
+    @property
+    def active_peft_config(self) -> PeftConfig:
+        """The first active adapter's config."""
+        return self.peft_config[self.active_adapter]
+
+    def add_adapter(
+        self,
+        adapter_name: str,
+        peft_config: PeftConfig,
+        low_cpu_mem_usage: bool = False,
+        autocast_adapter_dtype: bool = True,
+    ) -> None:
+        """Adds an adapter; it is not active until `set_adapter`. A collective over a partitioned base.
+
+        Raises:
+            AdapterError: the name is taken or malformed. TargetError: its targets do not fit. The model is then as
+            it was.
+        """
+        self._add(adapter_name, peft_config, autocast_adapter_dtype, low_cpu_mem_usage, start=True)
+        self.set_requires_grad(adapter_name, False)
+
+    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Makes one adapter, or several, active; only active ones are trained, and none in `inference_mode`."""
+        names = self._known(adapter_name)
+        self.active_adapters = names
+        inject.activate(self.get_base_model(), names)
+        self.set_requires_grad([name for name in self.peft_config if name not in names], False)
+        self.set_requires_grad(names, not inference_mode)
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Lets adapters be trained, or not, whether they are active or not."""
+        names = self._known(adapter_names)
+        inject.set_requires_grad(self.get_base_model(), names, requires_grad)
+        for name in set(names) & set(self.adapters):
+            for key, param in self.wanted(name).items():
+                self.tensors(name)[key].requires_grad_(requires_grad and param.trainable)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Removes an adapter and its tensors; the first of the others becomes active where none is left so.
+
+        Raises:
+            AdapterError: there is none of this name, or it is merged.
+        """
+        self._known(adapter_name)
+        inject.delete(self.get_base_model(), adapter_name)
+        if adapter_name in self.adapters:
+            self.drop(adapter_name)
+        del self.peft_config[adapter_name]
+        if adapter_name in self.active_adapters:
+            left = [name for name in self.active_adapters if name != adapter_name]
+            left = left or list(self.peft_config)[:1]
+            self.active_adapters = left
+            inject.activate(self.get_base_model(), left)
+
+    @contextlib.contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Within the context the bare base serves; merged adapters are unmerged for its time."""
+        modules = [module for _, module in inject.adapter_modules(self.get_base_model())]
+        before = [module.disabled for module in modules]
+        merged = next((list(module.merged_adapters) for module in modules if module.merged_adapters), [])
+        if merged:
+            self.base_model.unmerge_adapter()
+        own, self.disabled = self.disabled, True
+        for module in modules:
+            module.disabled = True
+        try:
+            yield
+        finally:
+            self.disabled = own
+            for module, state in zip(modules, before, strict=True):
+                module.disabled = state
+            if merged:
+                self.base_model.merge_adapter(merged)
+
+    def get_base_model(self) -> nn.Module:
+        """The base itself, with its wrapped layers in it."""
+        return self.base_model.model
+
+    def adapter_tensors(self, adapter_name: str = "default") -> dict[str, nn.Parameter]:
+        """Every Parameter of an adapter by its name in a checkpoint."""
+        (name,) = self._known(adapter_name)
+        return checkpoint.adapter_parameters(self, name)
+
+    @property
+    def base(self) -> EmbeddingLayer:
+        """The door to the input embeddings, which virtual tokens stand before."""
+        return self._embedding()[1]
+
+    # --- what runs
+
+    @contextlib.contextmanager
+    def using(self, rows: Rows) -> Iterator[None]:
+        """Within the context `rows` say which adapters and which dropout masks serve each sequence. Wrap the backward
+        too where layers are recomputed in it.
+
+        Raises:
+            AdapterError: rows name an adapter that the model does not have.
+        """
+        names = {s.adapter for s in rows.segments} - {None, BASE}
+        self._known([str(name) for name in names])
+        current = self._adapters.current
+        before = current.rows, current.length
+        current.rows, current.length = rows, None
+        try:
+            yield
+        finally:
+            current.rows, current.length = before
+
+    def forward(self, *args: Any, adapter_names: Sequence[str | None] | None = None, **kwargs: Any) -> Any:
+        """The base's forward with its adapters. `adapter_names` names one per sequence, as `Rows.adapters` does."""
+        with self._naming(adapter_names):
+            sized = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs_embeds"))
+            if isinstance(sized, Tensor) and sized.ndim > 1:
+                self._adapters.current.length = sized.shape[1]
+            if self._prompting():
+                args, kwargs = (), self._prompted(self._bound(args, kwargs))
+                self._adapters.current.length = kwargs["inputs_embeds"].shape[1]
+            return self.base_model(*args, **kwargs)
+
+    def generate(self, *args: Any, adapter_names: Sequence[str | None] | None = None, **kwargs: Any) -> Any:
+        """The base's generate with its adapters."""
+        base = self.get_base_model()
+        with self._naming(adapter_names):
+            if not self._prompting():
+                return base.generate(*args, **kwargs)
+            if args:
+                kwargs["inputs" if "input_ids" not in kwargs else "input_ids"] = args[0]
+            input_ids = kwargs.pop("input_ids", None)
+            input_ids = kwargs.pop("inputs", None) if input_ids is None else input_ids
+            if input_ids is None:
+                raise ConfigError("generate: a prompt adapter needs input_ids. Give them.")
+            if kwargs.get("num_beams", 1) != 1 and self._rows_choose():
+                raise ConfigError("generate: num_beams above 1 cannot be used with adapter_names.")
+            if "max_length" in kwargs:
+                kwargs.setdefault("max_new_tokens", kwargs.pop("max_length") - input_ids.shape[1])
+            mask = kwargs.pop("attention_mask", None)
+            mask = torch.ones_like(input_ids) if mask is None else mask
+            prompted = self._prompted({"input_ids": input_ids, "attention_mask": mask})
+            prompted.pop("position_ids", None)
+            given = base.generate(**prompted, **kwargs)
+            new = given if isinstance(given, Tensor) else given.sequences
+            before = input_ids.repeat_interleave(new.shape[0] // input_ids.shape[0], 0)
+            whole = torch.cat([before, new], dim=1)
+            if isinstance(given, Tensor):
+                return whole
+            given.sequences = whole
+            return given
+
+    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        """Turns gradient checkpointing on; the embeddings' output then requires a gradient, without which a
+        checkpointed layer under a frozen base would give its adapters none."""
+        base = self.get_base_model()
+        base.gradient_checkpointing_enable(*args, **kwargs)
+        base.enable_input_require_grads()
+
+    # --- storage
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        safe_serialization: bool = True,
+        selected_adapters: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Writes complete HF PEFT directories: the adapter `default` into the directory itself, others into folders
+        of their names. To be called on all ranks; rank 0 writes.
+
+        Args:
+            kwargs: `save_embedding_layers` and `is_main_process`, as in `checkpoint.save`.
+        """
+        if not safe_serialization:
+            raise ConfigError(
+                "save_pretrained: safe_serialization=False would write a pickle; only safetensors are."
+            )
+        checkpoint.save(self, save_directory, selected_adapters, **kwargs)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: nn.Module,
+        model_id: str | Path,
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        config: PeftConfig | None = None,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        **kwargs: Any,
+    ) -> PeftModel:
+        """A base with the adapter that a directory, an fsspec URL or a hub id holds.
+
+        Args:
+            kwargs: `revision`, `subfolder`, `token`, `key_mapping`, as in `checkpoint.read`.
+
+        Raises:
+            ConfigError, CheckpointError: it holds no adapter that fits; names the tensor. The base is as it was.
+        """
+        saved = checkpoint.read(model_id, **kwargs)
+        config = config or saved.config
+        chosen = TASK_CLASSES.get(config.task_type, PeftModel) if cls is PeftModel else cls
+        peft_model = chosen(model, None)
+        peft_model._load(
+            saved.tensors, config, adapter_name, is_trainable, autocast_adapter_dtype, low_cpu_mem_usage
+        )
+        return peft_model
+
+    def load_adapter(
+        self,
+        model_id: str | Path,
+        adapter_name: str,
+        is_trainable: bool = False,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Adds the adapter that a directory, an fsspec URL or a hub id holds; active if it is the first.
+
+        Args:
+            kwargs: `revision`, `subfolder`, `token`, `key_mapping`, as in `checkpoint.read`.
+
+        Raises:
+            ConfigError, TargetError, CheckpointError: it does not fit; the model is as it was.
+        """
+        saved = checkpoint.read(model_id, **kwargs)
+        self._load(
+            saved.tensors, saved.config, adapter_name, is_trainable, autocast_adapter_dtype, low_cpu_mem_usage
+        )
+
+    def _load(
+        self,
+        tensors: dict[str, Tensor],
+        config: PeftConfig,
+        name: str,
+        is_trainable: bool,
+        autocast_adapter_dtype: bool,
+        low_cpu_mem_usage: bool,
+    ) -> None:
+        config.inference_mode = not is_trainable
+        self._add(name, config, autocast_adapter_dtype, low_cpu_mem_usage, start=False)
+        try:
+            result = checkpoint.load_state_dict(self, tensors, name)
+            for what, keys in (
+                ("lacks", result.missing_keys),
+                ("has, unknown here,", result.unexpected_keys),
+            ):
+                if keys:
+                    raise CheckpointError(
+                        f"adapter {name!r}: the checkpoint {what} {len(keys)} tensors, the first {keys[0]!r}. It belongs "
+                        "to another base or to other targets."
+                    )
+        except BaseException:
+            self.delete_adapter(name)
+            raise
+        if len(self.peft_config) == 1:
+            self.set_adapter(name, inference_mode=not is_trainable)
+        else:
+            self.set_requires_grad(name, is_trainable and name in self.active_adapters)
+        if not is_trainable:
+            self.eval()
+
+    # --- counts
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """(elements that are trained, all elements), partitioned ones counted whole."""
+        sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in self.parameters()]
+        return sum(size for size, trained in sizes if trained), sum(size for size, _ in sizes)
+
+    def print_trainable_parameters(self) -> None:
+        """Prints HF PEFT's line of both counts."""
+        trained, every = self.get_nb_trainable_parameters()
+        print(
+            f"trainable params: {trained:,d} || all params: {every:,d} || trainable%: {100 * trained / every:.4f}"
+        )
+
+    def __getattr__(self, attribute: str) -> Any:
+        try:
+            return super().__getattr__(attribute)
+        except AttributeError:
+            if attribute == "base_model":
+                raise
+            return getattr(self.base_model, attribute)
+
+    # --- within
+
+    def _known(self, names: str | Sequence[str]) -> list[str]:
+        wanted = [names] if isinstance(names, str) else list(names)
+        for name in wanted:
+            if name not in self.peft_config:
+                raise AdapterError(
+                    f"adapter {name!r}: the model has none of this name."
+                    f"{suggest(name, self.peft_config)} It has: {', '.join(self.peft_config) or 'none'}."
+                )
+        return wanted
+
+    def _add(
+        self, name: str, config: PeftConfig, autocast: bool, low_cpu_mem_usage: bool, start: bool
+    ) -> None:
+        inject.check_name(name, self.peft_config)
+        base = self.get_base_model()
+        for place, module in inject.adapter_modules(base):
+            if module.merged_adapters:
+                raise AdapterError(
+                    f"{place}: {module.merged_adapters} are merged. Unmerge before adding {name!r}."
+                )
+        if isinstance(config, PromptMethod):
+            self._check_prompt(config)
+        inject.inject(
+            base,
+            config,
+            name,
+            self._adapters,
+            autocast_adapter_dtype=autocast,
+            low_cpu_mem_usage=low_cpu_mem_usage,
+            start=start,
+        )
+        if isinstance(config, PromptMethod):
+            self._add_prompt(name, config, low_cpu_mem_usage, start)
+        if config.base_model_name_or_path is None:
+            config.base_model_name_or_path = (
+                getattr(getattr(base, "config", None), "_name_or_path", None) or None
+            )
+        if config.task_type is None and config.auto_mapping is None:
+            config.auto_mapping = {
+                "base_model_class": type(base).__name__,
+                "parent_library": type(base).__module__,
+            }
+        self.peft_config[name] = config
+        inject.activate(base, self.active_adapters)
+
+    def _check_prompt(self, config: Any) -> None:
+        if config.task_type is None:
+            raise ConfigError(
+                f"{type(config).__name__}.task_type: a prompt method needs one, such as CAUSAL_LM."
+            )
+        if getattr(getattr(self.get_base_model(), "config", None), "is_encoder_decoder", False):
+            raise ConfigError(
+                f"{type(config).__name__}: not supported on an encoder-decoder base. Use LoRA or IA3."
+            )
+        self._embedding()
+
+    def _embedding(self) -> tuple[nn.Module, EmbeddingLayer]:
+        base = self.get_base_model()
+        layer = base.get_input_embeddings() if hasattr(base, "get_input_embeddings") else None
+        bare = layer
+        while isinstance(bare, AdapterModule):
+            bare = bare.base_layer
+        if layer is None or not isinstance(bare, nn.Embedding):
+            raise ConfigError(f"{type(base).__name__} has no input embeddings, which a prompt method needs.")
+        opened = door(bare, "input embeddings")
+        assert isinstance(opened, EmbeddingLayer)
+        return layer, opened
+
+    def _add_prompt(self, name: str, config: Any, low_cpu_mem_usage: bool, start: bool) -> None:
+        _, embedding = self._embedding()
+        facts = self.get_base_model().config
+        config.token_dim = embedding.site.out
+        config.num_transformer_submodules = config.num_transformer_submodules or 1
+        config.num_layers = config.num_layers or getattr(facts, "num_hidden_layers", None)
+        config.num_attention_heads = config.num_attention_heads or getattr(facts, "num_attention_heads", None)
+        # Always fp32, as HF PEFT makes it, unless the base is more exact.
+        dtype = torch.promote_types(embedding.dtype, torch.float32)
+        device = "meta" if low_cpu_mem_usage else embedding.device
+        self.hold(name, type(config).__name__, config.params(embedding.site), dtype, device)
+        if start and not low_cpu_mem_usage:
+            p = {key: t.detach() for key, t in self.tensors(name).items()}
+            with torch.no_grad():
+                for key, param in self.wanted(name).items():
+                    param.start(p[key])
+                config.start_from_base(p, embedding)
+
+    @contextlib.contextmanager
+    def _naming(self, adapter_names: Sequence[str | None] | None) -> Iterator[None]:
+        if adapter_names is None:
+            yield
+            return
+        rows = self._adapters.current.rows or Rows()
+        with self.using(dataclasses.replace(rows, adapters=tuple(adapter_names))):
+            yield
+
+    def _rows_choose(self) -> bool:
+        rows = self._adapters.current.rows
+        return rows is not None and rows.adapters is not None
+
+    def _prompt_of(self, choice: str | None) -> str | None:
+        names = self.active_adapters if choice is None else [choice]
+        prompts = [name for name in names if name in self.adapters]
+        if len(prompts) > 1:
+            raise AdapterError(
+                f"prompt adapters {', '.join(prompts)} are active at once. Activate one of them."
+            )
+        return prompts[0] if prompts else None
+
+    def _prompting(self) -> bool:
+        if self.disabled or not self.adapters:
+            return False
+        rows = self._adapters.current.rows
+        choices = (
+            [s.adapter for s in rows.segments] if rows is not None and rows.adapters is not None else [None]
+        )
+        return any(self._prompt_of(choice) is not None for choice in choices)
+
+    def _bound(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+        names = list(inspect.signature(self.get_base_model().forward).parameters)
+        return {**dict(zip(names, args, strict=False)), **kwargs}
+
+    def _prompted(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """A forward's arguments with each row's virtual tokens before its own; rows with fewer are padded on the left,
+        where the mask hides it and positions do not count it."""
+        layer, _ = self._embedding()
+        embeds = inputs.pop("inputs_embeds", None)
+        input_ids = inputs.pop("input_ids", None)
+        if embeds is None:
+            embeds = layer(input_ids)
+        num_rows = embeds.shape[0]
+        prompts = self._prompts(num_rows)
+        longest = max(len(p) for p in prompts if p is not None)
+        counts = torch.tensor([0 if p is None else len(p) for p in prompts], device=embeds.device)
+        prefix = torch.stack(
+            [
+                torch.cat(
+                    [embeds.new_zeros(longest - (0 if p is None else len(p)), embeds.shape[2])]
+                    + ([] if p is None else [p.to(embeds.dtype)])
+                )
+                for p in prompts
+            ]
+        )
+        inputs["inputs_embeds"] = torch.cat([prefix, embeds], dim=1)
+        for name in ("position_ids", "token_type_ids"):
+            if inputs.pop(name, None) is not None:
+                warnings.warn(f"{name} are not used with prompt adapters; they are left out.", stacklevel=4)
+        mask, uneven = inputs.get("attention_mask"), bool((counts < longest).any())
+        if mask is None and uneven:
+            mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
+        if mask is not None:
+            shown = torch.arange(longest, device=mask.device) >= longest - counts[:, None].to(mask.device)
+            mask = inputs["attention_mask"] = torch.cat([shown.to(mask.dtype), mask], dim=1)
+        if uneven:
+            inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
+        labels = inputs.get("labels")
+        if labels is not None and labels.ndim == 2 and labels.shape[1] == embeds.shape[1]:
+            inputs["labels"] = torch.cat([labels.new_full((num_rows, longest), -100), labels], dim=1)
+        for name in ("start_positions", "end_positions"):
+            if inputs.get(name) is not None:
+                inputs[name] = inputs[name] + longest
+        return inputs
+
+    def _prompts(self, num_rows: int) -> list[Tensor | None]:
+        rows = self._adapters.current.rows
+        choices = [None] * num_rows if rows is None or rows.adapters is None else list(rows.adapters)
+        if len(choices) != num_rows:
+            raise AdapterError(
+                f"{len(choices)} adapters are named for {num_rows} sequences. Name one for each."
+            )
+        names = [self._prompt_of(choice) for choice in choices]
+        made = {name: self.peft_config[name].embeds(self.tensors(name)) for name in set(names) - {None}}  # type: ignore[index, attr-defined, arg-type]
+        return [made.get(name) for name in names]
+
+
+# task type -> class; filled by `tasks`.
+TASK_CLASSES: dict[str | None, type[PeftModel]] = {}
+
+
+def get_peft_model(
+    model: nn.Module,
+    peft_config: PeftConfig,
+    adapter_name: str = "default",
+    mixed: bool = False,
+    autocast_adapter_dtype: bool = True,
+    revision: str | None = None,
+    low_cpu_mem_usage: bool = False,
+) -> PeftModel:
+    """`model` with an adapter on it, of the class of the config's task; changed in place and frozen.
+
+    Raises:
+        ConfigError, TargetError, AdapterError: the config does not fit; the model is then as it was.
+    """
+    if any(True for _ in inject.adapter_modules(model)):
+        warnings.warn(
+            "get_peft_model: the model has adapters already. Unload them first, or use add_adapter.",
+            stacklevel=2,
+        )
+    if revision is not None:
+        peft_config.revision = revision
+    chosen = TASK_CLASSES.get(MIXED if mixed else peft_config.task_type, PeftModel)
+    return chosen(model, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+
+
+# The key of the class that `mixed=True` asks for.
+MIXED = "MIXED"
+
+
+def inject_adapter_in_model(
+    peft_config: PeftConfig, model: nn.Module, adapter_name: str = "default", low_cpu_mem_usage: bool = False
+) -> nn.Module:
+    """`model` itself with an adapter on its layers, active and trainable, and no class around it.
+
+    Raises:
+        ConfigError: a prompt method, which has no layers to sit on.
+    """
+    if peft_config.is_prompt_learning:
+        raise ConfigError(
+            f"{type(peft_config).__name__}: a prompt method cannot be injected. Use get_peft_model."
+        )
+    taken = {name for _, module in inject.adapter_modules(model) for name in module.adapters}
+    inject.check_name(adapter_name, taken)
+    shared = (
+        next((inject.Adapters(m._pool, m._current) for _, m in inject.adapter_modules(model)), None)
+        or inject.Adapters()
+    )
+    inject.inject(model, peft_config, adapter_name, shared, low_cpu_mem_usage=low_cpu_mem_usage)
+    inject.activate(model, [adapter_name])
+    return model
+
+
+def get_peft_model_state_dict(
+    model: PeftModel,
+    state_dict: Mapping[str, Tensor] | None = None,
+    adapter_name: str = "default",
+    unwrap_compiled: bool = False,
+    save_embedding_layers: bool | Literal["auto"] = "auto",
+) -> dict[str, Tensor]:
+    """An adapter's tensors, whole, by their names in a checkpoint; a collective where some are sharded.
+
+    Args:
+        state_dict: the whole model's, where another library has gathered it.
+    """
+    model = getattr(model, "_orig_mod", model) if unwrap_compiled else model
+    return checkpoint.state_dict(model, adapter_name, state_dict, save_embedding_layers)
+
+
+def set_peft_model_state_dict(
+    model: PeftModel,
+    peft_model_state_dict: Mapping[str, Tensor],
+    adapter_name: str = "default",
+    ignore_mismatched_sizes: bool = False,
+) -> checkpoint.LoadResult:
+    """Fills an adapter that the model has from tensors by their names in a checkpoint; says which names did not meet.
+
+    Raises:
+        CheckpointError: a shape differs, or no name is known; nothing is changed.
+    """
+    return checkpoint.load_state_dict(model, peft_model_state_dict, adapter_name, ignore_mismatched_sizes)
