@@ -1,7 +1,7 @@
 """Files and folders: hard links for exclusive creates, a folder's lock for replacements, rename for both.
 
-What is being written carries a name that no reader takes (`.NAME.HOST-PID-RANDOM.tmp`) and says whose it is, so
-that what a killed process left behind is known as such and cleaned.
+What is being written carries a name that no reader takes and that says whose it is
+(`.NAME.HOST-PID-STARTED-RANDOM.tmp`), so that what a killed process left is known as such and cleaned.
 """
 
 from __future__ import annotations
@@ -90,8 +90,8 @@ class LocalObjects:
         with _explaining(path):
             if not Path(path).is_dir():
                 raise FileNotFoundError(path)
-        with _explaining(str(target)), _parent_of(target):
-            _copy_whole(Path(path), target)
+        with _explaining(str(target)):
+            _copy_folder(Path(path), target)
 
     def receive_tree(self, target: Path, fill: Callable[[Path], None]) -> None:
         """`target` appears whole once `fill` has written a folder beside it."""
@@ -101,6 +101,7 @@ class LocalObjects:
                 aside.mkdir()
                 fill(aside)
                 os.rename(aside, target)
+                _sync(target.parent)
             except BaseException:
                 shutil.rmtree(aside, ignore_errors=True)
                 raise
@@ -113,6 +114,15 @@ class LocalObjects:
             aside = _aside_name(target)
             os.rename(target, aside)  # one step: nobody sees half a folder
             shutil.rmtree(aside)
+
+    def remove_empty(self, path: str, root: str) -> None:
+        folder = Path(path)
+        while folder.is_relative_to(root):
+            try:
+                folder.rmdir()
+            except OSError:  # not empty, or not ours to remove
+                return
+            folder = folder.parent
 
     def check_writable(self, path: str) -> None:
         folder = Path(path).absolute()
@@ -200,7 +210,7 @@ def _link(aside: Path, target: Path) -> bool:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Alone among those who replace files in `folder`; the lock is on the folder itself and leaves no file."""
+    """Alone among those who replace files in `folder`; the lock is on the folder and leaves no file."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         try:
@@ -242,7 +252,7 @@ def _copy_whole(source: Path, target: Path) -> None:
 
 def _copy_folder(source: Path, target: Path) -> None:
     # not shutil.copytree, which hides the error number (a full disk) in a list of sentences
-    target.mkdir()
+    target.mkdir(exist_ok=True)
     for entry in sorted(source.iterdir()):
         if _ASIDE.match(entry.name):
             continue

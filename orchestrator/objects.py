@@ -1,13 +1,16 @@
 """Files by URL, with the two writes that keep processes apart: create unless there, replace unless changed.
 
-Object stores have no rename, and fsspec's exclusive create looks first and writes then, so that two may both
-succeed. Here: on this machine hard links and a lock on the folder; on S3 If-None-Match and If-Match. On any other
-storage these writes are refused, and reading works. A folder counts as there once its manifest is: it is written last.
+Object stores have no rename, and fsspec's exclusive create looks first and writes then, so that two may
+both succeed. Here: on this machine hard links and a lock on the folder; on S3 If-None-Match and If-Match.
+On any other storage these writes are refused, and reading works. A folder is there once its manifest is,
+which is written last.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Protocol
 
@@ -19,8 +22,9 @@ from .s3_objects import S3Objects
 from .storage_errors import NotFound, explained
 
 __all__ = [
-    "NotFound", "check_writable", "clean", "create_if_absent", "delete", "delete_tree", "exists", "get_tree",
-    "is_local", "join", "list_", "local_path", "normal_url", "put_tree", "read", "replace_if", "write",
+    "NotFound", "check_writable", "clean", "create_if_absent", "delete", "delete_tree", "exists",
+    "explaining", "get_tree", "is_local", "join", "list_", "local_path", "normal_url", "put_tree", "read",
+    "remove_empty", "replace_if", "write",
 ]  # fmt: skip
 
 
@@ -79,7 +83,7 @@ def create_if_absent(url: str | Path, data: bytes) -> bool:
 
 
 def replace_if(url: str | Path, etag: str | None, data: bytes) -> str | None:
-    """Writes `data` if what is there still is what `etag` (from `read`) stood for; None as `etag`: if nothing is.
+    """Writes `data` if what is there still is what `etag` (from `read`) stood for; None: if nothing is there.
 
     Returns:
         The new etag, or None where somebody else was first: read again and decide anew.
@@ -121,10 +125,10 @@ def delete(url: str | Path) -> None:
 
 
 def put_tree(source: str | Path, url: str | Path, manifest: str | None = None) -> None:
-    """Copies a local folder to `url`: by one rename on this machine, elsewhere file by file with `manifest` last.
+    """Copies a local folder to `url`: here by one rename, elsewhere file by file with `manifest` last.
 
     Raises:
-        StorageError: something is there already, or the storage refuses; what was written is taken away again.
+        StorageError: something is there already, or the storage refuses; what was written is taken away.
     """
     target = normal_url(url)
     if exists(join(target, manifest)) if manifest else exists(target):
@@ -132,8 +136,11 @@ def put_tree(source: str | Path, url: str | Path, manifest: str | None = None) -
     _objects(url).put_tree(Path(source), target, manifest)
 
 
-def get_tree(url: str | Path, target: str | Path) -> Path:
+def get_tree(url: str | Path, target: str | Path, check: Callable[[Path], None] = lambda copy: None) -> Path:
     """Copies the folder at `url` to the local folder `target`, which appears whole; returns its path.
+
+    Args:
+        check: looks at the complete copy before it gets its name, and raises to have it thrown away.
 
     Raises:
         NotFound: nothing is there.
@@ -141,11 +148,15 @@ def get_tree(url: str | Path, target: str | Path) -> Path:
     """
     folder = local_path(target)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise StorageError("something is there already.", where=str(folder), hint="Name a new or empty folder.")
-    if is_local(url):
-        LocalObjects().get_tree(normal_url(url), folder)
-    else:
-        LocalObjects().receive_tree(folder, lambda aside: _objects(url).get_tree(normal_url(url), aside))
+        raise StorageError(
+            "something is there already.", where=str(folder), hint="Name a new or empty folder."
+        )
+
+    def fill(aside: Path) -> None:
+        _objects(url).get_tree(normal_url(url), aside)
+        check(aside)
+
+    _LOCAL.receive_tree(folder, fill)
     return folder
 
 
@@ -155,10 +166,10 @@ def delete_tree(url: str | Path) -> None:
 
 
 def check_writable(url: str | Path) -> None:
-    """Tries a write at `url` and takes it away again, so that a job need not train to learn that it cannot store.
+    """Tries a write at `url` and takes it away again: a job need not train to learn that it cannot store.
 
     Raises:
-        StorageError: read-only, full, no permission, no such bucket, or a storage that cannot keep writers apart.
+        StorageError: read-only, full, no permission, no such bucket, or unable to keep writers apart.
     """
     _objects(url).check_writable(normal_url(url))
 
@@ -166,6 +177,24 @@ def check_writable(url: str | Path) -> None:
 def clean(url: str | Path) -> None:
     """Removes what killed processes left half-written directly in the folder `url`."""
     _objects(url).clean(normal_url(url))
+
+
+@contextlib.contextmanager
+def explaining(where: str) -> Iterator[None]:
+    """Within it an OSError becomes the StorageError that says what the matter is and what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise explained(error, where) from error
+
+
+def remove_empty(url: str | Path, root: str | Path) -> None:
+    """Removes the local folder `url` if it is empty, and likewise those above it, `root` included.
+
+    Object stores have no empty folders.
+    """
+    if is_local(url):
+        _LOCAL.remove_empty(normal_url(url), normal_url(root))
 
 
 class _ReadOnly:

@@ -155,7 +155,9 @@ class S3Objects:
             return None
         return head["ETag"] if head.get("Metadata", {}).get("writer") == nonce else None
 
-    def _pages(self, path: str, prefix: str, delimiter: str = "", limit: int = 1000) -> Iterator[dict[str, Any]]:
+    def _pages(
+        self, path: str, prefix: str, delimiter: str = "", limit: int = 1000
+    ) -> Iterator[dict[str, Any]]:
         bucket, _ = _split(path)
         request: dict[str, Any] = {"Bucket": bucket, "Prefix": prefix, "MaxKeys": limit}
         if delimiter:

@@ -1,6 +1,6 @@
 """A local S3 server for tests: moto behind one lock, on a free loopback port.
 
-moto looks at `If-None-Match` and writes in two steps on its threads; S3 itself does both at once, and so does this.
+moto looks at `If-None-Match` and writes in two steps on its threads; S3 does both at once, and so does this.
 """
 
 from __future__ import annotations
@@ -53,7 +53,9 @@ class Bucket:
         return f"s3://{self.name}"
 
     def keys(self) -> list[str]:
-        return sorted(item["Key"] for item in self.client.list_objects_v2(Bucket=self.name).get("Contents", ()))
+        return sorted(
+            item["Key"] for item in self.client.list_objects_v2(Bucket=self.name).get("Contents", ())
+        )
 
 
 @pytest.fixture(scope="session")
@@ -83,7 +85,10 @@ def run_together(program: str, *argument_lists: list[str]) -> list[str]:
     """Runs `program` in one fresh interpreter per list of arguments, all at once; what each printed."""
     children = [
         subprocess.Popen(
-            [sys.executable, "-c", program, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            [sys.executable, "-c", program, *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         for arguments in argument_lists
     ]

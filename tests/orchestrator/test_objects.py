@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from orchestrator import local_objects, objects
 from orchestrator.errors import StorageError
 from orchestrator.objects import NotFound
 
-from .s3 import run_together, s3_bucket, s3_endpoint  # noqa: F401  (fixtures)
+from .s3 import run_together
 
 
 @pytest.fixture(params=["disk", "s3"])
@@ -103,7 +104,10 @@ def test_check_writable_leaves_nothing(place: str, tmp_path: Path) -> None:
 def test_one_place_has_one_spelling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
-    same = {objects.normal_url(url) for url in ("runs", "./runs/", "~/runs", f"file://{tmp_path}/runs", tmp_path / "runs")}
+    same = {
+        objects.normal_url(url)
+        for url in ("runs", "./runs/", "~/runs", f"file://{tmp_path}/runs", tmp_path / "runs")
+    }
     assert same == {str(tmp_path / "runs")}
     assert objects.normal_url("s3a://b/x/") == "s3://b/x"
 
@@ -170,15 +174,21 @@ def test_a_refused_write_says_why_and_leaves_nothing(
     def refuse(*args: object, **kwargs: object) -> None:
         raise OSError(number, os.strerror(number))
 
-    writes = {
-        "fsync": [lambda: objects.create_if_absent(tmp_path / "deep" / "new", b"1"), lambda: objects.replace_if(tmp_path / "here", etag, b"2"), lambda: objects.put_tree(source, tmp_path / "deep" / "tree"), lambda: objects.check_writable(tmp_path / "deep")],
-        "link": [lambda: objects.create_if_absent(tmp_path / "deep" / "new", b"1")],
-        "replace": [lambda: objects.replace_if(tmp_path / "here", etag, b"2"), lambda: objects.write(tmp_path / "here", b"2")],
-        "rename": [lambda: objects.put_tree(source, tmp_path / "deep" / "tree"), lambda: objects.get_tree(source, tmp_path / "deep" / "tree")],
-        "mkdir": [lambda: objects.create_if_absent(tmp_path / "deep" / "new", b"1")],
-    }[broken]  # fmt: skip
+    new, here, tree = tmp_path / "deep" / "new", tmp_path / "here", tmp_path / "deep" / "tree"
+    writes: dict[str, list[Callable[[], object]]] = {
+        "fsync": [
+            lambda: objects.create_if_absent(new, b"1"),
+            lambda: objects.replace_if(here, etag, b"2"),
+            lambda: objects.put_tree(source, tree),
+            lambda: objects.check_writable(tree),
+        ],
+        "link": [lambda: objects.create_if_absent(new, b"1")],
+        "replace": [lambda: objects.replace_if(here, etag, b"2"), lambda: objects.write(here, b"2")],
+        "rename": [lambda: objects.put_tree(source, tree), lambda: objects.get_tree(source, tree)],
+        "mkdir": [lambda: objects.create_if_absent(new, b"1")],
+    }
     monkeypatch.setattr(os, broken, refuse)
-    for write in writes:
+    for write in writes[broken]:
         with pytest.raises(StorageError) as caught:
             write()
         assert sentence in str(caught.value) and str(tmp_path) in str(caught.value)
@@ -187,7 +197,9 @@ def test_a_refused_write_says_why_and_leaves_nothing(
     assert (tmp_path / "here").read_bytes() == b"old"
 
 
-def test_without_hard_links_creating_is_exclusive_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_hard_links_creating_is_exclusive_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def no_links(*args: object) -> None:
         raise OSError(errno.EOPNOTSUPP, "no links here")
 
@@ -227,11 +239,13 @@ def test_what_a_killed_writer_leaves_is_not_seen_and_is_cleaned(tmp_path: Path) 
 
 def test_a_path_through_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(StorageError, match=r"a part of this path is a file, not a folder\. Name another folder\."):
+    with pytest.raises(
+        StorageError, match=r"a part of this path is a file, not a folder\. Name another folder\."
+    ):
         objects.create_if_absent(tmp_path / "file" / "x", b"")
 
 
-def test_a_missing_bucket_says_so(s3_bucket) -> None:  # noqa: F811
+def test_a_missing_bucket_says_so(s3_bucket) -> None:
     url = "s3://no-such-bucket-here/x"
     for act in (
         lambda: objects.create_if_absent(url, b""),
@@ -241,23 +255,29 @@ def test_a_missing_bucket_says_so(s3_bucket) -> None:  # noqa: F811
     ):
         with pytest.raises(StorageError) as caught:
             act()
-        assert "the bucket 'no-such-bucket-here' does not exist. Create it, or name another one." in str(caught.value)
+        assert "the bucket 'no-such-bucket-here' does not exist. Create it, or name another one." in str(
+            caught.value
+        )
 
 
-def test_a_store_that_does_not_answer_says_so(s3_bucket, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_a_store_that_does_not_answer_says_so(s3_bucket, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
-    with pytest.raises(StorageError, match=r"the store does not answer\. Check AWS_ENDPOINT_URL and the network\."):
+    with pytest.raises(
+        StorageError, match=r"the store does not answer\. Check AWS_ENDPOINT_URL and the network\."
+    ):
         objects.read(s3_bucket.url + "/x")
 
 
-def test_denied_access_says_so(s3_bucket, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_denied_access_says_so(s3_bucket, monkeypatch: pytest.MonkeyPatch) -> None:
     def deny(method: str, **request: object) -> None:
         error = PermissionError("Access Denied")
         error.response = {"Error": {"Code": "AccessDenied"}}  # type: ignore[attr-defined]
         raise error
 
-    monkeypatch.setattr("orchestrator.s3_objects._store", lambda: type("Store", (), {"call_s3": staticmethod(deny)})())
+    monkeypatch.setattr(
+        "orchestrator.s3_objects._store", lambda: type("Store", (), {"call_s3": staticmethod(deny)})()
+    )
     with pytest.raises(StorageError) as caught:
         objects.create_if_absent(s3_bucket.url + "/x", b"")
     assert str(caught.value) == (
@@ -266,8 +286,8 @@ def test_denied_access_says_so(s3_bucket, monkeypatch: pytest.MonkeyPatch) -> No
     )
 
 
-def test_a_repeated_request_knows_its_own_first_copy(s3_bucket, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
-    """The answer to a successful write gets lost, the client repeats it and meets If-None-Match: it still won."""
+def test_a_repeated_request_knows_its_own_first_copy(s3_bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The answer to a write gets lost, the client repeats it and meets If-None-Match: it still won."""
     from orchestrator import s3_objects
 
     store = s3_objects._store()
@@ -283,7 +303,9 @@ def test_a_repeated_request_knows_its_own_first_copy(s3_bucket, monkeypatch: pyt
     monkeypatch.undo()
 
 
-def test_a_failed_upload_of_a_tree_leaves_no_object(s3_bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_a_failed_upload_of_a_tree_leaves_no_object(
+    s3_bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from orchestrator import s3_objects
 
     for name in ("a", "b", "manifest.json"):
@@ -319,15 +341,16 @@ def test_other_file_systems_are_read_but_not_written(tmp_path: Path) -> None:
         with pytest.raises(StorageError) as caught:
             act()
         assert str(caught.value).endswith(
-            ": memory:// has no write here that fails if another process was first, so runs and registries cannot "
-            "live there. Use a folder that all nodes see, or s3://BUCKET/FOLDER."
+            ": memory:// has no write here that fails if another process was first, so runs and registries "
+            "cannot live there. Use a folder that all nodes see, or s3://BUCKET/FOLDER."
         )
     memory.rm("/place", recursive=True)
 
 
 def test_looking_at_local_files_needs_no_s3_client() -> None:
     (out,) = run_together(
-        "import sys, orchestrator.objects as o; o.list_('.'); print([m for m in sys.modules if m in ('s3fs', 'botocore', 'torch', 'ray')])",
+        "import sys, orchestrator.objects as o, orchestrator.store, orchestrator.registry; o.list_('.');"
+        "print(sorted({'s3fs', 'botocore', 'torch', 'ray', 'transformers'} & set(sys.modules)))",
         [],
     )
     assert out.strip() == "[]"
