@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from peft_dist.contract import Kind, Site
 from peft_dist.errors import BaseLayerError
-from peft_dist.sharding import gathered, is_partitioned, whole_shape
+from peft_dist.sharding import gathered, restore_bits, stored_bits, whole_shape
 
 CONVS: dict[int, Kind] = {1: "conv1d", 2: "conv2d", 3: "conv3d"}
 
@@ -114,17 +114,12 @@ class Layer:
     def stored(self) -> dict[str, Tensor]:
         """A copy of the stored bits of weight and bias, as `restore_` takes them: this rank's piece of a
         partitioned parameter, so nothing is gathered."""
-        return {
-            key: (p.ds_tensor if is_partitioned(p) else p).detach().clone()
-            for key, p in self.layer.named_parameters(recurse=False)
-        }
+        return {key: stored_bits(p) for key, p in self.layer.named_parameters(recurse=False)}
 
     def restore_(self, stored: dict[str, Tensor]) -> None:
         """Puts back bit for bit what `stored` returned."""
-        with torch.no_grad():
-            for key, bits in stored.items():
-                p = self.layer.get_parameter(key)
-                (p.ds_tensor if is_partitioned(p) else p).data.copy_(bits)
+        for key, bits in stored.items():
+            restore_bits(self.layer.get_parameter(key), bits)
 
     @contextlib.contextmanager
     def substituted(self, W: Tensor) -> Iterator[None]:

@@ -154,14 +154,11 @@ def load_state_dict(
     adapter_name: str = DEFAULT_ADAPTER,
     ignore_mismatched_sizes: bool = False,
 ) -> LoadResult:
-    """Fills the adapter's tensors, which must be in the model, from a checkpoint's names; nothing on an
+    """Fills the adapter's tensors, which must be in the model, by their names in a checkpoint; none on an
     error.
 
-    A collective where tensors are sharded. Under a user's own DeepSpeed engine the engine's fp32 masters are
-    set too, so that its next step does not undo what was loaded.
-
-    Args:
-        low_cpu_mem_usage: taken for compatibility; tensors on meta are given memory in any case.
+    A collective where tensors are sharded. Tensors on meta get memory first. Under a user's own DeepSpeed
+    engine its fp32 masters are set too, so that its next step does not undo what was loaded.
 
     Returns:
         The names without a counterpart. Names in the file that the model does not know are no error.
@@ -226,12 +223,20 @@ def _values(key: str, parameter: Tensor) -> Tensor:
 
 
 def _known_adapter(model: nn.Module, adapter_name: str) -> None:
-    known = getattr(model, "peft_config", {})
+    known = _names(model)
     if adapter_name not in known:
         raise AdapterError(
             f"there is no adapter {adapter_name!r}; there are: {', '.join(known) or 'none'}."
             f"{suggest(adapter_name, known)}"
         )
+
+
+def _names(model: nn.Module) -> list[str]:
+    """The adapters of a PeftModel, or of a base into which adapters were injected."""
+    if hasattr(model, "peft_config"):
+        return list(model.peft_config)
+    modules = (module for module in model.modules() if isinstance(module, PooledModule))
+    return list(dict.fromkeys(name for module in modules for name in module.adapters))
 
 
 # Embeddings of the base that travel with an adapter
@@ -281,7 +286,7 @@ def _embeddings(model: nn.Module, adapter_name: str, wish: bool | Literal["auto"
 def _is_resized(model: nn.Module, adapter_name: str) -> bool:
     """Whether the base's vocabulary differs from the one in its directory; false where that cannot be
     seen."""
-    config = getattr(model, "peft_config", {})[adapter_name]
+    config = getattr(model, "peft_config", {}).get(adapter_name)
     base_path = getattr(config, "base_model_name_or_path", None)
     here = getattr(getattr(model, "config", None), "vocab_size", None)
     if not base_path or here is None or not (Path(base_path) / "config.json").is_file():

@@ -54,13 +54,13 @@ def merge(
             weights were not kept; a weight that is both tied and partitioned.
     """
     modules = [module for _, module in adapter_modules(base) if isinstance(module, Adapted)]
-    merged_before = next((module.merged_adapters for module in modules if module.merged_adapters), [])
+    merged_before = _merged(base)
     wanted = _names(base, adapter_names)
     new = [name for name in wanted if name not in merged_before]
     if not new:
         if merged_before:
             warnings.warn("All adapters are already merged, nothing to do.", stacklevel=2)
-        return list(merged_before)
+        return merged_before
     if merged_before:
         unmerge(base)
     names = [*merged_before, *new]
@@ -120,7 +120,9 @@ def merge_and_unload(
     Raises:
         AdapterError, MergeError: as `merge`.
     """
-    names = merge(base, adapter_names, safe_merge=safe_merge, keep=False) or _names(base, adapter_names)
+    names = [*_merged(base), *_names(base, adapter_names)]
+    if set(names) - set(_merged(base)):
+        names = merge(base, adapter_names, safe_merge, keep=False)
     for _, module in adapter_modules(base):
         if isinstance(module, Replaced):
             _take_over(module, names)
@@ -175,6 +177,10 @@ def _names(base: nn.Module, adapter_names: Sequence[str] | None) -> list[str]:
                 f"{', '.join(known) or 'none'}.{suggest(name, known)}"
             )
     return names
+
+
+def _merged(base: nn.Module) -> list[str]:
+    return next((list(m.merged_adapters) for _, m in adapter_modules(base) if m.merged_adapters), [])
 
 
 def _check_finite(modules: Sequence[Adapted], names: Sequence[str]) -> None:
