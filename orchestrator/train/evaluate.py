@@ -104,8 +104,8 @@ class Evaluation:
         rows = [row for row in self.used if row.prompt_len > 0 and row.answer.strip()]
         if not rows:
             raise DataError(
-                f"{', '.join(self.spec.metrics)}: none of the {len(self.used)} evaluation rows has a prompt and "
-                "an answer to compare with.",
+                f"{', '.join(self.spec.metrics)}: none of the {len(self.used)} evaluation rows has a prompt "
+                "and an answer to compare with.",
                 where="eval.metrics",
                 hint="Generated metrics need rows of type chat, prompt_completion or alpaca.",
             )

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoTokenizer
 
 import peft_dist
 from orchestrator.devices import recomputes_activations
@@ -25,25 +24,6 @@ from .evaluate import ADAPTER
 from .group import Group
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def load_tokenizer(spec: JobSpec) -> Any:
-    """The base's own tokenizer.
-
-    Raises:
-        ModelError: it has none.
-    """
-    where = spec.model.base_model
-    try:
-        return AutoTokenizer.from_pretrained(
-            where, revision=spec.model.revision, trust_remote_code=spec.model.trust_remote_code
-        )
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(
-            f"the base '{where}' has no tokenizer that can be loaded: {_first_line(error)}",
-            where="model.base_model",
-            hint="Save one beside the weights with tokenizer.save_pretrained(DIRECTORY).",
-        ) from error
 
 
 def load_frozen_base(spec: JobSpec, precision: str, device: str) -> nn.Module:

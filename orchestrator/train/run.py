@@ -8,12 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from orchestrator import objects
 from orchestrator.errors import ModelError, TrainingError
 from orchestrator.runner import TrainRequest
-from orchestrator.spec.job import JobSpec
 from peft_dist.errors import BaseModelError, PeftDistError
 from peft_dist.optim import AdapterOptimizer, Hyper
 
@@ -22,8 +19,10 @@ from .data import Example, Examples, load_examples
 from .evaluate import ADAPTER, Evaluation, Stopped, compare
 from .events import Reporter
 from .group import Group
+from .inspection import max_positions
 from .loop import Training
-from .model import build_model, load_frozen_base, load_tokenizer, trainable
+from .model import build_model, load_frozen_base, trainable
+from .tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -62,13 +61,6 @@ def train(
         raise TrainingError(str(error), where=f"run {request.run_id}") from error
 
 
-def positions_left(spec: JobSpec, base: nn.Module) -> int | None:
-    """Tokens a row may have at most: the base's positions less a prompt method's virtual tokens; None where
-    the base sets no bound."""
-    allowed = getattr(getattr(base, "config", None), "max_position_embeddings", None)
-    return None if allowed is None else allowed - int(spec.adapter.fields.get("num_virtual_tokens") or 0)
-
-
 def question_of(rows: Sequence[Example]) -> str | None:
     """The question of the first row: its last user message, or its prompt; None for plain text."""
     if not rows:
@@ -88,11 +80,10 @@ class _Run:
     ) -> None:
         self.request, self.spec, self.group = request, request.spec, group
         self.precision, self.reporter, self.scratch = precision, reporter, scratch
-        self.tokenizer = load_tokenizer(self.spec)
+        self.tokenizer = load_tokenizer(self.spec.model)
         base = load_frozen_base(self.spec, precision, group.device)
-        self.examples: Examples = load_examples(
-            self.spec, self.tokenizer, max_len=positions_left(self.spec, base)
-        )
+        positions = max_positions(base.config.to_dict(), self.spec)  # type: ignore[union-attr,operator]
+        self.examples: Examples = load_examples(self.spec, self.tokenizer, max_len=positions)
         self._emit("state", state="starting", message=self.examples.report.sentence())
         checkpoint = self._newest()
         self.model = build_model(request, base, group, self._source(checkpoint))

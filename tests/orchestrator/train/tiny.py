@@ -13,11 +13,6 @@ from orchestrator.plan import Plan
 from orchestrator.runner import TrainRequest
 from orchestrator.spec.job import JobSpec
 
-TEMPLATE = (
-    "{% for m in messages %}<|{{ m.role }}|>{% generation %}{{ m.content }}<|end|>{% endgeneration %}{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
-
 
 def save_base(folder: Path, *, dropout: float = 0.0, seed: int = 0) -> Path:
     """A random Llama of 2 layers x 32 with a byte tokenizer."""
@@ -52,7 +47,9 @@ def _tokenizer() -> PreTrainedTokenizerFast:
 
 def save_rows(path: Path, count: int = 23) -> Path:
     """Prompts and completions of different lengths."""
-    rows = [{"prompt": f"{n} + {n + 1} = ", "completion": str(2 * n + 1) + "!" * (n % 5)} for n in range(count)]
+    rows = [
+        {"prompt": f"{n} + {n + 1} = ", "completion": str(2 * n + 1) + "!" * (n % 5)} for n in range(count)
+    ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
@@ -96,6 +93,8 @@ def plan(*, workers: int = 1, stage: int = 2, micro: int = 2, accumulation: int 
     return Plan(**{**facts, **changes})
 
 
-def request(folder: Path, spec: JobSpec, made_plan: Plan | None = None, run: str = "run", **fields) -> TrainRequest:
+def request(
+    folder: Path, spec: JobSpec, made_plan: Plan | None = None, run: str = "run", **fields
+) -> TrainRequest:
     """A request whose run lives in `folder/run`."""
     return TrainRequest(spec, made_plan or plan(), str(folder / run), run_id=run, data_hash="0" * 8, **fields)
