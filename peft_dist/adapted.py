@@ -1,5 +1,5 @@
-"""The modules around a base's layers: they pick the adapters that serve, cast at the border, drop out, and run
-batches in which rows name different adapters. Storage, mathematics and layer kinds are elsewhere.
+"""The modules around a base's layers: they pick the adapters that serve, cast at the border, drop out, and
+run batches in which rows name different adapters. Storage, mathematics and layer kinds are elsewhere.
 """
 
 from __future__ import annotations
@@ -68,7 +68,8 @@ class AdapterModule(PooledModule):
         self.active_adapters = [name for name in self.active_adapters if name != adapter]
 
     def serving(self, choice: str | None) -> tuple[str, ...]:
-        """The adapters here that serve rows with this choice: a name, `"__base__"`, or None for the active ones."""
+        """The adapters here that serve rows with this choice: a name, `"__base__"`, or None for the active
+        ones."""
         names = self.active_adapters if choice is None else () if choice == BASE else (choice,)
         return tuple(name for name in names if name in self.methods)
 
@@ -141,8 +142,8 @@ class Adapted(AdapterModule):
             return getattr(super().__getattr__("base_layer"), attribute)
 
     def levels(self, names: Sequence[str]) -> list[Level]:
-        """The named adapters, in order, each with the layer that it changes. Neighbours of kind "add" change the
-        same layer; the rest change what the ones before left."""
+        """The named adapters, in order, each with the layer that it changes. Neighbours of kind "add" change
+        the same layer; the rest change what the ones before left."""
         levels: list[Level] = []
         under: BaseLayer = self.base
         for name in names:
@@ -153,8 +154,9 @@ class Adapted(AdapterModule):
         return levels
 
     def change(self, names: Sequence[str]) -> tuple[Tensor | None, Tensor | None]:
-        """(dW (out, in), db (out,)) of the named adapters together; None for what they leave as it is. A collective
-        where a method reads a partitioned weight. Adapters that have nothing here count as no change."""
+        """(dW (out, in), db (out,)) of the named adapters together; None for what they leave as it is. A
+        collective where a method reads a partitioned weight. Adapters that have nothing here count as no
+        change."""
         dW = db = None
         with torch.no_grad():
             for level in self.levels([name for name in names if name in self.methods]):
@@ -211,7 +213,8 @@ class Adapted(AdapterModule):
         return _up(levels, inputs, y, entrance)
 
     def _mixed_weights(self, x: Tensor, split: Split, parts: list[tuple[list[Level], int, int]]) -> Tensor:
-        """Rows name different adapters, all of which add to W: the layer runs once, the additions part by part."""
+        """Rows name different adapters, all of which add to W: the layer runs once, the additions part by
+        part."""
         y = self.base_layer(x)
         if split.rows.num != x.shape[0] and split.length is None:
             y = y.expand(split.x.shape[0], *y.shape[1:])
@@ -242,7 +245,8 @@ class Adapted(AdapterModule):
         return (y + split.restored(split.unsorted(added))).to(y.dtype)
 
     def _stacked(self, xs: Tensor, parts: list, entrances: list[_Entrance]) -> Tensor | None:
-        """The additions of all parts by one product over stacked tensors, where the parts are alike; else None."""
+        """The additions of all parts by one product over stacked tensors, where the parts are alike; else
+        None."""
         num_rows = parts[0][2] - parts[0][1]
         if any(len(levels) != 1 or stop - start != num_rows for levels, start, stop in parts):
             return None
@@ -267,8 +271,9 @@ class Adapted(AdapterModule):
         return None if added is None else added.flatten(0, 1)
 
     def _mixed(self, split: Split, parts: list[tuple[list[Level], int, int]]) -> Tensor:
-        """Rows name different adapters of any kind: each part goes down through its levels, the layer runs once on
-        all (ranks that name different adapters must gather its weight equally often), each part goes up again."""
+        """Rows name different adapters of any kind: each part goes down through its levels, the layer runs
+        once on all (ranks that name different adapters must gather its weight equally often), each part goes
+        up again."""
         xs, samples = split.sorted(split.x), split.rows.samples
         inputs = [_down(levels, xs[start:stop]) for levels, start, stop in parts]
         y = self.base_layer(
@@ -310,7 +315,8 @@ class _Entrance:
 
 
 class _Framed:
-    """A layer behind adapters of another dtype: takes what it is given in its own, and remembers what it gives."""
+    """A layer behind adapters of another dtype: takes what it is given in its own, and remembers what it
+    gives."""
 
     def __init__(self, base: Layer, taken: torch.dtype) -> None:
         self._base, self._taken = base, taken
@@ -361,7 +367,8 @@ class Replaced(AdapterModule):
         super().__init__(pool, name, current)
         self.original_module = module
         self.base = Layer(module, name)
-        # A copy without memory and without an engine's hooks, into which an adapter's tensors are put to run it.
+        # A copy without memory and without an engine's hooks, into which an adapter's tensors are put to run
+        # it.
         self.__dict__["_shell"] = _shell(module)
 
     def __getattr__(self, attribute: str) -> Any:
@@ -407,7 +414,8 @@ class Replaced(AdapterModule):
             )
         split = rows.of(self.base.site, args[0], self._current.length)
         xs = split.sorted(split.x)
-        # Once for all rows: ranks that name different adapters must gather a partitioned weight equally often.
+        # Once for all rows: ranks that name different adapters must gather a partitioned weight equally
+        # often.
         apart = any(is_partitioned(t) for t in self.original_module.parameters())
         bare = (
             split.sorted(self.original_module(split.x))

@@ -95,7 +95,8 @@ class Layer:
         return F.linear(h, M)
 
     def add_(self, dW: Tensor) -> None:
-        """Adds dW (out, in) to the weight in place, in fp32, rounded once to the weight's dtype; a collective if it
+        """Adds dW (out, in) to the weight in place, in fp32, rounded once to the weight's dtype; a
+        collective if it
         is partitioned: rank 0's result is what every rank keeps."""
         self._add("weight", self._as_stored(dW))
 
@@ -262,6 +263,7 @@ def door(layer: nn.Module, name: str) -> Layer:
         if isinstance(layer, kind):
             return opened(layer, name)
     raise BaseLayerError(
-        f"{name}: a {type(layer).__name__} cannot be adapted; Linear, Conv1D, Embedding, Conv1d, Conv2d and Conv3d "
+        f"{name}: a {type(layer).__name__} cannot be adapted; Linear, Conv1D, Embedding, Conv1d, Conv2d "
+        "and Conv3d "
         "can. Name other layers, or train it whole by modules_to_save."
     )

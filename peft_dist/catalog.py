@@ -9,18 +9,15 @@ from dataclasses import dataclass
 from peft_dist.errors import ConfigError, suggest
 
 
-class PeftType(str, enum.Enum):
+class PeftType(enum.StrEnum):
     """The methods, by HF PEFT's names. Members compare to strings and serialise as such."""
 
     PROMPT_TUNING = "PROMPT_TUNING"
     LORA = "LORA"
     IA3 = "IA3"
 
-    def __str__(self) -> str:
-        return self.value
 
-
-class TaskType(str, enum.Enum):
+class TaskType(enum.StrEnum):
     """What the base is trained for, by HF PEFT's names."""
 
     SEQ_CLS = "SEQ_CLS"
@@ -29,9 +26,6 @@ class TaskType(str, enum.Enum):
     TOKEN_CLS = "TOKEN_CLS"
     QUESTION_ANS = "QUESTION_ANS"
     FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
-
-    def __str__(self) -> str:
-        return self.value
 
 
 @dataclass(frozen=True)

@@ -119,8 +119,8 @@ class TargetedConfig(PeftConfig):
     """A config of a method that sits on layers.
 
     Args:
-        target_modules: names or suffixes of layers, one regular expression over whole names, `"all-linear"`, or None
-            for the architecture's usual ones.
+        target_modules: names or suffixes of layers, one regular expression over whole names, `"all-linear"`,
+            or None for the architecture's usual ones.
         exclude_modules: names or suffixes, or one regular expression, of layers to leave out.
         modules_to_save: names of modules that are trained whole beside the adapter.
     """
@@ -147,8 +147,8 @@ class PromptLearningConfig(PeftConfig):
 
     Args:
         num_virtual_tokens: how many, at least 1.
-        token_dim, num_transformer_submodules, num_attention_heads, num_layers: the base's sizes, filled in when the
-            adapter is added.
+        token_dim, num_transformer_submodules, num_attention_heads, num_layers: the base's sizes, filled in
+            when the adapter is added.
         modules_to_save: names of modules that are trained whole beside the adapter.
     """
 

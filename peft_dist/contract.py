@@ -4,8 +4,8 @@ Letters: W (out, in); x (..., in); y (..., out). An embedding is a linear layer 
 vocabulary, out the width. A convolution's in is channels x kernel, its out the channels it gives.
 
 A method never stores a tensor, never sees a module, a rank or a quantised format: it asks for tensors by
-`params(site)`, gets them back as `p`, and reaches the frozen layer through `BaseLayer` alone. What it defines is
-`delta`; `forward`, `mixed` and `added` are cheaper paths to the same thing.
+`params(site)`, gets them back as `p`, and reaches the frozen layer through `BaseLayer` alone. What it
+defines is `delta`; `forward`, `mixed` and `added` are cheaper paths to the same thing.
 
 The laws, which `tests/contract/` runs over every row of the catalog:
  1. a fresh adapter leaves the output unchanged;
@@ -113,13 +113,15 @@ class Method(ABC):
 
     def start_from_base(self, p: Params, base: BaseLayer) -> None:
         """A start that reads the frozen layer; runs once, after every `Param.start`, without gradients."""
+        return None
 
 
 class SiteMethod(Method):
     """A method that changes one layer by a change of its weight and bias.
 
-    `compose` says what several active adapters of it on one layer mean: "add" sums their deltas, each taken of
-    the layer underneath; "chain" takes each of the layer as the one before left it, in the order they were set.
+    `compose` says what several active adapters of it on one layer mean: "add" sums their deltas, each taken
+    of the layer underneath; "chain" takes each of the layer as the one before left it, in the order they were
+    set.
     """
 
     compose: ClassVar[Literal["add", "chain"]] = "add"
@@ -144,7 +146,8 @@ class SiteMethod(Method):
 
     @abstractmethod
     def forward(self, p: Params, base: BaseLayer, x: Tensor, enter: Enter) -> Tensor:
-        """y of the adapted layer. `enter(x)` is x as the adapter's branch takes it: in its dtype, dropped out."""
+        """y of the adapted layer. `enter(x)` is x as the adapter's branch takes it: in its dtype, dropped
+        out."""
 
 
 class WeightMethod(SiteMethod):
@@ -161,8 +164,8 @@ class WeightMethod(SiteMethod):
 
     @classmethod
     def mixed(cls, methods: Sequence[Any], p: Params, base: BaseLayer, x: Tensor) -> Tensor | None:
-        """`added` of k adapters at once: p stacked (k, ...), x (k, rows, ..., in) -> (k, rows, ..., out), or None
-        where there is no such path and each adapter is to be run by itself."""
+        """`added` of k adapters at once: p stacked (k, ...), x (k, rows, ..., in) -> (k, rows, ..., out), or
+        None where there is no such path and each adapter is to be run by itself."""
         return None
 
 

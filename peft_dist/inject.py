@@ -85,9 +85,7 @@ def facts_of(model: nn.Module, found: dict[str, Place]) -> BaseFacts:
     heads = set()
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     for name, place in found.items():
-        if output is not None and place.layer is _bare(output):
-            heads.add(name)
-        elif output is None and name in HEAD_NAMES:
+        if (output is not None and place.layer is _bare(output)) or (output is None and name in HEAD_NAMES):
             heads.add(name)
     kinds = {name: _kind(place.layer) for name, place in found.items()}
     architecture = getattr(getattr(model, "config", None), "model_type", None)
@@ -245,7 +243,8 @@ def activate(model: nn.Module, names: list[str]) -> None:
 
 
 def set_requires_grad(model: nn.Module, names: list[str], requires_grad: bool) -> None:
-    """Lets the named adapters' tensors be trained, or not; others stay as they are. Frozen ones stay frozen."""
+    """Lets the named adapters' tensors be trained, or not; others stay as they are. Frozen ones stay
+    frozen."""
     for _, module in adapter_modules(model):
         for name in names:
             for key, param in module.wanted(name).items():

@@ -8,8 +8,8 @@ from typing import Any
 
 
 class _Lazy(ModuleType):
-    """Stands for a module and imports it at the first attribute access. It is not in `sys.modules`, so whoever
-    imports the module itself meanwhile gets the real one."""
+    """Stands for a module and imports it at the first attribute access. It is not in `sys.modules`, so
+    whoever imports the module itself meanwhile gets the real one."""
 
     def __getattr__(self, attribute: str) -> Any:
         module = self.__dict__.get("_module")

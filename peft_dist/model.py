@@ -45,7 +45,8 @@ class AdaptedBase(nn.Module):
             return getattr(self.model, attribute)
 
     def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
-        """Adds the named adapters' changes to the base's weights in place; the active ones where none is named."""
+        """Adds the named adapters' changes to the base's weights in place; the active ones where none is
+        named."""
         merge.refuse_prompts(self.peft_config, adapter_names)
         merge.merge(self.model, adapter_names, safe_merge)
 
@@ -135,14 +136,15 @@ class PeftModel(PooledModule):
         """Adds an adapter; it is not active until `set_adapter`. A collective over a partitioned base.
 
         Raises:
-            AdapterError: the name is taken or malformed. TargetError: its targets do not fit. The model is then as
-            it was.
+            AdapterError: the name is taken or malformed. TargetError: its targets do not fit. The model is
+            then as it was.
         """
         self._add(adapter_name, peft_config, autocast_adapter_dtype, low_cpu_mem_usage, start=True)
         self.set_requires_grad(adapter_name, False)
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Makes one adapter, or several, active; only active ones are trained, and none in `inference_mode`."""
+        """Makes one adapter, or several, active; only active ones are trained, and none in
+        `inference_mode`."""
         names = self._known(adapter_name)
         self.active_adapters = names
         inject.activate(self.get_base_model(), names)
@@ -212,8 +214,8 @@ class PeftModel(PooledModule):
 
     @contextlib.contextmanager
     def using(self, rows: Rows) -> Iterator[None]:
-        """Within the context `rows` say which adapters and which dropout masks serve each sequence. Wrap the backward
-        too where layers are recomputed in it.
+        """Within the context `rows` say which adapters and which dropout masks serve each sequence. Wrap the
+        backward too where layers are recomputed in it.
 
         Raises:
             AdapterError: rows name an adapter that the model does not have.
@@ -229,7 +231,8 @@ class PeftModel(PooledModule):
             current.rows, current.length = before
 
     def forward(self, *args: Any, adapter_names: Sequence[str | None] | None = None, **kwargs: Any) -> Any:
-        """The base's forward with its adapters. `adapter_names` names one per sequence, as `Rows.adapters` does."""
+        """The base's forward with its adapters. `adapter_names` names one per sequence, as `Rows.adapters`
+        does."""
         with self._naming(adapter_names):
             sized = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs_embeds"))
             if isinstance(sized, Tensor) and sized.ndim > 1:
@@ -256,7 +259,7 @@ class PeftModel(PooledModule):
             if "max_length" in kwargs:
                 kwargs.setdefault("max_new_tokens", kwargs.pop("max_length") - input_ids.shape[1])
             mask = kwargs.pop("attention_mask", None)
-            mask = torch.ones_like(input_ids) if mask is None else mask
+            mask = self._shown(input_ids, kwargs) if mask is None else mask
             prompted = self._prompted({"input_ids": input_ids, "attention_mask": mask})
             prompted.pop("position_ids", None)
             given = base.generate(**prompted, **kwargs)
@@ -284,8 +287,8 @@ class PeftModel(PooledModule):
         selected_adapters: Any = None,
         **kwargs: Any,
     ) -> None:
-        """Writes complete HF PEFT directories: the adapter `default` into the directory itself, others into folders
-        of their names. To be called on all ranks; rank 0 writes.
+        """Writes complete HF PEFT directories: the adapter `default` into the directory itself, others into
+        folders of their names. To be called on all ranks; rank 0 writes.
 
         Args:
             kwargs: `save_embedding_layers` and `is_main_process`, as in `checkpoint.save`.
@@ -314,7 +317,8 @@ class PeftModel(PooledModule):
             kwargs: `revision`, `subfolder`, `token`, `key_mapping`, as in `checkpoint.read`.
 
         Raises:
-            ConfigError, CheckpointError: it holds no adapter that fits; names the tensor. The base is as it was.
+            ConfigError, CheckpointError: it holds no adapter that fits; names the tensor. The base is as it
+                was.
         """
         saved = checkpoint.read(model_id, **kwargs)
         config = config or saved.config
@@ -366,7 +370,8 @@ class PeftModel(PooledModule):
             ):
                 if keys:
                     raise CheckpointError(
-                        f"adapter {name!r}: the checkpoint {what} {len(keys)} tensors, the first {keys[0]!r}. It belongs "
+                        f"adapter {name!r}: the checkpoint {what} {len(keys)} tensors, the first "
+                        f"{keys[0]!r}. It belongs "
                         "to another base or to other targets."
                     )
         except BaseException:
@@ -390,7 +395,8 @@ class PeftModel(PooledModule):
         """Prints HF PEFT's line of both counts."""
         trained, every = self.get_nb_trainable_parameters()
         print(
-            f"trainable params: {trained:,d} || all params: {every:,d} || trainable%: {100 * trained / every:.4f}"
+            f"trainable params: {trained:,d} || all params: {every:,d} || trainable%: "
+            f"{100 * trained / every:.4f}"
         )
 
     def __getattr__(self, attribute: str) -> Any:
@@ -498,6 +504,16 @@ class PeftModel(PooledModule):
         with self.using(dataclasses.replace(rows, adapters=tuple(adapter_names))):
             yield
 
+    def _shown(self, input_ids: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        """The attention mask that generate infers where none is given: padding is hidden unless it ends
+        texts too."""
+        settings = kwargs.get("generation_config") or self.get_base_model().generation_config
+        pad = kwargs.get("pad_token_id", settings.pad_token_id)
+        ends = kwargs.get("eos_token_id", settings.eos_token_id)
+        if pad is None or pad in (ends if isinstance(ends, (list, tuple)) else [ends]):
+            return torch.ones_like(input_ids)
+        return input_ids.ne(pad).long()
+
     def _rows_choose(self) -> bool:
         rows = self._adapters.current.rows
         return rows is not None and rows.adapters is not None
@@ -525,8 +541,8 @@ class PeftModel(PooledModule):
         return {**dict(zip(names, args, strict=False)), **kwargs}
 
     def _prompted(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """A forward's arguments with each row's virtual tokens before its own; rows with fewer are padded on the left,
-        where the mask hides it and positions do not count it."""
+        """A forward's arguments with each row's virtual tokens before its own; rows with fewer are padded on
+        the left, where the mask hides it and positions do not count it."""
         layer, _ = self._embedding()
         embeds = inputs.pop("inputs_embeds", None)
         input_ids = inputs.pop("input_ids", None)
@@ -655,7 +671,8 @@ def set_peft_model_state_dict(
     adapter_name: str = "default",
     ignore_mismatched_sizes: bool = False,
 ) -> checkpoint.LoadResult:
-    """Fills an adapter that the model has from tensors by their names in a checkpoint; says which names did not meet.
+    """Fills an adapter that the model has from tensors by their names in a checkpoint; says which names did
+    not meet.
 
     Raises:
         CheckpointError: a shape differs, or no name is known; nothing is changed.

@@ -1,9 +1,10 @@
 """The one storage of adapter tensors.
 
-For each site, method and shape one array (slots, ...) per tensor, grown by doubling; an adapter owns a slot, and
-its Parameters are views of it. A batch that mixes adapters reads the arrays as they are. The Parameters are the
-truth: whoever moves one elsewhere (`.to`, `deepcopy`, an engine that flattens) is noticed by its data pointer,
-and its values are taken from where they are.
+For each site, method and shape one array (slots, ...) per tensor, grown by doubling; an adapter owns a slot,
+and its Parameters are views of it. A batch that mixes adapters reads the arrays as they are. The Parameters
+are the
+truth: whoever moves one elsewhere (`.to`, `deepcopy`, an engine that flattens) is noticed by its data
+pointer, and its values are taken from where they are.
 """
 
 from __future__ import annotations
@@ -108,8 +109,8 @@ class AdapterPool:
         self.homes: dict[tuple[str, str], Bucket] = {}
 
     def take(self, site: str, method: str, adapter: str, parameters: dict[str, nn.Parameter]) -> None:
-        """Gives the adapter a slot at `site`; its Parameters become views of the pool. Again for one that is in:
-        moves it to where its Parameters' dtype and device are now."""
+        """Gives the adapter a slot at `site`; its Parameters become views of the pool. Again for one that is
+        in: moves it to where its Parameters' dtype and device are now."""
         self.release(site, adapter)
         shapes = tuple((name, tuple(p.shape), p.dtype, p.device) for name, p in parameters.items())
         bucket = self.buckets.setdefault((site, method, shapes), Bucket(parameters))

@@ -1,15 +1,15 @@
 """Which adapter serves which part of an input, and which mask dropout draws there.
 
-A mask is a function of (seed, step, the sample's index in the global batch, site, position, channel) alone: it
-does not depend on the rank, on what else is in the batch, on padding to the right, on the device, or on whether
-the forward is a recomputation under gradient checkpointing.
+A mask is a function of (seed, step, the sample's index in the global batch, site, position, channel) alone:
+it does not depend on the rank, on what else is in the batch, on padding to the right, on the device, or on
+whether the forward is a recomputation under gradient checkpointing.
 """
 
 from __future__ import annotations
 
 import functools
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -23,7 +23,8 @@ BASE = "__base__"
 
 @dataclass(frozen=True)
 class Segment:
-    """Neighbouring rows, in sorted order, that one choice of adapters serves; None stands for the active ones."""
+    """Neighbouring rows, in sorted order, that one choice of adapters serves; None stands for the active
+    ones."""
 
     adapter: str | None
     start: int
@@ -37,8 +38,8 @@ class Rows:
     Args:
         adapters: for each sequence an adapter's name, `"__base__"` for the bare base, or None for the active
             adapters; None as a whole: the active adapters serve all.
-        samples: (B,) each sequence's index in the global batch, int64. With it dropout is stateless; without it,
-            torch's generator draws the masks.
+        samples: (B,) each sequence's index in the global batch, int64. With it dropout is stateless; without
+            it, torch's generator draws the masks.
         seed: of the run. step: the optimizer step.
     """
 
@@ -52,7 +53,8 @@ class Rows:
     def __post_init__(self) -> None:
         if self.adapters is not None and self.samples is not None and len(self.adapters) != len(self.samples):
             raise RowsError(
-                f"Rows: {len(self.adapters)} adapters for {len(self.samples)} samples. Give one of each per sequence."
+                f"Rows: {len(self.adapters)} adapters for {len(self.samples)} samples. Give one of each "
+                "per sequence."
             )
         order, segments = _sorted_segments(self.adapters) if self.adapters is not None else (None, ())
         object.__setattr__(self, "segments", segments)
@@ -68,8 +70,8 @@ class Rows:
     def of(self, site: Site, x: Tensor, length: int | None) -> Split:
         """How these rows divide x (rows, ...), the input of `site`.
 
-        One row that all share (a position table's) is broadcast first; (rows x length, ...) is taken apart, where
-        `length` is the number of positions of the model's input.
+        One row that all share (a position table's) is broadcast first; (rows x length, ...) is taken apart,
+        where `length` is the number of positions of the model's input.
 
         Raises:
             RowsError: x is none of these; names the site.
@@ -130,7 +132,8 @@ class Split:
 class Current:
     """What a model is running now; one object, shared by all its adapted modules.
 
-    A plain attribute and not a context variable: autograd recomputes checkpointed layers in threads of its own.
+    A plain attribute and not a context variable: autograd recomputes checkpointed layers in threads of its
+        own.
 
     Args:
         rows: of the batch, or None.

@@ -1,4 +1,5 @@
-"""Which layers of a base a config means, by HF PEFT's rules; says what matched and what did not. Imports no torch."""
+"""Which layers of a base a config means, by HF PEFT's rules; says what matched and what did not. Imports no
+torch."""
 
 from __future__ import annotations
 
@@ -20,12 +21,27 @@ DEFAULT_TARGETS: dict[str, dict[str, Sequence[str] | str]] = {
     "LORA": {
         **dict.fromkeys(("t5", "mt5"), ("q", "v")),
         **dict.fromkeys(
-            "bart opt gptj gpt_neo llama llama4 mistral mixtral stablelm gemma gemma2 gemma3_text qwen2 qwen3".split(),
+            [
+                "bart",
+                "opt",
+                "gptj",
+                "gpt_neo",
+                "llama",
+                "llama4",
+                "mistral",
+                "mixtral",
+                "stablelm",
+                "gemma",
+                "gemma2",
+                "gemma3_text",
+                "qwen2",
+                "qwen3",
+            ],
             _Q_V,
         ),
-        **dict.fromkeys("bert roberta xlm-roberta electra layoutlm".split(), _QUERY_VALUE),
+        **dict.fromkeys(["bert", "roberta", "xlm-roberta", "electra", "layoutlm"], _QUERY_VALUE),
         **dict.fromkeys(
-            "bloom gpt_neox chatglm RefinedWebModel RefinedWeb falcon".split(), ("query_key_value",)
+            ["bloom", "gpt_neox", "chatglm", "RefinedWebModel", "RefinedWeb", "falcon"], ("query_key_value",)
         ),
         **dict.fromkeys(("gpt2", "gpt_bigcode"), ("c_attn",)),
         "blip-2": ("q", "v", "q_proj", "v_proj"),
@@ -55,7 +71,7 @@ DEFAULT_TARGETS: dict[str, dict[str, Sequence[str] | str]] = {
         "bart": ("q_proj", "v_proj", "fc2"),
         **dict.fromkeys(("llama", "mistral"), ("k_proj", "v_proj", "down_proj")),
         **dict.fromkeys(
-            "llama4 gemma gemma2 gemma3_text qwen2 qwen3".split(), ("q_proj", "v_proj", "down_proj")
+            ["llama4", "gemma", "gemma2", "gemma3_text", "qwen2", "qwen3"], ("q_proj", "v_proj", "down_proj")
         ),
         "mixtral": ("k_proj", "v_proj", "w2"),
         "deberta-v2": ("key_proj", "value_proj", "output.dense"),
@@ -74,7 +90,9 @@ DEFAULT_FEEDFORWARD: dict[str, Sequence[str]] = {
     "gptj": ("fc_out",),
     **dict.fromkeys(("gpt_neox", "RefinedWebModel", "RefinedWeb", "falcon"), ("dense_4h_to_h",)),
     "gpt_neo": ("c_proj",),
-    **dict.fromkeys("llama llama4 mistral gemma gemma2 gemma3_text qwen2 qwen3".split(), ("down_proj",)),
+    **dict.fromkeys(
+        ["llama", "llama4", "mistral", "gemma", "gemma2", "gemma3_text", "qwen2", "qwen3"], ("down_proj",)
+    ),
     "mixtral": ("w2",),
 }
 
@@ -120,7 +138,8 @@ def resolve(config: Any, facts: BaseFacts) -> list[str]:
     for name in matched:
         if facts.layers[name] == "module":
             raise TargetError(
-                f"targets: {name!r} of {facts.name} is a container or a layer without a weight matrix, so no adapter "
+                f"targets: {name!r} of {facts.name} is a container or a layer without a weight matrix, so "
+                "no adapter "
                 "fits on it. Name the linear, embedding or convolution layers in it."
             )
     if not isinstance(config.target_modules, str):
@@ -173,7 +192,8 @@ def is_all_linear(targets: Sequence[str] | str | None) -> bool:
 
 
 def ends_in(targets: Sequence[str] | str, name: str) -> bool:
-    """Whether `name` is one of `targets` or ends in `.` and one; a str is a regular expression over all of it."""
+    """Whether `name` is one of `targets` or ends in `.` and one; a str is a regular expression over all of
+    it."""
     if isinstance(targets, str):
         return re.fullmatch(targets, name) is not None
     return name in targets or any(name.endswith(f".{target}") for target in targets)
@@ -193,7 +213,8 @@ def _fill_defaults(config: Any, facts: BaseFacts) -> None:
     known = DEFAULT_TARGETS.get(config.peft_type, {})
     if facts.architecture not in known:
         raise TargetError(
-            f"targets: target_modules is not given, and {facts.architecture or facts.name!r} has no usual ones. Name "
+            f"targets: target_modules is not given, and {facts.architecture or facts.name!r} has no usual "
+            "ones. Name "
             "the layers, or say 'all-linear'."
         )
     usual = known[facts.architecture]
@@ -247,14 +268,10 @@ def _nothing_matched(config: Any, facts: BaseFacts) -> str:
     of_what = f"{len(linear)} linear layers of {facts.name}"
     if not isinstance(targets, str) and not targets:
         return f"targets: target_modules is empty; {facts.name} has {len(linear)} linear layers. Name some."
-    named = targets if isinstance(targets, str) else ", ".join(repr(target) for target in targets)
-    message = (
-        f"targets: {named!r} matched none of {of_what}."
-        if isinstance(targets, str)
-        else (f"targets: {named} matched none of {of_what}.")
-    )
+    named = ", ".join(repr(target) for target in ([targets] if isinstance(targets, str) else targets))
+    message = f"targets: {named} matched none of {of_what}."
     if any(name and ends_in(targets, name) for name in facts.layers):
-        return f"{message} exclude_modules, modules_to_save or layers_to_transform leaves out all that they match."
+        return f"{message} exclude_modules, modules_to_save or layers_to_transform leave out all they match."
     ends = Counter(name.rpartition(".")[2] for name, kind in facts.layers.items() if kind != "module")
     near = closest(targets if isinstance(targets, str) else targets[0].rpartition(".")[2], ends)
     return (

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 
 LAYERS = {
     "peft_dist": [
-        {"contract", "catalog", "errors", "lazy", "linalg", "starts"},
+        {"contract", "catalog", "config", "errors", "lazy", "linalg", "starts"},
         {"base_layer", "targets", "sharding", "pool", "rows", "folder"},
         {"methods"},
         {"adapted"},

@@ -23,8 +23,8 @@ class IA3Config(TargetedConfig, ActivationMethod):
     """HF PEFT's IA3Config.
 
     Args:
-        feedforward_modules: which targets are scaled at their input: suffixes, or one regular expression; a subset of
-            the targets.
+        feedforward_modules: which targets are scaled at their input: suffixes, or one regular expression; a
+            subset of the targets.
         fan_in_fan_out: the weight is stored (in, out); known from the layer, kept for checkpoints.
         init_ia3_weights: True: start at 1, which changes nothing; False: at random.
     """
@@ -45,7 +45,8 @@ class IA3Config(TargetedConfig, ActivationMethod):
         outside = [n for n in forward if n not in self.target_modules] if self._both_lists() else []  # type: ignore[operator, union-attr]
         if outside:
             raise ConfigError(
-                f"IA3Config.feedforward_modules: {outside[0]!r} is not in target_modules; it must be a subset of them."
+                f"IA3Config.feedforward_modules: {outside[0]!r} is not in target_modules; it must be a "
+                "subset of them."
             )
 
     def _both_lists(self) -> bool:

@@ -22,7 +22,7 @@ torch = lazy("torch")
 transformers = lazy("transformers")
 
 
-class PromptTuningInit(str, enum.Enum):
+class PromptTuningInit(enum.StrEnum):
     """Where the embeddings start."""
 
     TEXT = "TEXT"
@@ -35,8 +35,8 @@ class PromptTuningConfig(PromptLearningConfig, PromptMethod):
     """HF PEFT's PromptTuningConfig.
 
     Args:
-        prompt_tuning_init: RANDOM: normal; SAMPLE_VOCAB: embeddings of tokens drawn from the vocabulary; TEXT: those
-            of `prompt_tuning_init_text`, repeated or cut to length.
+        prompt_tuning_init: RANDOM: normal; SAMPLE_VOCAB: embeddings of tokens drawn from the vocabulary;
+            TEXT: those of `prompt_tuning_init_text`, repeated or cut to length.
         prompt_tuning_init_text: the text of TEXT.
         tokenizer_name_or_path: the tokenizer of TEXT. tokenizer_kwargs: its arguments.
     """
@@ -54,7 +54,8 @@ class PromptTuningConfig(PromptLearningConfig, PromptMethod):
         self.peft_type = "PROMPT_TUNING"
         if not isinstance(self.num_virtual_tokens, int) or self.num_virtual_tokens < 1:
             raise ConfigError(
-                f"PromptTuningConfig.num_virtual_tokens: {self.num_virtual_tokens!r}; it is a whole number of at least 1."
+                f"PromptTuningConfig.num_virtual_tokens: {self.num_virtual_tokens!r}; it is a whole "
+                "number of at least 1."
             )
         try:
             self.prompt_tuning_init = PromptTuningInit(self.prompt_tuning_init)

@@ -1,4 +1,5 @@
-"""Modules trained whole beside an adapter: each adapter has a copy of the module's tensors, started at the base's."""
+"""Modules trained whole beside an adapter: each adapter has a copy of the module's tensors, started at the
+base's."""
 
 from __future__ import annotations
 

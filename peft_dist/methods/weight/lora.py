@@ -1,8 +1,9 @@
 """LoRA: dW = s B A with s = alpha / r, or alpha / sqrt(r) (rsLoRA).
 
-Hu et al. 2021, arXiv:2106.09685; rsLoRA: Kalajdzievski 2023, arXiv:2312.03732. On an embedding A looks ids up; on a
-convolution A is a convolution with r channels and B one with a 1 x 1 kernel. With `bias` each adapter trains its
-own copy of the biases, so that adapters with biases stand side by side (HF PEFT trains the base's own).
+Hu et al. 2021, arXiv:2106.09685; rsLoRA: Kalajdzievski 2023, arXiv:2312.03732. On an embedding A looks ids
+up; on a convolution A is a convolution with r channels and B one with a 1 x 1 kernel. With `bias` each
+adapter trains its own copy of the biases, so that adapters with biases stand side by side (HF PEFT trains
+the base's own).
 """
 
 from __future__ import annotations
@@ -93,7 +94,8 @@ class LoraConfig(TargetedConfig, WeightMethod):
             raise ConfigError(f"LoraConfig.bias: {self.bias!r} is not one of none, all, lora_only.")
         if self.init_lora_weights not in (True, False, "gaussian"):
             raise ConfigError(
-                f"LoraConfig.init_lora_weights: {self.init_lora_weights!r} is not one of True, False, 'gaussian'."
+                f"LoraConfig.init_lora_weights: {self.init_lora_weights!r} is not one of True, False, "
+                "'gaussian'."
             )
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
             raise ConfigError(
