@@ -95,7 +95,7 @@ def _can_grow(dashboard: Dashboard) -> bool:
 def facts_of_launcher(path: str) -> ClusterFacts | None:
     """What Ray's launcher would start: each node type's `resources` times its `max_workers`. None where a
     type does not say its resources (Ray then asks the cloud, which we do not)."""
-    config = _load(path)
+    config = load_yaml(path)
     provider = config.get("provider") or {}
     types = config.get("available_node_types") or {}
     if provider.get("type") == "local" or not types:
@@ -121,15 +121,15 @@ def facts_of_launcher(path: str) -> ClusterFacts | None:
 def facts_of_manifest(path: str) -> ClusterFacts | None:
     """What a KubeRay manifest (RayJob, RayService or RayCluster) can grow to: `maxReplicas` of each worker
     group times its Ray container's limits."""
-    spec = _load(path).get("spec") or {}
+    spec = load_yaml(path).get("spec") or {}
     cluster = spec.get("rayClusterSpec") or spec.get("rayClusterConfig") or spec
     if "headGroupSpec" not in cluster:
         return None
-    nodes = [_pod(cluster["headGroupSpec"])]
+    nodes = [pod_facts(cluster["headGroupSpec"])]
     scales = cluster.get("enableInTreeAutoscaling", False)
     for group in cluster.get("workerGroupSpecs") or []:
         replicas = group.get("replicas", 0)
-        nodes += [_pod(group)] * (group.get("maxReplicas", replicas) if scales else replicas)
+        nodes += [pod_facts(group)] * (group.get("maxReplicas", replicas) if scales else replicas)
     facts = _at_most(nodes, len(nodes), path)
     version = cluster.get("rayVersion")
     return ClusterFacts(
@@ -142,13 +142,14 @@ def facts_of_manifest(path: str) -> ClusterFacts | None:
     )
 
 
-def _pod(group: dict[str, Any]) -> NodeFacts:
+def pod_facts(group: dict[str, Any]) -> NodeFacts:
     """One node of a group. `rayStartParams` wins over the container's limits, as in KubeRay."""
     resources = group["template"]["spec"]["containers"][0].get("resources") or {}
     asked = {**(resources.get("requests") or {}), **(resources.get("limits") or {})}
     params = group.get("rayStartParams") or {}
     gpus = sum(quantity(value) for key, value in asked.items() if key.endswith("/gpu"))
-    labels = dict(part.split("=", 1) for part in str(params.get("labels", "")).split(",") if "=" in part)
+    written = (part.split("=", 1) for part in str(params.get("labels", "")).split(",") if "=" in part)
+    labels = {**(group.get("labels") or {}), **{name.strip(): value.strip() for name, value in written}}
     return NodeFacts(
         cpus=float(params["num-cpus"]) if "num-cpus" in params else quantity(asked.get("cpu", 0)),
         gpus=float(params["num-gpus"]) if "num-gpus" in params else gpus,
@@ -187,7 +188,8 @@ def path_name(path: str) -> str:
         return path
 
 
-def _load(path: str) -> dict[str, Any]:
+def load_yaml(path: str) -> dict[str, Any]:
+    """A YAML file of somebody else's (the launcher's, Kubernetes') as plain values."""
     try:
         loaded = YAML(typ="safe", pure=True).load(Path(path).read_text())
     except (OSError, UnicodeDecodeError, YAMLError) as error:

@@ -5,6 +5,7 @@ not tell.
 from __future__ import annotations
 
 import platform
+from collections.abc import Mapping
 from typing import Any
 
 import ray
@@ -17,7 +18,7 @@ from .facts import ACCELERATOR_LABEL
 def facts_inside() -> ClusterFacts:
     """The facts of the Ray that this process is connected to (`ray.init` was called)."""
     nodes = tuple(_node(node) for node in ray.nodes() if node["Alive"])
-    limits: dict[str, float] = state.get_max_resources_from_cluster_config() or {}
+    limits: Mapping[str, float] = state.get_max_resources_from_cluster_config() or {}
     return ClusterFacts(
         nodes=nodes,
         max_cpus=max(limits.get("CPU", 0), sum(node.cpus for node in nodes)),
