@@ -138,7 +138,7 @@ class RunStore:
             StorageError: the storage is read-only, full or cannot keep two writers apart.
         """
         spec_hash = canonical_hash(spec)
-        identity = _identity(spec_hash, data_hash)
+        identity = run_identity(spec_hash, data_hash)
         runs = sorted((run for run in self.list() if run.name == name), key=lambda run: run.number)
         same = [run for run in runs if run.identity == identity]
         if new or not runs:
@@ -239,7 +239,7 @@ class RunStore:
 
     def _create(self, name: str, spec: JobSpec, data_hash: str, *, number: int) -> Run:
         spec_hash = canonical_hash(spec)
-        identity = _identity(spec_hash, data_hash)
+        identity = run_identity(spec_hash, data_hash)
         id = f"{name}-{identity[:8]}" if number == 1 else f"{name}-{number}-{identity[:8]}"
         document = {
             "id": id, "name": name, "number": number, "identity": identity, "spec_hash": spec_hash,
@@ -416,7 +416,7 @@ class Run:
 
         def change(document: dict[str, Any]) -> None:
             document["spec_hash"] = canonical_hash(spec)
-            document["identity"] = _identity(document["spec_hash"], data_hash)
+            document["identity"] = run_identity(document["spec_hash"], data_hash)
             document["spec"] = resolved_yaml(spec)
             if any(_is_below(key, _TRAINS_ON) for key in changed):
                 document["training_id"] = f"{self.id}.{document['fence']}"
@@ -472,7 +472,8 @@ def _renew(reference: weakref.ref[Run], closed: threading.Event) -> None:
         del run
 
 
-def _identity(spec_hash: str, data_hash: str) -> str:
+def run_identity(spec_hash: str, data_hash: str) -> str:
+    """What makes two runs the same: sha256, hexadecimal, over the hashes of their spec and data."""
     return hashlib.sha256(f"{spec_hash} {data_hash}".encode()).hexdigest()
 
 

@@ -28,6 +28,7 @@ from ..identity import data_hash
 from ..model_folder import model_folder
 from ..spec.canonical import canonical_hash
 from ..spec.job import JobSpec
+from ..store import run_identity
 from .dashboard import Dashboard
 from .envelope import VARIABLE, Envelope, close_envelope
 from .facts import facts_at
@@ -264,9 +265,8 @@ def cancel(id: str, address: str) -> JobState:
 
 
 def run_id(spec: JobSpec) -> str:
-    """The run's name and the first digits of the hash of its spec and its data."""
-    digest = hashlib.sha256(f"{canonical_hash(spec)}{data_hash(spec)}".encode()).hexdigest()
-    return f"{spec.name}-{digest[:8]}"
+    """The id that the run gets in the cluster's storage: its name and the first digits of its identity."""
+    return f"{spec.name}-{run_identity(canonical_hash(spec), data_hash(spec))[:8]}"
 
 
 def pinned(spec: JobSpec) -> JobSpec:
