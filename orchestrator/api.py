@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,10 +21,11 @@ from . import ask as asking
 from . import local_ray, service, wiring
 from .adapter_folder import check_adapter
 from .cluster import Cluster, load_cluster
-from .errors import ModelError, ServeError
+from .errors import ClusterError, ModelError, RunError, ServeError
 from .identity import base_identity
 from .lineage import Lineage
 from .plan import Plan
+from .processes import is_alive
 from .registry import AdapterRow, AdapterVersion, Registry
 from .runner import Event
 from .service import Deployment, OnEvent, RunResult
@@ -38,7 +40,11 @@ from .store import RunRecord
 
 if TYPE_CHECKING:
     from .serve.endpoints import EndpointInfo
+    from .submit.jobs import JobState, SubmittedJob
     from .train.inspection import Inspection
+
+CANCEL_S = 40.0
+"""A run leaves within 30 s of being asked to."""
 
 JobSource = str | os.PathLike[str] | Mapping[str, Any] | LoadedJob
 
@@ -218,23 +224,120 @@ def storage(cluster: str | None = None) -> str:
 
 
 def jobs(*, cluster: str | None = None) -> list[RunRecord]:
-    """All stored runs, the newest first. Needs no cluster."""
+    """All stored runs, the oldest first. Needs no cluster."""
     return _environment(load_cluster(cluster)).runs.list()
 
 
 def status(id: str, *, cluster: str | None = None) -> RunRecord:
     """One stored run by its id, a part of it, or the job's name. Needs no cluster."""
-    return _environment(load_cluster(cluster)).runs.get(id).record
+    return _environment(load_cluster(cluster)).runs.get(id)
 
 
 def logs(id: str, *, follow: bool = False, cluster: str | None = None) -> Iterator[Event]:
     """A run's events; with `follow` until it has ended."""
-    return _environment(load_cluster(cluster)).runs.get(id).events(follow=follow)
+    return _environment(load_cluster(cluster)).runs.events(id, follow=follow)
 
 
 def worker_log(id: str, worker: int, *, follow: bool = False, cluster: str | None = None) -> Iterator[str]:
     """What one worker printed."""
-    return _environment(load_cluster(cluster)).runs.get(id).log(worker, follow=follow)
+    return _environment(load_cluster(cluster)).runs.log(id, worker, follow=follow)
+
+
+def cancel(id: str, *, address: str | None = None, cluster: str | None = None) -> str:
+    """Stops a run and waits until it has saved a checkpoint and left; returns its state.
+
+    Args:
+        address: the cluster whose Jobs API has it; None: a driver on this machine.
+
+    Raises:
+        RunError: no such run, it has ended, or its driver is elsewhere or does not leave.
+    """
+    if address:
+        return wiring.jobs_api().cancel(id, address).status
+    runs = _environment(load_cluster(cluster)).runs
+    record = runs.get(id)
+    if record.has_ended or record.holder is None:
+        raise RunError(f"run '{record.id}' is not going on: {record.state}.")
+    driver = record.holder.process
+    if not is_alive(driver):
+        raise RunError(
+            f"run '{record.id}' is driven by {record.holder}, not from this machine.",
+            hint="Cancel it there, or through its cluster: raypeft cancel ID --address http://HOST:8265.",
+        )
+    os.kill(driver.pid, signal.SIGINT)
+    deadline = time.monotonic() + CANCEL_S
+    while not (record := runs.get(record.id)).has_ended:
+        if time.monotonic() > deadline:
+            raise RunError(f"run '{record.id}' was asked to stop {CANCEL_S:.0f} s ago and has not left yet.")
+        time.sleep(0.2)
+    return record.state
+
+
+# jobs on a cluster
+
+
+def submit(
+    job: JobSource,
+    overrides: Sequence[str] = (),
+    *,
+    address: str | None = None,
+    cluster: str | None = None,
+    install: bool = False,
+) -> SubmittedJob:
+    """Sends a job to a Ray cluster and returns once the cluster has taken it.
+
+    Args:
+        address: http://HOST:8265; else the cluster's own.
+        install: install there what its environment lacks.
+
+    Raises:
+        ClusterError: no answer, another Ray or Python, something is missing there.
+        RunError: the run is going on there already.
+    """
+    loaded = load(job, overrides)
+    where = _remote(address or cluster, loaded)
+    return wiring.jobs_api().submit(loaded.spec, where, secrets=read_secrets(loaded), install=install)
+
+
+def submission(
+    job: JobSource,
+    overrides: Sequence[str] = (),
+    *,
+    address: str | None = None,
+    cluster: str | None = None,
+    install: bool = False,
+) -> str:
+    """What `submit` would send: for KubeRay a complete RayJob as YAML, else the request as JSON."""
+    loaded = load(job, overrides)
+    where = _remote(address or cluster, loaded)
+    if where.kind == "kuberay":
+        return wiring.rayjob(loaded.spec, where)
+    return wiring.jobs_api().describe(loaded.spec, where, install=install)
+
+
+def submitted_jobs(*, address: str) -> list[JobState]:
+    """The jobs that a cluster knows, the newest first."""
+    return wiring.jobs_api().list_jobs(address)
+
+
+def job_status(id: str, *, address: str) -> JobState:
+    """One job as its cluster knows it."""
+    return wiring.jobs_api().status(id, address)
+
+
+def job_logs(id: str, *, address: str, follow: bool = False) -> Iterator[str]:
+    """What a job printed, in pieces; with `follow` until it has ended."""
+    return wiring.jobs_api().logs(id, address, follow=follow)
+
+
+def _remote(flag: str | None, job: LoadedJob) -> Cluster:
+    where = _cluster(flag, job)
+    if where.kind == "local":
+        raise ClusterError(
+            "submit sends a job to a Ray cluster, and none is named.",
+            hint="Say --address http://HOST:8265, or name a cluster file; on this machine use: raypeft run.",
+        )
+    return where
 
 
 # the registry

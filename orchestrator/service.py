@@ -306,7 +306,7 @@ class _Attempt:
 
     def _registered(self) -> AdapterVersion | None:
         """The version that an earlier attempt of this run registered, also where it died before saying so."""
-        mine = (v for v in self.environment.registry.versions(self.name) if v.lineage.run_id == self.run.id)
+        mine = (v for v in self.environment.registry.versions(self.name) if v.lineage.run_id == self.run.training_id)
         return next(mine, None)
 
     def _train(self) -> TrainOutcome:
@@ -379,7 +379,7 @@ class _Attempt:
         self._report_seen_rows(outcome, production)
         lineage = Lineage(
             base=self.base,
-            run_id=self.run.id,
+            run_id=self.run.training_id,
             spec_hash=canonical_hash(self.spec),
             resolved_spec=resolved_yaml(self.spec),
             data_hash=self.run.record.data_hash,

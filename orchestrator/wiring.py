@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 from . import local_ray
@@ -21,7 +22,7 @@ from .spec.job import JobSpec
 from .store import RunStore
 
 if TYPE_CHECKING:
-    from .serve.endpoints import RayEndpoints
+    from .serve.endpoints import EndpointInfo, RayEndpoints
     from .train.inspection import Inspection
 
 
@@ -47,7 +48,10 @@ def facts(cluster: Cluster) -> ClusterFacts | None:
     if cluster.kind == "local":
         return local_ray.facts()
     if cluster.is_inside:
-        return None
+        connect(cluster)
+        from .submit.inside import facts_inside
+
+        return facts_inside()
     from .submit.facts import read_facts
 
     return read_facts(cluster)
@@ -98,6 +102,33 @@ def endpoints(cluster: Cluster, registry: Registry) -> RayEndpoints:
     return RayEndpoints(registry, host=serve.host, port=serve.port, local=cluster.kind == "local")
 
 
+def endpoint_rows(cluster: Cluster) -> list[EndpointInfo]:
+    """The endpoints of the cluster's registry; starts no Ray. Where this process cannot be a driver of the
+    cluster, or its Ray is not up, an endpoint is `live` when it answers over HTTP, else `down`."""
+    registry = Registry(cluster.registry)
+    if cluster.is_inside or (cluster.kind == "local" and local_ray.current() is not None):
+        return endpoints(cluster, registry).status()
+    if not registry.endpoint_names():
+        return []
+    from .serve.probe import rows_over_http
+
+    return rows_over_http(registry, f"http://{cluster.serve.host}:{cluster.serve.port}")
+
+
+def jobs_api() -> ModuleType:
+    """`submit.jobs`, which speaks Ray's Jobs API over HTTP."""
+    from .submit import jobs
+
+    return jobs
+
+
+def rayjob(spec: JobSpec, cluster: Cluster) -> str:
+    """The complete RayJob for KubeRay, as YAML."""
+    from .submit.rayjob import rayjob
+
+    return rayjob(spec, cluster)
+
+
 def _runner(cluster: Cluster) -> Runner:
     connect(cluster)
     from .train.launch import RayRunner
@@ -114,7 +145,7 @@ def inspect_rows(spec: JobSpec, rows: int) -> Inspection:
 
 
 def evaluate(spec: JobSpec, adapter_dir: str) -> dict[str, float]:
-    """Metrics over the rows of `eval.datasets`, in this process: the adapter's; the bare base's as `base.NAME`."""
+    """Metrics over the rows of `eval.datasets`, in this process: the adapter's, and `base.NAME`."""
     import torch
 
     from peft_dist.loading import load_base
@@ -157,6 +188,6 @@ def _from_hub(name: str, scratch: str) -> Path:
         return Path(snapshot_download(name, local_dir=scratch, allow_patterns=["*.json", "*.safetensors"]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ModelError(
-            f"'{name}' is neither a folder nor an adapter that the hub gives: {str(error).splitlines()[0]}",
+            f"'{name}' is neither a folder nor the hub's: {str(error).splitlines()[0]}",
             hint="Name a folder with adapter_config.json, a URL or a hub id.",
         ) from error
