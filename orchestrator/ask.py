@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import requests
@@ -18,17 +17,6 @@ _ANSWER_TIMEOUT_S = 600.0
 Messages = Sequence[dict[str, str]]
 
 
-@dataclass(frozen=True)
-class Answer:
-    """What came back."""
-
-    text: str
-    model: str
-    """The version that answered, `name@version`, or the base's own name."""
-    finish_reason: str | None
-    completion_tokens: int
-
-
 def ask(
     url: str,
     model: str,
@@ -36,8 +24,8 @@ def ask(
     *,
     max_tokens: int = 128,
     temperature: float = 0.0,
-) -> Answer:
-    """One answer.
+) -> str:
+    """One answer's text.
 
     Args:
         url: the endpoint's API, http://HOST:PORT/BASE/v1.
@@ -49,16 +37,11 @@ def ask(
     body = {**_body(model, question, max_tokens), "temperature": temperature}
     with _post(url, body, stream=False) as response:
         try:
-            reply = response.json()
-            choice = reply["choices"][0]
-            return Answer(
-                text=choice["message"]["content"],
-                model=reply["model"],
-                finish_reason=choice["finish_reason"],
-                completion_tokens=reply["usage"]["completion_tokens"],
-            )
+            return str(response.json()["choices"][0]["message"]["content"])
         except (ValueError, LookupError, TypeError) as error:
-            raise ServeError(f"{url} does not answer in OpenAI's form.", hint="Is it an endpoint?") from error
+            raise ServeError(
+                "this does not answer in OpenAI's form.", where=url, hint="Is it an endpoint's URL?"
+            ) from error
 
 
 def ask_stream(

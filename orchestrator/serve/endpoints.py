@@ -25,6 +25,7 @@ OnEvent = Callable[[Event], None]
 SECONDS_FOR_A_PLACE = 20.0
 """How long a replica may wait for room before the deployment is left to become live by itself."""
 _POLL_S = 0.1
+_DOWN = "not on this cluster now: deploy an adapter to start it, or undeploy it"
 
 
 @dataclass(frozen=True)
@@ -101,8 +102,7 @@ class RayEndpoints:
         try:
             if running is None or running.status in ("DELETING", "NOT_STARTED", "DEPLOY_FAILED"):
                 started = True
-                prefix = "/" if serve_cluster.route_taken("/") is None else f"/{endpoint}"
-                serve_cluster.start_application(endpoint, self._registry.url, prefix, placement)
+                serve_cluster.start_application(endpoint, self._registry.url, placement)
             elif "num_replicas" in deploy.model_fields_set and deploy.num_replicas != running.num_replicas:
                 serve_cluster.change_application(
                     running, self._registry.url, num_replicas=deploy.num_replicas
@@ -121,7 +121,7 @@ class RayEndpoints:
             endpoint=endpoint,
             url=f"{door.url}/{endpoint}/v1",
             model=version.ref,
-            base_model=base.source,
+            base_name=base_id(base),
             state="live" if live else "waiting",
         )
 
@@ -248,10 +248,9 @@ class RayEndpoints:
                 said = _say(on_event, said, f"endpoint {endpoint}: loading {ref}")
                 if _answers(f"{door.url}/{endpoint}", ref):
                     return True
-            elif app is not None and app.num_unplaced:
-                said = _say(on_event, said, f"endpoint {endpoint}: waiting for room on the cluster")
-                if time.monotonic() - began > self._place_timeout_s:
-                    return False
+            elif app is not None and app.num_unplaced and time.monotonic() - began > self._place_timeout_s:
+                _say(on_event, said, f"endpoint {endpoint}: waiting for room on the cluster")
+                return False
             else:
                 said = _say(on_event, said, f"endpoint {endpoint}: starting a replica")
             time.sleep(_POLL_S)
@@ -288,6 +287,31 @@ class RayEndpoints:
             if stored := self._registry.endpoint_state(name):
                 found[name] = Desired.from_dict(stored)
         return found
+
+
+def rows_over_http(registry: Registry, root: str) -> list[EndpointInfo]:
+    """The endpoints of a registry as a process sees them that is no driver of their cluster.
+
+    Args:
+        root: where the cluster's Serve listens, http://HOST:PORT.
+    """
+    rows = []
+    for name in registry.endpoint_names():
+        stored = registry.endpoint_state(name)
+        desired = Desired.from_dict(stored) if stored else None
+        is_up = _get_ok(f"{root}/{name}/healthz")
+        routes = (f"{root}/{name}/v1",) if is_up else ()
+        rows.append(
+            _row(name, desired, routes, "live" if is_up else "down", "" if is_up else _DOWN, int(is_up))
+        )
+    return rows
+
+
+def _get_ok(url: str) -> bool:
+    try:
+        return requests.get(url, timeout=5).status_code == 200
+    except requests.RequestException:
+        return False
 
 
 def _check_gate(version: AdapterVersion, force: bool) -> None:
@@ -374,8 +398,14 @@ def _info(
     routes: tuple[str, ...] = (f"{root}/{name}/v1",) if root else ()
     if root and app and alone and app.route_prefix == "/":
         routes += (f"{root}/v1",)
-    adapters = desired.adapters if desired else ()
     state, message = _state(app)
+    return _row(name, desired, routes, state, message, app.num_running if app else 0)
+
+
+def _row(
+    name: str, desired: Desired | None, routes: tuple[str, ...], state: str, message: str, replicas: int
+) -> EndpointInfo:
+    adapters = desired.adapters if desired else ()
     return EndpointInfo(
         name=name,
         url=routes[0] if routes else "",
@@ -384,13 +414,13 @@ def _info(
         adapters=tuple(entry.ref + (" (forced)" if entry.forced else "") for entry in adapters),
         state=state,
         message=message,
-        replicas=app.num_running if app else 0,
+        replicas=replicas,
     )
 
 
 def _state(app: Application | None) -> tuple[str, str]:
     if app is None:
-        return "down", "not on this cluster now: deploy an adapter to start it, or undeploy it"
+        return "down", _DOWN
     if app.num_running:
         return "live", ""
     if app.status in ("DEPLOY_FAILED", "UNHEALTHY"):

@@ -91,3 +91,22 @@ class Replica:
 def _endpoints_but(own: str) -> list[str]:
     names = (endpoint_of(application) for application in serve.status().applications)
     return [name for name in names if name is not None and name != own]
+
+
+def replica_deployment(**options: Any) -> Any:
+    """The Serve deployment of `Replica`, to be bound to its arguments.
+
+    Args:
+        options: of `serve.deployment`; what is the same for every endpoint stands here.
+    """
+    return serve.deployment(
+        serve.ingress()(Replica),
+        name="endpoint",
+        max_ongoing_requests=1024,
+        health_check_period_s=5,
+        health_check_timeout_s=60,
+        graceful_shutdown_timeout_s=120,
+        max_constructor_retry_count=2,
+        logging_config={"enable_access_log": False},
+        **options,
+    )

@@ -8,7 +8,6 @@ import queue
 import threading
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import Future
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,52 +15,13 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
-from peft_dist import PeftModel
+from peft_dist import PeftModel, Rows
+from peft_dist.rows import BASE
 
 from .engine import AdapterRefused, EngineDead, Generation, Piece
 from .text import TextStream
 
 Decode = Callable[[Sequence[int]], str]
-
-
-class Adapters:
-    """The adapters on one base, all through `peft_dist`."""
-
-    def __init__(self, base: PreTrainedModel) -> None:
-        self.base: Any = base
-        self.model: Any = base
-        self.virtual_tokens: dict[str, int] = {}
-
-    def load(self, key: str, directory: Path) -> None:
-        """Adds an adapter from HF PEFT's directory; leaves the model as it was where that fails.
-
-        Raises:
-            AdapterRefused: with the reason.
-        """
-        try:
-            if self.model is self.base:
-                self.model = PeftModel.from_pretrained(self.base, str(directory), adapter_name=key)
-            else:
-                self.model.load_adapter(str(directory), adapter_name=key)
-        except Exception as error:
-            if self.model is not self.base and key in self.model.peft_config:
-                self.model.delete_adapter(key)
-            raise AdapterRefused(str(error)) from error
-        self.model.eval()
-        config = self.model.peft_config[key]
-        self.virtual_tokens[key] = int(getattr(config, "num_virtual_tokens", None) or 0)
-
-    def unload(self, key: str) -> None:
-        """Frees an adapter."""
-        if self.virtual_tokens.pop(key, None) is not None:
-            self.model.delete_adapter(key)
-
-    def active(self, key: str | None) -> AbstractContextManager[Any]:
-        """Within it, the model answers with this adapter, or as the bare base."""
-        if key is None:
-            return nullcontext() if self.model is self.base else self.model.disable_adapter()
-        self.model.set_adapter(key)
-        return nullcontext()
 
 
 @dataclass
@@ -98,7 +58,9 @@ class SequentialEngine:
     def __init__(
         self, model: PreTrainedModel, decode: Decode, eos_ids: frozenset[int], max_context: int
     ) -> None:
-        self._adapters = Adapters(model.eval())
+        self._base: Any = model.eval()
+        self._model: Any = PeftModel(model, None)
+        self._virtual_tokens: dict[str, int] = {}
         self._decode, self._eos_ids, self._max_context = decode, eos_ids, max_context
         self._tasks: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
         self._dead: BaseException | None = None
@@ -114,28 +76,24 @@ class SequentialEngine:
     @property
     def vocab_size(self) -> int:
         """Rows of the base's embedding."""
-        return int(self._adapters.base.get_input_embeddings().weight.shape[0])
+        return int(self._base.get_input_embeddings().weight.shape[0])
 
     def virtual_tokens(self, adapter: str | None) -> int:
         """Tokens that a prompt method's adapter puts before the prompt."""
-        return self._adapters.virtual_tokens.get(adapter, 0) if adapter else 0
+        return self._virtual_tokens.get(adapter, 0) if adapter else 0
 
     def loaded(self) -> frozenset[str]:
         """The keys that are loaded."""
-        return frozenset(self._adapters.virtual_tokens)
+        return frozenset(self._virtual_tokens)
 
     async def load(self, adapter: str, directory: Path) -> None:
         """See `Engine.load`; waits for the generations that were asked for before."""
 
-        def load() -> None:
-            if adapter not in self._adapters.virtual_tokens:
-                self._adapters.load(adapter, directory)
-
-        await self._turn(load)
+        await self._turn(lambda: self._load(adapter, directory))
 
     async def unload(self, adapter: str) -> None:
         """See `Engine.unload`."""
-        await self._turn(lambda: self._adapters.unload(adapter))
+        await self._turn(lambda: self._unload(adapter))
 
     async def generate(self, request: Generation) -> AsyncGenerator[Piece, None]:
         """See `Engine.generate`."""
@@ -197,17 +155,31 @@ class SequentialEngine:
                     if (task := self._tasks.get()) is not None:
                         task.fail(EngineDead(f"the engine has stopped: {self._dead!r}"))
 
+    def _load(self, adapter: str, directory: Path) -> None:
+        if adapter in self._virtual_tokens:
+            return
+        try:
+            self._model.load_adapter(str(directory), adapter)
+        except Exception as error:  # whatever its files hold: the model is as it was, and the others serve on
+            raise AdapterRefused(str(error)) from error
+        self._model.eval()
+        config = self._model.peft_config[adapter]
+        self._virtual_tokens[adapter] = int(getattr(config, "num_virtual_tokens", None) or 0)
+
+    def _unload(self, adapter: str) -> None:
+        if self._virtual_tokens.pop(adapter, None) is not None:
+            self._model.delete_adapter(adapter)
+
     @torch.inference_mode()
     def _generate(self, request: Generation, stream: _Stream) -> None:
         if stream.cancelled.is_set():
             return
         tap = _Tap(TextStream(self._decode, request.stop), self._eos_ids, stream)
-        model = self._adapters.model
         if request.temperature > 0:
             torch.manual_seed(request.seed if request.seed is not None else torch.seed() % 2**63)
-        ids = torch.tensor([request.prompt_ids], device=self._adapters.base.device)
-        with self._adapters.active(request.adapter):
-            model.generate(
+        ids = torch.tensor([request.prompt_ids], device=self._base.device)
+        with self._model.using(Rows(adapters=(request.adapter or BASE,))):
+            self._model.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
                 generation_config=self._config(request),
@@ -218,7 +190,7 @@ class SequentialEngine:
 
     def _config(self, request: Generation) -> GenerationConfig:
         """The base's own defaults (a repetition penalty, its end tokens) with what the request says."""
-        config = copy.deepcopy(self._adapters.base.generation_config)
+        config = copy.deepcopy(self._base.generation_config)
         config.update(
             max_new_tokens=request.max_tokens,
             max_length=None,

@@ -10,16 +10,18 @@ from typing import Any
 
 import ray
 from ray import serve
+from ray.exceptions import RayError
 from ray.serve.context import _get_global_client
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ..errors import ServeError
 from .naming import application, endpoint_of
-from .replica import Replica
+from .replica import replica_deployment
 
 _PORTS_TRIED = 50
 _CODE_VERSION = "1"
-"""Serve restarts replicas whose version changes; a fixed one lets a deployment be moved in place."""
+"""Serve restarts replicas whose version changes, and by itself gives a new one each time; a fixed one lets an
+application be moved in place. Ray keeps this option to itself; tests see that it holds."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,8 @@ class Placement:
     @property
     def actor_options(self) -> dict[str, Any]:
         """For Serve's `ray_actor_options`."""
-        options: dict[str, Any] = {"num_cpus": self.num_cpus, "num_gpus": self.num_gpus}
+        # Floats, as Serve gives them back: it compares texts, and restarts replicas over 0 and 0.0.
+        options: dict[str, Any] = {"num_cpus": float(self.num_cpus), "num_gpus": float(self.num_gpus)}
         if self.environment:
             inherited = dict(ray.get_runtime_context().runtime_env)
             variables = {**inherited.get("env_vars", {}), **self.environment}
@@ -134,12 +137,21 @@ def route_taken(prefix: str) -> str | None:
     if client is None:
         return None
     there = client.get_serve_details()["applications"].items()
-    return next((name for name, details in there if details["route_prefix"] == prefix), None)
+    return next((name for name, details in there if details.get("route_prefix") == prefix), None)
 
 
-def start_application(endpoint: str, registry_url: str, route_prefix: str, placement: Placement) -> None:
-    """Starts an endpoint's application; returns before its replicas are up."""
-    _run(endpoint, registry_url, route_prefix, placement.num_replicas, placement.actor_options)
+def start_application(endpoint: str, registry_url: str, placement: Placement) -> None:
+    """Starts an endpoint's application, at `/` where that is free, else at `/ENDPOINT`; returns before its
+    replicas are up."""
+    root_is_free = route_taken("/") is None
+    try:
+        prefix = "/" if root_is_free else f"/{endpoint}"
+        _run(endpoint, registry_url, prefix, placement.num_replicas, placement.actor_options)
+    except RayError:
+        if not root_is_free or route_taken("/") in (None, application(endpoint)):
+            raise
+        # Another application has taken `/` meanwhile.
+        _run(endpoint, registry_url, f"/{endpoint}", placement.num_replicas, placement.actor_options)
 
 
 def change_application(
@@ -158,19 +170,8 @@ def change_application(
 def _run(
     endpoint: str, registry_url: str, route_prefix: str, num_replicas: int, options: dict[str, Any]
 ) -> None:
-    deployment: Any = serve.deployment(
-        serve.ingress()(Replica),
-        name="endpoint",
-        version=_CODE_VERSION,
-        num_replicas=num_replicas,
-        ray_actor_options=options,
-        max_ongoing_requests=1024,
-        health_check_period_s=5,
-        health_check_timeout_s=60,
-        graceful_shutdown_timeout_s=120,
-        max_constructor_retry_count=2,
-        logging_config={"enable_access_log": False},
-    )
+    deployment = replica_deployment(num_replicas=num_replicas, ray_actor_options=options)
+    deployment = deployment.options(version=_CODE_VERSION, _internal=True)
     bound = deployment.bind(endpoint, registry_url)
     serve.api._run(bound, name=application(endpoint), route_prefix=route_prefix, _blocking=False)
 
@@ -190,16 +191,18 @@ def can_ever_place(num_cpus: float, num_gpus: float) -> bool:
 
 
 def _application(endpoint: str, details: dict[str, Any]) -> Application:
-    deployment = next(iter(details["deployments"].values()), None)
+    deployment = next(iter(details.get("deployments", {}).values()), None)
     replicas = deployment["replicas"] if deployment else []
     return Application(
         endpoint=endpoint,
         status=str(getattr(details["status"], "value", details["status"])),
-        message=details["message"] or (deployment["message"] if deployment else ""),
-        route_prefix=details["route_prefix"],
+        message=details.get("message", "") or (deployment.get("message", "") if deployment else ""),
+        route_prefix=details.get("route_prefix"),
         num_replicas=deployment["target_num_replicas"] if deployment else 0,
         num_running=sum(replica["state"] == "RUNNING" for replica in replicas),
-        num_unplaced=sum(replica["state"] == "STARTING" and not replica["node_id"] for replica in replicas),
+        num_unplaced=sum(
+            replica["state"] == "STARTING" and not replica.get("node_id") for replica in replicas
+        ),
         actor_options=deployment["deployment_config"].get("ray_actor_options") or {} if deployment else {},
     )
 

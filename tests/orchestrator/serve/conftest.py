@@ -7,12 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import peft  # STANDIN
-import peft_dist  # STANDIN
 import pytest
-
-if not hasattr(peft_dist, "PeftModel"):  # STANDIN
-    peft_dist.PeftModel = peft.PeftModel  # STANDIN
 from starlette.testclient import TestClient
 
 from orchestrator.identity import base_identity

@@ -97,7 +97,7 @@ def test_max_tokens_ends_with_length(served):
 
 def test_the_end_token_ends_with_stop(served):
     """Of the random base's first tokens one is made the end token: then greedy decoding must stop there."""
-    first = served.engine._adapters.base.generate(
+    first = served.engine._base.generate(
         torch.tensor([prompt_ids(served.base)]), do_sample=False, max_new_tokens=4
     )[0, -1].item()
     served.engine._eos_ids = frozenset([first])
