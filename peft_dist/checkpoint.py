@@ -74,11 +74,16 @@ class _Place:
 def adapter_places(model: nn.Module, adapter_name: str) -> dict[str, _Place]:
     """The adapter's tensors in `model`, by their names in a checkpoint, in the model's order."""
     places = {}
+    config = getattr(model, "peft_config", {}).get(adapter_name)
+    adds_tokens = isinstance(config, PromptMethod)
     for path, module in model.named_modules():
         if not isinstance(module, PooledModule) or adapter_name not in module.adapters:
             continue
         # A wrapper inside another counts as the layer it adapts.
         layer = path.replace(".original_module", "")
+        if adds_tokens:
+            # HF PEFT wraps no layer of such a model, so its base hangs one part higher.
+            layer = layer.replace("base_model.model", "base_model", 1)
         parameters = module.tensors(adapter_name)
         method = getattr(module, "methods", {}).get(adapter_name)
         for key, param in module.wanted(adapter_name).items():

@@ -1,0 +1,259 @@
+"""HF PEFT as the oracle: what one library saves the other loads, with equal logits and gradients.
+
+fp32, two layers: the libraries add the same terms in another order, so logits agree to 1e-5 and gradients to
+1e-5 of their largest entry.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import warnings
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+)
+
+import peft_dist
+
+LLAMA = {
+    "vocab_size": 64,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "attention_bias": True,
+    "pad_token_id": 0,
+    "initializer_range": 0.3,
+}
+
+
+def llama() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**LLAMA))
+
+
+def classifier() -> LlamaForSequenceClassification:
+    torch.manual_seed(0)
+    return LlamaForSequenceClassification(LlamaConfig(**LLAMA, num_labels=3))
+
+
+def gpt2() -> GPT2LMHeadModel:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32}
+    quiet = {"resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0, "bos_token_id": 1, "eos_token_id": 1}
+    return GPT2LMHeadModel(GPT2Config(**sizes, **quiet))
+
+
+CAUSAL = {"task_type": "CAUSAL_LM"}
+LORA = {"r": 4, "lora_alpha": 6, **CAUSAL}
+CASES = {
+    "lora": (llama, "LoraConfig", LORA),
+    "lora on all linear": (llama, "LoraConfig", {**LORA, "target_modules": "all-linear"}),
+    "lora without a task": (llama, "LoraConfig", {"r": 4, "target_modules": ["o_proj"]}),
+    "lora by regex": (llama, "LoraConfig", {**LORA, "target_modules": r".*layers\.1\..*(up|down)_proj"}),
+    "lora on an embedding": (llama, "LoraConfig", {**LORA, "target_modules": ["embed_tokens", "k_proj"]}),
+    "rslora with patterns": (
+        llama,
+        "LoraConfig",
+        {
+            **LORA,
+            "use_rslora": True,
+            "target_modules": ["q_proj", "v_proj", "up_proj"],
+            "rank_pattern": {"q_proj": 2, r"layers\.1\.mlp\.up_proj": 6},
+            "alpha_pattern": {"v_proj": 9},
+        },
+    ),
+    "lora with biases of targets": (llama, "LoraConfig", {**LORA, "bias": "lora_only"}),
+    "lora with all biases": (llama, "LoraConfig", {**LORA, "bias": "all"}),
+    "lora in some layers": (
+        llama,
+        "LoraConfig",
+        {**LORA, "target_modules": ["q_proj"], "layers_to_transform": [1], "layers_pattern": "layers"},
+    ),
+    "lora without some": (
+        llama,
+        "LoraConfig",
+        {**LORA, "target_modules": ["q_proj", "v_proj"], "exclude_modules": ["layers.0.self_attn.v_proj"]},
+    ),
+    "lora with a head": (llama, "LoraConfig", {**LORA, "modules_to_save": ["lm_head"]}),
+    "lora on Conv1D": (gpt2, "LoraConfig", {**LORA, "fan_in_fan_out": True}),
+    "lora with all biases of GPT-2": (gpt2, "LoraConfig", {**LORA, "fan_in_fan_out": True, "bias": "all"}),
+    "lora classifier": (
+        classifier,
+        "LoraConfig",
+        {"r": 4, "task_type": "SEQ_CLS", "target_modules": "all-linear"},
+    ),
+    "ia3": (llama, "IA3Config", CAUSAL),
+    "ia3 on Conv1D": (gpt2, "IA3Config", {**CAUSAL, "fan_in_fan_out": True}),
+    "ia3 of names": (
+        llama,
+        "IA3Config",
+        {**CAUSAL, "target_modules": ["q_proj", "down_proj"], "feedforward_modules": ["down_proj"]},
+    ),
+    "prompt": (llama, "PromptTuningConfig", {**CAUSAL, "num_virtual_tokens": 3}),
+    "prompt on GPT-2": (gpt2, "PromptTuningConfig", {**CAUSAL, "num_virtual_tokens": 3}),
+    "prompt classifier": (
+        classifier,
+        "PromptTuningConfig",
+        {"task_type": "SEQ_CLS", "num_virtual_tokens": 3},
+    ),
+}
+each = pytest.mark.parametrize("name", CASES)
+
+
+def batch(base) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randint(1, 64, (3, 7), generator=generator)
+    labels = torch.tensor([0, 2, 1]) if hasattr(base, "score") else ids
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+
+
+def disturb(model) -> None:
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(torch.randn(p.shape, generator=generator) * 0.2)
+
+
+def gradients(model, tensors) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    model(**batch(model.get_base_model())).loss.backward()
+    return {key: p.grad for key, p in tensors.items()}
+
+
+def theirs_by_key(model: peft.PeftModel) -> dict[str, torch.nn.Parameter]:
+    """HF PEFT's Parameters by their names in a checkpoint."""
+    values = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            key = name.replace(".modules_to_save.default.", ".").replace(".default", "")
+            values["prompt_embeddings" if key.startswith("prompt_encoder") else key] = p
+    return values
+
+
+def compare(ours: peft_dist.PeftModel, theirs: peft.PeftModel, trainable: bool) -> None:
+    inputs = batch(ours.get_base_model())
+    ours.eval(), theirs.eval()
+    torch.testing.assert_close(ours(**inputs).logits, theirs(**inputs).logits, rtol=1e-5, atol=1e-5)
+    if not trainable:
+        return
+    theirs_tensors = theirs_by_key(theirs)
+    mine = gradients(ours, ours.adapter_tensors())
+    others = gradients(theirs, theirs_tensors)
+    assert mine.keys() == others.keys()
+    for key, gradient in mine.items():
+        size = others[key].abs().max().item() + 1e-8
+        assert (gradient - others[key]).abs().max().item() <= 1e-5 * max(size, 1e-3), key
+
+
+@each
+def test_they_load_what_we_save(name, tmp_path) -> None:
+    make, config, values = CASES[name]
+    ours = peft_dist.get_peft_model(make(), getattr(peft_dist, config)(**values))
+    disturb(ours)
+    ours.save_pretrained(tmp_path)
+    is_prompt = config == "PromptTuningConfig"
+    theirs = peft.PeftModel.from_pretrained(make(), tmp_path, is_trainable=not is_prompt)
+    assert type(theirs).__name__ == type(ours).__name__
+    compare(ours, theirs, trainable=not is_prompt)
+
+
+@each
+def test_we_load_what_they_save(name, tmp_path) -> None:
+    make, config, values = CASES[name]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = peft.get_peft_model(make(), getattr(peft, config)(**values))
+        disturb(theirs)
+        theirs.save_pretrained(tmp_path / "theirs")
+    ours = peft_dist.PeftModel.from_pretrained(make(), tmp_path / "theirs", is_trainable=True)
+    compare(ours, theirs, trainable=True)
+    ours.save_pretrained(tmp_path / "ours")
+    mine, others = (load_file(tmp_path / who / "adapter_model.safetensors") for who in ("ours", "theirs"))
+    assert mine.keys() == others.keys()
+    for key, value in mine.items():
+        assert torch.equal(value, others[key]), key
+    configs = [json.loads((tmp_path / who / "adapter_config.json").read_text()) for who in ("ours", "theirs")]
+    for key, value in configs[0].items():
+        if key not in ("peft_version", "target_modules", "modules_to_save", "auto_mapping"):
+            assert value == configs[1][key], key
+
+
+def test_counts_are_theirs(capsys) -> None:
+    for name in ("lora", "lora on an embedding", "ia3", "prompt", "lora with a head", "lora classifier"):
+        make, config, values = CASES[name]
+        ours = peft_dist.get_peft_model(make(), getattr(peft_dist, config)(**values))
+        ours.print_trainable_parameters()
+        mine = capsys.readouterr().out
+        peft.get_peft_model(make(), getattr(peft, config)(**values)).print_trainable_parameters()
+        assert mine == capsys.readouterr().out, name
+
+
+def test_names_of_parameters_are_theirs() -> None:
+    for name in ("lora", "lora on an embedding", "ia3", "lora with a head"):
+        make, config, values = CASES[name]
+        ours = peft_dist.get_peft_model(make(), getattr(peft_dist, config)(**values))
+        theirs = peft.get_peft_model(make(), getattr(peft, config)(**values))
+        trained = [{n for n, p in m.named_parameters() if p.requires_grad} for m in (ours, theirs)]
+        assert trained[0] == trained[1], name
+
+
+@pytest.mark.parametrize("name", ["lora", "ia3", "prompt", "prompt on GPT-2"])
+def test_generation_is_theirs(name, tmp_path) -> None:
+    make, config, values = CASES[name]
+    ours = peft_dist.get_peft_model(make(), getattr(peft_dist, config)(**values)).eval()
+    disturb(ours)
+    ours.save_pretrained(tmp_path)
+    theirs = peft.PeftModel.from_pretrained(make(), tmp_path).eval()
+    ids = torch.randint(2, 64, (2, 5), generator=torch.Generator().manual_seed(5))
+    how = {"attention_mask": torch.ones_like(ids), "do_sample": False, "pad_token_id": 0}
+    for more in ({"max_new_tokens": 6}, {"max_length": 9}, {"num_beams": 2, "max_new_tokens": 4}):
+        assert torch.equal(
+            ours.generate(input_ids=ids, **how, **more), theirs.generate(input_ids=ids, **how, **more)
+        )
+
+
+def test_a_half_precision_base_keeps_fp32_adapters() -> None:
+    ours = peft_dist.get_peft_model(llama().bfloat16(), peft_dist.LoraConfig(**LORA))
+    theirs = peft.get_peft_model(llama().bfloat16(), peft.LoraConfig(**LORA))
+    disturb(theirs)
+    with torch.no_grad():
+        for key, p in ours.adapter_tensors().items():
+            p.copy_(theirs_by_key(theirs)[key])
+            assert p.dtype == torch.float32
+    inputs = batch(ours.get_base_model())
+    mine, others = ours(**inputs).logits, theirs(**inputs).logits
+    assert mine.dtype == others.dtype == torch.bfloat16
+    # Both round what leaves a layer to bf16 once; two bf16 steps of the largest logit.
+    assert (mine - others).abs().max() <= 2**-7 * others.abs().max()
+
+
+def test_unsupported_fields_are_refused_by_name(tmp_path) -> None:
+    theirs = peft.get_peft_model(llama(), peft.LoraConfig(**LORA, use_dora=True))
+    theirs.save_pretrained(tmp_path)
+    with pytest.raises(
+        peft_dist.PeftDistError, match=r"LoraConfig.use_dora: True is not supported; only False is"
+    ):
+        peft_dist.PeftModel.from_pretrained(llama(), tmp_path)
+
+
+def test_copies_are_independent() -> None:
+    ours = peft_dist.get_peft_model(llama(), peft_dist.LoraConfig(**LORA))
+    disturb(ours)
+    twin = copy.deepcopy(ours)
+    inputs = batch(ours.get_base_model())
+    before = ours(**inputs).logits
+    disturb(twin)
+    assert torch.equal(ours(**inputs).logits, before)
+    assert not torch.equal(twin(**inputs).logits, before)
