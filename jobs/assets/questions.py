@@ -32,7 +32,9 @@ UNSTABLE = (
     "asyncio.streams.StreamReader.read", "asyncio.taskgroups", "collections.OrderedDict.__new__",
     "email.utils.getaddresses", "pdb.runeval", "shutil.rmtree",
 )  # fmt: skip
-UNSTABLE_SECTIONS = ("Dictionary view objects", "String Methods")
+UNSTABLE_SECTIONS = (
+    "Attribute references", "Dictionary view objects", "String Methods", "`pdb` — The Python Debugger",
+)  # fmt: skip
 
 
 def rows(documents: Iterable[Document], corpus: Iterable[str]) -> list[dict]:

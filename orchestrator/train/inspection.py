@@ -81,7 +81,7 @@ class Inspection:
             "lengths": [{"first": bin.first, "last": bin.last, "count": bin.count} for bin in self.lengths],
             "share_truncated": self.share_truncated,
             "has_chat_template": self.has_chat_template,
-            **self.report.to_dict(),
+            "report": self.report.to_dict(),
         }
 
     def show(self, console: Console) -> None:

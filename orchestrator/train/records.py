@@ -187,7 +187,10 @@ def _malformed(where: str, problem: str) -> DataError:
 
 
 def _kind(value: Any) -> str:
-    return "nothing (null)" if value is None else f"a {type(value).__name__}"
+    if value is None:
+        return "nothing (null)"
+    name = type(value).__name__
+    return f"an {name}" if name[0] in "aeiou" else f"a {name}"
 
 
 def _hash(kind: str, content: Any) -> str:

@@ -27,6 +27,14 @@ from peft_dist.lazy import lazy
 datasets = lazy("datasets")
 parquet = lazy("pyarrow.parquet")
 
+JSON_KINDS = {
+    list: "array",
+    str: "text",
+    int: "number",
+    float: "number",
+    bool: "truth value",
+    type(None): "null",
+}
 SPLIT_NAMES = {
     "valid": "validation",
     "val": "validation",
@@ -265,7 +273,7 @@ def _parsed(line: str, name: str, number: int) -> Any:
 
 def _object(value: Any, where: str) -> SourceRow:
     if not isinstance(value, dict):
-        raise DataError(f"holds a {type(value).__name__}; a row is an object of columns.", where=where)
+        raise DataError(f"is no object of columns but a JSON {JSON_KINDS[type(value)]}.", where=where)
     return SourceRow(value, where)
 
 
