@@ -174,12 +174,12 @@ def stream(seed: int, step: int, site: str) -> tuple[int, int]:
 def _mixed(h: Tensor) -> Tensor:
     """A bijection of int32 in which each bit of the argument reaches the upper bits of the result; in place.
 
-    Two rounds of xor-shift and multiply, after murmur3's finaliser; arithmetic shifts, wrapping products."""
-    h ^= h >> 15
+    Two rounds of xor-shift and multiply, after murmur3's finaliser, with wrapping products. Torch shifts the
+    sign in from the left, so what a shift brings there is masked out."""
+    h ^= (h >> 16).bitwise_and_(0xFFFF)
     h *= _M1
-    h ^= h >> 13
+    h ^= (h >> 13).bitwise_and_(0x7FFFF)
     h *= _M2
-    h ^= h >> 16
     return h
 
 
