@@ -1,0 +1,391 @@
+"""Endpoints on a real Ray Serve: deployed, found again, moved, killed, waiting, undeployed."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+import ray
+import requests
+from ray import serve
+from ray.serve.context import _get_global_client
+
+from orchestrator.ask import ask, curl_line
+from orchestrator.errors import PlacementError, RegistryError, ServeError
+from orchestrator.identity import base_identity
+from orchestrator.registry import Registry
+from orchestrator.serve import serve_cluster
+from orchestrator.serve.endpoints import RayEndpoints, rows_over_http
+from orchestrator.spec.job import DeploySpec
+from tests.orchestrator.serve import tiny
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300)]
+
+
+@pytest.fixture(scope="module")
+def driver(local_ray) -> Iterator[None]:
+    """This process as a driver of the session's Ray; Serve ends with the module where it began here."""
+    local_ray.attach()
+    ray.init(address=local_ray.gcs_address, log_to_driver=False, logging_level="ERROR", namespace="raypeft")
+    was_up = serve_cluster.find_door() is not None
+    yield
+    if not was_up:
+        serve.shutdown()
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("bases")
+    return {name: tiny.save_base(folder / name, seed=seed) for seed, name in enumerate(("tiny", "zebra"))}
+
+
+@pytest.fixture(scope="module")
+def port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture
+def registry(driver, tmp_path, port) -> Iterator[Registry]:
+    registry = Registry(tmp_path / "registry")
+    yield registry
+    endpoints = RayEndpoints(registry, port=port, local=True)
+    for row in endpoints.status():
+        with contextlib.suppress(ServeError):
+            endpoints.undeploy(row.name)
+
+
+class Site:
+    """A registry with adapters for the bases, and the endpoints over it."""
+
+    def __init__(self, registry: Registry, bases: dict[str, Path], scratch: Path, port: int) -> None:
+        self.registry, self.bases, self._scratch, self._port = registry, bases, scratch, port
+        self.endpoints = self.with_options(local=True)
+
+    def with_options(self, **options: Any) -> RayEndpoints:
+        return RayEndpoints(self.registry, port=self._port, **options)
+
+    def register(self, name: str, base: str = "tiny", **options: Any):
+        return tiny.register(self.registry, name, self.bases[base], self._scratch, **options)
+
+    def deploy(
+        self,
+        version,
+        base: str = "tiny",
+        *,
+        endpoints: RayEndpoints | None = None,
+        force: bool = False,
+        **spec: Any,
+    ):
+        chosen = endpoints or self.endpoints
+        return chosen.deploy(version, str(self.bases[base]), "main", DeploySpec(**spec), force=force)
+
+    def rows(self) -> dict[str, Any]:
+        return {row.name: row for row in self.endpoints.status()}
+
+
+@pytest.fixture
+def site(registry, bases, tmp_path, port) -> Site:
+    return Site(registry, bases, tmp_path / "scratch", port)
+
+
+def replica_pids(endpoint: str) -> list[int]:
+    details = _get_global_client().get_serve_details()["applications"][f"raypeft-{endpoint}"]
+    replicas = details["deployments"]["endpoint"]["replicas"]
+    return sorted(replica["pid"] for replica in replicas if replica["state"] == "RUNNING")
+
+
+def wait_for(condition: Callable[[], Any], timeout_s: float = 60) -> Any:
+    deadline = time.monotonic() + timeout_s
+    while not (found := condition()):
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.2)
+    return found
+
+
+def complete(url: str, model: str, **options: Any) -> requests.Response:
+    body = {"model": model, "prompt": "def f(", "max_tokens": 8, "temperature": 0, **options}
+    return requests.post(f"{url}/completions", json=body, timeout=60)
+
+
+@contextlib.contextmanager
+def under_load(url: str, model: str) -> Iterator[list[requests.Response]]:
+    """One client that asks again and again."""
+    answers: list[requests.Response] = []
+    stop = threading.Event()
+
+    def client() -> None:
+        while not stop.is_set():
+            answers.append(complete(url, model, max_tokens=2))
+
+    thread = threading.Thread(target=client)
+    thread.start()
+    try:
+        yield answers
+    finally:
+        stop.set()
+        thread.join()
+
+
+def test_the_openai_client_gets_chats_completions_and_streams(site):
+    deployed = site.deploy(site.register("docs"))
+    assert (deployed.endpoint, deployed.model, deployed.base_name, deployed.state) == (
+        "tiny",
+        "docs@1",
+        "tiny",
+        "live",
+    )
+    root = deployed.url.removesuffix("/tiny/v1")
+    assert root.startswith("http://127.0.0.1:")
+    texts = set()
+    for url in (deployed.url, f"{root}/v1"):
+        client = openai.OpenAI(base_url=url, api_key="none", max_retries=0)
+        assert [card.id for card in client.models.list()] == ["tiny", "docs@1", "docs@production", "docs"]
+        for model in ("docs", "tiny"):
+            completion = client.completions.create(model=model, prompt="def f(", max_tokens=8, temperature=0)
+            texts.add((model, completion.choices[0].text))
+        talk = [{"role": "user", "content": "What is a list?"}]
+        chat = client.chat.completions.create(model="docs", messages=talk, max_tokens=8, temperature=0)
+        stream = client.chat.completions.create(
+            model="docs", messages=talk, max_tokens=8, temperature=0, stream=True
+        )
+        pieces = [chunk.choices[0].delta.content or "" for chunk in stream]
+        assert "".join(pieces) == chat.choices[0].message.content and len(pieces) > 2
+        raw = client.completions.with_raw_response.create(model="docs", prompt="a", max_tokens=1)
+        assert raw.headers["x-raypeft-adapter"] == "docs@1"
+        with pytest.raises(openai.NotFoundError, match="Here are: tiny, docs@1"):
+            client.completions.create(model="dogs", prompt="a")
+        with pytest.raises(openai.BadRequestError, match="maximum context length is 96 tokens"):
+            client.completions.create(model="docs", prompt="a" * 100)
+    assert len(texts) == 2  # the same at both URLs, another from the adapter than from the base
+    line = curl_line(deployed.url, "docs", "What is a list?", max_tokens=8)
+    said = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=True).stdout
+    answer = json.loads(said)["choices"][0]["message"]["content"]
+    assert answer == ask(deployed.url, "docs", "What is a list?", max_tokens=8)
+
+
+def test_another_version_takes_over_without_a_restart(site):
+    first = site.deploy(site.register("docs", seed=1))
+    pids = replica_pids("tiny")
+    assert complete(first.url, "docs").headers["x-raypeft-adapter"] == "docs@1"
+    site.deploy(site.register("docs", seed=2))
+    assert complete(first.url, "docs").headers["x-raypeft-adapter"] == "docs@2"
+    site.registry.set_alias("docs", 1, "production")
+    assert complete(first.url, "docs").headers["x-raypeft-adapter"] == "docs@1"
+    assert complete(first.url, "docs@2").headers["x-raypeft-adapter"] == "docs@2"
+    assert replica_pids("tiny") == pids
+    assert site.rows()["tiny"].adapters == ("docs@1", "docs@2")
+    with pytest.raises(RegistryError, match="endpoint 'tiny' serves it"):
+        site.registry.remove_alias("docs", "production")
+        site.registry.delete("docs@2")
+
+
+def test_two_bases_answer_at_once_and_v1_goes_with_the_last(site):
+    one, two = site.deploy(site.register("docs")), site.deploy(site.register("stripes", "zebra"), "zebra")
+    root = one.url.removesuffix("/tiny/v1")
+    assert two.url == f"{root}/zebra/v1"
+    threads = [
+        threading.Thread(target=complete, args=(url, model))
+        for url, model in ((one.url, "docs"), (two.url, "stripes"))
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert complete(one.url, "docs").status_code == complete(two.url, "stripes").status_code == 200
+    assert complete(one.url, "stripes").status_code == 404
+    wait_for(lambda: requests.get(f"{root}/v1/models", timeout=10).status_code == 404)
+    error = requests.get(f"{root}/v1/models", timeout=10).json()["error"]["message"]
+    assert error == "Several endpoints answer here, so /v1 alone names none. Use one of /tiny/v1, /zebra/v1."
+    assert site.rows()["tiny"].routes == (one.url,)
+    pids = replica_pids("zebra")
+    with under_load(two.url, "stripes") as answers:
+        site.endpoints.undeploy("tiny")
+        wait_for(lambda: complete(f"{root}/v1", "stripes").status_code == 200)
+    assert {answer.status_code for answer in answers} == {200}
+    assert replica_pids("zebra") == pids  # moved in place
+    assert site.rows()["zebra"].routes == (two.url, f"{root}/v1")
+    assert requests.get(f"{one.url}/models", timeout=10).status_code == 404
+    assert site.registry.endpoint_names() == ["zebra"] and site.registry.holders("docs@1") == []
+
+
+def test_bases_of_one_name_get_endpoints_of_their_own(site, tmp_path):
+    site.bases = {**site.bases, "twin": tiny.save_base(tmp_path / "tiny", seed=5)}
+    one, two = site.deploy(site.register("docs")), site.deploy(site.register("twins", "twin"), "twin")
+    assert one.endpoint == "tiny"
+    assert two.endpoint == f"tiny-{base_identity(str(site.bases['twin'])).content_hash[:8]}"
+    assert complete(two.url, "twins").headers["x-raypeft-adapter"] == "twins@1"
+    assert two.base_name == "tiny" and complete(two.url, two.base_name).status_code == 200
+
+
+def test_a_killed_replica_comes_back_with_what_it_held(site):
+    deployed = site.deploy(site.register("docs"))
+    before = complete(deployed.url, "docs@1").json()["choices"]
+    (pid,) = replica_pids("tiny")
+    os.kill(pid, signal.SIGKILL)
+
+    def answers_again() -> bool:
+        with contextlib.suppress(requests.RequestException):
+            return complete(deployed.url, "docs@1").status_code == 200
+        return False
+
+    wait_for(answers_again)
+    assert replica_pids("tiny") != [pid]
+    assert complete(deployed.url, "docs@1").json()["choices"] == before
+
+
+def test_a_deployment_without_a_place_waits_and_becomes_live_by_itself(site):
+    @ray.remote(num_cpus=2)
+    class Training:
+        def ready(self) -> None:
+            pass
+
+    training = Training.remote()
+    ray.get(training.ready.remote())
+    cluster = site.with_options(local=False, place_timeout_s=3)
+    deployed = site.deploy(site.register("docs"), endpoints=cluster)
+    assert deployed.state == "waiting"
+    row = site.rows()["tiny"]
+    assert (row.state, row.message, row.adapters) == ("waiting", "for room on the cluster", ("docs@1",))
+    assert site.registry.alias("docs", "production") is None
+    second = site.deploy(site.register("docs", seed=2), endpoints=cluster, alias="candidate")
+    assert second.state == "waiting"
+    ray.kill(training)
+    wait_for(lambda: site.registry.alias("docs", "candidate") == 2)
+    assert site.registry.alias("docs", "production") == 1
+    assert complete(deployed.url, "docs").headers["x-raypeft-adapter"] == "docs@1"
+    assert site.rows()["tiny"].state == "live"
+
+
+def test_on_this_machine_an_endpoint_takes_no_place_from_training(site):
+    site.deploy(site.register("docs"))
+    wait_for(lambda: ray.available_resources().get("CPU") == 2)
+
+
+def test_a_replica_that_can_never_be_placed_is_refused(site):
+    with pytest.raises(PlacementError) as raised:
+        site.deploy(site.register("docs"), gpus_per_replica=3)
+    assert str(raised.value) == (
+        "deploy.gpus_per_replica: a replica asks for 3 GPUs, and this machine has fewer. "
+        "Lower it, or leave it at auto."
+    )
+    assert site.rows() == {} and site.registry.holders("docs@1") == []
+
+
+def test_one_adapter_is_taken_away_and_the_others_stay(site):
+    deployed = site.deploy(site.register("docs", seed=1))
+    site.deploy(site.register("docs", seed=2))
+    pids = replica_pids("tiny")
+    site.endpoints.undeploy("tiny", "docs@1")
+    assert complete(deployed.url, "docs@1").status_code == 404
+    assert complete(deployed.url, "docs@2").status_code == 200
+    assert site.registry.holders("docs@1") == [] and site.registry.holders("docs@2") == ["tiny"]
+    with pytest.raises(ServeError) as raised:
+        site.endpoints.undeploy("tiny", "docs@1")
+    assert str(raised.value) == "endpoint 'tiny' does not serve 'docs@1'. It serves docs@2."
+    site.endpoints.undeploy("tiny", "docs")
+    assert complete(deployed.url, "docs@2").status_code == 404
+    assert complete(deployed.url, "tiny").status_code == 200
+    assert replica_pids("tiny") == pids
+    with pytest.raises(ServeError, match=r"there is no endpoint 'tinny'\. Closest: 'tiny'\."):
+        site.endpoints.undeploy("tinny")
+
+
+def test_replicas_are_added_in_place(site):
+    site.deploy(site.register("docs"))
+    (pid,) = replica_pids("tiny")
+    site.deploy(site.registry.get("docs@1"), num_replicas=2)
+    pids = wait_for(lambda: len(replica_pids("tiny")) == 2 and replica_pids("tiny"))
+    assert pid in pids
+    site.deploy(site.registry.get("docs@1"))  # says nothing of replicas: both stay
+    assert replica_pids("tiny") == pids
+
+
+def test_a_damaged_adapter_leaves_the_endpoint_as_it_was(site):
+    deployed = site.deploy(site.register("docs"))
+    bad = site.register("bad")
+    with open(f"{bad.url}/adapter_model.safetensors", "r+b") as file:
+        file.truncate(100)
+    state = site.registry.endpoint_state("tiny")
+    with pytest.raises(ServeError, match="bad@1 is not served: "):
+        site.deploy(bad)
+    assert site.registry.endpoint_state("tiny") == state and site.registry.holders("bad@1") == []
+    assert site.registry.alias("bad", "production") is None
+    assert complete(deployed.url, "docs").status_code == 200
+
+
+def test_an_endpoint_that_does_not_come_up_leaves_nothing_behind(site, tmp_path):
+    base = tiny.save_base(tmp_path / "broken")
+    (base / "tokenizer.json").write_text("{")
+    (base / "tokenizer_config.json").unlink()
+    site.bases = {**site.bases, "broken": base}
+    with pytest.raises(ServeError, match="endpoint 'broken' does not come up: ") as raised:
+        site.deploy(site.register("docs", "broken"), "broken")
+    assert "Traceback" not in str(raised.value) and "\n" not in str(raised.value)
+    assert site.rows() == {}
+    assert site.registry.endpoint_names() == [] and site.registry.holders("docs@1") == []
+
+
+def test_applications_of_others_are_left_alone(site):
+    @serve.deployment(name="hello", ray_actor_options={"num_cpus": 0})
+    class Hello:
+        def __call__(self) -> str:
+            return "hello"
+
+    serve_cluster.open_serve("127.0.0.1", site._port)
+    serve.run(Hello.bind(), name="theirs", route_prefix="/")
+    try:
+        deployed = site.deploy(site.register("docs"))
+        root = deployed.url.removesuffix("/tiny/v1")
+        assert requests.get(root, timeout=10).text == "hello"
+        assert complete(deployed.url, "docs").status_code == 200
+        assert site.rows()["tiny"].routes == (deployed.url,)
+        site.endpoints.undeploy("tiny")
+        assert requests.get(root, timeout=10).text == "hello"
+    finally:
+        serve.delete("theirs")
+
+
+def test_endpoints_are_listed_over_http_too(site):
+    deployed = site.deploy(site.register("docs"))
+    root = deployed.url.removesuffix("/tiny/v1")
+    (row,) = rows_over_http(site.registry, root)
+    assert (row.name, row.url, row.adapters, row.state) == ("tiny", deployed.url, ("docs@1",), "live")
+    (row,) = rows_over_http(site.registry, "http://127.0.0.1:9")
+    assert (row.url, row.state) == ("", "down")
+
+
+def test_an_endpoint_that_ended_with_its_ray_comes_back_with_all_it_served(site):
+    site.deploy(site.register("docs", seed=1))
+    serve_cluster.delete_application("tiny")  # as `raypeft down` does: the desired state stays
+    assert site.rows()["tiny"].state == "down"
+    deployed = site.deploy(site.register("docs", seed=2))
+    assert complete(deployed.url, "docs@1").status_code == complete(deployed.url, "docs@2").status_code == 200
+
+
+def test_a_client_that_hangs_up_frees_the_engine(site):
+    """Its generation is cancelled: a short one right behind it need not wait for all of it."""
+    deployed = site.deploy(site.register("docs"))
+    body = {"model": "tiny", "prompt": "a", "max_tokens": 90, "temperature": 0, "n": 16, "stream": True}
+    began = time.monotonic()
+    for _ in requests.post(f"{deployed.url}/completions", json=body, timeout=60).iter_lines():
+        pass
+    whole_s = time.monotonic() - began
+    with requests.post(f"{deployed.url}/completions", json=body, stream=True, timeout=60) as response:
+        next(response.iter_lines())
+    began = time.monotonic()
+    assert complete(deployed.url, "tiny", max_tokens=1).status_code == 200
+    assert time.monotonic() - began < whole_s / 2
