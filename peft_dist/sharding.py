@@ -7,8 +7,8 @@ ZeRO: arXiv 1910.02054.
 
 from __future__ import annotations
 
+import collections
 import contextlib
-import functools
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -183,32 +183,31 @@ def disable_deepspeed_op_builds() -> None:
     To be called before `init_distributed`: its shared-memory op takes a minute to compile, and a compilation
     that was killed leaves a lock file on which every later process waits for ever.
     """
-    ops = deepspeed.ops.__compatible_ops__
-    for name in ops:
-        ops[name] = False
+    # Put in place of the table itself, since asking for it runs compilers to see which ops would build.
+    vars(deepspeed.ops)["__compatible_ops__"] = collections.defaultdict(bool)
 
 
 def partition_base(model: nn.Module, deepspeed_config: Mapping[str, Any]) -> None:
-    """Partitions the frozen base of `model` over the ranks (ZeRO-3); afterwards `model(...)` is called as
+    """Partitions the base of `model` over the ranks (ZeRO-3) and freezes it; then call `model(...)` as
     before.
 
-    `model` is a base, or a model with adapters on it: their tensors, and every parameter that is trained,
-    stay whole on each rank. Adapters may be added, loaded and removed afterwards. Backward is
-    `loss.backward()`, with gradient checkpointing and accumulation as usual. Parameters are taken from rank
-    0.
+    `model` is a base, or a model with adapters on it, whose tensors stay whole on each rank. Adapters may be
+    added, loaded and removed afterwards. Backward is `loss.backward()`, with gradient checkpointing and
+    accumulation as usual. Parameters are taken from rank 0.
 
     Args:
         deepspeed_config: of it, `zero_optimization` and what concerns communication is used; batch sizes,
             clipping, optimizer and scheduler are not DeepSpeed's here.
 
     Raises:
-        ShardingError: the stage is not 3, a precision section is on, no process group is up, or the base is
-            partitioned already.
+        ShardingError: the stage is not 3, a precision section is on, no process group is up, the base is
+            partitioned already, or has parameters that are trained beside its adapters.
     """
     _check(model, deepspeed_config)
     disable_deepspeed_op_builds()
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    with _bare(base), _without_trained(base):
+    with _bare(base) as num_adapted:
+        _freeze(base, num_adapted)
         engine, *_ = deepspeed.initialize(model=base, config=_engine_config(deepspeed_config))
     # Not a child module: the engine holds the base, and the base would then hold itself.
     base.__dict__[_ENGINE] = engine
@@ -262,8 +261,8 @@ def _engine_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _bare(base: nn.Module) -> Iterator[None]:
-    """Within the context the adapted layers are replaced by the layers they adapt.
+def _bare(base: nn.Module) -> Iterator[int]:
+    """Within the context the adapted layers, whose number it gives, are replaced by the layers they adapt.
 
     DeepSpeed's hooks then sit on the base's own modules alone; on an adapter's modules they would ask
     parameters that are not partitioned for their pieces.
@@ -271,8 +270,8 @@ def _bare(base: nn.Module) -> Iterator[None]:
     replaced = [
         (parent, key, child)
         for parent in base.modules()
-        for key, child in parent.named_children()
-        if not hasattr(parent, "base_layer") and hasattr(child, "base_layer")
+        for key, child in parent._modules.items()
+        if child is not None and not hasattr(parent, "base_layer") and hasattr(child, "base_layer")
     ]
     for parent, key, child in replaced:
         layer = child
@@ -280,36 +279,22 @@ def _bare(base: nn.Module) -> Iterator[None]:
             layer = layer.base_layer
         parent._modules[key] = layer
     try:
-        yield
+        yield len(replaced)
     finally:
         for parent, key, child in replaced:
             parent._modules[key] = child
 
 
-@contextlib.contextmanager
-def _without_trained(base: nn.Module) -> Iterator[None]:
-    """Within the context parameters that require a gradient are absent from the base's modules."""
-    trained = [
-        (module, key, parameter)
-        for module in base.modules()
-        for key, parameter in module.named_parameters(recurse=False)
-        if parameter.requires_grad
-    ]
-    for module, key, _ in trained:
-        del module._parameters[key]
-    try:
-        yield
-    finally:
-        for module, key, parameter in trained:
-            module._parameters[key] = parameter
-            # The hooks of this module take all that it lists for pieces to be gathered.
-            listing = functools.partial(_named_partitioned, module)
-            module.named_parameters = listing  # type: ignore[method-assign]
-
-
-def _named_partitioned(module: nn.Module, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Parameter]]:
-    listed = type(module).named_parameters(module, *args, **kwargs)
-    return ((name, parameter) for name, parameter in listed if is_partitioned(parameter))
+def _freeze(bare: nn.Module, num_adapted: int) -> None:
+    trained = [name for name, parameter in bare.named_parameters() if parameter.requires_grad]
+    if trained and num_adapted:
+        raise ShardingError(
+            f"partition_base: {len(trained)} of the base's own parameters are trained, such as "
+            f"{trained[0]!r}; an "
+            "engine without an optimizer keeps only frozen ones. Name their modules in modules_to_save "
+            "instead."
+        )
+    bare.requires_grad_(False)
 
 
 def _let_embeddings_require_grad(base: nn.Module) -> None:
@@ -352,10 +337,13 @@ def _release_when_done(base: nn.Module, offload: Any) -> None:
 
 def _release(base: nn.Module) -> None:
     pieces = deepspeed.runtime.zero.partition_parameters
+    # One handle may stand for several parameters: all of them must leave the registry before they are gathered
+    # again.
+    for handle in base.ds_inflight_param_registry.values():
+        handle.wait()
+    base.ds_inflight_param_registry.clear()
     done = []
     for parameter in filter(is_partitioned, base.parameters()):
-        if parameter.ds_status == pieces.ZeroParamStatus.INFLIGHT:
-            _wait_for(parameter)
         kept = parameter.ds_persist or parameter.ds_active_sub_modules
         if (
             parameter.ds_status == pieces.ZeroParamStatus.AVAILABLE
