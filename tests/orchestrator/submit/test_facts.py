@@ -60,7 +60,11 @@ provider: {type: aws}
 head_node_type: head
 available_node_types:
   head: {resources: {CPU: 2}, node_config: {}}
-  gpu: {resources: {CPU: 16, GPU: 4}, node_config: {}, max_workers: 8, labels: {ray.io/accelerator-type: A10G}}
+  gpu:
+    resources: {CPU: 16, GPU: 4}
+    node_config: {}
+    max_workers: 8
+    labels: {ray.io/accelerator-type: A10G}
 """
 
 
@@ -98,7 +102,9 @@ spec:
         maxReplicas: 5
         labels: {ray.io/accelerator-type: H100}
         template:
-          spec: {containers: [{name: w, resources: {limits: {cpu: 7500m, memory: 64Gi, nvidia.com/gpu: "2"}}}]}
+          spec:
+            containers:
+              - {name: w, resources: {limits: {cpu: 7500m, memory: 64Gi, nvidia.com/gpu: "2"}}}
 """
 
 
@@ -118,7 +124,7 @@ def test_without_the_autoscaler_a_manifest_has_its_replicas(tmp_path):
 
 def test_a_file_that_is_not_yaml_is_named(tmp_path):
     (tmp_path / "job.yaml").write_text("kind: [")
-    with pytest.raises(ClusterError, match="job.yaml: the file cannot be read"):
+    with pytest.raises(ClusterError, match=r"job\.yaml: the file cannot be read"):
         facts_of_manifest(str(tmp_path / "job.yaml"))
 
 
@@ -127,7 +133,8 @@ def test_a_launcher_without_a_file_says_nothing():
 
 
 @pytest.mark.parametrize(
-    ("text", "number"), [("500m", 0.5), ("4", 4), (2, 2), ("16Gi", 2**34), ("1.5", 1.5), ("2k", 2000), ("?", 0)]
+    ("text", "number"),
+    [("500m", 0.5), ("4", 4), (2, 2), ("16Gi", 2**34), ("1.5", 1.5), ("2k", 2000), ("?", 0)],
 )
 def test_quantities(text, number):
     assert quantity(text) == number
