@@ -309,7 +309,9 @@ class _Entrance:
                 return F.dropout(x, method.dropout)
             rows = self.module._current.rows
             assert rows is not None
-            return drop(x, method.dropout, self.samples, stream(rows.seed, rows.step, self.module._site_name))
+            key = stream(rows.seed, rows.step, self.module._site_name)
+            padding = self.module._current.padding_of(self.samples)
+            return drop(x, method.dropout, self.samples, key, padding)
 
         return enter
 

@@ -107,10 +107,11 @@ class PeftModel(PooledModule):
         self.base_model = AdaptedBase(model, self.peft_config)
         self.active_adapters: list[str] = []
         self.disabled = False
-        inject.freeze(model)
-        if peft_config is not None:
-            self._add(adapter_name, peft_config, autocast_adapter_dtype, low_cpu_mem_usage, start=True)
-            self.set_adapter(adapter_name, inference_mode=peft_config.inference_mode)
+        if peft_config is None:
+            inject.freeze(model)
+            return
+        self._add(adapter_name, peft_config, autocast_adapter_dtype, low_cpu_mem_usage, start=True)
+        self.set_adapter(adapter_name, inference_mode=peft_config.inference_mode)
 
     # --- adapters
 
@@ -223,12 +224,12 @@ class PeftModel(PooledModule):
         names = {s.adapter for s in rows.segments} - {None, BASE}
         self._known([str(name) for name in names])
         current = self._adapters.current
-        before = current.rows, current.length
-        current.rows, current.length = rows, None
+        before = current.rows, current.length, current.padding
+        current.rows, current.length, current.padding = rows, None, None
         try:
             yield
         finally:
-            current.rows, current.length = before
+            current.rows, current.length, current.padding = before
 
     def forward(self, *args: Any, adapter_names: Sequence[str | None] | None = None, **kwargs: Any) -> Any:
         """The base's forward with its adapters. `adapter_names` names one per sequence, as `Rows.adapters`
@@ -571,6 +572,7 @@ class PeftModel(PooledModule):
         if mask is not None:
             shown = torch.arange(longest, device=mask.device) >= longest - counts[:, None].to(mask.device)
             mask = inputs["attention_mask"] = torch.cat([shown.to(mask.dtype), mask], dim=1)
+        self._adapters.current.padding = longest - counts if uneven else None
         if uneven:
             inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
         labels = inputs.get("labels")

@@ -138,24 +138,50 @@ class Current:
     Args:
         rows: of the batch, or None.
         length: positions of the model's input, where known.
+        padding: (B,) how many positions stand before each sequence's own because others in the batch have
+        more
+            virtual tokens; None where there are none.
     """
 
     rows: Rows | None = None
     length: int | None = None
+    padding: Tensor | None = None
+
+    def padding_of(self, samples: Tensor) -> Tensor | None:
+        """`padding` of the sequences with these indices in the global batch."""
+        if self.padding is None or self.rows is None or self.rows.samples is None:
+            return None
+        mine, every = samples.to(self.padding.device), self.rows.samples.to(self.padding.device)
+        return self.padding[(mine[:, None] == every).int().argmax(1)]
 
 
-def drop(x: Tensor, p: float, samples: Tensor, key: tuple[int, int]) -> Tensor:
+def drop(
+    x: Tensor, p: float, samples: Tensor, key: tuple[int, int], padding: Tensor | None = None
+) -> Tensor:
     """x (rows, ..., channels) with a share p of its elements zero and the rest scaled by 1 / (1 - p)."""
-    keep = keep_mask(tuple(x.shape), p, samples.to(x.device), key)
+    keep = keep_mask(tuple(x.shape), p, samples.to(x.device), key, padding)
     return x.mul(keep).mul_(1 / (1 - p))
 
 
-def keep_mask(shape: tuple[int, ...], p: float, samples: Tensor, key: tuple[int, int]) -> Tensor:
-    """The boolean mask of elements that stay: shape (rows, ..., channels), samples (rows,) int64."""
+def keep_mask(
+    shape: tuple[int, ...],
+    p: float,
+    samples: Tensor,
+    key: tuple[int, int],
+    padding: Tensor | None = None,
+) -> Tensor:
+    """The boolean mask of elements that stay: shape (rows, ..., channels), samples (rows,) int64.
+
+    `padding` (rows,) counts the positions before a row's own, so that its mask does not depend on them.
+    """
     device = samples.device
     row = _mixed(samples.to(torch.int32) * _A + key[0])
     positions = torch.Size(shape[1:-1]).numel()
-    place = _mixed(row[:, None] + torch.arange(positions, dtype=torch.int32, device=device) * _B)
+    counted = torch.arange(positions, dtype=torch.int32, device=device)
+    if padding is not None and len(shape) > 2:
+        before = padding.to(device, torch.int32) * (positions // shape[1])
+        counted = counted - before[:, None]
+    place = _mixed(row[:, None] + counted * _B)
     channel = _mixed(torch.arange(shape[-1], dtype=torch.int32, device=device) * _C + key[1])
     bits = _mixed(place[:, :, None] ^ channel)
     return (bits >= int(p * 2**32) - 2**31).view(shape)
