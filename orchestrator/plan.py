@@ -5,27 +5,38 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from .adapter_sizes import AdapterSizes, adapter_sizes
+from .cluster import ClusterFacts
+from .deepspeed_config import deepspeed_config
+from .deepspeed_config import warnings as deepspeed_warnings
+from .devices import recomputes_activations
+from .model_sizes import ModelSizes
+from .plan_memory import Memory, Step, estimate, is_known
+from .plan_placement import check_placement, gpu_memory, memory_shortage
+from .spec.deepspeed_keys import zero_stage
+from .spec.job import JobSpec
+from .spec.places import Tree, raise_all
+from .spec.rules import accumulation, check_rules
 
-@dataclass(frozen=True)
-class Memory:
-    """Estimated bytes at the peak of a step on one worker, by part."""
+__all__ = ["Memory", "Plan", "make_plan"]
 
-    base: int
-    adapter: int
-    gradients: int
-    optimizer: int
-    activations: int
-    framework: int
+LONGEST = 2048
+"""Tokens of a row where neither the job nor the base says less."""
 
-    @property
-    def total(self) -> int:
-        """The sum of all parts, bytes."""
-        return self.base + self.adapter + self.gradients + self.optimizer + self.activations + self.framework
+FRAMEWORK_CPU = 620 * 2**20
+"""Resident bytes of a CPU worker before it loads a base: Python, torch, transformers, Ray, DeepSpeed and the
+buffers of a first step. Measured by benchmarks/memory_plan.py."""
+
+FRAMEWORK_GPU = 900 * 2**20
+"""Bytes that the CUDA context, its libraries and nccl's buffers take on a GPU."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How a job will run. `global_batch_size = num_workers * micro_batch_size * gradient_accumulation_steps`."""
+    """How a job will run.
+
+    `global_batch_size = num_workers * micro_batch_size * gradient_accumulation_steps`.
+    """
 
     num_workers: int
     bundle: dict[str, float]
@@ -44,8 +55,149 @@ class Plan:
     """None where the cluster or the memory is not known."""
     notes: tuple[str, ...] = field(default=())
     """What the plan does not know, and what it chose by itself."""
+    sequence_len: int = LONGEST
+    """Tokens of the longest row, by which memory is counted."""
+    base_parameters: int | None = None
+    adapter_parameters: int | None = None
+    """Trained elements; None where the base's shapes are not known."""
+    cluster: str = ""
+    """Where the cluster's facts were read; empty where they are not known."""
 
     @property
     def use_gpu(self) -> bool:
         """Whether each worker is given (part of) a GPU."""
         return self.bundle.get("GPU", 0) > 0
+
+
+def make_plan(spec: JobSpec, cluster: ClusterFacts | None, sizes: ModelSizes | None) -> Plan:
+    """The plan of a job.
+
+    Args:
+        cluster: None where it does not answer or was not asked.
+        sizes: of the base; None where they could not be read.
+
+    Raises:
+        SpecError: sizes that do not divide, a DeepSpeed key that contradicts the job, targets that match nothing.
+        PlacementError: more workers than the cluster can ever give, the autoscaler's maximum counted.
+    """
+    raise_all(Tree("job").errors(check_rules(spec, (), [])))
+    notes: list[str] = []
+    bundle = _bundle(spec, cluster, notes)
+    if cluster is None:
+        notes.append("The cluster is not known: whether the workers fit is not checked.")
+    else:
+        check_placement(spec, bundle, cluster)
+    steps, batch = accumulation(spec)
+    length = sequence_len(spec, sizes)
+    adapter = adapter_sizes(spec.adapter, sizes) if sizes else None
+    memory = _memory(spec, bundle, sizes, adapter, length, notes)
+    shortage = memory_shortage(spec, bundle, cluster, memory.total) if cluster and memory else None
+    fits = _fits(bundle, cluster, memory, shortage, notes)
+    notes += deepspeed_warnings(spec)
+    return Plan(
+        num_workers=spec.resources.num_workers,
+        bundle=bundle,
+        placement=spec.resources.placement,
+        labels=dict(spec.resources.labels),
+        zero_stage=zero_stage(spec.deepspeed),
+        deepspeed=deepspeed_config(spec, sizes.hidden if sizes else None),
+        micro_batch_size=spec.training.micro_batch_size,
+        gradient_accumulation_steps=steps,
+        global_batch_size=batch,
+        memory=memory,
+        fits=fits,
+        notes=tuple(notes),
+        sequence_len=length,
+        base_parameters=sizes.parameters if sizes else None,
+        adapter_parameters=adapter.parameters if adapter else None,
+        cluster=cluster.source if cluster else "",
+    )
+
+
+def sequence_len(spec: JobSpec, sizes: ModelSizes | None) -> int:
+    """Tokens of the longest row: the job's word, else what the base allows, at most 2048."""
+    if spec.data.sequence_len is not None:
+        return spec.data.sequence_len
+    return min(LONGEST, sizes.max_positions or LONGEST) if sizes else LONGEST
+
+
+def _bundle(spec: JobSpec, cluster: ClusterFacts | None, notes: list[str]) -> dict[str, float]:
+    resources = spec.resources
+    gpus = resources.gpus_per_worker
+    if gpus == "auto":
+        most = max(cluster.max_gpus, sum(node.gpus for node in cluster.nodes)) if cluster else 0
+        gpus = 1.0 if most >= resources.num_workers else 0.0
+        if cluster is None:
+            notes.append("GPUs are not known: planned without. resources.gpus_per_worker: 1 asks for them.")
+        elif 0 < most < resources.num_workers:
+            notes.append(
+                f"The cluster has {most:g} GPUs for {resources.num_workers} workers: planned on CPU."
+                f" resources.num_workers: {int(most)} would use them."
+            )
+    bundle = {"CPU": float(resources.cpus_per_worker)}
+    return {**bundle, "GPU": float(gpus)} if gpus else bundle
+
+
+def _memory(
+    spec: JobSpec,
+    bundle: dict[str, float],
+    sizes: ModelSizes | None,
+    adapter: AdapterSizes | None,
+    length: int,
+    notes: list[str],
+) -> Memory | None:
+    if sizes is None or adapter is None:
+        notes.append("The base's sizes are not known: memory is not estimated.")
+        return None
+    if not is_known(sizes):
+        notes.append(f"Memory is not estimated: the activations of {sizes.architecture} are not known.")
+        return None
+    on_gpu = bundle.get("GPU", 0) > 0
+    return estimate(
+        sizes,
+        adapter,
+        Step(
+            rows=spec.training.micro_batch_size,
+            length=length,
+            compute_bytes=_compute_bytes(spec.training.precision, on_gpu),
+            recomputes=recomputes_activations(
+                spec.training.gradient_checkpointing, on_gpu=on_gpu, num_parameters=sizes.parameters
+            ),
+            flash=on_gpu,
+        ),
+        stage=zero_stage(spec.deepspeed),
+        num_workers=spec.resources.num_workers,
+        optimizer=spec.training.optimizer,
+        framework=FRAMEWORK_GPU if on_gpu else FRAMEWORK_CPU,
+    )
+
+
+def _compute_bytes(precision: str, on_gpu: bool) -> int:
+    if precision == "auto":
+        return 2 if on_gpu else 4
+    return 4 if precision == "fp32" else 2
+
+
+def _fits(
+    bundle: dict[str, float],
+    cluster: ClusterFacts | None,
+    memory: Memory | None,
+    shortage: str | None,
+    notes: list[str],
+) -> bool | None:
+    if shortage:
+        notes.append(
+            f"{shortage} Lower training.micro_batch_size or data.sequence_len, set"
+            " training.gradient_checkpointing: true, or shard the base with deepspeed: zero3."
+        )
+        return False
+    if cluster is None or memory is None:
+        return None
+    is_measured = all(node.memory for node in cluster.nodes)
+    if bundle.get("GPU"):
+        is_measured = any(gpu_memory(node) for node in cluster.nodes)
+    if not cluster.nodes or not is_measured:
+        what = "GPUs' memory" if bundle.get("GPU") else "nodes' memory"
+        notes.append(f"The {what} is not known: whether a worker fits is not checked.")
+        return None
+    return True

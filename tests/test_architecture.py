@@ -22,7 +22,7 @@ LAYERS = {
     "orchestrator": [
         {"__init__", "errors", "home", "spec"},
         {
-            "plan", "plan_view", "deepspeed_config", "model_sizes", "objects", "store", "registry", "lineage",
+            "plan", "plan_memory", "plan_placement", "plan_view", "deepspeed_config", "model_sizes", "adapter_sizes", "objects", "store", "registry", "lineage",
             "identity", "gate", "cluster", "devices", "runner", "ask", "local_ray", "keeper",
         },
         {"service", "train"},

@@ -1,0 +1,185 @@
+"""Memory of a training step on one worker, by part, from shapes: what autograd keeps, counted tensor by tensor.
+
+The activations are those of a Llama-like block under torch's scaled-dot-product attention, whose kernels keep
+queries, keys, values and the output, never the matrix of scores. T tokens a forward, H hidden, I intermediate,
+V vocabulary; every number below is elements for each token of one layer:
+
+    norms            2 H     their input, in float32 whatever the precision
+    attention        Q + 2 K + Q       queries, keys, values, output (Q = heads x head size, K = kv heads x head size)
+    mlp              3 I     the gate before and after its nonlinearity, and up
+    adapted layers   each layer's input once, where sites share it; each site's own copy where it is dropped out or
+                     cast; the ranks between the adapter's tensors
+    loss             4 T V at its backward: logits, log-probabilities and two gradients, in float32
+
+With gradient checkpointing a layer keeps its input alone, and one layer at a time keeps everything.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .adapter_sizes import AdapterSizes, SiteSizes
+from .model_sizes import ModelSizes
+
+LLAMA_LIKE = (
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+    "GemmaForCausalLM",
+    "GraniteForCausalLM",
+    "SmolLM3ForCausalLM",
+    "Olmo2ForCausalLM",
+    "StableLmForCausalLM",
+    "Starcoder2ForCausalLM",
+)
+"""Architectures whose blocks are counted here."""
+
+SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
+"""Layers that take one and the same tensor."""
+
+FP32 = 4
+
+
+@dataclass(frozen=True)
+class Step:
+    """One forward and backward on one worker."""
+
+    rows: int
+    length: int
+    """Tokens of a row, the longest allowed."""
+    compute_bytes: int
+    """Bytes of an element of the base and of activations."""
+    recomputes: bool
+    """Whether gradient checkpointing is on."""
+    flash: bool = False
+    """Whether the attention kernel takes fewer kv heads than heads as they are."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a forward."""
+        return self.rows * self.length
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Estimated bytes at the peak of a step on one worker, by part."""
+
+    base: int
+    adapter: int
+    gradients: int
+    optimizer: int
+    activations: int
+    framework: int
+
+    @property
+    def total(self) -> int:
+        """The sum of all parts, bytes."""
+        return self.base + self.adapter + self.gradients + self.optimizer + self.activations + self.framework
+
+
+def is_known(sizes: ModelSizes) -> bool:
+    """Whether the activations of this base can be counted."""
+    return sizes.architecture in LLAMA_LIKE and min(sizes.hidden, sizes.layers, sizes.heads, sizes.vocab) > 0
+
+
+def estimate(
+    sizes: ModelSizes,
+    adapter: AdapterSizes,
+    step: Step,
+    *,
+    stage: int,
+    num_workers: int,
+    optimizer: str,
+    framework: int,
+) -> Memory:
+    """Bytes by part at the peak of a step.
+
+    Args:
+        stage: ZeRO's: 1 shards the optimizer's states, 2 the gradients, 3 the base as well.
+        num_workers: over which they are sharded, by whole tensors.
+        optimizer: adamw keeps two states for each element, sgd none.
+        framework: bytes of a worker that has loaded nothing yet.
+    """
+    own, states = adapter.parameters * FP32, {"adamw": 2, "sgd": 0}[optimizer]
+    sharded = max(adapter.largest * FP32, -(-own // num_workers))
+    return Memory(
+        base=_base(sizes, step, stage, num_workers),
+        adapter=own,
+        gradients=own,  # each rank computes all of them; stage 2 frees them after the reduction, past the peak
+        optimizer=states * (sharded if stage >= 1 else own),
+        activations=activations(sizes, adapter, step),
+        framework=framework,
+    )
+
+
+def _base(sizes: ModelSizes, step: Step, stage: int, num_workers: int) -> int:
+    whole = sizes.parameters * step.compute_bytes
+    if stage < 3 or num_workers == 1:
+        return whole
+    return whole // num_workers + _gathered(sizes) * step.compute_bytes
+
+
+def _gathered(sizes: ModelSizes) -> int:
+    """Elements that are whole at once under stage 3: a layer and the one fetched ahead, or the embedding."""
+    layer = sum(rows * columns for rows, columns in sizes.linear_shapes.values()) // max(1, sizes.layers)
+    return max(2 * layer, sizes.vocab * sizes.hidden)
+
+
+def activations(sizes: ModelSizes, adapter: AdapterSizes, step: Step) -> int:
+    """Bytes that a forward keeps for its backward, and those of the backward at the peak."""
+    tokens = step.rows * (step.length + adapter.virtual_tokens)
+    layer = _layer(sizes, adapter, step) * tokens
+    residual = sizes.hidden * step.compute_bytes * tokens
+    logits = sizes.vocab * tokens
+    loss = logits * step.compute_bytes + 3 * logits * FP32
+    backward = logits * step.compute_bytes + _backward(sizes, step) * tokens
+    if step.recomputes:
+        kept = sizes.layers * residual
+        return kept + max(loss, backward + layer)
+    return sizes.layers * layer + residual + max(loss, backward)
+
+
+def _layer(sizes: ModelSizes, adapter: AdapterSizes, step: Step) -> int:
+    """Bytes that one layer keeps for each token."""
+    queries = sizes.heads * sizes.head_dim
+    keys = queries if not step.flash else sizes.kv_heads * sizes.head_dim
+    plain = 2 * queries + 2 * keys + 3 * sizes.intermediate
+    return 2 * sizes.hidden * FP32 + plain * step.compute_bytes + _adapted(sizes, adapter, step)
+
+
+def _adapted(sizes: ModelSizes, adapter: AdapterSizes, step: Step) -> int:
+    """Bytes that the adapted layers of one block keep for each token, on average over the blocks."""
+    total = 0
+    for shared in _by_input(adapter.sites):
+        total += sum(2 * site.inner * FP32 for site in shared)
+        if adapter.scales_output:
+            total += sum(max(site.in_, site.out) * step.compute_bytes for site in shared)
+        elif adapter.dropout > 0:
+            total += sum(site.in_ * (FP32 + 1) for site in shared)  # its own masked copy, and the mask
+        elif step.compute_bytes != FP32:
+            total += sum(site.in_ * FP32 for site in shared)
+        elif not _is_kept_anyway(shared):
+            total += shared[0].in_ * FP32
+    return total // max(1, sizes.layers)
+
+
+def _by_input(sites: tuple[SiteSizes, ...]) -> list[list[SiteSizes]]:
+    """Sites in groups that take the same tensor."""
+    groups: dict[tuple[str, int], list[SiteSizes]] = {}
+    for site in sites:
+        block = site.name.rsplit(".", 1)[0]
+        place = next((i for i, names in enumerate(SHARED_INPUTS) if site.leaf in names), -1)
+        key = (block, place) if place >= 0 else (site.name, place)
+        groups.setdefault(key, []).append(site)
+    return list(groups.values())
+
+
+def _is_kept_anyway(shared: list[SiteSizes]) -> bool:
+    """The output projection takes the attention's output, which the attention keeps."""
+    return shared[0].leaf == "o_proj"
+
+
+def _backward(sizes: ModelSizes, step: Step) -> int:
+    """Bytes of gradients that are whole at once in the backward of a block's mlp, for each token."""
+    return (3 * sizes.intermediate + 2 * sizes.hidden) * step.compute_bytes
