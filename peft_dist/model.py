@@ -21,6 +21,7 @@ from peft_dist.contract import PromptMethod
 from peft_dist.errors import AdapterError, CheckpointError, ConfigError, suggest
 from peft_dist.pool import PooledModule
 from peft_dist.rows import BASE, Rows
+from peft_dist.sharding import is_partitioned
 
 PROMPTS = "prompt_encoder"
 
@@ -238,7 +239,7 @@ class PeftModel(PooledModule):
             sized = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs_embeds"))
             if isinstance(sized, Tensor) and sized.ndim > 1:
                 self._adapters.current.length = sized.shape[1]
-            if self._prompting():
+            if self._prompting() or self._others_may_prompt():
                 args, kwargs = (), self._prompted(self._bound(args, kwargs))
                 self._adapters.current.length = kwargs["inputs_embeds"].shape[1]
             return self.base_model(*args, **kwargs)
@@ -537,6 +538,11 @@ class PeftModel(PooledModule):
         )
         return any(self._prompt_of(choice) is not None for choice in choices)
 
+    def _others_may_prompt(self) -> bool:
+        """Whether another rank may run this batch with virtual tokens, and so ask for the partitioned embeddings
+        before the base's forward: all ranks must gather weights in one order."""
+        return bool(self.adapters) and not self.disabled and is_partitioned(self._embedding()[1].layer.weight)
+
     def _bound(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
         names = list(inspect.signature(self.get_base_model().forward).parameters)
         return {**dict(zip(names, args, strict=False)), **kwargs}
@@ -551,7 +557,10 @@ class PeftModel(PooledModule):
             embeds = layer(input_ids)
         num_rows = embeds.shape[0]
         prompts = self._prompts(num_rows)
-        longest = max(len(p) for p in prompts if p is not None)
+        longest = max((len(p) for p in prompts if p is not None), default=0)
+        self._adapters.current.padding = None
+        if not longest:
+            return {**inputs, "inputs_embeds": embeds}
         counts = torch.tensor([0 if p is None else len(p) for p in prompts], device=embeds.device)
         prefix = torch.stack(
             [
@@ -572,8 +581,8 @@ class PeftModel(PooledModule):
         if mask is not None:
             shown = torch.arange(longest, device=mask.device) >= longest - counts[:, None].to(mask.device)
             mask = inputs["attention_mask"] = torch.cat([shown.to(mask.dtype), mask], dim=1)
-        self._adapters.current.padding = longest - counts if uneven else None
         if uneven:
+            self._adapters.current.padding = longest - counts
             inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
         labels = inputs.get("labels")
         if labels is not None and labels.ndim == 2 and labels.shape[1] == embeds.shape[1]:

@@ -1,0 +1,189 @@
+"""Which layers a config means; HF PEFT's own resolution is the oracle where it has one."""
+
+from __future__ import annotations
+
+import peft
+import pytest
+import torch
+from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
+
+import peft_dist
+from peft_dist.errors import TargetError
+from peft_dist.inject import facts_of, places
+from peft_dist.targets import DEFAULT_FEEDFORWARD, DEFAULT_TARGETS, by_pattern, ends_in, resolve
+
+SIZES = {
+    "vocab_size": 32,
+    "hidden_size": 8,
+    "intermediate_size": 12,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+}
+
+
+def llama() -> LlamaForCausalLM:
+    with torch.device("meta"):
+        return LlamaForCausalLM(LlamaConfig(**SIZES))
+
+
+def resolved(model=None, **values) -> list[str]:
+    model = model or llama()
+    return resolve(peft_dist.LoraConfig(**values), facts_of(model, places(model)))
+
+
+def theirs(**values) -> list[str]:
+    model = peft.get_peft_model(llama(), peft.LoraConfig(**values), low_cpu_mem_usage=True)
+    return [
+        name.removeprefix("base_model.model.")
+        for name, module in model.named_modules()
+        if isinstance(module, peft.tuners.lora.LoraLayer)
+    ]
+
+
+CASES = {
+    "suffixes": {"target_modules": ["q_proj", "mlp.up_proj"]},
+    "whole name": {"target_modules": ["model.layers.3.self_attn.q_proj"]},
+    "regex": {"target_modules": r"model\.layers\.(1|11)\..*(q|v)_proj"},
+    "all-linear": {"target_modules": "all-linear"},
+    "ALL-LINEAR": {"target_modules": "ALL-LINEAR"},
+    "none": {},
+    "excluded": {"target_modules": "all-linear", "exclude_modules": ["mlp.up_proj", "k_proj"]},
+    "excluded by regex": {"target_modules": ["q_proj"], "exclude_modules": r".*layers\.[1-9]\..*"},
+    "layers": {"target_modules": ["q_proj"], "layers_to_transform": [0, 11]},
+    "one layer": {
+        "target_modules": ["q_proj"],
+        "layers_to_transform": 1,
+        "layers_pattern": ["blocks", "layers"],
+    },
+    "saved": {"target_modules": ["q_proj", "lm_head"], "modules_to_save": ["lm_head"]},
+    "embedding": {"target_modules": ["embed_tokens", "q_proj"]},
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_as_hf_peft(name) -> None:
+    values = CASES[name]
+    mine = resolved(**values)
+    others = [n for n in theirs(**values)]
+    if name.startswith("excluded") and values["target_modules"] == "all-linear":
+        # HF PEFT expands first and excludes at injection; so do we.
+        others = [n for n in others if not ends_in(values["exclude_modules"], n)]
+    assert mine == others
+
+
+def test_tables_are_theirs() -> None:
+    from peft.utils import constants
+
+    known = constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    assert {k: v if isinstance(v, str) else list(v) for k, v in DEFAULT_TARGETS["LORA"].items()} == known
+    known = constants.TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING
+    assert {k: list(v) for k, v in DEFAULT_TARGETS["IA3"].items()} == known
+    known = constants.TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING
+    assert {k: list(DEFAULT_FEEDFORWARD[k]) for k in known} == known
+
+
+def test_heads_of_classifiers_are_left_out() -> None:
+    sizes = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2}
+    with torch.device("meta"):
+        model = BertForSequenceClassification(BertConfig(vocab_size=32, **sizes))
+    assert not [name for name in resolved(model, target_modules="all-linear") if "classifier" in name]
+
+
+def test_all_linear_is_saved_as_the_ends_of_names() -> None:
+    model, config = llama(), peft_dist.LoraConfig(target_modules="all-linear")
+    names = resolve(config, facts_of(model, places(model)))
+    assert config.target_modules == [
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    ]
+    assert resolve(config, facts_of(model, places(model))) == names
+
+
+def test_ends_that_mean_more_are_not_used() -> None:
+    model = torch.nn.ModuleDict(
+        {"a": torch.nn.ModuleDict({"x": torch.nn.Linear(2, 2)}), "x": torch.nn.Embedding(2, 2)}
+    )
+    config = peft_dist.LoraConfig(target_modules="all-linear")
+    assert resolve(config, facts_of(model, places(model))) == ["a.x"] == config.target_modules
+
+
+ERRORS = {
+    "similar": (
+        {"target_modules": ["v_prj"]},
+        "targets: 'v_prj' matched none of 85 linear layers of LlamaForCausalLM. Similar: 'v_proj' (12 "
+        "layers)",
+    ),
+    "several": (
+        {"target_modules": ["v_prj", "k_prj"]},
+        "targets: 'v_prj', 'k_prj' matched none of 85 linear layers of LlamaForCausalLM. Similar: "
+        "'v_proj' (12 layers)",
+    ),
+    "nothing near": (
+        {"target_modules": ["zzz"]},
+        "targets: 'zzz' matched none of 85 linear layers of LlamaForCausalLM. There are: 'q_proj', "
+        "'k_proj', 'v_proj', "
+        "'o_proj', 'gate_proj', 'up_proj', 'down_proj', 'embed_tokens'.",
+    ),
+    "empty": (
+        {"target_modules": []},
+        "targets: target_modules is empty; LlamaForCausalLM has 85 linear layers. Name some.",
+    ),
+    "left out": (
+        {"target_modules": ["q_proj"], "exclude_modules": ["q_proj"]},
+        "targets: 'q_proj' matched none of 85 linear layers of LlamaForCausalLM. exclude_modules, "
+        "modules_to_save or "
+        "layers_to_transform leave out all they match.",
+    ),
+    "container": (
+        {"target_modules": ["mlp"]},
+        "targets: 'model.layers.0.mlp' of LlamaForCausalLM is a container or a layer without a weight "
+        "matrix, so no "
+        "adapter fits on it. Name the linear, embedding or convolution layers in it.",
+    ),
+    "saved": (
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_hed"]},
+        "modules_to_save: 'lm_hed' matched no module of LlamaForCausalLM. Similar: 'lm_head'.",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_errors_and_the_base_stays(name) -> None:
+    values, message = ERRORS[name]
+    model = llama()
+    before = [n for n, _ in model.named_modules()]
+    with pytest.raises(TargetError) as raised:
+        peft_dist.get_peft_model(model, peft_dist.LoraConfig(**values))
+    assert str(raised.value) == message
+    assert [n for n, _ in model.named_modules()] == before
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_an_unknown_architecture_needs_names() -> None:
+    with pytest.raises(TargetError) as raised:
+        peft_dist.get_peft_model(torch.nn.Sequential(torch.nn.Linear(2, 2)), peft_dist.LoraConfig())
+    assert str(raised.value) == (
+        "targets: target_modules is not given, and 'Sequential' has no usual ones. Name the layers, or "
+        "say 'all-linear'."
+    )
+
+
+def test_what_matches_nothing_beside_what_does_is_warned_of() -> None:
+    with pytest.warns(UserWarning, match=r"target_modules: 'v_prj' matched no layer of LlamaForCausalLM."):
+        resolved(target_modules=["q_proj", "v_prj"])
+    with pytest.warns(UserWarning, match=r"rank_pattern: 'k_proj' matched no layer of LlamaForCausalLM."):
+        resolved(target_modules=["q_proj"], rank_pattern={"k_proj": 3})
+
+
+def test_patterns_match_ends_from_a_dot_on() -> None:
+    assert by_pattern({"q_proj": 4}, "model.layers.0.q_proj", 8) == 4
+    assert by_pattern({"_proj": 4}, "model.layers.0.q_proj", 8) == 8
+    assert by_pattern({r"layers\.\d+\.q_proj": 4}, "model.layers.0.q_proj", 8) == 4
+    assert by_pattern({"^q_proj": 4}, "model.q_proj", 8) == 8
+    assert by_pattern({"q_proj": 4, "model.q_proj": 2}, "model.q_proj", 8) == 4
