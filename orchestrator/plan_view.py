@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from rich.console import Group, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -88,3 +88,8 @@ def plan_dict(plan: Plan) -> dict[str, Any]:
         values["memory"]["total"] = plan.memory.total
     values["notes"] = list(plan.notes)
     return {**values, "use_gpu": plan.use_gpu}
+
+
+def print_plan(plan: Plan, console: Console, name: str = "") -> None:
+    """Prints the plan as `raypeft plan` shows it."""
+    console.print(plan_view(plan, name))

@@ -33,8 +33,12 @@ FILLED_IN = (
     "base_model_name_or_path",
     "revision",
     "inference_mode",
+    "token_dim",
+    "num_transformer_submodules",
+    "num_attention_heads",
+    "num_layers",
 )
-"""Fields that a checkpoint records and nobody writes."""
+"""Fields that a checkpoint records or that follow from the base: nobody writes them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,15 +56,29 @@ class MethodField:
 def method_fields(kind: str) -> dict[str, MethodField]:
     """The fields of a method (lower case), by name, in the config's order."""
     config = config_class(kind.upper())
-    hints = _hints(config)
+    hints, described = _hints(config), _described(config)
     names = [each.name for each in dataclasses.fields(config) if each.init and each.name not in FILLED_IN]
     aliases = _aliases(kind, names)
     found = {}
     for each in dataclasses.fields(config):
         if each.name in names:
-            help_ = str(each.metadata.get("help", "")).strip()
+            help_ = str(each.metadata.get("help") or described.get(each.name, "")).strip()
             own = tuple(alias for alias, name in aliases.items() if name == each.name)
             found[each.name] = MethodField(each.name, hints.get(each.name, Any), _default(each), help_, own)
+    return found
+
+
+_ARGUMENTS = re.compile(r"^ {8}([a-z_0-9]+(?:, [a-z_0-9]+)*): (.*?)(?=^ {8}[a-z_0-9]|\Z)", re.M | re.S)
+
+
+def _described(config: type) -> dict[str, str]:
+    """What the docstrings of a config and of its parents say of each field, under `Args:`."""
+    found: dict[str, str] = {}
+    for each in config.__mro__:
+        _, _, arguments = (each.__doc__ or "").partition("    Args:\n")
+        for names, text in _ARGUMENTS.findall(arguments):
+            for name in names.split(", "):
+                found.setdefault(name, " ".join(text.split()))
     return found
 
 
@@ -156,6 +174,8 @@ def _unknown(path: Path, kind: str, known: dict[str, MethodField]) -> Problem:
     name = str(path[1])
     if name in FILLED_IN:
         return Problem(path, "is filled in by itself.", "Remove it.")
+    if name in getattr(config_class(kind.upper()), "without_effect", {}):
+        return Problem(path, "this version does not have it yet.", "Remove it.")
     choices = [*known, *(alias for each in known.values() for alias in each.aliases), *OURS]
     near = closest(name, choices)
     hint = f"Closest: 'adapter.{near[0]}'." if near else f"Fields of {kind}: {', '.join(known)}."

@@ -1,0 +1,75 @@
+"""The rows of `raypeft methods`: every adapter method, what it is, and the fields of its section."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from peft_dist.catalog import METHODS
+
+from .adapter import method_fields, method_names
+from .places import MISSING
+from .words import in_words
+
+_ARXIV = re.compile(r"arXiv:(\d{4}\.\d{4,5})")
+
+
+@dataclass(frozen=True)
+class FieldRow:
+    """One key of the `adapter` section."""
+
+    name: str
+    takes: str
+    default: Any
+    """None also where it must be given; `is_required` says so."""
+    is_required: bool
+    help: str
+    aliases: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class MethodRow:
+    """One method, as `adapter.type` names it."""
+
+    name: str
+    what: str
+    paper: str | None
+    """arXiv id."""
+    tasks: tuple[str, ...]
+    merges: bool
+    """Whether it can be merged into the base."""
+    fields: tuple[FieldRow, ...]
+
+    @property
+    def summary(self) -> str:
+        """One line: what it is, and its keys."""
+        return f"{self.what}; {', '.join(field.name for field in self.fields)}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as `--json` prints them."""
+        fields = [{**vars(field), "aliases": list(field.aliases)} for field in self.fields]
+        return {**vars(self), "tasks": list(self.tasks), "fields": fields}
+
+
+def method_rows() -> list[MethodRow]:
+    """All methods, in the catalog's order."""
+    return [_row(name) for name in method_names()]
+
+
+def _row(name: str) -> MethodRow:
+    entry = METHODS[name.upper()]
+    found = _ARXIV.search(entry.summary)
+    what = _ARXIV.sub("", entry.summary).replace("()", "").strip()
+    fields = tuple(
+        FieldRow(
+            each.name,
+            in_words(each.annotation),
+            None if each.default is MISSING else each.default,
+            each.default is MISSING,
+            each.help,
+            each.aliases,
+        )
+        for each in method_fields(name).values()
+    )
+    return MethodRow(name, what, found[1] if found else None, tuple(entry.task_types), entry.merges, fields)
