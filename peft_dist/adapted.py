@@ -235,10 +235,11 @@ class Adapted(AdapterModule):
                     )  # type: ignore[attr-defined]
                     piece = part if piece is None else piece + part
                 pieces.append(piece)
-            like = next(piece for piece in pieces if piece is not None)
+            # One row of what the layer gives; a piece may be one vector for all positions.
+            one = y.shape[1:] if split.length is None else (split.length, *y.shape[1:])
             added = torch.cat(
                 [
-                    like.new_zeros((stop - start, *like.shape[1:])) if piece is None else piece
+                    (y.new_zeros(()) if piece is None else piece).expand(stop - start, *one)
                     for piece, (_, start, stop) in zip(pieces, parts, strict=True)
                 ]
             )
@@ -396,8 +397,16 @@ class Replaced(AdapterModule):
             return self._run(self.serving(None), args, kwargs)
         choices = [(self.serving(s.adapter), s.start, s.stop) for s in rows.segments]
         if len(choices) == 1:
-            return self._run(choices[0][0], args, kwargs)
+            y = self._run(choices[0][0], args, kwargs)
+            if choices[0][0] and self._is_apart() and isinstance(y, Tensor):
+                y = _Beside.apply(y, self.original_module(*args, **kwargs))
+            return y
         return self._mixed(rows, choices, args, kwargs)
+
+    def _is_apart(self) -> bool:
+        """Whether the frozen module is partitioned. Then each rank runs it, forward and backward, whether or
+        not its rows use it: ranks that name different adapters must gather its weight equally often."""
+        return any(is_partitioned(t) for t in self.original_module.parameters())
 
     def _run(self, names: tuple[str, ...], args: tuple, kwargs: dict[str, Any]) -> Any:
         if not names:
@@ -416,9 +425,7 @@ class Replaced(AdapterModule):
             )
         split = rows.of(self.base.site, args[0], self._current.length)
         xs = split.sorted(split.x)
-        # Once for all rows: ranks that name different adapters must gather a partitioned weight equally
-        # often.
-        apart = any(is_partitioned(t) for t in self.original_module.parameters())
+        apart = self._is_apart()
         bare = (
             split.sorted(self.original_module(split.x))
             if apart or any(not n for n, _, _ in choices)
@@ -428,7 +435,23 @@ class Replaced(AdapterModule):
             self._run(names, (xs[start:stop],), {}) if names else bare[start:stop]
             for names, start, stop in choices
         ]
-        return split.restored(split.unsorted(torch.cat(pieces)))
+        given = torch.cat(pieces)
+        if apart:
+            given = _Beside.apply(given, bare)
+        return split.restored(split.unsorted(given))
+
+
+class _Beside(torch.autograd.Function):
+    """y as it is; the backward also goes through what made `bare`, with a gradient of zero."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, bare: Tensor) -> Tensor:
+        ctx.shape = bare.shape
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        return gradient, gradient.new_zeros(ctx.shape)
 
 
 def _shell(module: nn.Module) -> nn.Module:

@@ -539,8 +539,8 @@ class PeftModel(PooledModule):
         return any(self._prompt_of(choice) is not None for choice in choices)
 
     def _others_may_prompt(self) -> bool:
-        """Whether another rank may run this batch with virtual tokens, and so ask for the partitioned embeddings
-        before the base's forward: all ranks must gather weights in one order."""
+        """Whether another rank may run this batch with virtual tokens, and so ask for the partitioned
+        embeddings before the base's forward: all ranks must gather weights in one order."""
         return bool(self.adapters) and not self.disabled and is_partitioned(self._embedding()[1].layer.weight)
 
     def _bound(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -583,7 +583,8 @@ class PeftModel(PooledModule):
             mask = inputs["attention_mask"] = torch.cat([shown.to(mask.dtype), mask], dim=1)
         if uneven:
             self._adapters.current.padding = longest - counts
-            inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
+            places = torch.arange(longest + embeds.shape[1], device=embeds.device)
+            inputs["position_ids"] = (places - (longest - counts[:, None])).clamp(min=0)
         labels = inputs.get("labels")
         if labels is not None and labels.ndim == 2 and labels.shape[1] == embeds.shape[1]:
             inputs["labels"] = torch.cat([labels.new_full((num_rows, longest), -100), labels], dim=1)

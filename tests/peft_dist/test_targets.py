@@ -65,7 +65,7 @@ CASES = {
 def test_as_hf_peft(name) -> None:
     values = CASES[name]
     mine = resolved(**values)
-    others = [n for n in theirs(**values)]
+    others = theirs(**values)
     if name.startswith("excluded") and values["target_modules"] == "all-linear":
         # HF PEFT expands first and excludes at injection; so do we.
         others = [n for n in others if not ends_in(values["exclude_modules"], n)]
