@@ -26,7 +26,9 @@ def deploy(
     ref: AdapterArgument,
     endpoint: Annotated[str | None, typer.Option(help="The endpoint; from the base where not given.")] = None,
     alias: Annotated[str, typer.Option(help="The alias that the version takes.")] = "production",
-    replicas: Annotated[int, typer.Option(min=1, help="Replicas of a new endpoint.")] = 1,
+    replicas: Annotated[
+        int | None, typer.Option(min=1, help="Replicas; 1 for a new endpoint where not given.")
+    ] = None,
     force: Annotated[bool, typer.Option(help="Although its gate refused it; recorded.")] = False,
     cluster: ClusterOption = None,
     as_json: AsJson = False,
