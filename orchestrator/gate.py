@@ -38,7 +38,7 @@ def check(gate: GateSpec | None, metrics: Mapping[str, float], *, has_production
         gate: all or any of its conditions must hold; None lets everything pass.
         metrics: what this run measured. A metric that is missing or NaN fails the condition that names it.
         has_production: whether there is a version to compare with. Without one a `production.*` condition
-            holds, and the reason says so.
+            holds, unless this run's own metrics are missing or NaN, and the reason says so.
     """
     if gate is None:
         return Verdict(True, ("no gate: deployed whatever its metrics are",))
@@ -54,14 +54,16 @@ def _conditions(gate: GateSpec | None) -> tuple[str, ...]:
 
 
 def _judge(condition: Comparison, metrics: Mapping[str, float], has_production: bool) -> tuple[bool, str]:
-    if not has_production and any(name.startswith(_PRODUCTION) for name in condition.names):
-        return True, f"{condition.text}: holds, there is no production version to compare with"
-    missing = [name for name in condition.names if name not in metrics]
+    compares = [name for name in condition.names if name.startswith(_PRODUCTION) and not has_production]
+    measured = [name for name in condition.names if name not in compares]
+    missing = [name for name in measured if name not in metrics]
     if missing:
         return False, f"{condition.text}: fails, {_listed(missing)} not measured"
-    undefined = [name for name in condition.names if math.isnan(metrics[name])]
+    undefined = [name for name in measured if math.isnan(metrics[name])]
     if undefined:
         return False, f"{condition.text}: fails, {_listed(undefined)} NaN"
+    if compares:
+        return True, f"{condition.text}: holds, there is no production version to compare with"
     left, right = condition.sides(metrics)
     if math.isnan(left) or math.isnan(right):
         return False, f"{condition.text}: fails, it divides by zero or subtracts infinities"

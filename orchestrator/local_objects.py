@@ -76,6 +76,14 @@ class LocalObjects:
             except FileNotFoundError:
                 return []
 
+    def find(self, path: str) -> list[str]:
+        found = []
+        for folder, folders, files in os.walk(path):
+            folders[:] = [name for name in folders if not name.startswith(".")]
+            inner = os.path.relpath(folder, path)
+            found += [os.path.normpath(f"{inner}/{name}") for name in files if not name.startswith(".")]
+        return sorted(found)
+
     def delete(self, path: str) -> None:
         with _explaining(path):
             Path(path).unlink(missing_ok=True)
@@ -115,9 +123,9 @@ class LocalObjects:
             os.rename(target, aside)  # one step: nobody sees half a folder
             shutil.rmtree(aside)
 
-    def remove_empty(self, path: str, root: str) -> None:
+    def remove_empty(self, path: str, below: str) -> None:
         folder = Path(path)
-        while folder.is_relative_to(root):
+        while folder != Path(below) and folder.is_relative_to(below):
             try:
                 folder.rmdir()
             except OSError:  # not empty, or not ours to remove

@@ -23,8 +23,8 @@ from .storage_errors import NotFound, explained
 
 __all__ = [
     "NotFound", "check_writable", "clean", "create_if_absent", "delete", "delete_tree", "exists",
-    "explaining", "get_tree", "is_local", "join", "list_", "local_path", "normal_url", "put_tree", "read",
-    "remove_empty", "replace_if", "write",
+    "explaining", "find", "get_tree", "is_local", "join", "list_", "local_path", "nearest_existing",
+    "normal_url", "put_tree", "read", "remove_empty", "replace_if", "write",
 ]  # fmt: skip
 
 
@@ -37,6 +37,7 @@ class Objects(Protocol):
     def read(self, path: str) -> tuple[bytes, str]: ...
     def exists(self, path: str) -> bool: ...
     def list_(self, path: str) -> list[str]: ...
+    def find(self, path: str) -> list[str]: ...
     def delete(self, path: str) -> None: ...
     def put_tree(self, source: Path, path: str, manifest: str | None) -> None: ...
     def get_tree(self, path: str, target: Path) -> None: ...
@@ -119,6 +120,11 @@ def list_(url: str | Path) -> list[str]:
     return _objects(url).list_(normal_url(url))
 
 
+def find(url: str | Path) -> list[str]:
+    """Paths of all files below `url`, relative to it, sorted; without names that begin with a dot."""
+    return _objects(url).find(normal_url(url))
+
+
 def delete(url: str | Path) -> None:
     """Removes one file; nothing happens where there is none."""
     _objects(url).delete(normal_url(url))
@@ -131,7 +137,7 @@ def put_tree(source: str | Path, url: str | Path, manifest: str | None = None) -
         StorageError: something is there already, or the storage refuses; what was written is taken away.
     """
     target = normal_url(url)
-    if exists(join(target, manifest)) if manifest else exists(target):
+    if _has_file(join(target, manifest)) if manifest else exists(target):
         raise StorageError("something is there already.", where=target, hint="Nothing was written.")
     _objects(url).put_tree(Path(source), target, manifest)
 
@@ -188,13 +194,27 @@ def explaining(where: str) -> Iterator[None]:
         raise explained(error, where) from error
 
 
-def remove_empty(url: str | Path, root: str | Path) -> None:
-    """Removes the local folder `url` if it is empty, and likewise those above it, `root` included.
+def nearest_existing(url: str | Path) -> str:
+    """`url`, or the nearest folder above it that exists. Object stores have no folders: there it is `url`."""
+    folder = Path(normal_url(url))
+    while is_local(url) and not folder.exists():
+        folder = folder.parent
+    return str(folder) if is_local(url) else normal_url(url)
 
-    Object stores have no empty folders.
-    """
+
+def remove_empty(url: str | Path, below: str | Path) -> None:
+    """Removes the local folder `url` if it is empty, and likewise those above it, up to `below`."""
     if is_local(url):
-        _LOCAL.remove_empty(normal_url(url), normal_url(root))
+        _LOCAL.remove_empty(normal_url(url), normal_url(below))
+
+
+def _has_file(url: str) -> bool:
+    """Cheaper than `exists`, which looks for a folder too."""
+    try:
+        read(url)
+    except NotFound:
+        return False
+    return True
 
 
 class _ReadOnly:
@@ -223,6 +243,17 @@ class _ReadOnly:
             return []
         except Exception as error:
             raise explained(error, path) from error
+
+    def find(self, path: str) -> list[str]:
+        try:
+            filesystem, inner = fsspec.url_to_fs(path)
+            root = inner.rstrip("/") + "/"
+            names = sorted(name.removeprefix(root) for name in filesystem.find(inner))
+        except FileNotFoundError:
+            return []
+        except Exception as error:
+            raise explained(error, path) from error
+        return [name for name in names if not any(part.startswith(".") for part in name.split("/"))]
 
     def get_tree(self, path: str, target: Path) -> None:
         try:

@@ -122,8 +122,9 @@ class Registry:
         """
         check_name(name)
         folder = check_adapter(Path(source))
-        self._clean(name)
+        objects.clean(self._name_url(name))
         rows = list(dict.fromkeys([*train_rows, *sorted(self._rows_of_parent(lineage))]))
+        before = objects.nearest_existing(join(self._name_url(name), "numbers"))
         number = self._next_number(name, lineage.run_id)
         try:
             with tempfile.TemporaryDirectory() as scratch:
@@ -132,34 +133,34 @@ class Registry:
                     _stage(folder, name, number, lineage, rows, staged)
                 objects.put_tree(staged, self._version_url(name, number), manifest=MANIFEST)
         except BaseException:
-            self._take_back(name, number)
+            self._take_back(name, number, before)
             raise
         return self.get(f"{name}@{number}")
 
     def get(self, ref: str) -> AdapterVersion:
         """`name@version`, `name@alias`, or a bare `name`, which is `name@production`."""
-        name, number = self.resolve(ref)
-        return self._read_version(name, number, self._book(name)[0])
-
-    def resolve(self, ref: str) -> tuple[str, int]:
-        """Name and version number that `ref` stands for; the version exists."""
         name, _, selector = ref.partition("@")
         if not _NAME.fullmatch(name):
             raise RegistryError(f"'{ref}' is not an adapter's id.", hint="Write NAME@VERSION or NAME@ALIAS.")
         book, _ = self._book(name)
-        numbers = self._numbers(name)
-        if not numbers:
-            raise self._unknown_name(name)
+        alias = selector or DEFAULT_ALIAS
         if selector.isascii() and selector.isdigit():
             number = int(selector)
-            if number not in numbers:
-                was = "was deleted" if number in book["deleted"] else "does not exist"
-                raise RegistryError(f"{name}@{number} {was}.", hint=f"There are: {_refs(name, numbers)}.")
-            return name, number
-        alias = selector or DEFAULT_ALIAS
-        if alias not in book["aliases"]:
-            raise self._unknown_alias(ref, name, alias, book, numbers)
-        return name, book["aliases"][alias]
+        elif alias in book["aliases"]:
+            number = book["aliases"][alias]
+        else:
+            raise self._unknown_alias(ref, name, alias, book)
+        if number in book["deleted"]:
+            raise self._no_version(name, number, "was deleted")
+        try:
+            return self._read_version(name, number, book)
+        except NotFound:
+            raise self._no_version(name, number, "does not exist") from None
+
+    def resolve(self, ref: str) -> tuple[str, int]:
+        """Name and version number that `ref` stands for; the version exists."""
+        version = self.get(ref)
+        return version.name, version.version
 
     def names(self) -> list[str]:
         """The adapters that have a version."""
@@ -210,7 +211,7 @@ class Registry:
             book["deleted"] = sorted({*book["deleted"], number})
 
         self._change_book(name, strike)
-        objects.delete_tree(self._version_url(name, number))
+        self._clean(name)
 
     def pull(self, ref: str, target: str | Path) -> AdapterVersion:
         """Copies a version into the local folder `target`, whole and checked against its hashes.
@@ -344,18 +345,15 @@ class Registry:
         if not _NAME.fullmatch(name):
             return []
         deleted = self._book(name)[0]["deleted"]
-        listed = (int(entry) for entry in objects.list_(self._name_url(name)) if entry.isdigit())
-        return sorted(
-            number
-            for number in listed
-            if number not in deleted and objects.exists(join(self._version_url(name, number), MANIFEST))
-        )
+        parts = (path.split("/") for path in objects.find(self._name_url(name)))
+        whole = {int(part[0]) for part in parts if part[1:] == [MANIFEST] and part[0].isdigit()}
+        return sorted(whole.difference(deleted))
 
     def _must_exist(self, name: str, number: int, book: dict[str, Any]) -> None:
-        url = join(self._version_url(name, number), MANIFEST)
-        if number in book["deleted"] or not objects.exists(url):
-            self.resolve(f"{name}@{number}")  # raises, with what there is
-            raise RegistryError(f"{name}@{number} was deleted.")
+        if number in book["deleted"]:
+            raise self._no_version(name, number, "was deleted")
+        if not _NAME.fullmatch(name) or not objects.exists(join(self._version_url(name, number), MANIFEST)):
+            raise self._no_version(name, number, "does not exist")
 
     def _read_version(self, name: str, number: int, book: dict[str, Any]) -> AdapterVersion:
         url = self._version_url(name, number)
@@ -409,12 +407,12 @@ class Registry:
             number += 1
         return number
 
-    def _take_back(self, name: str, number: int) -> None:
+    def _take_back(self, name: str, number: int, before: str) -> None:
         """After a failed registration: nothing of it stays, as far as the storage lets us."""
         for undo in (
             lambda: objects.delete_tree(self._version_url(name, number)),
             lambda: objects.delete(join(self._name_url(name), "numbers", f"{number}.json")),
-            lambda: objects.remove_empty(join(self._name_url(name), "numbers"), self.url),
+            lambda: objects.remove_empty(join(self._name_url(name), "numbers"), before),
         ):
             try:
                 undo()
@@ -422,8 +420,7 @@ class Registry:
                 continue  # the error that made it fail is the one to tell
 
     def _clean(self, name: str) -> None:
-        """Takes away what killed processes left: half-written folders, and deleted versions' files."""
-        objects.clean(self._name_url(name))
+        """Takes away what killed processes left: deleted versions' files, uploads without a manifest."""
         whole, deleted = self._numbers(name), self._book(name)[0]["deleted"]
         for entry in objects.list_(self._name_url(name)):
             if not entry.isdigit() or int(entry) in whole:
@@ -447,6 +444,12 @@ class Registry:
         except RaypeftError:
             return frozenset()  # a parent from elsewhere, or deleted meanwhile
 
+    def _no_version(self, name: str, number: int, why: str) -> RegistryError:
+        numbers = self._numbers(name)
+        if not numbers:
+            return self._unknown_name(name)
+        return RegistryError(f"{name}@{number} {why}.", hint=f"There are: {_refs(name, numbers)}.")
+
     def _unknown_name(self, name: str) -> RegistryError:
         names = self.names()
         near = closest(name, names)
@@ -454,9 +457,10 @@ class Registry:
         hint = f"Did you mean '{near[0]}'?" if near else there
         return RegistryError(f"the registry {self.url} has no adapter '{name}'.", hint=hint)
 
-    def _unknown_alias(
-        self, ref: str, name: str, alias: str, book: dict[str, Any], numbers: list[int]
-    ) -> RegistryError:
+    def _unknown_alias(self, ref: str, name: str, alias: str, book: dict[str, Any]) -> RegistryError:
+        numbers = self._numbers(name)
+        if not numbers:
+            return self._unknown_name(name)
         known = "".join(
             f" {other} is {name}@{version}." for other, version in sorted(book["aliases"].items())
         )

@@ -71,6 +71,16 @@ class S3Objects:
             names.update(item["Prefix"][len(prefix) :].rstrip("/") for item in page.get("CommonPrefixes", ()))
         return sorted(name for name in names if name and not name.startswith("."))
 
+    def find(self, path: str) -> list[str]:
+        prefix = _split(path)[1].rstrip("/") + "/"
+        names = sorted(
+            item["Key"][len(prefix) :]
+            for page in self._pages(path, prefix)
+            for item in page.get("Contents", ())
+            if not item["Key"].endswith("/")
+        )
+        return [name for name in names if not any(part.startswith(".") for part in name.split("/"))]
+
     def delete(self, path: str) -> None:
         bucket, key = _split(path)
         with _explaining(path, bucket):
