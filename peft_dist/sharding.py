@@ -337,8 +337,8 @@ def _release_when_done(base: nn.Module, offload: Any) -> None:
 
 def _release(base: nn.Module) -> None:
     pieces = deepspeed.runtime.zero.partition_parameters
-    # One handle may stand for several parameters: all of them must leave the registry before they are gathered
-    # again.
+    # One handle may stand for several parameters: all of them must leave the registry before they are
+    # gathered again.
     for handle in base.ds_inflight_param_registry.values():
         handle.wait()
     base.ds_inflight_param_registry.clear()

@@ -65,27 +65,32 @@ def run_on_ranks(
 
 def _collect(ranks: list[Any], receivers: list[Any], deadline: float) -> list[Any]:
     results: dict[int, Any] = {}
-    while len(results) < len(ranks):
-        open_ones = [receivers[rank] for rank in range(len(ranks)) if rank not in results]
+    failures: dict[int, str] = {}
+    while len(results) + len(failures) < len(ranks):
+        open_ones = [r for rank, r in enumerate(receivers) if rank not in results and rank not in failures]
         ready = wait(open_ones, timeout=max(deadline - time.monotonic(), 0))
+        if not ready and failures:
+            break
         if not ready:
             waiting = [rank for rank in range(len(ranks)) if rank not in results]
             raise RankFailed(f"ranks {waiting} of {len(ranks)} did not finish in time")
-        failures = []
         for receiver in ready:
             rank = receivers.index(receiver)
             try:
                 succeeded, result = pickle.loads(receiver.recv_bytes())
             except EOFError:
                 ranks[rank].join()
-                failures.append(f"rank {rank} died with exit code {ranks[rank].exitcode}")
+                failures[rank] = f"rank {rank} died with exit code {ranks[rank].exitcode}"
                 continue
             if succeeded:
                 results[rank] = result
             else:
-                failures.append(f"rank {rank} raised\n{result}")
+                failures[rank] = f"rank {rank} raised\n{result}"
         if failures:
-            raise RankFailed("\n".join(failures))
+            # A rank whose peer is gone fails too; the one that began it is seldom heard first.
+            deadline = min(deadline, time.monotonic() + 1.0)
+    if failures:
+        raise RankFailed("\n".join(failures.values()))
     return [results[rank] for rank in range(len(ranks))]
 
 
