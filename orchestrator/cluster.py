@@ -74,13 +74,17 @@ class ClusterFile(_Part):
 
     kind: Kind
     address: str | None = Field(default=None, description="http://HOST:8265, where Ray's Jobs API answers")
-    launcher: str | None = Field(default=None, description="the Ray cluster launcher's own file, beside this one")
+    launcher: str | None = Field(
+        default=None, description="the Ray cluster launcher's own file, beside this one"
+    )
     manifest: str | None = Field(default=None, description="a KubeRay RayJob manifest, beside this one")
     storage: str | None = Field(
         default=None, description="runs and checkpoints: a URL or a folder that every node sees"
     )
     registry: str | None = Field(default=None, description="adapters: likewise")
-    install: bool = Field(default=False, description="install what the cluster's environment lacks, with each job")
+    install: bool = Field(
+        default=False, description="install what the cluster's environment lacks, with each job"
+    )
     serve: ServeAddress = ServeAddress()
 
 

@@ -14,11 +14,12 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 PR_SET_CHILD_SUBREAPER = 36
 MARKER = "RAYPEFT_LOCAL_RAY"
@@ -63,7 +64,7 @@ def marked(name: str) -> list[int]:
     return sorted(found - {os.getpid()})
 
 
-def end(find, grace_s: float = GRACE_S) -> list[int]:
+def end(find: Callable[[], list[int]], grace_s: float = GRACE_S) -> list[int]:
     """Ends every process that `find()` lists, those that appear meanwhile too: SIGTERM, and SIGKILL after
     `grace_s` seconds. Returns those that are still there (none, unless the kernel holds them)."""
     asked: set[int] = set()
@@ -74,7 +75,6 @@ def end(find, grace_s: float = GRACE_S) -> list[int]:
             return left
         send(signal.SIGKILL if late else signal.SIGTERM, left if late else set(left) - asked)
         asked.update(left)
-        _reap()
         time.sleep(0.05)
     return []
 
@@ -86,22 +86,29 @@ def send(number: signal.Signals, pids: Iterable[int]) -> None:
             os.kill(pid, number)
 
 
-def main(command: list[str]) -> int:
-    """Starts `command`, adopts what it leaves behind, and waits for all of it to end."""
+def main(folder: str, *command: str) -> int:
+    """Starts `command`, adopts what it leaves behind, and waits for all of it to end.
+
+    Args:
+        folder: its files, removed at the end; where it did not start, whoever started it reads them first.
+    """
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _leave)
-    me = os.getpid()
+    me, started = os.getpid(), False
     try:
         code = subprocess.call(command)
-        while code == 0 and _wait():
+        started = code == 0
+        while started and _wait():
             pass
         return code
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         end(lambda: descendants(me))
-        _reap_the_last()
+        _reap()
+        if started:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _leave(number: int, frame: object) -> None:
@@ -117,13 +124,7 @@ def _wait() -> bool:
     return True
 
 
-def _reap() -> None:
-    with contextlib.suppress(ChildProcessError):
-        while os.waitpid(-1, os.WNOHANG)[0]:
-            pass
-
-
-def _reap_the_last(timeout_s: float = 2.0) -> None:
+def _reap(timeout_s: float = 2.0) -> None:
     """Takes in the dead until none is left: what dies unreaped stays a zombie where init does not care."""
     deadline = time.monotonic() + timeout_s
     with contextlib.suppress(ChildProcessError):
@@ -146,4 +147,4 @@ def _stat(pid: int) -> list[str] | None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main(*sys.argv[1:]))

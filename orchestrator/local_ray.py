@@ -49,6 +49,24 @@ FOREIGN = (
 )
 
 
+AUTH = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+ATTACHED = "RAYPEFT_ATTACHED"
+"""Set by `LocalRay.attach` to its token's path, so that this process and its children know whose that is."""
+_set_aside: dict[str, str | None] = {}
+"""What the user had set of `AUTH` before this process was attached."""
+
+
+def users_own(name: str) -> str | None:
+    """A variable of `AUTH` as the user set it, for clusters other than the local one."""
+    if name in _set_aside:
+        return _set_aside[name]
+    if ATTACHED in os.environ:  # inherited from a process that was attached
+        path = os.environ[ATTACHED]
+        if (os.environ.get("RAY_AUTH_TOKEN_PATH") or "") == path:
+            return None
+    return os.environ.get(name)
+
+
 @dataclass(frozen=True)
 class LocalRay:
     """A local Ray that is up."""
@@ -72,11 +90,14 @@ class LocalRay:
     @property
     def environment(self) -> dict[str, str]:
         """What a process has to have set before it imports ray, to be a driver of this Ray."""
-        return {**LOOPBACK_ONLY, **QUICK_TRAIN, "RAY_USAGE_STATS_ENABLED": "0", **_auth(self.token_path)}
+        ours = {"RAY_USAGE_STATS_ENABLED": "0", ATTACHED: self.token_path or ""}
+        return {**LOOPBACK_ONLY, **QUICK_TRAIN, **_auth(self.token_path), **ours}
 
     def attach(self) -> None:
         """Makes this process able to connect: `ray.init(address=self.gcs_address)` works afterwards, also
         where ray was imported before (a notebook)."""
+        for name in AUTH:
+            _set_aside.setdefault(name, users_own(name))
         os.environ.update(self.environment)
         os.environ.pop("RAY_AUTH_TOKEN", None)
         if "ray._private.ray_constants" in sys.modules:
@@ -195,7 +216,7 @@ def _start(num_cpus: int, num_gpus: int, object_store_bytes: int, timeout_s: flo
         head = _head_command(num_cpus, num_gpus, object_store_bytes, str(ray_dir))
         with open(log, "wb") as output:
             process = subprocess.Popen(
-                [sys.executable, "-S", "-E", keeper.__file__, *head],
+                [sys.executable, "-S", "-E", keeper.__file__, str(folder), *head],
                 env=_daemon_environment(name, token_path),
                 cwd=ray_dir,
                 stdin=subprocess.DEVNULL,
@@ -271,10 +292,10 @@ def _auth(token_path: str | None) -> dict[str, str]:
 def _write_token(folder: Path) -> str | None:
     """Writes the token file, mode 0600: RAY_AUTH_TOKEN, or the content of RAY_AUTH_TOKEN_PATH, or a new one.
     None where the user switched authentication off."""
-    if os.environ.get("RAY_AUTH_MODE", "").lower() == "disabled":
+    if (users_own("RAY_AUTH_MODE") or "").lower() == "disabled":
         return None
-    token = os.environ.get("RAY_AUTH_TOKEN", "").strip()
-    given = os.environ.get("RAY_AUTH_TOKEN_PATH")
+    token = (users_own("RAY_AUTH_TOKEN") or "").strip()
+    given = users_own("RAY_AUTH_TOKEN_PATH")
     if not token and given:
         try:
             token = Path(given).expanduser().read_text().strip()
@@ -333,9 +354,9 @@ def _clean_up(ray: LocalRay | None) -> None:
 def _wait_for_end(ray: LocalRay) -> None:
     deadline = time.monotonic() + keeper.GRACE_S + 7
     while keeper.start_ticks(ray.keeper_pid) == ray.keeper_start and time.monotonic() < deadline:
-        with contextlib.suppress(ChildProcessError):
-            os.waitpid(ray.keeper_pid, os.WNOHANG)  # where this process started it, it is ours to reap
         time.sleep(0.05)
+    for process in _daemons:  # where this process started it, it is ours to reap
+        process.poll()
 
 
 def _read_state() -> LocalRay | None:

@@ -7,7 +7,6 @@ and the client's Ray need not even be installed.
 from __future__ import annotations
 
 import json
-import os
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -41,12 +40,12 @@ def find_token(address: str) -> Token | None:
     local = local_ray.current()
     if local is not None and local.token_path and address.rstrip("/") == local.dashboard_url:
         return Token(local.token() or "", local.token_path)
-    mode = os.environ.get("RAY_AUTH_MODE", "").lower()
+    mode = (local_ray.users_own("RAY_AUTH_MODE") or "").lower()
     if mode == "disabled":
         return None
-    if value := os.environ.get("RAY_AUTH_TOKEN", "").strip():
+    if value := (local_ray.users_own("RAY_AUTH_TOKEN") or "").strip():
         return Token(value, "RAY_AUTH_TOKEN")
-    if path := os.environ.get("RAY_AUTH_TOKEN_PATH"):
+    if path := local_ray.users_own("RAY_AUTH_TOKEN_PATH"):
         try:
             return Token(Path(path).expanduser().read_text().strip(), path)
         except OSError as error:

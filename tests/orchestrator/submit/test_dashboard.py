@@ -5,6 +5,7 @@ import time
 
 import pytest
 
+from orchestrator import local_ray
 from orchestrator.errors import ClusterError
 from orchestrator.submit.dashboard import Dashboard, Token, find_token
 
@@ -18,6 +19,8 @@ def environment(monkeypatch, tmp_path):
     """No token but those that a test sets; a home without one."""
     for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.delenv(local_ray.ATTACHED, raising=False)
+    monkeypatch.setattr(local_ray, "_set_aside", {})
     monkeypatch.setenv("HOME", str(tmp_path))
     return monkeypatch
 
