@@ -141,6 +141,7 @@ def _on_hub(base_model: str, revision: str, path: Path) -> ModelFolder:
         if cached := _cached(base_model, revision):
             return ModelFolder(base_model, str(cached), cached.name)
         raise _hub_error(base_model, revision, error, path) from error
+    assert commit is not None  # the hub names one unless told to leave it out
     cached = _cached(base_model, commit)
     return ModelFolder(base_model, str(cached) if cached else f"hf://{base_model}@{commit}", commit)
 

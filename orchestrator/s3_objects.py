@@ -65,7 +65,7 @@ class S3Objects:
     def list_(self, path: str) -> list[str]:
         _, key = _split(path)
         prefix = f"{key.rstrip('/')}/" if key.strip("/") else ""
-        names = set()
+        names: set[str] = set()
         for page in self._pages(path, prefix, delimiter="/"):
             names.update(item["Key"][len(prefix) :] for item in page.get("Contents", ()))
             names.update(item["Prefix"][len(prefix) :].rstrip("/") for item in page.get("CommonPrefixes", ()))

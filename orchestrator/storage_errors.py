@@ -11,7 +11,10 @@ class NotFound(StorageError):
     """The file or object is not there."""
 
 
-_BY_ERRNO = {
+_Advice = tuple[str, str | None]
+"""What the matter is, and what to do."""
+
+_BY_ERRNO: dict[int, _Advice] = {
     errno.EROFS: ("the file system is read-only.", "Mount it writable, or name another folder."),
     errno.ENOSPC: ("the disk is full.", "Free some space, or name a folder on another disk."),
     errno.EDQUOT: ("the disk quota is used up.", "Free some space, or name a folder on another disk."),
@@ -27,7 +30,7 @@ _BY_ERRNO = {
 }
 
 _NO_PERMISSION = "Give these credentials the right to read, write, list and delete there, or use others."
-_BY_CODE = {
+_BY_CODE: dict[str, _Advice] = {
     "NoSuchBucket": ("the bucket '{bucket}' does not exist.", "Create it, or name another one."),
     "AccessDenied": ("the store denies access to the bucket '{bucket}'.", _NO_PERMISSION),
     "403": ("the store denies access to the bucket '{bucket}'.", _NO_PERMISSION),
@@ -48,7 +51,7 @@ _BY_CODE = {
         "Use a store that has them (AWS S3, MinIO, Ceph, Cloudflare R2), or a local folder.",
     ),
 }
-_BY_CLASS = {
+_BY_CLASS: dict[str, _Advice] = {
     "NoCredentialsError": (
         "no S3 credentials were found.",
         "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE.",
@@ -79,7 +82,7 @@ def explained(error: Exception, url: str, bucket: str = "") -> StorageError:
     if isinstance(error, StorageError):
         return error
     code = error_code(error)
-    found = _BY_CODE.get(code)
+    found: _Advice | None = _BY_CODE.get(code)
     if found is None:
         names = [cls.__name__ for cls in type(error).__mro__]
         found = next((_BY_CLASS[name] for name in names if name in _BY_CLASS), None)
