@@ -1,76 +1,42 @@
-"""What Ray Train runs in each worker: finds out what the worker has, takes the secrets, and trains."""
+"""What Ray Train runs in each worker: takes the secrets, finds out what it has, joins the others, trains.
+
+The driver imports this file, and needs neither torch nor what trains: both are imported when first used.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import traceback
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
 
 import ray
-import torch
-import torch.distributed as dist
-from ray.train.torch.config import TorchConfig, _TorchBackend
+import ray.train
 
 from orchestrator.devices import RankFacts, backend_of, device_of, precision_of
 from orchestrator.runner import Event, TrainRequest
+from peft_dist.lazy import lazy
 
+from .backend import listening
 from .events import Reporter
 from .output import captured
-from .run import train
 
-COLLECTIVE_TIMEOUT_S = 600
-"""How long a rank waits for the others before it gives up."""
+if TYPE_CHECKING:
+    import torch
+    import torch.distributed as dist
 
+    from orchestrator.train import run
+else:
+    torch = lazy("torch")
+    dist = lazy("torch.distributed")
+    run = lazy("orchestrator.train.run")
 
-def rank_facts() -> RankFacts:
-    """What this worker has, as Ray and torch tell it."""
-    context = ray.train.get_context()
-    assigned = tuple(map(str, ray.get_runtime_context().get_accelerator_ids().get("GPU", [])))
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    facts = RankFacts(
-        rank=context.get_world_rank(),
-        world_size=context.get_world_size(),
-        local_rank=context.get_local_rank(),
-        node_rank=context.get_node_rank(),
-        assigned=assigned,
-        visible=tuple(part.strip() for part in visible.split(",")) if visible else None,
-        num_cuda=torch.cuda.device_count() if assigned else 0,
-        has_nccl=dist.is_nccl_available(),
-    )
-    device = device_of(facts)
-    if device == "cpu":
-        return facts
-    return RankFacts(**{**vars(facts), "capability": torch.cuda.get_device_capability(device)})
-
-
-class DeviceBackend(_TorchBackend):
-    """Ray's torch backend, with nccl or gloo by what the workers really have, not by what Ray's books say."""
-
-    def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
-        """Sets the process group up."""
-        facts = worker_group.execute(rank_facts)
-        worker_group.execute(_stay_on_loopback)
-        chosen = TorchConfig(
-            backend=backend_of(facts),
-            init_method=backend_config.init_method,
-            timeout_s=backend_config.timeout_s,
-        )
-        super().on_start(worker_group, chosen)
-
-
-@dataclass
-class DeviceTorchConfig(TorchConfig):
-    """Ray's TorchConfig with `DeviceBackend`."""
-
-    timeout_s: int = COLLECTIVE_TIMEOUT_S
-
-    @property
-    def backend_cls(self) -> type[DeviceBackend]:
-        """The class that sets the process group up."""
-        return DeviceBackend
+COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+"""How long a rank waits for the others before it gives up. A rank that fails ends its group sooner."""
 
 
 def run_worker(request: TrainRequest, mailbox: Any, folder: str) -> dict[str, Any]:
@@ -99,29 +65,82 @@ def run_worker(request: TrainRequest, mailbox: Any, folder: str) -> dict[str, An
             raise
 
 
+def rank_facts() -> RankFacts:
+    """What this worker has, as Ray and torch tell it."""
+    context = ray.train.get_context()
+    assigned = tuple(map(str, ray.get_runtime_context().get_accelerator_ids().get("GPU", [])))
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    facts = RankFacts(
+        rank=context.get_world_rank(),
+        world_size=context.get_world_size(),
+        local_rank=context.get_local_rank(),
+        node_rank=context.get_node_rank(),
+        assigned=assigned,
+        visible=tuple(part.strip() for part in visible.split(",")) if visible else None,
+        num_cuda=torch.cuda.device_count() if assigned else 0,
+        has_nccl=dist.is_nccl_available(),
+    )
+    device = device_of(facts)
+    return facts if device == "cpu" else replace(facts, capability=torch.cuda.get_device_capability(device))
+
+
+def join(own: RankFacts) -> list[RankFacts]:
+    """Opens the process group over the backend that fits all ranks; returns every rank's facts, by rank.
+
+    One worker alone needs no group.
+    """
+    if own.world_size == 1:
+        return [own]
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    descriptor = listening() if own.rank == 0 else None
+    store = dist.TCPStore(
+        address, port, own.world_size, own.rank == 0, COLLECTIVE_TIMEOUT, master_listen_fd=descriptor
+    )
+    store.set(f"facts/{own.rank}", json.dumps(asdict(own)))
+    everyone = [_facts(store.get(f"facts/{rank}")) for rank in range(own.world_size)]
+    if (device := device_of(own)) != "cpu":
+        torch.cuda.set_device(device)
+    dist.init_process_group(
+        backend_of(everyone),
+        store=dist.PrefixStore("group", store),
+        rank=own.rank,
+        world_size=own.world_size,
+        timeout=COLLECTIVE_TIMEOUT,
+    )
+    return everyone
+
+
 def _train(request: TrainRequest, reporter: Reporter) -> Any:
     own = rank_facts()
-    everyone: list[Any] = [own]
-    if dist.is_initialized():
-        everyone = [None] * own.world_size
-        dist.all_gather_object(everyone, own)
+    # DeepSpeed and others read these names
+    names = {
+        "RANK": own.rank,
+        "WORLD_SIZE": own.world_size,
+        "LOCAL_RANK": own.local_rank,
+        "NODE_RANK": own.node_rank,
+    }
+    os.environ.update({name: str(value) for name, value in names.items()})
+    everyone = join(own)
     device, precision = device_of(own), precision_of(request.spec.training.precision, everyone)
     if device == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         # the same number on every attempt: sums are cut by threads, and runs are compared bit for bit
         torch.set_num_threads(max(1, int(request.plan.bundle.get("CPU", 1))))
     if own.rank == 0:
-        backend = dist.get_backend() if dist.is_initialized() else "no process group"
-        message = f"{own.world_size} worker(s) on {device.partition(':')[0]} over {backend}, {precision}"
+        backend = f" over {dist.get_backend()}" if dist.is_initialized() else ""
+        message = f"{own.world_size} worker(s) on {device.partition(':')[0]}{backend}, {precision}"
         reporter.emit("state", state="starting", message=message)
-    return train(request, device=device, precision=precision, reporter=reporter)
+    end = run.train(request, device=device, precision=precision, reporter=reporter)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return end
 
 
-def _log_to(reporter: Reporter, rank: int) -> Any:
+def _facts(stored: bytes) -> RankFacts:
+    values = json.loads(stored)
+    lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
+    return RankFacts(**{**values, **lists})
+
+
+def _log_to(reporter: Reporter, rank: int) -> Callable[[str], None]:
     return lambda text: reporter.emit("log", rank=rank, text=text)
-
-
-def _stay_on_loopback() -> None:
-    """A cluster on 127.0.0.1 shall not make gloo listen on the machine's other addresses."""
-    if ray.util.get_node_ip_address().startswith("127."):
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
