@@ -139,9 +139,9 @@ def _runner(cluster: Cluster) -> Runner:
 def inspect_rows(spec: JobSpec, rows: int) -> Inspection:
     """Renders a job's rows as the workers will read them."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from .train.inspection import inspect_job
+    from .train import inspection
 
-    return inspect_job(spec, rows)
+    return inspection.inspect(spec, rows)
 
 
 def evaluate(spec: JobSpec, adapter_dir: str) -> dict[str, float]:

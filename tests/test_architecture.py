@@ -11,8 +11,8 @@ ROOT = Path(__file__).parent.parent
 
 LAYERS = {
     "peft_dist": [
-        {"contract", "catalog", "config", "errors", "lazy", "linalg", "starts"},
-        {"base_layer", "targets", "sharding", "pool", "rows", "folder"},
+        {"contract", "catalog", "errors", "lazy", "linalg", "starts", "config", "folder"},
+        {"base_layer", "targets", "sharding", "pool", "rows"},
         {"methods"},
         {"adapted"},
         {"inject", "merge", "checkpoint", "optim"},
@@ -20,15 +20,17 @@ LAYERS = {
         {"__init__"},
     ],
     "orchestrator": [
-        {"__init__", "errors", "home", "spec"},
+        {"__init__", "errors", "spec", "home", "processes"},
         {
-            "plan", "plan_memory", "plan_placement", "plan_view", "deepspeed_config", "model_sizes", "adapter_sizes", "objects", "store", "registry", "lineage",
-            "identity", "gate", "cluster", "devices", "runner", "ask", "local_ray", "keeper",
+            "plan", "plan_memory", "plan_placement", "plan_view", "deepspeed_config", "model_sizes", "adapter_sizes",
+            "objects", "local_objects", "s3_objects", "storage_errors", "stored", "journal", "store", "run_state",
+            "registry", "lineage", "identity", "gate", "adapter_folder", "model_folder", "weights_table",
+            "cluster", "local_ray", "keeper", "devices", "chat_template", "runner", "ask",
         },
         {"service", "train"},
         {"sweep", "serve", "submit"},
         {"wiring"},
-        {"api", "cli", "__main__", "terminal"},
+        {"api", "terminal", "cli", "__main__"},
     ],
 }  # fmt: skip
 
@@ -60,15 +62,17 @@ def imports(name: str, path: Path, known: set[str]) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else []
             stem = ".".join([*base, *(node.module.split(".") if node.module else [])])
-            targets = [f"{stem}.{alias.name}" for alias in node.names] + [stem]
+            names = [f"{stem}.{alias.name}" for alias in node.names]
+            # `from package import module` uses the module; any other name comes from the package itself
+            targets = [name if module_at(name, known) else stem for name in names]
         else:
             continue
-        for target in targets:
-            for candidate in (target, f"{target}.__init__"):
-                if candidate in known:
-                    found.add(candidate)
-                    break
+        found |= {module for target in targets if (module := module_at(target, known))}
     return found - {name, ".".join([*package, "__init__"])}
+
+
+def module_at(dotted: str, known: set[str]) -> str | None:
+    return next((name for name in (dotted, f"{dotted}.__init__") if name in known), None)
 
 
 def layer_of(module: str) -> int:

@@ -19,6 +19,7 @@ from .app import (
     console,
     print_json,
     print_table,
+    when,
 )
 
 
@@ -54,10 +55,10 @@ def adapters(
                 (
                     v.ref,
                     ", ".join(v.aliases),
-                    "passed" if v.lineage.gate_passed else "refused",
+                    {True: "passed", False: "refused", None: "none"}[v.lineage.gate_passed],
                     describe_metrics(v.lineage.metrics),
                     v.lineage.parent,
-                    v.created,
+                    when(v.created),
                 )
                 for v in versions
             ),

@@ -1,15 +1,17 @@
-"""The command line's frame: the application, the options that commands share, how results and errors are printed."""
+"""The command line's frame: the application, the options that commands share, how results and errors look."""
 
 from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from .. import api
 from ..errors import RaypeftError
@@ -70,11 +72,31 @@ def print_json(value: Any) -> None:
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """A table; empty cells for None."""
-    table = Table(*columns, title=title, title_justify="left", box=None, header_style="bold", pad_edge=False)
+    """A title and a table; empty cells for None, times and other values as people read them."""
+    table = Table(*columns, box=None, header_style="bold", pad_edge=False)
     for row in rows:
-        table.add_row(*("" if cell is None else str(cell) for cell in row))
+        table.add_row(*map(Text, map(cell_text, row)))
+    console.print(Text(title, "italic"), soft_wrap=True)
     console.print(table)
+
+
+def cell_text(value: Any) -> str:
+    """A cell's text."""
+    match value:
+        case None:
+            return ""
+        case dict():
+            return "  ".join(f"{key} {cell_text(each)}" for key, each in value.items())
+        case list() | tuple():
+            return ", ".join(map(cell_text, value))
+        case float():
+            return f"{value:.4g}"
+    return str(value)
+
+
+def when(seconds: float | None) -> str:
+    """A time as the reader's clock shows it."""
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds)) if seconds else ""
 
 
 def main() -> None:

@@ -78,7 +78,7 @@ def inspect(
     set_: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show what the model will read: rendered rows with the trained tokens coloured, lengths, what is dropped.
+    """Show what the model will read: rows with the trained tokens coloured, lengths, what is dropped.
 
     Example: raypeft inspect jobs/quickstart.yaml -n 3
     """
@@ -101,7 +101,7 @@ def plan(
     if as_json:
         print_json(plan_dict(made))
     else:
-        print_plan(made, console)
+        print_plan(made, console, str(file))
 
 
 @app.command(rich_help_panel=MAKE)

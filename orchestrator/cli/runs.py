@@ -21,6 +21,7 @@ from .app import (
     errors,
     print_json,
     print_table,
+    when,
 )
 
 Address = Annotated[
@@ -131,7 +132,7 @@ def jobs(address: Address = None, cluster: ClusterOption = None, as_json: AsJson
         print_table(
             f"Runs in {api.storage(cluster)}",
             ["id", "state", "adapter", "updated"],
-            ((r.id, r.state, r.adapter, r.updated) for r in records),
+            ((r.id, r.state, r.adapter, when(r.updated)) for r in records),
         )
 
 
@@ -148,7 +149,7 @@ def status(
     if as_json:
         print_json(record.to_dict())
         return
-    facts = record.to_dict()
+    facts = record.to_dict() | {"created": when(record.created), "updated": when(record.updated)}
     print_table(
         record.id, ["", ""], ((key, value) for key, value in facts.items() if value not in (None, {}, []))
     )

@@ -1,0 +1,296 @@
+"""The use cases against a runner and endpoints in memory, a real store and a real registry on disk."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from orchestrator import objects
+from orchestrator.cluster import ClusterFacts, NodeFacts, cluster_at
+from orchestrator.errors import Interrupted, PlacementError, RegistryError, RunError, TrainingError
+from orchestrator.registry import AdapterVersion, Registry
+from orchestrator.runner import Event, TrainOutcome, TrainRequest
+from orchestrator.service import Deployment, Environment, OnEvent, RunResult, StopRequest, run_job
+from orchestrator.spec.job import DeploySpec, JobSpec
+from orchestrator.spec.load import load_job_mapping
+from orchestrator.store import RunStore
+
+from .adapters import make_adapter
+
+ASSETS = Path(__file__).parents[2] / "jobs" / "assets"
+
+
+@dataclass
+class MemoryRunner:
+    """Trains nothing: leaves an adapter and the metrics that it was given."""
+
+    metrics: dict[str, float]
+    error: Exception | None = None
+    waits: bool = False
+    eval_rows: tuple[str, ...] = ("aa", "bb")
+    requests: list[TrainRequest] = field(default_factory=list)
+    stopped: threading.Event = field(default_factory=threading.Event)
+
+    def start(self, request: TrainRequest) -> None:
+        self.requests.append(request)
+
+    def events(self) -> Iterator[Event]:
+        yield {"event": "state", "state": "training", "message": "step 0 of 2"}
+        yield {
+            "event": "progress", "step": 1, "total_steps": 2, "epoch": 0, "loss": 3.0, "learning_rate": 1e-3,
+            "grad_norm": 1.0, "tokens_per_s": 10.0, "eta_s": 1.0,
+        }  # fmt: skip
+        if self.waits:
+            assert self.stopped.wait(10), "nobody asked the runner to stop"
+
+    def stop(self) -> None:
+        self.stopped.set()
+
+    def outcome(self) -> TrainOutcome:
+        if self.error is not None:
+            raise self.error
+        if self.stopped.is_set():
+            raise Interrupted("run was stopped after 1 step(s).", hint="Run the same command again.")
+        run_dir = self.requests[-1].run_dir
+        make_adapter(Path(run_dir) / "final", value=float(len(self.requests)))
+        objects.write(f"{run_dir}/train_rows.txt", b"11\n22\n")
+        objects.write(f"{run_dir}/eval_rows.txt", "".join(f"{row}\n" for row in self.eval_rows).encode())
+        files = (
+            f"{run_dir}/final",
+            dict(self.metrics),
+            2,
+            0.5,
+            f"{run_dir}/train_rows.txt",
+            f"{run_dir}/eval_rows.txt",
+        )
+        return TrainOutcome(*files, question="What?")
+
+
+@dataclass
+class MemoryEndpoints:
+    """Serves nothing; remembers what it was asked for."""
+
+    registry: Registry
+    state: str = "live"
+    error: Exception | None = None
+    deployed: list[str] = field(default_factory=list)
+
+    def deploy(
+        self,
+        version: AdapterVersion,
+        base_model: str,
+        revision: str,
+        deploy: DeploySpec,
+        *,
+        force: bool,
+        on_event: OnEvent,
+    ) -> Deployment:
+        if self.error is not None:
+            raise self.error
+        self.deployed.append(version.ref)
+        if self.state == "live":
+            self.registry.set_alias(version.name, version.version, deploy.alias)
+        return Deployment("tiny", "http://127.0.0.1:1/tiny/v1", version.ref, "tiny", self.state)
+
+    def status(self) -> list[object]:
+        return []
+
+    def undeploy(self, name: str, adapter: str | None = None) -> None:
+        self.deployed.remove(adapter or name)
+
+
+@dataclass
+class House:
+    """An environment and what is behind it."""
+
+    runner: MemoryRunner
+    endpoints: MemoryEndpoints
+    environment: Environment
+
+    def run(self, spec: JobSpec, **options: object) -> RunResult:
+        self.events: list[Event] = []
+        return run_job(spec, self.environment, on_event=self.events.append, **options)  # type: ignore[arg-type]
+
+    def said(self) -> str:
+        return "\n".join(str(event.get("message", "")) for event in self.events)
+
+
+@pytest.fixture
+def house(tmp_path) -> House:
+    registry = Registry(tmp_path / "registry")
+    runner = MemoryRunner({"eval_loss": 1.0, "base.eval_loss": 2.0})
+    endpoints = MemoryEndpoints(registry)
+    facts = ClusterFacts((NodeFacts(4, memory=8 << 30),), 4, 0, source="a test")
+    environment = Environment(
+        cluster=cluster_at("http://127.0.0.1:1"),
+        runs=RunStore(tmp_path / "runs"),
+        registry=registry,
+        open_runner=lambda: runner,
+        open_endpoints=lambda: endpoints,
+        facts=lambda: facts,
+    )
+    return House(runner, endpoints, environment)
+
+
+def job(**sections: object) -> JobSpec:
+    values = {
+        "name": "docs",
+        "model": {"base_model": str(ASSETS / "tiny-llama")},
+        "data": {"datasets": [{"path": str(ASSETS / "python-docs.jsonl")}]},
+        "deploy": {"gate": {"all": ["eval_loss < base.eval_loss"]}},
+        **sections,
+    }
+    return load_job_mapping({key: value for key, value in values.items() if value is not None}).spec
+
+
+def test_a_job_is_trained_gated_registered_and_deployed(house):
+    result = house.run(job())
+    assert (result.state, result.adapter, house.endpoints.deployed) == ("done", "docs@1", ["docs@1"])
+    assert result.metrics == {"eval_loss": 1.0, "base.eval_loss": 2.0}
+    assert result.first_step_s == 0.5 and result.question == "What?"
+    version = house.environment.registry.get("docs")
+    assert version.lineage.gate_passed and version.lineage.parent is None
+    assert house.environment.registry.train_rows(version) == {"11", "22"}
+    record = house.environment.runs.get("docs")
+    assert (record.state, record.adapter) == ("done", "docs@1")
+    assert [event["step"] for event in house.environment.runs.metrics("docs")] == [1]
+
+
+def test_the_same_job_again_says_done_and_does_nothing(house):
+    house.run(job())
+    again = house.run(job())
+    assert again.already and again.adapter == "docs@1" and again.endpoint.url.endswith("/tiny/v1")
+    assert len(house.runner.requests) == 1 and "done: docs@1" in house.said()
+
+
+def test_another_spec_under_the_name_is_refused_with_the_keys_and_the_ways_on(house):
+    house.run(job())
+    with pytest.raises(RunError, match=r"training\.learning_rate.*--new"):
+        house.run(job(training={"learning_rate": 3e-4}))
+    assert house.run(job(training={"learning_rate": 3e-4}), new=True).adapter == "docs@2"
+
+
+def test_a_refused_adapter_is_registered_not_deployed_and_the_reason_is_said(house):
+    house.runner.metrics["eval_loss"] = 3.0
+    result = house.run(job())
+    assert result.state == "registered, refused by the gate" and house.endpoints.deployed == []
+    assert "fails" in " ".join(result.reasons) and "the gate refused it" in house.said()
+    assert house.environment.registry.alias("docs", "production") is None
+
+
+def test_force_deploys_against_the_gate(house):
+    house.runner.metrics["eval_loss"] = 3.0
+    assert house.run(job(), force=True).state == "done" and house.endpoints.deployed == ["docs@1"]
+
+
+def test_without_deploy_it_is_only_registered(house):
+    result = house.run(job(deploy=None))
+    assert (result.state, house.endpoints.deployed) == ("done", [])
+    assert house.environment.registry.get("docs@1").lineage.gate_passed is None
+
+
+def test_no_room_for_the_endpoint_leaves_the_job_waiting_not_failed(house):
+    house.endpoints.state = "waiting"
+    assert house.run(job()).state == "registered, waiting to deploy"
+
+
+def test_killed_between_registering_and_deploying_it_deploys_that_version(house):
+    house.endpoints.error = KeyboardInterrupt()
+    with pytest.raises(Interrupted):
+        house.run(job())
+    house.endpoints.error = None
+    assert house.run(job()).adapter == "docs@1"
+    assert len(house.runner.requests) == 1 and house.environment.registry.names() == ["docs"]
+    assert [version.ref for version in house.environment.registry.versions("docs")] == ["docs@1"]
+
+
+def test_killed_between_registering_and_saying_so_it_registers_no_second_one(house, monkeypatch):
+    registry = house.environment.registry
+    register = registry.register
+
+    def register_and_die(*args, **kwargs):
+        register(*args, **kwargs)
+        raise SystemExit(9)
+
+    monkeypatch.setattr(registry, "register", register_and_die)
+    with pytest.raises(SystemExit):
+        house.run(job())
+    monkeypatch.undo()
+    assert house.run(job()).adapter == "docs@1"
+    assert [version.version for version in registry.versions("docs")] == [1]
+
+
+def test_a_failure_keeps_its_cause_and_the_run_can_go_on(house):
+    house.runner.error = TrainingError("the loss is NaN at step 7.", hint="Lower the learning rate.")
+    with pytest.raises(TrainingError, match="NaN at step 7"):
+        house.run(job())
+    record = house.environment.runs.get("docs")
+    assert record.state == "failed" and "NaN at step 7" in record.cause
+    house.runner.error = None
+    assert house.run(job()).state == "done"
+
+
+def test_production_is_compared_with_and_its_training_rows_are_counted(house):
+    gate = {"gate": {"all": ["eval_loss <= production.eval_loss"]}}
+    first = house.run(job(deploy=gate))
+    assert "no production version" in " ".join(first.reasons) and house.runner.requests[0].compare == {}
+    house.runner.metrics |= {"eval_loss": 0.5, "production.eval_loss": 1.0}
+    house.runner.eval_rows = ("11", "bb")
+    second = house.run(job(deploy=gate, training={"seed": 7}), new=True)
+    assert second.adapter == "docs@2" and second.state == "done"
+    assert house.runner.requests[1].compare == {"production": house.environment.registry.get("docs@1").url}
+    assert "1 of 2 evaluation rows were in the training rows of docs@1" in house.said()
+
+
+def test_training_on_from_a_version_makes_it_the_parent(house):
+    house.run(job())
+    house.run(job(name="more", adapter={"init_from": "docs@1"}, register={"name": "docs"}))
+    assert house.runner.requests[1].init_from == house.environment.registry.get("docs@1").url
+    assert house.environment.registry.get("docs@2").lineage.parent == "docs@1"
+    assert "evaluation rows were in the training rows" not in house.said()
+
+
+def test_training_on_from_an_adapter_of_another_base_is_refused(house, tmp_path):
+    from .adapters import lineage
+
+    house.environment.registry.register("other", make_adapter(tmp_path / "other"), lineage())
+    with pytest.raises(
+        RegistryError, match=r"adapter.init_from: other@1 was trained on tiny, this job's base is"
+    ):
+        house.run(job(adapter={"init_from": "other@1"}))
+
+
+def test_more_workers_than_there_ever_are_is_refused_before_a_run_is_made(house):
+    with pytest.raises(PlacementError):
+        house.run(job(resources={"num_workers": 64}))
+    assert house.environment.runs.list() == []
+
+
+def test_ctrl_c_while_training_has_the_workers_save_first(house):
+    house.runner.waits = True
+    stop = StopRequest()
+    asker = threading.Thread(
+        target=lambda: (_until(lambda: house.runner.requests), time.sleep(0.1), stop.ask())
+    )
+    asker.start()
+    with pytest.raises(Interrupted):
+        house.run(job(), stop=stop)
+    asker.join()
+    assert house.runner.stopped.is_set() and house.environment.runs.get("docs").state == "interrupted"
+
+
+def test_ctrl_c_at_any_other_time_leaves_at_once():
+    with pytest.raises(KeyboardInterrupt):
+        StopRequest().ask()
+
+
+def _until(condition, timeout_s: float = 10.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
