@@ -50,10 +50,16 @@ def _steps_or_none(value: Any) -> Any:
     return None if value == -1 else _whole(value)
 
 
+def _no_warmup(value: Any) -> Any:
+    if value == 0 and not isinstance(value, bool):
+        return 0.0
+    raise ValueError(f"{show(value)} steps are no share of them. Write training.warmup_ratio, such as 0.03.")
+
+
 def _step_count(value: Any) -> Any:
     if isinstance(value, float) and 0 < value < 1:
         raise ValueError(
-            f"{value} is a share of the run. Write a number of steps, or {{saves,evals}}_per_epoch."
+            f"{value} is a share of the run. Write a number of steps, or saves_per_epoch / evals_per_epoch."
         )
     return _whole(value)
 
@@ -257,7 +263,7 @@ ROWS: tuple[Alias, ...] = (
         change=_strategy("training.eval_steps"),
     ),
     *_maps("storage.keep_latest", "save_total_limit"),
-    *_refused("Write training.warmup_ratio, a share of the steps.", "warmup_steps", accepts=(0,)),
+    *_maps("training.warmup_ratio", "warmup_steps", change=_no_warmup),
     *_refused("Write training.global_batch_size, the rows per step over all workers.", "batch_size"),
     *_refused("Remove it: evaluation uses training.micro_batch_size.", "eval_batch_size"),
     *_refused("Remove it: evaluation uses training.micro_batch_size.", "per_device_eval_batch_size"),

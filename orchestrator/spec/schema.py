@@ -21,12 +21,18 @@ def json_schema() -> dict[str, Any]:
     definitions["AdapterSpec"] = _adapter(definitions["AdapterSpec"])
     dataset_type = definitions["DatasetSpec"]["properties"]["type"]
     dataset_type["enum"] = [*dataset_type["enum"], *DATASET_TYPES]
-    definitions["DatasetSpec"]["properties"]["field"] = {"type": "string", "description": "alias of field_text"}
+    definitions["DatasetSpec"]["properties"]["field"] = {
+        "type": "string",
+        "description": "alias of field_text",
+    }
     properties["adapter"] = {
         "description": "what is trained: a method's name, or its name and fields",
         "anyOf": [{"$ref": "#/$defs/AdapterSpec"}, {"enum": method_names()}],
     }
-    properties["extends"] = {"type": "string", "description": "the job that this one overrides, relative to it"}
+    properties["extends"] = {
+        "type": "string",
+        "description": "the job that this one overrides, relative to it",
+    }
     properties["format"] = {"const": FORMAT, "description": "of what is stored; written by raypeft"}
     for row in ROWS:
         if row.target:
@@ -77,7 +83,13 @@ def _method(kind: str, ours: dict[str, Any]) -> dict[str, Any]:
     required = [field.name for field in fields.values() if field.default is MISSING]
     if kind != "lora":
         required = ["type", *required]
-    return {"type": "object", "title": kind, "properties": properties, "required": required, "additionalProperties": False}
+    return {
+        "type": "object",
+        "title": kind,
+        "properties": properties,
+        "required": required,
+        "additionalProperties": False,
+    }
 
 
 def _field(field: MethodField) -> dict[str, Any]:

@@ -17,7 +17,9 @@ ASSETS = {"quickstart": ("tiny-llama", "python-docs.jsonl")}
 
 def list_templates() -> list[tuple[str, str]]:
     """(name, one line) of each template, the quickstart first."""
-    names = sorted((path.stem for path in _FOLDER.glob("*.yaml")), key=lambda name: (name != "quickstart", name))
+    names = sorted(
+        (path.stem for path in _FOLDER.glob("*.yaml")), key=lambda name: (name != "quickstart", name)
+    )
     return [(name, _first_line(_FOLDER / f"{name}.yaml")) for name in names]
 
 
@@ -62,15 +64,21 @@ def asset_folder() -> Path:
 def _check(wanted: list[tuple[Path, Path]], force: bool) -> None:
     for source, place in wanted:
         if not source.exists():
-            raise SpecError(f"{source.name} is missing from this installation.", where=str(source), hint="Install again.")
+            raise SpecError(
+                f"{source.name} is missing from this installation.", where=str(source), hint="Install again."
+            )
         if place.exists() and not force and not (place.is_dir() and _is_same(source, place)):
-            raise SpecError("is there already.", where=str(place), hint="Write elsewhere with --dir, or add --force.")
+            raise SpecError(
+                "is there already.", where=str(place), hint="Write elsewhere with --dir, or add --force."
+            )
 
 
 def _is_same(source: Path, place: Path) -> bool:
     """A base that was brought before, with nothing changed in it, is no reason to refuse."""
     names = {path.name: path.stat().st_size for path in source.iterdir()}
-    return all((place / name).is_file() and (place / name).stat().st_size == size for name, size in names.items())
+    return all(
+        (place / name).is_file() and (place / name).stat().st_size == size for name, size in names.items()
+    )
 
 
 def _copy(source: Path, place: Path) -> None:
