@@ -73,7 +73,9 @@ def print_json(value: Any) -> None:
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     """A title and a table; empty cells for None, times and other values as people read them."""
-    table = Table(*columns, box=None, header_style="bold", pad_edge=False)
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for number, column in enumerate(columns):
+        table.add_column(column, no_wrap=number == 0, overflow="fold")
     for row in rows:
         table.add_row(*map(Text, map(cell_text, row)))
     console.print(Text(title, "italic"), soft_wrap=True)
@@ -108,7 +110,7 @@ def run_guarded(command: Callable[..., Any], arguments: Sequence[str] | None = N
     """Runs the application on `arguments` (the process's own where None) and returns its exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        command(args=given)
+        command(args=given, prog_name="raypeft")
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 1
     except RaypeftError as error:

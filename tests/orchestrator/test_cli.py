@@ -1,0 +1,195 @@
+"""The command line: what it prints, its exit codes, and that no user sees a traceback."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from orchestrator.cli import app, run_guarded
+from orchestrator.registry import Registry
+from orchestrator.spec.methods import method_rows
+
+from .adapters import lineage, make_adapter, make_base
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("RAYPEFT_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "home"
+
+
+@pytest.fixture
+def raypeft(home, capsys):
+    """Runs a command line; gives its exit code, its output and its errors."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        code = run_guarded(app, arguments)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def registry(home) -> Registry:
+    return Registry(home / "registry")
+
+
+COMMANDS = (
+    "init validate inspect plan schema methods run submit jobs status logs cancel adapters show alias register "
+    "pull delete eval deploy endpoints undeploy ask up down"
+).split()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(raypeft, command):
+    code, out, _ = raypeft(command, "--help")
+    assert code == 0 and f"raypeft {command}" in out
+
+
+def test_help_lists_exactly_these_commands():
+    assert sorted(command.name or command.callback.__name__ for command in app.registered_commands) == sorted(
+        COMMANDS
+    )
+
+
+def test_no_arguments_shows_help(raypeft):
+    _, out, err = raypeft()
+    assert "Usage" in out + err
+
+
+def test_validate_prints_each_problem_with_its_place_and_exits_2(raypeft, tmp_path):
+    (tmp_path / "bad.yaml").write_text(
+        "model: {base_model: x}\ndata: {datasets: [{path: a.jsonl}]}\nadpter: {}\n"
+    )
+    code, out, err = raypeft("validate", "bad.yaml")
+    assert (code, out) == (2, "")
+    assert err.strip() == "bad.yaml:3 adpter: no such key. Closest: 'adapter'."
+
+
+def test_validate_json_says_it_for_scripts(raypeft, tmp_path):
+    (tmp_path / "good.yaml").write_text("model: {base_model: x}\ndata: {datasets: [{path: a.jsonl}]}\n")
+    (tmp_path / "bad.yaml").write_text("model: 3\n")
+    code, out, _ = raypeft("validate", "good.yaml", "bad.yaml", "--json")
+    good, bad = json.loads(out)
+    assert code == 2 and good["valid"] and good["name"] == "good"
+    assert not bad["valid"] and bad["error"]["code"] == "spec"
+
+
+def test_validate_resolved_prints_a_job_that_validates_to_itself(raypeft, tmp_path):
+    (tmp_path / "job.yaml").write_text("model: {base_model: x}\ndata: {datasets: [{path: a.jsonl}]}\n")
+    code, out, _ = raypeft("validate", "job.yaml", "--resolved", "--set", "training.learning_rate=1e-4")
+    assert code == 0 and "learning_rate: 0.0001" in out
+    (tmp_path / "again.yaml").write_text(out)
+    assert raypeft("validate", "again.yaml", "--resolved")[1] == out
+
+
+def test_schema_is_json(raypeft):
+    code, out, _ = raypeft("schema")
+    assert code == 0 and json.loads(out)["properties"]["training"]
+
+
+def test_methods_lists_the_catalog(raypeft):
+    _, out, _ = raypeft("methods")
+    rows = json.loads(raypeft("methods", "--json")[1])
+    assert [row["name"] for row in rows] == [row.name for row in method_rows()]
+    assert all(row["name"] in out and row["paper"] in out for row in rows)
+
+
+def test_init_writes_a_job_that_validates_and_overwrites_nothing(raypeft, tmp_path):
+    _, listed, _ = raypeft("init")
+    code, out, _ = raypeft("init", "minimal")
+    path = tmp_path / "minimal.yaml"
+    assert code == 0 and "minimal" in listed and "minimal.yaml" in out
+    assert raypeft("validate", str(path))[0] == 0
+    path.write_text("mine")
+    code, _, err = raypeft("init", "minimal")
+    assert code != 0 and "--force" in err and path.read_text() == "mine"
+
+
+def test_an_unknown_template_lists_those_there_are(raypeft):
+    code, _, err = raypeft("init", "qlora")
+    assert code != 0 and "qlora" in err and "quickstart" in err
+
+
+def test_the_registry_from_the_command_line(raypeft, registry, tmp_path):
+    base = make_base(tmp_path / "base")
+    make_adapter(tmp_path / "mine", base_model_name_or_path=str(base))
+    assert raypeft("register", "mine", "--name", "docs")[1] == "registered docs@1\n"
+    assert raypeft("alias", "docs@1", "production")[1] == "docs@production is docs@1\n"
+    _, out, _ = raypeft("adapters")
+    assert "docs" in out and "production -> 1" in out and str(registry.url).removeprefix("file://") in out
+    assert "docs@1" in raypeft("adapters", "docs")[1]
+    shown = json.loads(raypeft("show", "docs", "--json")[1])
+    assert shown["ref"] == "docs@1" and shown["lineage"]["origin"] == "registered from mine"
+    assert "lineage.origin" in raypeft("show", "docs@1")[1]
+    assert raypeft("pull", "docs@production", "copy")[0] == 0
+    assert (tmp_path / "copy" / "adapter_model.safetensors").is_file()
+    code, _, err = raypeft("delete", "docs@1")
+    assert code == 1 and "docs@production is this version" in err
+    registry.remove_alias("docs", "production")
+    assert raypeft("delete", "docs@1")[1] == "deleted docs@1\n"
+
+
+def test_registering_needs_a_base(raypeft, tmp_path):
+    make_adapter(tmp_path / "mine", base_model_name_or_path=None)
+    code, _, err = raypeft("register", "mine", "--name", "docs")
+    assert code == 1 and "--base MODEL" in err
+
+
+def test_an_unknown_version_lists_those_there_are(raypeft, registry, tmp_path):
+    registry.register("docs", make_adapter(tmp_path / "a"), lineage())
+    code, _, err = raypeft("show", "docs@7")
+    assert code == 1 and "docs@7 does not exist" in err and "docs@1" in err
+
+
+def test_a_failed_command_prints_json_where_asked(raypeft):
+    code, out, err = raypeft("status", "nothing", "--json")
+    assert code == 1 and json.loads(out)["error"]["code"] == "run" and "there is no run 'nothing'" in err
+
+
+def test_submit_needs_a_cluster(raypeft, tmp_path):
+    (tmp_path / "job.yaml").write_text("model: {base_model: x}\ndata: {datasets: [{path: a.jsonl}]}\n")
+    code, _, err = raypeft("submit", "job.yaml")
+    assert code == 1 and "--address http://HOST:8265" in err
+
+
+def test_run_on_a_remote_cluster_says_submit(raypeft, tmp_path):
+    (tmp_path / "job.yaml").write_text("model: {base_model: x}\ndata: {datasets: [{path: a.jsonl}]}\n")
+    code, _, err = raypeft("run", "job.yaml", "--cluster", "http://127.0.0.1:9")
+    assert code == 1 and "Traceback" not in err
+
+
+def test_ask_with_nothing_up_says_how_to_start_one(raypeft):
+    code, _, err = raypeft("ask", "docs", "Why?")
+    assert code == 1 and "no endpoint is up" in err and "raypeft deploy" in err
+
+
+def test_endpoints_and_down_with_nothing_up(raypeft):
+    assert json.loads(raypeft("endpoints", "--json")[1]) == []
+    assert raypeft("down")[1] == "no Ray of ours was up\n"
+
+
+def test_usage_errors_exit_2(raypeft):
+    code, _, err = raypeft("adaptrs")
+    assert code == 2 and "Did you mean" in err
+
+
+def test_the_module_runs_as_the_command():
+    done = subprocess.run(
+        [sys.executable, "-m", "orchestrator", "methods", "--json"], capture_output=True, text=True
+    )
+    assert done.returncode == 0 and json.loads(done.stdout)
+
+
+def test_completion_offers_adapters_and_runs(home, registry, tmp_path):
+    from orchestrator.cli.app import complete_adapters, complete_runs
+
+    registry.register("docs", make_adapter(tmp_path / "a"), lineage())
+    assert complete_adapters("do") == ["docs", "docs@1"] and complete_adapters("x") == []
+    assert complete_runs("") == []
