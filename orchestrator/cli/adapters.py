@@ -75,10 +75,12 @@ def show(ref: AdapterArgument, cluster: ClusterOption = None, as_json: AsJson = 
     version = api.show(ref, cluster=cluster)
     if as_json:
         print_json(version.to_dict())
-    else:
-        print_table(
-            version.ref, ["", ""], ((k, v) for k, v in version.to_dict().items() if v not in (None, {}, []))
-        )
+        return
+    facts = version.to_dict() | {"created": when(version.created)}
+    lineage, files = facts.pop("lineage"), facts.pop("files")
+    facts |= {f"lineage.{key}": value for key, value in lineage.items()}
+    facts |= {file: f"{about['size_bytes']:,} bytes" for file, about in files.items()}
+    print_table(version.ref, ["", ""], (row for row in facts.items() if row[1] not in (None, {}, [], ())))
 
 
 @app.command(rich_help_panel=ADAPTERS)
