@@ -19,7 +19,7 @@ from peft_dist.contract import ActivationMethod, BaseLayer, Method, SiteMethod, 
 from peft_dist.errors import AdapterError, RowsError
 from peft_dist.pool import AdapterPool, PooledModule
 from peft_dist.rows import BASE, Current, Rows, Split, drop, stream
-from peft_dist.sharding import is_partitioned, whole_shape
+from peft_dist.sharding import is_partitioned, reach, whole_shape
 
 
 class AdapterModule(PooledModule):
@@ -69,9 +69,12 @@ class AdapterModule(PooledModule):
 
     def serving(self, choice: str | None) -> tuple[str, ...]:
         """The adapters here that serve rows with this choice: a name, `"__base__"`, or None for the active
-        ones."""
+        ones. Within a forward: tensors that a user's own engine has partitioned are gathered for it."""
         names = self.active_adapters if choice is None else () if choice == BASE else (choice,)
-        return tuple(name for name in names if name in self.methods)
+        here = tuple(name for name in names if name in self.methods)
+        for name in here:
+            reach(self, self.tensors(name).values())
+        return here
 
 
 @dataclass(frozen=True)
@@ -121,7 +124,7 @@ class Adapted(AdapterModule):
         self, layer: nn.Module, name: str, pool: AdapterPool, current: Current, base: Layer | None = None
     ):
         super().__init__(pool, name, current)
-        self.base_layer = layer
+        self.base_layer: Any = layer
         self.base = base or door(layer, name)
 
     @property
@@ -230,9 +233,8 @@ class Adapted(AdapterModule):
             for (levels, start, stop), entrance in zip(parts, entrances, strict=True):
                 piece = None
                 for level in levels:
-                    part = level.method.added(
-                        level.p, level.under, entrance.of(level.method, level.p)(xs[start:stop])
-                    )  # type: ignore[attr-defined]
+                    entered = entrance.of(level.method, level.p)(xs[start:stop])
+                    part = level.method.added(level.p, level.under, entered)  # type: ignore[attr-defined]
                     piece = part if piece is None else piece + part
                 pieces.append(piece)
             # One row of what the layer gives; a piece may be one vector for all positions.
@@ -368,7 +370,7 @@ class Replaced(AdapterModule):
 
     def __init__(self, module: nn.Module, name: str, pool: AdapterPool, current: Current) -> None:
         super().__init__(pool, name, current)
-        self.original_module = module
+        self.original_module: Any = module
         self.base = Layer(module, name)
         # A copy without memory and without an engine's hooks, into which an adapter's tensors are put to run
         # it.
@@ -414,7 +416,7 @@ class Replaced(AdapterModule):
         p = self.tensors(names[-1])
         dtype = next(iter(p.values())).dtype
         wanted = [a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() else a for a in args]
-        y = functional_call(self._shell, p, tuple(wanted), kwargs)
+        y = functional_call(self._shell, dict(p), tuple(wanted), kwargs)
         same = args and isinstance(args[0], Tensor) and args[0].is_floating_point() and isinstance(y, Tensor)
         return y.to(args[0].dtype) if same else y
 
@@ -432,7 +434,7 @@ class Replaced(AdapterModule):
             else None
         )
         pieces = [
-            self._run(names, (xs[start:stop],), {}) if names else bare[start:stop]
+            self._run(names, (xs[start:stop],), {}) if names else bare[start:stop]  # type: ignore[index]
             for names, start, stop in choices
         ]
         given = torch.cat(pieces)

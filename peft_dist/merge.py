@@ -12,14 +12,14 @@ import warnings
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import Parameter
 
 from peft_dist.adapted import Adapted, AdapterModule, Replaced
 from peft_dist.contract import PromptMethod
 from peft_dist.errors import AdapterError, MergeError, suggest
 from peft_dist.inject import adapter_modules, remove_wrappers
-from peft_dist.sharding import is_partitioned, set_whole
+from peft_dist.sharding import gathered, is_partitioned, set_whole, whole
 
 _KEPT = "_kept_at_merge"
 _OWN_WEIGHT = "_tied_before_merge"
@@ -70,7 +70,7 @@ def merge(
     if safe_merge:
         _check_finite(touched, names)
     for module in touched:
-        dW, db = module.change(names)
+        dW, db = _change(module, names)
         if keep:
             _keep(module)
         if dW is not None:
@@ -183,9 +183,16 @@ def _merged(base: nn.Module) -> list[str]:
     return next((list(m.merged_adapters) for _, m in adapter_modules(base) if m.merged_adapters), [])
 
 
+def _change(module: Adapted, names: Sequence[str]) -> tuple[Tensor | None, Tensor | None]:
+    """`Adapted.change`, also of adapters that a user's own engine has partitioned."""
+    here = [name for name in names if name in module.methods]
+    with gathered(tensor for name in here for tensor in module.tensors(name).values()):
+        return module.change(here)
+
+
 def _check_finite(modules: Sequence[Adapted], names: Sequence[str]) -> None:
     for module in modules:
-        dW, db = module.change(names)
+        dW, db = _change(module, names)
         parts = ((module.base.weight, dW), (module.base.bias, db))
         with torch.no_grad():
             merged = [read() + change for read, change in parts if change is not None]
@@ -261,4 +268,4 @@ def _take_over(module: Replaced, names: Sequence[str]) -> None:
     chosen = [name for name in names if name in module.methods]
     if chosen:
         for key, value in module.tensors(chosen[-1]).items():
-            set_whole(module.original_module.get_parameter(key), value.detach())
+            set_whole(module.original_module.get_parameter(key), whole(value))

@@ -21,7 +21,7 @@ from peft_dist.contract import PromptMethod
 from peft_dist.errors import AdapterError, CheckpointError, ConfigError, suggest
 from peft_dist.pool import PooledModule
 from peft_dist.rows import BASE, Rows
-from peft_dist.sharding import is_partitioned
+from peft_dist.sharding import is_partitioned, reach, refuse_foreign_engine
 
 PROMPTS = "prompt_encoder"
 
@@ -105,7 +105,7 @@ class PeftModel(PooledModule):
         super().__init__(shared.pool, PROMPTS)
         self._adapters = shared
         self.peft_config: dict[str, PeftConfig] = {}
-        self.base_model = AdaptedBase(model, self.peft_config)
+        self.base_model: Any = AdaptedBase(model, self.peft_config)
         self.active_adapters: list[str] = []
         self.disabled = False
         if peft_config is None:
@@ -198,7 +198,7 @@ class PeftModel(PooledModule):
             if merged:
                 self.base_model.merge_adapter(merged)
 
-    def get_base_model(self) -> nn.Module:
+    def get_base_model(self) -> Any:
         """The base itself, with its wrapped layers in it."""
         return self.base_model.model
 
@@ -383,7 +383,7 @@ class PeftModel(PooledModule):
             self.set_adapter(name, inference_mode=not is_trainable)
         else:
             self.set_requires_grad(name, is_trainable and name in self.active_adapters)
-        if not is_trainable:
+        if not is_trainable and self.training:
             self.eval()
 
     # --- counts
@@ -425,6 +425,7 @@ class PeftModel(PooledModule):
         self, name: str, config: PeftConfig, autocast: bool, low_cpu_mem_usage: bool, start: bool
     ) -> None:
         inject.check_name(name, self.peft_config)
+        refuse_foreign_engine(self, f"adapter {name!r} cannot be added")
         base = self.get_base_model()
         for place, module in inject.adapter_modules(base):
             if module.merged_adapters:
@@ -601,7 +602,12 @@ class PeftModel(PooledModule):
                 f"{len(choices)} adapters are named for {num_rows} sequences. Name one for each."
             )
         names = [self._prompt_of(choice) for choice in choices]
-        made = {name: self.peft_config[name].embeds(self.tensors(name)) for name in set(names) - {None}}  # type: ignore[index, attr-defined, arg-type]
+        made: dict[str | None, Tensor] = {}
+        # In one order on every rank, since a user's own engine may have partitioned them.
+        for name in dict.fromkeys(n for n in names if n is not None):
+            p = self.tensors(name)
+            reach(self, p.values())
+            made[name] = self.peft_config[name].embeds(p)  # type: ignore[attr-defined]
         return [made.get(name) for name in names]
 
 
