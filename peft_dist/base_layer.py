@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +33,7 @@ class Layer:
     kind: Kind = "module"
 
     def __init__(self, layer: nn.Module, name: str) -> None:
-        self.layer = layer
+        self.layer: Any = layer
         out, in_ = self._matrix_shape()
         bias = getattr(layer, "bias", None)
         self.site = Site(
@@ -179,7 +180,8 @@ class Conv1DLayer(Layer):
     def _as_matrix(self, stored: Tensor) -> Tensor:
         return stored.T
 
-    _as_stored = _as_matrix
+    def _as_stored(self, matrix: Tensor) -> Tensor:
+        return matrix.T
 
 
 class EmbeddingLayer(Layer):
@@ -203,7 +205,8 @@ class EmbeddingLayer(Layer):
     def _as_matrix(self, stored: Tensor) -> Tensor:
         return stored.T
 
-    _as_stored = _as_matrix
+    def _as_stored(self, matrix: Tensor) -> Tensor:
+        return matrix.T
 
 
 class ConvLayer(Layer):
@@ -214,7 +217,7 @@ class ConvLayer(Layer):
             raise BaseLayerError(
                 f"{name}: a convolution with {layer.groups} groups; only one group can be adapted."
             )
-        self.kind = CONVS[len(layer.kernel_size)]
+        self.kind = CONVS[len(layer.kernel_size)]  # type: ignore[arg-type]
         super().__init__(layer, name)
 
     def _matrix_shape(self) -> tuple[int, int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import importlib
 from dataclasses import dataclass
+from typing import Any
 
 from peft_dist.errors import ConfigError, suggest
 
@@ -88,7 +89,7 @@ def entry(peft_type: str) -> Entry:
     return METHODS[name]
 
 
-def config_class(peft_type: str) -> type:
+def config_class(peft_type: str) -> Any:
     """The config class of `peft_type`; imports its file, which imports no torch."""
     module, _, name = entry(peft_type).config.partition(":")
     return getattr(importlib.import_module(module), name)

@@ -96,6 +96,9 @@ class BaseLayer(Protocol):
     def bias(self) -> Tensor | None:
         """b (out,): gathered, detached."""
 
+    def tensor(self, key: str) -> Tensor:
+        """The layer's parameter `key`: gathered, detached."""
+
     def apply(self, W: Tensor, x: Tensor) -> Tensor:
         """The layer with W (rows, in) in place of its own weight and no bias: (..., rows)."""
 

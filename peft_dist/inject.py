@@ -49,14 +49,14 @@ class Place:
     @property
     def layer(self) -> nn.Module:
         """The base's own layer."""
-        layer = self.module
+        layer: Any = self.module
         while isinstance(layer, AdapterModule):
             layer = layer.base_layer
         return layer
 
     def wrapper(self, kind: type[AdapterModule]) -> AdapterModule | None:
         """The wrapper of this kind around the layer, where there is one."""
-        module = self.module
+        module: Any = self.module
         while isinstance(module, AdapterModule):
             if isinstance(module, kind):
                 return module
@@ -80,7 +80,7 @@ def _walk(module: nn.Module, prefix: str, seen: set[int]) -> Iterator[Place]:
         yield from _walk(place.layer, name, seen)
 
 
-def facts_of(model: nn.Module, found: dict[str, Place]) -> BaseFacts:
+def facts_of(model: Any, found: dict[str, Place]) -> BaseFacts:
     """What targets are chosen from."""
     heads = set()
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
@@ -92,7 +92,7 @@ def facts_of(model: nn.Module, found: dict[str, Place]) -> BaseFacts:
     return BaseFacts(type(model).__name__, kinds, frozenset(heads), architecture)
 
 
-def _bare(module: nn.Module) -> nn.Module:
+def _bare(module: Any) -> nn.Module:
     while isinstance(module, AdapterModule):
         module = module.base_layer
     return module
@@ -158,7 +158,9 @@ def inject(
         assert isinstance(config, SiteMethod)
         targets = resolve(config, facts)
         for name in targets:
-            chosen.append((found[name], Adapted, door(found[name].layer, name), config))
+            there = found[name].wrapper(Adapted)
+            base = there.base if isinstance(there, Adapted) else door(found[name].layer, name)
+            chosen.append((found[name], Adapted, base, config))
     saved = resolve_saved(getattr(config, "modules_to_save", None), facts)
     for name in saved:
         layer = found[name].layer
@@ -223,7 +225,7 @@ def freeze(model: nn.Module) -> None:
 def adapter_modules(model: nn.Module) -> Iterator[tuple[str, AdapterModule]]:
     """(name in the bare base, wrapper) of every wrapped layer."""
     for place in places(model).values():
-        module = place.module
+        module: Any = place.module
         while isinstance(module, AdapterModule):
             yield place.name, module
             module = module.base_layer
@@ -271,7 +273,7 @@ def _unwrap_empty(place: Place) -> None:
     parent, key = place.parent, place.key
     module: Any = place.module
     while isinstance(module, AdapterModule):
-        inner = module.base_layer
+        inner: Any = module.base_layer
         if not module.adapters:
             parent._modules[key] = inner
         else:

@@ -88,4 +88,4 @@ class IA3Config(TargetedConfig, ActivationMethod):
     def bias_delta(self, p: Params, base: BaseLayer) -> Tensor | None:
         if self.is_feedforward(base.site) or not base.site.bias:
             return None
-        return (p["l"].flatten() - 1) * base.bias()
+        return (p["l"].flatten() - 1) * base.bias()  # type: ignore[operator]

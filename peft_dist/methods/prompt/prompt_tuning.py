@@ -77,10 +77,11 @@ class PromptTuningConfig(PromptLearningConfig, PromptMethod):
 
     @property
     def num_tokens(self) -> int:
+        assert self.num_virtual_tokens is not None
         return self.num_virtual_tokens
 
     def params(self, site: Site) -> dict[str, Param]:
-        shape = (self.num_virtual_tokens, site.out)
+        shape = (self.num_tokens, site.out)
         key = "prompt_encoder.embedding.weight"
         return {"embeddings": Param(key, ("tokens", "out"), shape, starts.normal, saved="prompt_embeddings")}
 
@@ -103,7 +104,7 @@ class PromptTuningConfig(PromptLearningConfig, PromptMethod):
         ids = tokenizer(self.prompt_tuning_init_text)["input_ids"]
         if not ids:
             raise ConfigError("PromptTuningConfig.prompt_tuning_init_text: has no tokens.")
-        return (ids * -(-self.num_virtual_tokens // len(ids)))[: self.num_virtual_tokens]
+        return (ids * -(-self.num_tokens // len(ids)))[: self.num_tokens]
 
     def embeds(self, p: Params) -> Tensor:
         return p["embeddings"]

@@ -22,14 +22,14 @@ class BiasCopy(WeightMethod):
         return {"bias": Param("own_bias", ("out",), (site.bias,), starts.inherit, saved="bias")}
 
     def start_from_base(self, p: Params, base: BaseLayer) -> None:
-        p["bias"].copy_(base.bias())
+        p["bias"].copy_(base.bias())  # type: ignore[arg-type]
 
     def delta(self, p: Params, base: BaseLayer) -> Tensor:
         W = base.weight()
         return W.new_zeros(W.shape)
 
-    def bias_delta(self, p: Params, base: BaseLayer) -> Tensor | None:
-        return p["bias"] - base.bias()
+    def bias_delta(self, p: Params, base: BaseLayer) -> Tensor:
+        return p["bias"] - base.bias()  # type: ignore[operator]
 
     def added(self, p: Params, base: BaseLayer, x: Tensor) -> Tensor:
         shift = self.bias_delta(p, base)
