@@ -14,7 +14,7 @@ import shlex
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from ..cluster import Cluster, ClusterFacts
 from ..errors import ClusterError, ModelError, RunError, closest
 from ..identity import data_hash
 from ..model_folder import model_folder
+from ..plan import make_plan
 from ..spec.canonical import canonical_hash
 from ..spec.job import JobSpec
 from ..store import run_identity
@@ -123,6 +124,7 @@ def submit(
     Raises:
         ClusterError: no answer, the token is refused, another Ray or Python, an environment that lacks
             something, several nodes without shared storage.
+        PlacementError: more than the cluster can ever give, its autoscaler's maximum counted.
         DataError: local files that are absent, or too large to travel.
         RunError: the run is going on there already.
     """
@@ -130,12 +132,15 @@ def submit(
     facts = facts_at(dashboard)
     check_versions(facts)
     check_nodes(spec, cluster, facts)
+    make_plan(spec, facts, None)
     payload = pack(pinned(spec), cluster)
     content = payload.zip()
     run = run_id(payload.spec)
     known = _known(dashboard)
     _refuse_second(known, run, dashboard.address)
-    missing = check_environment(dashboard, install=install or cluster.install)
+    found = ask_environment(dashboard)
+    make_plan(spec, with_limits(facts, found["max"]), None)
+    missing = to_install(found, dashboard.address, install=install or cluster.install)
     envelope = close_envelope(secrets) if secrets else None
     request = make_request(payload, content, run, _next_attempt(known, run), missing, envelope, arguments)
     for name, package in request.packages.items():
@@ -310,29 +315,41 @@ def check_versions(facts: ClusterFacts) -> None:
         )
 
 
-def check_environment(dashboard: Dashboard, *, install: bool) -> list[str]:
-    """Runs `environment.py` as a job of its own on the cluster.
-
-    Returns:
-        the requirements to install with the job; none where nothing lacks.
+def to_install(found: Mapping[str, Any], address: str, *, install: bool) -> list[str]:
+    """The requirements to install with the job, of what `ask_environment` found; none where nothing lacks.
 
     Raises:
-        ClusterError: something lacks and `install` is off; or the check itself failed.
+        ClusterError: something lacks and `install` is off.
     """
-    found = _ask_environment(dashboard)
     missing = found["missing"]
     if missing and not install:
         named = ", ".join(_named(each) for each in missing)
         raise ClusterError(
             f"the cluster's environment ({found['executable']}) lacks {named}.",
-            where=dashboard.address,
+            where=address,
             hint="Install them there, or have them installed with each job: --install, or install: true in "
             "the cluster file.",
         )
     return [str(each["requirement"]) for each in missing]
 
 
-def _ask_environment(dashboard: Dashboard) -> dict[str, Any]:
+def with_limits(facts: ClusterFacts, limits: Mapping[str, float] | None) -> ClusterFacts:
+    """`facts` with the autoscaler's maxima, which only a driver of the cluster can see; as they are without."""
+    if not limits:
+        return facts
+    return replace(
+        facts,
+        max_cpus=max(limits.get("CPU", 0), sum(node.cpus for node in facts.nodes)),
+        max_gpus=max(limits.get("GPU", 0), sum(node.gpus for node in facts.nodes)),
+    )
+
+
+def ask_environment(dashboard: Dashboard) -> dict[str, Any]:
+    """What `environment.py` prints, run as a job of its own on the cluster.
+
+    Raises:
+        ClusterError: the check itself failed.
+    """
     script = Path(__file__).with_name("environment.py").read_bytes()
     package = zip_bytes({"environment.py": script, START_FILE: START.encode()})
     name = _package_name(package)

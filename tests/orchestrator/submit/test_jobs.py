@@ -2,12 +2,13 @@
 sent, and what comes back."""
 
 import json
+import math
 from importlib import metadata
 
 import pytest
 
 from orchestrator.cluster import ClusterFacts, NodeFacts, cluster_at
-from orchestrator.errors import ClusterError, ModelError, RunError
+from orchestrator.errors import ClusterError, ModelError, PlacementError, RunError
 from orchestrator.store import run_identity
 from orchestrator.submit import jobs
 from orchestrator.submit.envelope import close_envelope
@@ -69,6 +70,20 @@ def test_the_same_minor_versions_are_taken():
 def test_two_nodes_need_shared_storage(folder):
     with dashboard(cluster(RAY, PYTHON, NODE, NODE)) as stub:
         assert "the cluster has several nodes" in refused(stub)
+
+
+def test_more_workers_than_there_can_ever_be_are_refused(folder):
+    with dashboard(cluster(RAY, PYTHON)) as stub:
+        said = refused(stub, PlacementError, resources={"num_workers": 64, "gpus_per_worker": 0})
+    assert "64" in said
+
+
+def test_the_autoscalers_limits_count_where_only_the_cluster_knows_them():
+    open_ended = ClusterFacts((NodeFacts(4, 1),), math.inf, math.inf, max_nodes=2)
+    known = jobs.with_limits(open_ended, {"CPU": 64, "GPU": 8})
+    assert (known.max_cpus, known.max_gpus) == (64, 8)
+    assert jobs.with_limits(open_ended, {"CPU": 2}).max_gpus == 1  # what is there is there
+    assert jobs.with_limits(open_ended, None) is open_ended
 
 
 def test_a_base_that_does_not_exist_is_refused_here(folder):
@@ -169,9 +184,10 @@ def checked(stub, monkeypatch, log):
 def test_all_that_an_environment_lacks_is_named_in_one_message(folder, monkeypatch):
     with dashboard(cluster(RAY, PYTHON)) as stub:
         store = checked(stub, monkeypatch, f"noise\n{jobs.MARK} {json.dumps(LACKING)}\n")
+        found = jobs.ask_environment(store)
         with pytest.raises(ClusterError) as caught:
-            jobs.check_environment(store, install=False)
-        assert jobs.check_environment(store, install=True) == ["deepspeed>=0.19", "transformers<6,>=5.20"]
+            jobs.to_install(found, stub.url, install=False)
+        assert jobs.to_install(found, stub.url, install=True) == ["deepspeed>=0.19", "transformers<6,>=5.20"]
     assert str(caught.value) == (
         f"{stub.url}: the cluster's environment (/usr/bin/python3) lacks deepspeed>=0.19, "
         "transformers<6,>=5.20 (4.30.0 is installed). Install them there, or have them installed with each "
@@ -185,7 +201,7 @@ def test_a_check_that_fails_says_why(folder, monkeypatch):
         with pytest.raises(
             ClusterError, match="check of the cluster's environment failed: ModuleNotFoundError"
         ):
-            jobs.check_environment(store, install=False)
+            jobs.ask_environment(store)
 
 
 def test_jobs_are_listed_newest_first_without_our_checks():
