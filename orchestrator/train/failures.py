@@ -67,6 +67,13 @@ def failure_of(failures: Mapping[int, BaseException]) -> Failure:
     return Failure(rank, cause, TrainingError(cause, hint="See raypeft logs."), can_retry=False)
 
 
+def user_error(error: BaseException, where: str) -> RaypeftError:
+    """What ended `TorchTrainer.fit`, for the user."""
+    if isinstance(error, WorkerGroupError):
+        return failure_of(error.worker_failures).error
+    return TrainingError(f"Ray Train failed: {last_line(error)}", where=where, hint="See raypeft logs.")
+
+
 def last_line(error: BaseException) -> str:
     """The last line of an error that carries another process's traceback: there the cause is named."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

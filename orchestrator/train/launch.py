@@ -3,45 +3,32 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-import os
-import shutil
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.exceptions import RayError
-from ray.train import RunConfig, ScalingConfig, TrainingFailedError, WorkerGroupError
-from ray.train.torch import TorchTrainer
-from ray.train.v2._internal.callbacks.working_dir_setup import WorkingDirectorySetupCallback
-from ray.train.v2._internal.constants import get_env_vars_to_propagate
-from ray.train.v2._internal.execution.controller import TrainController
-from ray.train.v2.api.config import LoggingConfig
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from orchestrator.errors import ClusterError, Interrupted, PlacementError, RaypeftError, TrainingError
+from orchestrator.errors import ClusterError, Interrupted, PlacementError, RaypeftError
 from orchestrator.runner import Event, TrainOutcome, TrainRequest
+from peft_dist.lazy import lazy
 
 from .events import Mailbox
-from .failures import RunFailurePolicy, failure_of, last_line, one_line
-from .placement import NodeRoom, describe, what_is_missing, why_impossible
-from .worker import DeviceTorchConfig, run_worker
+from .placement import NodeRoom, what_is_missing, why_impossible
+
+if TYPE_CHECKING:
+    from orchestrator.train import failures, trainer
+else:
+    # they import torch and all of Ray Train: not before a plan that can never be placed is refused
+    failures = lazy("orchestrator.train.failures")
+    trainer = lazy("orchestrator.train.trainer")
 
 STOP_GRACE_S = 20.0
 """From `stop` until workers that have not left by themselves are ended; the runner promises 30 s in all."""
-
-_SETTINGS = {
-    # how often the controller looks at its workers: as long as a finished or failed run seems to go on
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",
-    # our own capture has all output, free of secrets; Ray's would write it down once more
-    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
-}
 
 
 class RayRunner:
@@ -50,6 +37,7 @@ class RayRunner:
     def __init__(self, gcs_address: str | None = None) -> None:
         self._address = gcs_address
         self._thread: threading.Thread | None = None
+        self._trainer: trainer.Trainer | None = None
         self._end: dict[str, Any] | None = None
         self._error: BaseException | None = None
         self._first_step_s = float("nan")
@@ -75,7 +63,7 @@ class RayRunner:
         self._mailbox = ray.remote(num_cpus=0)(Mailbox).options(scheduling_strategy=here).remote()
         if request.secrets:
             ray.get(self._mailbox.put_secrets.remote(dict(request.secrets)))
-        self._trainer = _Trainer(request, self._mailbox, is_single_node=len(nodes) == 1 and not most)
+        self._is_single_node = len(nodes) == 1 and not most
         self._thread = threading.Thread(target=self._drive, name="ray-train", daemon=True)
         self._thread.start()
 
@@ -96,7 +84,7 @@ class RayRunner:
             if has_ended and not arrived:
                 self._close()
                 return
-            if self._is_overdue():
+            if self._is_overdue() and self._trainer is not None:
                 self._trainer.abort()
 
     def stop(self) -> None:
@@ -129,13 +117,16 @@ class RayRunner:
             ray.init(address=self._address or "auto", log_to_driver=False, logging_level="ERROR")
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise ClusterError(
-                f"no Ray answers: {one_line(error)}", where=self._address, hint="Start one with `raypeft up`."
+                f"no Ray answers: {error}", where=self._address, hint="Start one with `raypeft up`."
             ) from error
 
     def _drive(self) -> None:
         """The thread: waits for room, trains, keeps what came of it."""
         try:
-            if self._wait_for_room():
+            if not self._wait_for_room():
+                return
+            self._trainer = trainer.Trainer(self._request, self._mailbox, is_single_node=self._is_single_node)
+            if self._stopped_at is None:
                 self._end = self._trainer.train()
         except BaseException as error:
             self._error = error
@@ -191,7 +182,6 @@ class RayRunner:
             self._thread.join(timeout=5)
         with contextlib.suppress(RayError):
             ray.kill(self._mailbox)
-        self._trainer.clear()
 
     def _user_error(self, error: BaseException) -> RaypeftError:
         if isinstance(error, RaypeftError):
@@ -201,96 +191,7 @@ class RayRunner:
                 f"run '{self._request.run_id}' was stopped; its workers did not leave by themselves.",
                 hint="Run the same command again: it goes on from the last checkpoint.",
             )
-        if isinstance(error, WorkerGroupError):
-            return failure_of(error.worker_failures).error
-        return TrainingError(
-            f"Ray Train failed: {last_line(error)}",
-            where=f"run {self._request.run_id}",
-            hint="See raypeft logs.",
-        )
-
-
-class _Trainer(TorchTrainer):
-    """A TorchTrainer from a plan. It keeps its controller's handle, to end a run that does not leave by
-    itself, and has a failure policy that knows what a new attempt cannot mend."""
-
-    def __init__(self, request: TrainRequest, mailbox: Any, *, is_single_node: bool) -> None:
-        plan = request.plan
-        self._mailbox, self._controller = mailbox, None
-        self._settings = dict(_SETTINGS)
-        if is_single_node:
-            # it watches for nodes that are about to go; here that would be this one
-            self._settings["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
-        # Ray Train insists on storage of its own, and puts nothing there: checkpoints are ours
-        self._storage = tempfile.mkdtemp(prefix="raypeft-")
-        bare = replace(request, secrets={})
-        super().__init__(
-            functools.partial(run_worker, bare, mailbox, os.getcwd()),
-            torch_config=DeviceTorchConfig(),
-            scaling_config=ScalingConfig(
-                num_workers=plan.num_workers,
-                use_gpu=plan.use_gpu,
-                resources_per_worker=dict(plan.bundle),
-                placement_strategy=plan.placement,
-                label_selector=dict(plan.labels) or None,
-            ),
-            run_config=RunConfig(
-                name=request.run_id,
-                storage_path=self._storage,
-                logging_config=LoggingConfig(log_level="ERROR"),
-            ),
-        )
-
-    def train(self) -> dict[str, Any]:
-        """Rank 0's return value.
-
-        Raises:
-            TrainingFailedError, RayError: as `fit`.
-        """
-        result = self.fit()
-        value = result.return_value
-        if not isinstance(value, dict):
-            raise TrainingFailedError("the workers returned nothing")
-        return value
-
-    def abort(self) -> None:
-        """Ends the workers and the controller at once."""
-        controller, self._controller = self._controller, None
-        if controller is None:
-            return
-        try:
-            ray.get(controller.abort.remote(), timeout=5)
-        except RayError:
-            ray.kill(controller)
-
-    def clear(self) -> None:
-        """Removes what `fit` needed on this machine."""
-        shutil.rmtree(self._storage, ignore_errors=True)
-
-    def _create_default_callbacks(self) -> list[Any]:
-        return [
-            callback
-            for callback in super()._create_default_callbacks()
-            if not isinstance(callback, WorkingDirectorySetupCallback)
-        ]
-
-    def _initialize_and_run_controller(self, **parts: Any) -> Any:
-        parts["failure_policy"] = RunFailurePolicy(self._mailbox)
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        settings = {**self._settings, **get_env_vars_to_propagate()}
-        controller = (
-            ray.remote(num_cpus=0)(TrainController)
-            .options(scheduling_strategy=here, runtime_env={"env_vars": settings})
-            .remote(**parts)
-        )
-        self._controller = controller
-        try:
-            ray.get(controller.run.remote())
-            return ray.get(controller.get_result.remote())
-        finally:
-            # whatever it still holds goes with it: workers, placement group
-            self._controller = None
-            ray.kill(controller)
+        return failures.user_error(error, where=f"run {self._request.run_id}")
 
 
 def cluster_rooms() -> list[NodeRoom]:
@@ -301,6 +202,3 @@ def cluster_rooms() -> list[NodeRoom]:
         for node in ray.nodes()
         if node["Alive"]
     ]
-
-
-__all__ = ["RayRunner", "cluster_rooms", "describe"]

@@ -43,8 +43,7 @@ def leftovers() -> list[str]:
         for entry in placement_group_table().values()
         if entry["state"] != "REMOVED"
     ]
-    workers = [pid for pid in train_workers()]
-    return [*groups, *map(str, workers)]
+    return [*groups, *map(str, train_workers())]
 
 
 def train_workers(below: int | None = None) -> list[int]:

@@ -1,0 +1,45 @@
+"""Ray Train's controller with our settings. It runs in a process that Ray has at hand, which imports no
+torch."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from ray.train.v2._internal.execution.controller import TrainController
+from ray.train.v2._internal.execution.worker_group import WorkerGroup
+
+WORKER_ENVIRONMENT = {
+    # our own capture has all output, free of secrets; Ray's would write it down once more
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+SETTINGS = {
+    # how often the controller looks at its workers: as long as a finished or failed run seems to go on
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",
+    "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0",
+}
+
+
+class RunWorkerGroup(WorkerGroup):
+    """Workers with `WORKER_ENVIRONMENT`."""
+
+    @staticmethod
+    def _get_worker_runtime_env(custom_runtime_env: Any) -> dict[str, Any]:
+        return {"env_vars": dict(WORKER_ENVIRONMENT)}
+
+
+class RunController(TrainController):
+    """Set up by environment variables of its own process, instead of a runtime environment, for which Ray
+    would have to start another process."""
+
+    worker_group_cls = RunWorkerGroup
+
+    def __init__(self, is_single_node: bool, **parts: Any) -> None:
+        os.environ.update(SETTINGS)
+        if is_single_node:
+            # it watches for nodes that are about to go; here that would be this one
+            os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
+        super().__init__(**parts)

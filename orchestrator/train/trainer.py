@@ -1,0 +1,110 @@
+"""The TorchTrainer of a plan, with a controller that starts fast and a failure policy that knows what
+helps."""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+import tempfile
+from dataclasses import replace
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+from ray.train import RunConfig, ScalingConfig, TrainingFailedError
+from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.callbacks.working_dir_setup import WorkingDirectorySetupCallback
+from ray.train.v2.api.config import LoggingConfig
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from orchestrator.runner import TrainRequest
+
+from .backend import MeetingConfig
+from .controller import RunController
+from .failures import RunFailurePolicy
+from .worker import run_worker
+
+_NOT_NEEDED = (
+    # it would move the workers out of the job's folder
+    WorkingDirectorySetupCallback,
+    # another process to start, for placement groups that outlive the controller; ours end with it
+    PlacementGroupCleanerCallback,
+)
+
+
+class Trainer(TorchTrainer):
+    """A TorchTrainer from a plan. It keeps its controller's handle, to end a run that does not leave by
+    itself.
+
+    Args:
+        is_single_node: no node can be taken away from under the run.
+    """
+
+    def __init__(self, request: TrainRequest, mailbox: Any, *, is_single_node: bool) -> None:
+        plan = request.plan
+        self._mailbox, self._is_single_node = mailbox, is_single_node
+        self._controller: Any = None
+        # Ray Train insists on storage of its own, and puts nothing there: checkpoints are ours
+        self._storage = tempfile.mkdtemp(prefix="raypeft-")
+        super().__init__(
+            functools.partial(run_worker, replace(request, secrets={}), mailbox, os.getcwd()),
+            torch_config=MeetingConfig(),
+            scaling_config=ScalingConfig(
+                num_workers=plan.num_workers,
+                use_gpu=plan.use_gpu,
+                resources_per_worker=dict(plan.bundle),
+                placement_strategy=plan.placement,
+                label_selector=dict(plan.labels) or None,
+            ),
+            run_config=RunConfig(
+                name=request.run_id,
+                storage_path=self._storage,
+                logging_config=LoggingConfig(log_level="ERROR"),
+            ),
+        )
+
+    def train(self) -> dict[str, Any]:
+        """Rank 0's return value.
+
+        Raises:
+            TrainingFailedError, RayError: as `fit`.
+        """
+        try:
+            value = self.fit().return_value
+        finally:
+            shutil.rmtree(self._storage, ignore_errors=True)
+        if not isinstance(value, dict):
+            raise TrainingFailedError("the workers returned nothing")
+        return value
+
+    def abort(self) -> None:
+        """Ends the workers and the controller at once."""
+        controller, self._controller = self._controller, None
+        if controller is None:
+            return
+        try:
+            ray.get(controller.abort.remote(), timeout=5)
+        except RayError:
+            ray.kill(controller)
+
+    def _create_default_callbacks(self) -> list[Any]:
+        return [each for each in super()._create_default_callbacks() if not isinstance(each, _NOT_NEEDED)]
+
+    def _initialize_and_run_controller(self, **parts: Any) -> Any:
+        parts["failure_policy"] = RunFailurePolicy(self._mailbox)
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        controller = (
+            ray.remote(num_cpus=0)(RunController)
+            .options(scheduling_strategy=here)
+            .remote(self._is_single_node, **parts)
+        )
+        self._controller = controller
+        try:
+            ray.get(controller.run.remote())
+            return ray.get(controller.get_result.remote())
+        finally:
+            # whatever it still holds goes with it: workers, placement group
+            self._controller = None
+            ray.kill(controller)
