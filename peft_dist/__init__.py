@@ -24,6 +24,7 @@ _NAMES = {
     "peft_dist.optim": ("AdapterOptimizer", "Hyper"),
     "peft_dist.rows": ("Rows",),
     "peft_dist.tasks": (
+        "AutoPeftModelForCausalLM",
         "PeftModelForCausalLM",
         "PeftModelForFeatureExtraction",
         "PeftModelForQuestionAnswering",

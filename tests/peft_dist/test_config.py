@@ -1,0 +1,196 @@
+"""Configs: HF PEFT's fields, defaults and rules; the catalog that finds them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import peft
+import pytest
+
+import peft_dist
+from peft_dist.catalog import METHODS, config_class, entry
+from peft_dist.config import PeftConfig
+from peft_dist.errors import BaseLayerError, ConfigError
+
+needed = {"PROMPT_TUNING": {"num_virtual_tokens": 2}}
+
+
+def theirs(name: str) -> type:
+    return peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(name)]
+
+
+def default(field: dataclasses.Field):
+    if field.default is not dataclasses.MISSING:
+        return field.default
+    return field.default_factory() if field.default_factory is not dataclasses.MISSING else None
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_fields_and_defaults_are_theirs(name) -> None:
+    """Every field of theirs is a field of ours, or is refused away from its default; ours has no other."""
+    ours, others = config_class(name), theirs(name)
+    mine = {f.name: default(f) for f in dataclasses.fields(ours)}
+    wanted = {f.name: default(f) for f in dataclasses.fields(others) if f.name != "runtime_config"}
+    assert set(mine) | set(ours.without_effect) == set(wanted)
+    assert not set(mine) & set(ours.without_effect)
+    for field, value in {**mine, **ours.without_effect}.items():
+        assert value == wanted[field], field
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_their_file_is_read_and_ours_too(name, tmp_path) -> None:
+    values = {"task_type": "CAUSAL_LM", **needed.get(name, {})}
+    theirs(name)(**values).save_pretrained(tmp_path)
+    config = PeftConfig.from_pretrained(tmp_path)
+    assert type(config) is config_class(name)
+    config.save_pretrained(tmp_path / "ours")
+    again = peft.PeftConfig.from_pretrained(tmp_path / "ours")
+    assert type(again) is theirs(name)
+    assert PeftConfig.from_pretrained(tmp_path / "ours") == config
+    assert not list((tmp_path / "ours").glob(".*"))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_what_is_not_supported_is_refused_by_name(name) -> None:
+    for field, allowed in config_class(name).without_effect.items():
+        values = {"peft_type": name, **needed.get(name, {})}
+        PeftConfig.from_dict({**values, field: allowed})
+        with pytest.raises(ConfigError) as raised:
+            PeftConfig.from_dict({**values, field: "something"})
+        assert str(raised.value) == (
+            f"{config_class(name).__name__}.{field}: 'something' is not supported; only {allowed!r} is. "
+            "Train or convert "
+            "the adapter without it."
+        )
+
+
+def test_unknown_fields_are_left_out_with_a_warning() -> None:
+    with pytest.warns(UserWarning, match="LoraConfig: unknown fields are left out: from_the_future."):
+        config = PeftConfig.from_dict({"peft_type": "LORA", "from_the_future": 1, "r": 3})
+    assert config.r == 3
+
+
+ERRORS = {
+    "rank": (lambda: peft_dist.LoraConfig(r=0), "LoraConfig.r: 0; a rank is a whole number of at least 1."),
+    "rank in a pattern": (
+        lambda: peft_dist.LoraConfig(rank_pattern={"q": -1}),
+        "LoraConfig.rank_pattern['q']: -1; a rank is a whole number of at least 1.",
+    ),
+    "dropout": (
+        lambda: peft_dist.LoraConfig(lora_dropout=1.0),
+        "LoraConfig.lora_dropout: 1.0; it lies in [0, 1).",
+    ),
+    "bias": (
+        lambda: peft_dist.LoraConfig(bias="some"),
+        "LoraConfig.bias: 'some' is not one of none, all, lora_only.",
+    ),
+    "start": (
+        lambda: peft_dist.LoraConfig(init_lora_weights="pissa"),
+        "LoraConfig.init_lora_weights: 'pissa' is not one of True, False, 'gaussian'.",
+    ),
+    "layers of a regex": (
+        lambda: peft_dist.LoraConfig(target_modules="x", layers_to_transform=[1]),
+        "LoraConfig.layers_to_transform: cannot be used when `target_modules` is a str.",
+    ),
+    "pattern of a regex": (
+        lambda: peft_dist.LoraConfig(target_modules="x", layers_pattern="h"),
+        "LoraConfig.layers_pattern: cannot be used when `target_modules` is a str.",
+    ),
+    "pattern alone": (
+        lambda: peft_dist.LoraConfig(layers_pattern="h"),
+        "LoraConfig.layers_pattern: `layers_to_transform` must be given with it.",
+    ),
+    "task": (
+        lambda: peft_dist.LoraConfig(task_type="CAUSAL"),
+        "task_type: 'CAUSAL' is not one of SEQ_CLS, SEQ_2_SEQ_LM, CAUSAL_LM, TOKEN_CLS, QUESTION_ANS, "
+        "FEATURE_EXTRACTION. Closest: 'CAUSAL_LM'.",
+    ),
+    "feedforward": (
+        lambda: peft_dist.IA3Config(target_modules=["k"], feedforward_modules=["w"]),
+        "IA3Config.feedforward_modules: 'w' is not in target_modules; it must be a subset of them.",
+    ),
+    "no tokens": (
+        lambda: peft_dist.PromptTuningConfig(),
+        "PromptTuningConfig.num_virtual_tokens: None; it is a whole number of at least 1.",
+    ),
+    "prompt start": (
+        lambda: peft_dist.PromptTuningConfig(num_virtual_tokens=1, prompt_tuning_init="X"),
+        "PromptTuningConfig.prompt_tuning_init: 'X' is not one of TEXT, RANDOM, SAMPLE_VOCAB.",
+    ),
+    "no tokenizer": (
+        lambda: peft_dist.PromptTuningConfig(num_virtual_tokens=1, prompt_tuning_init="TEXT"),
+        "PromptTuningConfig.tokenizer_name_or_path: must be given when prompt_tuning_init is TEXT.",
+    ),
+    "no text": (
+        lambda: peft_dist.PromptTuningConfig(
+            num_virtual_tokens=1, prompt_tuning_init="TEXT", tokenizer_name_or_path="x"
+        ),
+        "PromptTuningConfig.prompt_tuning_init_text: must be given when prompt_tuning_init is TEXT.",
+    ),
+    "tokenizer's arguments": (
+        lambda: peft_dist.PromptTuningConfig(num_virtual_tokens=1, tokenizer_kwargs={"a": 1}),
+        "PromptTuningConfig.tokenizer_kwargs: only used when prompt_tuning_init is TEXT.",
+    ),
+    "method": (lambda: entry("loar"), "'loar' is not a method. Closest: 'lora'."),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_rules(name) -> None:
+    act, message = ERRORS[name]
+    with pytest.raises(ConfigError) as raised:
+        act()
+    assert str(raised.value) == message
+
+
+def test_files_that_are_no_config(tmp_path) -> None:
+    path = tmp_path / "adapter_config.json"
+    for text, why in (
+        (None, "no such file"),
+        ("{", "is not JSON"),
+        ("{}", "has no peft_type"),
+        ("[1]", "has no"),
+    ):
+        if text is not None:
+            path.write_text(text)
+        with pytest.raises(ConfigError, match=why):
+            PeftConfig.from_pretrained(tmp_path)
+
+
+def test_ia3_cannot_sit_on_an_embedding() -> None:
+    import torch
+
+    base = torch.nn.Sequential(torch.nn.Embedding(4, 4))
+    with pytest.raises(BaseLayerError) as raised:
+        peft_dist.get_peft_model(base, peft_dist.IA3Config(target_modules=["0"], feedforward_modules=[]))
+    assert str(raised.value) == "0: IA3 scales channels; it cannot sit on an embedding. Leave it out."
+    assert type(base[0]) is torch.nn.Embedding
+
+
+def test_names_compare_to_strings_and_serialise() -> None:
+    assert peft_dist.PeftType.LORA == "LORA" == str(peft_dist.PeftType.LORA)
+    assert json.dumps({"t": peft_dist.TaskType.CAUSAL_LM}) == '{"t": "CAUSAL_LM"}'
+    assert [task.value for task in peft_dist.TaskType] == [task.value for task in peft.TaskType]
+    assert set(peft_dist.PeftType.__members__) == set(METHODS)
+    config = peft_dist.LoraConfig(task_type=peft_dist.TaskType.SEQ_CLS, target_modules={"b", "a"})
+    assert config.to_dict()["task_type"] == "SEQ_CLS" and config.target_modules == ["a", "b"]
+
+
+def test_auto_loading_names_the_base(tmp_path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    small = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=16, **small)).save_pretrained(tmp_path / "base")
+    base = peft_dist.load_base(str(tmp_path / "base"))
+    model = peft_dist.get_peft_model(base, peft_dist.LoraConfig(task_type="CAUSAL_LM"))
+    assert model.peft_config["default"].base_model_name_or_path == str(tmp_path / "base")
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = peft_dist.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    assert type(loaded) is peft_dist.PeftModelForCausalLM
+    text = (tmp_path / "adapter" / "adapter_config.json").read_text()
+    (tmp_path / "adapter" / "adapter_config.json").write_text(
+        text.replace(json.dumps(str(tmp_path / "base")), "null")
+    )
+    with pytest.raises(ConfigError, match="base_model_name_or_path is not given"):
+        peft_dist.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
