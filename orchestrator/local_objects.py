@@ -14,7 +14,6 @@ import os
 import re
 import secrets
 import shutil
-import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,7 +21,7 @@ from pathlib import Path
 from .processes import ProcessId, is_alive, this_process
 from .storage_errors import explained
 
-_ASIDE = re.compile(r"^\..+\.(?P<host>[A-Za-z0-9_]+)-(?P<pid>\d+)-(?P<started>\d+)-[0-9a-f]{8}\.tmp$")
+_ASIDE = re.compile(r"^\..+\.(?P<host>[0-9a-f]{8})-(?P<pid>\d+)-(?P<started>\d+)-[0-9a-f]{8}\.tmp$")
 _ABANDONED_S = 24 * 3600
 """Age after which another host's unfinished write counts as left behind, in seconds."""
 _NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV}
@@ -180,8 +179,12 @@ def _parent_of(target: Path) -> Iterator[None]:
 
 def _aside_name(target: Path) -> Path:
     owner = this_process()
-    host = re.sub(r"[^A-Za-z0-9]", "_", owner.host)
-    return target.with_name(f".{target.name}.{host}-{owner.pid}-{owner.started}-{secrets.token_hex(4)}.tmp")
+    mark = f"{_host_mark(owner)}-{owner.pid}-{owner.started}-{secrets.token_hex(4)}"
+    return target.with_name(f".{target.name}.{mark}.tmp")
+
+
+def _host_mark(process: ProcessId) -> str:
+    return hashlib.sha256(f"{process.host} {process.boot}".encode()).hexdigest()[:8]
 
 
 @contextlib.contextmanager
@@ -204,7 +207,8 @@ def _link(aside: Path, target: Path) -> bool:
     try:
         os.link(aside, target)
     except FileExistsError:
-        return False
+        # a network file system may repeat a request of which the answer got lost, and meet its own link
+        return os.path.samefile(aside, target)
     except OSError as error:
         if error.errno not in _NO_LINKS:
             raise
@@ -275,7 +279,7 @@ def _copy_folder(source: Path, target: Path) -> None:
 
 def _is_abandoned(parts: re.Match[str], entry: os.DirEntry[str]) -> bool:
     here = this_process()
-    if parts["host"] == re.sub(r"[^A-Za-z0-9]", "_", socket.gethostname()):
+    if parts["host"] == _host_mark(here):
         return not is_alive(ProcessId(here.host, here.boot, int(parts["pid"]), int(parts["started"])))
     return time.time() - entry.stat(follow_symlinks=False).st_mtime > _ABANDONED_S
 

@@ -10,7 +10,11 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class ProcessId:
-    """One process of one boot of one host; `started` (clock ticks since boot) tells a reused pid apart."""
+    """One process of one boot of one host.
+
+    `boot` also names the container's own numbering of processes, where there is one; `started` (clock ticks since
+    boot) tells a reused pid apart.
+    """
 
     host: str
     boot: str
@@ -44,7 +48,8 @@ def is_alive(process: ProcessId) -> bool | None:
 
 def _boot_id() -> str:
     try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
     except OSError:
         return ""
 

@@ -247,8 +247,14 @@ class RunStore:
             "state": CREATED, "fence": 0, "holder": None, "spec": resolved_yaml(spec), "facts": {},
         }  # fmt: skip
         objects.clean(join(self.url, id))
-        objects.create_if_absent(join(self.url, id, "run.json"), stored.dump(document))
-        return Run(self, id, spec)  # where another was first, it holds the run and this one is refused
+        made = objects.create_if_absent(join(self.url, id, "run.json"), stored.dump(document))
+        try:
+            return Run(self, id, spec)  # where another was first, it holds the run and this one is refused
+        except StorageError:
+            if made:
+                with contextlib.suppress(StorageError):
+                    objects.delete_tree(join(self.url, id))
+            raise
 
 
 class Run:
@@ -267,8 +273,13 @@ class Run:
         self._journals: dict[str, Journal] = {}
         self._document, self._etag = self._take()
         _held[self._token] = self
-        if not objects.exists(join(self.url, "spec.yaml")):
-            objects.write(join(self.url, "spec.yaml"), resolved_yaml(spec).encode())
+        try:
+            if not objects.exists(join(self.url, "spec.yaml")):
+                objects.write(join(self.url, "spec.yaml"), resolved_yaml(spec).encode())
+        except StorageError:
+            with contextlib.suppress(RaypeftError):
+                self.close()
+            raise
         threading.Thread(
             target=_renew, args=(weakref.ref(self), self._closed), name=f"renews {id}", daemon=True
         ).start()

@@ -217,6 +217,29 @@ def test_without_hard_links_creating_is_exclusive_too(
     assert everything(tmp_path) == ["x"]
 
 
+def test_a_link_whose_answer_got_lost_still_won(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.link
+
+    def repeated(source: Path, target: Path) -> None:
+        real(source, target)
+        real(source, target)
+
+    monkeypatch.setattr(os, "link", repeated)
+    assert objects.create_if_absent(tmp_path / "x", b"mine") is True
+    assert objects.create_if_absent(tmp_path / "x", b"other") is False
+    assert objects.read(tmp_path / "x")[0] == b"mine"
+
+
+def test_another_hosts_unfinished_write_is_left_for_a_day(tmp_path: Path) -> None:
+    theirs = tmp_path / ".x.0123abcd-1-1-89abcdef.tmp"
+    theirs.write_bytes(b"")
+    objects.clean(tmp_path)
+    assert theirs.exists()
+    os.utime(theirs, (0, 0))
+    objects.clean(tmp_path)
+    assert not theirs.exists()
+
+
 KILLED = """
 import os, sys
 os.link = lambda *a: os.kill(os.getpid(), 9)

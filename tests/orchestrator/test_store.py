@@ -393,6 +393,26 @@ def test_a_refused_store_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monk
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_disk_that_fills_up_while_a_run_is_made_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = objects.write
+
+    def full(url, data):
+        if str(url).endswith("spec.yaml"):
+            raise StorageError("the disk is full.", where=str(url))
+        real(url, data)
+
+    monkeypatch.setattr(objects, "write", full)
+    store = RunStore(tmp_path / "runs")
+    with pytest.raises(StorageError, match="the disk is full"):
+        store.open("small", job(), "d")
+    assert list((tmp_path / "runs").iterdir()) == []
+    monkeypatch.undo()
+    with store.open("small", job(), "d") as run:
+        run.set_state("starting")
+
+
 RACE = """
 import sys
 sys.path.insert(0, {root!r})
@@ -402,7 +422,7 @@ from orchestrator.store import RunStore
 from orchestrator.errors import RunError
 store, wins, spec = RunStore(sys.argv[1]), 0, job()
 count = sys.argv[1] + "-count"
-for i in range(40):
+for i in range(20):
     try:
         with store.open("small", spec, "d") as run:
             seen = int(objects.read(count)[0])
