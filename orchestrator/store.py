@@ -327,6 +327,8 @@ class Run:
         check_transition(self._document["state"], state)
 
         def change(document: dict[str, Any]) -> None:
+            if document["state"] == "done" and state == "starting":  # its version was deleted: made once more
+                document.update(adapter=None, endpoint=None, metrics={})
             document["state"], document["message"] = state, message
             if state not in ("failed", "interrupted"):
                 document["cause"] = None

@@ -180,6 +180,8 @@ def test_wrong_states_are_our_mistake(tmp_path: Path) -> None:
         run.set_state("done", adapter="a@1")
         with pytest.raises(ValueError, match="a run that is done does not become training"):
             run.set_state("training")
+        run.set_state("starting")  # where its version was deleted meanwhile
+        assert run.record.adapter is None and run.done is None
 
 
 def test_metrics_and_logs_are_kept_across_drivers(store: RunStore) -> None:
