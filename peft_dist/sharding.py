@@ -249,6 +249,13 @@ def _check(model: nn.Module, config: Mapping[str, Any]) -> None:
         )
     if is_partitioned_base(model) or any(is_partitioned(p) for p in model.parameters()):
         raise ShardingError("partition_base: this base is partitioned already.")
+    # DeepSpeed itself looks at the first parameter alone.
+    first = next(model.parameters(), None)
+    if first is not None and first.dtype == torch.float64:
+        raise ShardingError(
+            "partition_base: the base is torch.float64; ZeRO-3 keeps fp32, bf16 and fp16. Load it in one of "
+            "them."
+        )
 
 
 def _engine_config(config: Mapping[str, Any]) -> dict[str, Any]:
