@@ -6,6 +6,7 @@ A method's config is a dataclass of `peft_dist`, which imports no torch: it is t
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import re
 import typing
@@ -68,14 +69,14 @@ def method_fields(kind: str) -> dict[str, MethodField]:
     return found
 
 
-_ARGUMENTS = re.compile(r"^ {8}([a-z_0-9]+(?:, [a-z_0-9]+)*): (.*?)(?=^ {8}[a-z_0-9]|\Z)", re.M | re.S)
+_ARGUMENTS = re.compile(r"^ {4}([a-z_0-9]+(?:, [a-z_0-9]+)*): (.*?)(?=^ {4}[a-z_0-9]|\Z)", re.M | re.S)
 
 
 def _described(config: type) -> dict[str, str]:
     """What the docstrings of a config and of its parents say of each field, under `Args:`."""
     found: dict[str, str] = {}
     for each in config.__mro__:
-        _, _, arguments = (each.__doc__ or "").partition("    Args:\n")
+        _, _, arguments = inspect.cleandoc(each.__doc__ or "").partition("Args:\n")
         for names, text in _ARGUMENTS.findall(arguments):
             for name in names.split(", "):
                 found.setdefault(name, " ".join(text.split()))
@@ -123,6 +124,7 @@ def check_adapter(tree: Tree) -> list[Problem]:
         return []
     kind = section.get("type", "lora")
     if not isinstance(kind, str):
+        section["type"] = "lora"  # told once is enough
         return [Problem(("adapter", "type"), f"{show(kind)} is not a method.", "List them: raypeft methods")]
     kind = kind.lower().replace("-", "_")
     if kind not in method_names():
@@ -239,8 +241,22 @@ def _ask_the_method(
     try:
         config_class(kind.upper())(**_with_defaults(fields, known))
     except (ValueError, TypeError) as error:
-        return [Problem(_named_in(str(error), fields), _sentence(str(error)))]
+        return [_rule_of_the_method(_sentence(str(error)), fields)]
     return []
+
+
+_OWN_PLACE = re.compile(r"^\w+Config\.(\w+)[^:]*: ")
+"""Where the method's own message says it is: the job's key says it better."""
+
+
+def _rule_of_the_method(message: str, fields: dict[str, Any]) -> Problem:
+    hint = None
+    if "target_modules" in message and "target_modules" not in fields:
+        hint = "The default is all-linear: write target_modules as a list, such as [q_proj, v_proj]."
+    if place := _OWN_PLACE.match(message):
+        rest = message[place.end() :]
+        return Problem(("adapter", place[1]), rest.replace("None;", "is not given;", 1), hint)
+    return Problem(_named_in(message, fields), message, hint)
 
 
 def _named_in(message: str, fields: dict[str, Any]) -> Path:

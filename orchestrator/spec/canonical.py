@@ -110,7 +110,8 @@ def canonical_values(spec: JobSpec) -> dict[str, Any]:
             del training[key]
     if values.get("register", {}).get("name") == spec.name:
         del values["register"]["name"]
-    return {key: value for key, value in values.items() if value not in ({}, None)}
+    # `deploy: {}` asks for a deployment, unlike any other empty section
+    return {key: value for key, value in values.items() if key == "deploy" or value not in ({}, None)}
 
 
 _IMPLIED = (

@@ -9,6 +9,7 @@ from typing import Protocol
 
 from peft_dist.catalog import METHODS
 
+from ..errors import closest
 from .conditions import parse_comparison
 from .job import GateSpec, JobSpec
 from .places import Path, Problem
@@ -37,7 +38,6 @@ def check_rules(spec: JobSpec, written: Collection[Path], warnings: list[str]) -
         *_evaluation(spec),
         *_secrets(spec),
         *_task(spec),
-        *_workers(spec),
     ]
     warnings += _warnings(spec, written)
     return found
@@ -128,7 +128,9 @@ def _how_to_measure(spec: JobSpec, name: str, metrics: list[str]) -> str:
         return "Nothing is evaluated: set data.val_set_size above 0, or give eval.datasets."
     if bare in GENERATED and bare not in spec.eval.metrics:
         return f"Write eval: {{metrics: [{bare}]}}."
-    return f"It measures: {', '.join(metrics)}."
+    near = closest(name, metrics)
+    nearest = f"Closest: '{near[0]}'. " if near else ""
+    return f"{nearest}It measures: {', '.join(metrics)}."
 
 
 def _evaluation(spec: JobSpec) -> Iterator[Problem]:
@@ -199,17 +201,6 @@ def _task(spec: JobSpec) -> Iterator[Problem]:
                 (section, "datasets", index, "type"),
                 f"rows of type '{dataset.type}' train {TASKS[dataset.type]}, those of the first dataset {task}.",
                 "One job trains one task.",
-            )
-
-
-def _workers(spec: JobSpec) -> Iterator[Problem]:
-    resources = spec.resources
-    if isinstance(resources.gpus_per_worker, (int, float)) and 0 < resources.gpus_per_worker < 1:
-        if spec.resources.num_workers > 1:
-            yield Problem(
-                ("resources", "gpus_per_worker"),
-                f"{resources.gpus_per_worker:g}: workers that share a GPU cannot train together (NCCL refuses it).",
-                "Write 1, or one worker.",
             )
 
 

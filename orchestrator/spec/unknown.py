@@ -36,7 +36,7 @@ def unknown_key(path: Path) -> Problem:
 
 
 def _keys_beside(path: Path) -> list[str]:
-    names = [name for name in (field.alias or name for name, field in _section(path).model_fields.items())]
+    names = [field.alias or name for name, field in _section(path).model_fields.items()]
     return [*names, "extends"] if len(path) == 1 else names
 
 

@@ -58,7 +58,8 @@ def test_places_give_line_and_column():
         ("training: 3", "jobs/x.yaml:3 training: 3 is not a mapping."),
         ("resources: {labels: {a: 1}}", "jobs/x.yaml:3 resources.labels.a: 1 is not text. Put it in quotes: '1'."),
         ("resources: {gpus_per_worker: 1.5}",
-         "jobs/x.yaml:3 resources.gpus_per_worker: 1.5 GPUs cannot be given. Write a share up to 1, or a whole number."),
+         "jobs/x.yaml:3 resources.gpus_per_worker: 1.5 GPUs cannot be given. "
+         "Write a share up to 1, or a whole number."),
         ("name: a b",
          "jobs/x.yaml:3 name: 'a b' is not a name. A name is 1 to 100 letters, digits, '.', '_' or '-', and starts "
          "with a letter or a digit."),
@@ -90,7 +91,8 @@ def test_each_error_says_where_what_and_what_next(text, message):
          "Closest: 'chat'.\n"
          "jobs/x.yaml:6 data.datasets.1: 'b.jsonl' is not a mapping. Write {path: b.jsonl}."),
         ("model: {base_model: b}\ndata: {datasets: [{path: a, type: chat, field_text: t}], val_set_size: 1.5}\n",
-         "jobs/x.yaml:2 data.datasets.0.field_text: a dataset of type chat has no such column. It has: field_messages.\n"
+         "jobs/x.yaml:2 data.datasets.0.field_text: a dataset of type chat has no such column. "
+         "It has: field_messages.\n"
          "jobs/x.yaml:2 data.val_set_size: 1.5 is neither a share below 1 nor a whole number of rows."),
         ("model: {base_model: ''}\ndata: {datasets: [{path: a}], val_set_size: -1}\n",
          "jobs/x.yaml:1 model.base_model: is empty text. Write model: {base_model: DIRECTORY or HUB_ID}.\n"
@@ -251,7 +253,7 @@ def test_a_deepspeed_file_becomes_its_content(tmp_path):
     path.write_text(MINIMAL + "deepspeed: ds.json\n")
     assert load_job(path).spec.deepspeed == {"zero_optimization": {"stage": 3}}
     path.write_text(MINIMAL + "deepspeed: bad.json\n")
-    with pytest.raises(SpecError, match="deepspeed: 'bad.json' is not JSON"):
+    with pytest.raises(SpecError, match=r"deepspeed: 'bad\.json' is not JSON"):
         load_job(path)
     for value, message in {
         "none.json": "'none.json': no such file. Write a stage: zero0, zero1, zero2, zero3.",
