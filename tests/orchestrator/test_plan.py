@@ -88,8 +88,8 @@ def test_gpus_that_the_autoscaler_can_bring_count():
          "resources.num_workers: 1 worker of {CPU: 8} can never be placed (PACK): it has 8 CPU on 2 nodes, room for 0. "
          "Lower resources.cpus_per_worker or gpus_per_worker, or name a larger cluster."),
         ("{num_workers: 3, placement: STRICT_PACK}", cluster(NodeFacts(2), NodeFacts(2)),
-         "resources.num_workers: 3 workers of {CPU: 1} can never be placed (STRICT_PACK): it has 4 CPU on 2 nodes, room "
-         "for 2. Write resources.num_workers: 2, or name a larger cluster."),
+         "resources.num_workers: 3 workers of {CPU: 1} can never be placed (STRICT_PACK): it has 4 CPU on 2 nodes, "
+         "room for 2. Write resources.num_workers: 2, or name a larger cluster."),
         ("{num_workers: 3, placement: STRICT_SPREAD}", cluster(NodeFacts(2), NodeFacts(2)),
          "resources.num_workers: 3 workers of {CPU: 1} can never be placed (STRICT_SPREAD): it has 4 CPU on 2 nodes, "
          "room for 2. Write resources.num_workers: 2, or name a larger cluster."),
@@ -174,12 +174,8 @@ def test_targets_that_match_nothing_are_found_without_the_weights():
 
 def test_rows_are_as_long_as_the_base_allows():
     assert make_plan(spec_of(), ONE, llama()).sequence_len == 512
-    assert (
-        make_plan(
-            spec_of("data: {sequence_len: 77}\n".replace("data", "x") if False else ""), ONE, None
-        ).sequence_len
-        == 2048
-    )
+    assert make_plan(spec_of(), ONE, None).sequence_len == 2048
+    assert make_plan(spec_of(overrides=["data.sequence_len=77"]), ONE, llama()).sequence_len == 77
 
 
 def test_a_plan_is_printed_and_is_json():

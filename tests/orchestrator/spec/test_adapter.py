@@ -26,15 +26,15 @@ from .jobs import refused_after_minimal, spec_of
         ("{r: }", "adapter.r: is empty. Write a value, or remove the key for its default."),
         ("{dropout: 1.5}", "adapter.dropout: 1.5; it lies in [0, 1)."),
         ("{bias: non}", "adapter.bias: 'non' is not one of none, all, lora_only. Closest: 'none'."),
-        ("{target_modules: 3}", "adapter.target_modules: 3 is not a list, each text or text. It is names or suffixes of "
-                                "layers, one regular expression over whole names, `\"all-linear\"`, or None for the "
+        ("{target_modules: 3}", "adapter.target_modules: 3 is not a list, each text or text. It is names or suffixes "
+                                "of layers, one regular expression over whole names, `\"all-linear\"`, or None for the "
                                 "architecture's usual ones."),
         ("{base_model_name_or_path: x}", "adapter.base_model_name_or_path: is filled in by itself. Remove it."),
         ("{use_dora: true}", "adapter.use_dora: this version does not have it yet. Remove it."),
         ("{type: prompt_tuning}", "adapter.num_virtual_tokens: is not given; it is a whole number of at "
                                   "least 1."),
-        ("{layers_to_transform: [0]}", "adapter.layers_to_transform: cannot be used when `target_modules` is a str. The "
-                                       "default is all-linear: write target_modules as a list, such as [q_proj, v_proj]."),
+        ("{layers_to_transform: [0]}", "adapter.layers_to_transform: cannot be used when `target_modules` is a str. "
+         "The default is all-linear: write target_modules as a list, such as [q_proj, v_proj]."),
         ("{type: ia3, r: 8}", "adapter.r: ia3 has no such field."),
     ],
 )  # fmt: skip

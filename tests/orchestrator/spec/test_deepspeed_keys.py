@@ -56,9 +56,10 @@ def test_auto_is_filled_in():
         ("{gradient_clipping: 0.3}", "deepspeed.gradient_clipping: 0.3 contradicts training.max_grad_norm: 1.0. "
                                      "Write training.max_grad_norm, and 'auto' or nothing here."),
         ("{fp16: {enabled: true}}", "deepspeed.fp16.enabled: true contradicts training.precision: auto, which is fp32 "
-                                    "where there is no GPU. Write training.precision: fp16, and 'auto' or nothing here."),
-        ("{optimizer: {params: {lr: 1}}}", "deepspeed.optimizer.params.lr: 1 contradicts training.learning_rate: 0.0002. "
-                                           "Write training.learning_rate alone."),
+                                    "where there is no GPU. Write training.precision: fp16, and 'auto' or nothing "
+         "here."),
+        ("{optimizer: {params: {lr: 1}}}", "deepspeed.optimizer.params.lr: 1 contradicts training.learning_rate: "
+                                           "0.0002. Write training.learning_rate alone."),
         ("{zero_optimization: {stage: 3, offload_param: {device: cpu}}}",
          "deepspeed.zero_optimization.offload_param: this version does not offload yet. Remove it."),
         ("{zero_optimization: {stage: 2, offload_optimizer: {device: cpu}}}",
