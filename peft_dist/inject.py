@@ -107,14 +107,15 @@ def _kind(layer: nn.Module) -> str:
 
 
 def check_name(adapter: str, taken: Any) -> None:
-    """Whether an adapter may be called so.
+    """Whether an adapter may be called so: it is part of Parameters' names, and a folder's when saved.
 
     Raises:
-        AdapterError: the name is empty, has a dot, is reserved, or is taken.
+        AdapterError: the name is empty, reserved, not a folder's, or taken.
     """
-    if not adapter or "." in adapter or adapter == BASE:
+    if not adapter.strip(".") or "/" in adapter or "\\" in adapter or adapter == BASE:
         raise AdapterError(
-            f"adapter {adapter!r}: a name is not empty, has no '.', and is not '{BASE}'. Choose another."
+            f"adapter {adapter!r}: a name has no '/' or '\\', is more than dots, and is not '{BASE}'. "
+            "Choose another."
         )
     if adapter in taken:
         raise AdapterError(

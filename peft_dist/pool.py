@@ -223,11 +223,13 @@ def _hang(module: nn.Module, key: str, adapter: str, parameter: nn.Parameter) ->
     if not hasattr(module, first):
         setattr(module, first, nn.ModuleDict() if rest else nn.ParameterDict())
     holder = getattr(module, first)
+    # Into the dictionaries themselves: an adapter may be called `v1.2` or `keys`, which their doors refuse.
     if not rest:
-        holder[adapter] = parameter
+        holder._keys[adapter] = None
+        holder._parameters[adapter] = parameter
         return holder._parameters, adapter
     if adapter not in holder:
-        holder[adapter] = Tensors()
+        holder._modules[adapter] = Tensors()
     node = holder[adapter]
     *between, last = rest.split(".")
     for part in between:

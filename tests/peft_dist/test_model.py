@@ -148,7 +148,7 @@ def test_deleting() -> None:
 
 
 def test_unloading_restores_the_base() -> None:
-    wanted = {name: p for name, p in llama().named_parameters()}
+    wanted = dict(llama().named_parameters())
     model = two(lambda: lora(bias="all", modules_to_save=["lm_head"]))
     model.merge_adapter()
     base = model.unload()
@@ -268,7 +268,7 @@ def test_merged_adapters_cannot_be_named() -> None:
     model.merge_adapter(["a"])
     with pytest.raises(RowsError, match=r"are merged. Unmerge to name adapters per row"):
         model(IDS, adapter_names=["b"] * 4)
-    with pytest.raises(AdapterError, match="is merged. Unmerge it before deleting it"):
+    with pytest.raises(AdapterError, match=r"is merged\. Unmerge it before deleting it"):
         model.delete_adapter("a")
     with pytest.raises(AdapterError, match=r"are merged. Unmerge before adding 'c'"):
         model.add_adapter("c", lora())
@@ -288,9 +288,13 @@ ERRORS = {
         lambda m: m.add_adapter("a", lora()),
         "adapter 'a': the model has one of this name. Delete it first, or choose another.",
     ),
-    "dot": (
-        lambda m: m.add_adapter("v1.2", lora()),
-        "adapter 'v1.2': a name is not empty, has no '.', and is not '__base__'. Choose another.",
+    "folder": (
+        lambda m: m.add_adapter("../x", lora()),
+        "adapter '../x': a name has no '/' or '\\', is more than dots, and is not '__base__'. Choose another.",
+    ),
+    "dots": (
+        lambda m: m.add_adapter("..", lora()),
+        "adapter '..': a name has no '/' or '\\', is more than dots, and is not '__base__'. Choose another.",
     ),
     "in rows": (
         lambda m: m(IDS, adapter_names=["a", "x", "b", "a"]),
@@ -324,6 +328,25 @@ def test_errors(name) -> None:
     with pytest.raises(peft_dist.PeftDistError) as raised:
         act(two())
     assert str(raised.value) == message
+
+
+@pytest.mark.parametrize("name", ["qwen2.5-docs@3", "keys", "train", "weight", "a b"])
+def test_names_that_modules_would_refuse(name, tmp_path) -> None:
+    for config in (
+        lora,
+        ia3,
+        prompt,
+        lambda: lora(target_modules=["embed_tokens"], modules_to_save=["lm_head"]),
+    ):
+        model = disturb(peft_dist.get_peft_model(llama(), config(), name)).eval()
+        wanted = model(IDS).logits
+        model.save_pretrained(tmp_path)
+        other = peft_dist.PeftModel.from_pretrained(llama(), tmp_path / name, adapter_name=name)
+        assert torch.equal(other(IDS).logits, wanted)
+        assert torch.equal(copy.deepcopy(other)(IDS).logits, wanted)
+        other.half().float().delete_adapter(name)
+        assert torch.allclose(other(IDS).logits, llama().half().float()(IDS).logits)
+        assert not [key for key in other.state_dict() if "lora" in key or "ia3" in key]
 
 
 def test_a_failed_add_leaves_the_model(tmp_path) -> None:
@@ -482,7 +505,7 @@ def test_injecting_without_a_class() -> None:
     assert isinstance(base.model.layers[0].self_attn.q_proj, Adapted)
     assert torch.equal(base(IDS).logits, before)
     assert all("lora_" in name for name in trained(base))
-    with pytest.raises(ConfigError, match="a prompt method cannot be injected. Use get_peft_model"):
+    with pytest.raises(ConfigError, match=r"a prompt method cannot be injected\. Use get_peft_model"):
         peft_dist.inject_adapter_in_model(prompt(), base, "b")
 
 
