@@ -158,12 +158,11 @@ def run(
                 on_event=on_event,
                 stop=stop,
             )
-        if result.endpoint is not None and result.endpoint.state == "live" and not result.already:
-            result = replace(result, comparison=_compare(result))
+        result = _with_answers(result)
     finally:
         wiring.disconnect()
         notes = () if was_up else _leave(environment)
-    return replace(result, notes=notes)
+    return replace(result, notes=(*result.notes, *notes))
 
 
 @contextlib.contextmanager
@@ -193,19 +192,24 @@ def _leave(environment: service.Environment) -> tuple[str, ...]:
     return ()
 
 
-def _compare(result: RunResult) -> service.Comparison | None:
-    """Asks the base and the adapter one and the same question."""
-    assert result.endpoint is not None
-    question, url = result.question, result.endpoint.url
+def _with_answers(result: RunResult) -> RunResult:
+    """Asks the base and the adapter one and the same question, where the endpoint answers."""
+    endpoint, question = result.endpoint, result.question
+    if endpoint is None or endpoint.state != "live":
+        return result
+    try:
+        asking.models(endpoint.url)
+    except ServeError:
+        note = f"Its endpoint is down; start it again: raypeft deploy {result.adapter}"
+        return replace(result, notes=(note,))
     if question is None:
-        return None
-    answers = [
-        asking.ask(url, model, question, max_tokens=64)
-        for model in (result.endpoint.base_name, result.endpoint.model)
-    ]
-    return service.Comparison(
-        question, *answers, asking.curl_line(url, result.endpoint.model, question, max_tokens=64)
+        return result
+    base, adapter = (
+        asking.ask(endpoint.url, model, question, max_tokens=64)
+        for model in (endpoint.base_name, endpoint.model)
     )
+    curl = asking.curl_line(endpoint.url, endpoint.model, question, max_tokens=64)
+    return replace(result, comparison=service.Comparison(question, base, adapter, curl))
 
 
 def improvement(metrics: Mapping[str, float]) -> list[str]:

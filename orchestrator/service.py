@@ -283,15 +283,16 @@ class _Attempt:
         self._say("done", f"done: {version.ref}")
         record = self.run.record
         endpoint = Deployment(**record.endpoint) if record.endpoint else None
-        return RunResult(self.run.id, "done", version.ref, version.lineage.metrics, endpoint, already=True)
+        question = record.facts.get("question")
+        metrics = version.lineage.metrics
+        return RunResult(self.run.id, "done", version.ref, metrics, endpoint, already=True, question=question)
 
     def _settle(
         self, state: str, message: str, version: AdapterVersion, deployment: Deployment | None = None
     ) -> RunResult:
         metrics = version.lineage.metrics
-        self.run.set_state(
-            state, adapter=version.ref, metrics=metrics, endpoint=deployment.to_dict() if deployment else None
-        )
+        endpoint = deployment.to_dict() if deployment else None
+        self.run.set_state(state, adapter=version.ref, metrics=metrics, endpoint=endpoint)
         self._say(state, message)
         return RunResult(
             self.run.id,
@@ -301,12 +302,16 @@ class _Attempt:
             deployment,
             first_step_s=self.outcome.first_step_s if self.outcome else None,
             reasons=tuple(version.lineage.gate_reasons),
-            question=self.outcome.question if self.outcome else None,
+            question=self.run.record.facts.get("question"),
         )
 
     def _registered(self) -> AdapterVersion | None:
         """The version that an earlier attempt of this run registered, also where it died before saying so."""
-        mine = (v for v in self.environment.registry.versions(self.name) if v.lineage.run_id == self.run.training_id)
+        mine = (
+            v
+            for v in self.environment.registry.versions(self.name)
+            if v.lineage.run_id == self.run.training_id
+        )
         return next(mine, None)
 
     def _train(self) -> TrainOutcome:
@@ -394,7 +399,9 @@ class _Attempt:
             version = registry.register(self.name, folder, lineage, train_rows=rows)
         if self.spec.register_.alias:
             registry.set_alias(self.name, version.version, self.spec.register_.alias)
-        self.run.set_state("registered", adapter=version.ref, metrics=outcome.metrics)
+        self.run.set_state(
+            "registered", adapter=version.ref, metrics=outcome.metrics, question=outcome.question
+        )
         self._say("registered", f"registered {version.ref}")
         return version
 

@@ -6,9 +6,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.box import ROUNDED
+from rich.table import Table
+from rich.text import Text
 
 from .. import api
-from ..service import RunResult
+from ..service import Comparison, RunResult
 from ..terminal import JsonView, describe, describe_metrics, view_for
 from .app import (
     RUNS,
@@ -56,9 +59,7 @@ def run(
 
 def show_result(result: RunResult) -> None:
     """What a job came to, and how to ask it."""
-    if result.already:
-        console.print(f"done: {result.adapter}", highlight=False)
-    else:
+    if not result.already:  # else it was said while it ran
         console.print(f"{result.state}: {result.adapter}  ({result.wall_s:.0f} s)", highlight=False)
     if result.metrics:
         console.print(describe_metrics(result.metrics), highlight=False)
@@ -67,14 +68,19 @@ def show_result(result: RunResult) -> None:
     for reason in result.reasons:
         console.print(f"gate: {reason}", highlight=False)
     if result.comparison:
-        print_table(
-            result.comparison.question,
-            ["the base", f"the adapter {result.adapter}"],
-            [(result.comparison.base, result.comparison.adapter)],
-        )
-        console.print(result.comparison.curl, highlight=False, markup=False, soft_wrap=True)
+        show_comparison(result.comparison, str(result.adapter))
     for note in result.notes:
         console.print(note, highlight=False)
+
+
+def show_comparison(comparison: Comparison, adapter: str) -> None:
+    """One question and both answers, side by side, and the line that asks the same."""
+    table = Table(box=ROUNDED, title=Text(comparison.question, "bold"), title_justify="left", expand=True)
+    for column in ("the base", f"the adapter {adapter}"):
+        table.add_column(column, ratio=1, overflow="fold")
+    table.add_row(Text(comparison.base.strip()), Text(comparison.adapter.strip()))
+    console.print(table)
+    console.print(comparison.curl, highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command(rich_help_panel=RUNS)
