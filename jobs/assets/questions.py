@@ -15,7 +15,7 @@ from pathlib import Path
 
 from documents import Document, Entry, normal
 
-MIN_CHARS, MAX_CHARS = 24, 480
+MIN_CHARS, MAX_CHARS = 14, 160
 MAX_BODY = 2000
 TURNS = (
     ("section", ("What does the Python reference say about {name}?", "Explain {name} in Python.")),
@@ -27,11 +27,13 @@ QUESTIONS = dict(TURNS)
 MORE = "Tell me more."
 HOW = "How is {name} called?"
 
-# Compared between 3.11.2 (as Debian patches it) and 3.11.7; the first part of a name stands for all below it.
+# Compared between 3.11.2 (as Debian patches it) and 3.11.7; a name that ends in a dot stands for all below it.
 UNSTABLE = (
-    "asyncio.streams.StreamReader.read", "asyncio.taskgroups", "collections.OrderedDict.__new__",
-    "email.utils.getaddresses", "pdb.runeval", "shutil.rmtree",
+    "asyncio.streams.StreamReader.read", "asyncio.taskgroups", "asyncio.taskgroups.",
+    "collections.OrderedDict.__new__", "email.errors.HeaderWriteError", "email.utils.getaddresses",
+    "email.utils.parseaddr", "logging", "pdb.runeval", "pydoc.doc", "shutil.rmtree", "shutil.unpack_archive",
 )  # fmt: skip
+BELOW_UNSTABLE = tuple(name for name in UNSTABLE if name.endswith("."))
 UNSTABLE_SECTIONS = (
     "Attribute references", "Dictionary view objects", "String Methods", "`pdb` — The Python Debugger",
 )  # fmt: skip
@@ -84,7 +86,7 @@ def sha256(path: Path) -> str:
 
 def _dialogues(entry: Entry) -> Iterator[list[dict]]:
     name = _public(entry.name)
-    if name is None or any(entry.name == part or entry.name.startswith(f"{part}.") for part in UNSTABLE):
+    if name is None or entry.name in UNSTABLE or entry.name.startswith(BELOW_UNSTABLE):
         return
     choices = QUESTIONS[entry.kind]
     question = choices[_hash(entry.name) % len(choices)].format(name=name)
@@ -94,12 +96,12 @@ def _dialogues(entry: Entry) -> Iterator[list[dict]]:
     if not said or said[0] is None:
         return
     messages = _turn(question, said[0])
-    if len(said) > 1 and said[1] is not None and _hash(entry.name + "?") % 3 == 0:
+    if len(said) > 1 and said[1] is not None and _hash(entry.name + "?") % 4 == 0:
         messages += _turn(MORE, said[1])
     yield messages
     signature = re.sub(r"^\(\$?(self|cls|module|type)(, /)?(, )?", "(", entry.signature)
     call = f"{name}{signature}"
-    if entry.kind == "function" and "," in signature and len(call) <= 160 and _hash(name + "()") % 3 == 0:
+    if entry.kind == "function" and "," in signature and len(call) <= 160:
         yield _turn(HOW.format(name=name), call)
 
 
@@ -122,15 +124,20 @@ def _is_signature(paragraph: str) -> bool:
 
 
 def _answer(paragraph: str) -> str | None:
-    """The paragraph on one line, or None where it is no plain prose of a fitting length."""
+    """The paragraph's first sentence, or None where the paragraph is no plain prose of a fitting length."""
     lines = paragraph.splitlines()
     if any(line.startswith(("    ", ">>>", "-", "*", "=", "+", "|", ":", "#", "@", ".. ")) for line in lines):
         return None
-    text = normal(paragraph)
-    plain = text.isascii() and not re.search(r"::=|>>>|\bXXX\b|\bTODO\b|->.*->", text)
-    if not plain or not MIN_CHARS <= len(text) <= MAX_CHARS or len(text.split()) < 5 or _is_signature(text):
+    text = _first_sentence(normal(paragraph))
+    plain = text.isascii() and not re.search(r"::=|>>>|\bXXX\b|Copyright|\bTODO\b|->.*->", text)
+    if not plain or not MIN_CHARS <= len(text) <= MAX_CHARS or len(text.split()) < 3 or _is_signature(text):
         return None
     return text if text[0].isupper() and text[-1] in ".!:)" else None
+
+
+def _first_sentence(text: str) -> str:
+    match = re.match(r".+?[.!](?= [A-Z])(?<!e\.g\.)(?<!i\.e\.)(?<!etc\.)", text)
+    return match[0] if match and match[0].count("(") == match[0].count(")") else text
 
 
 def _hash(text: str) -> int:
