@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -105,6 +105,18 @@ class Cluster:
     """The file; None for the built-in `local` and for a bare address."""
     shared: bool = False
     """Whether the file (or the URL) says that every node sees `storage` and `registry`."""
+
+    def at(self, address: str) -> Cluster:
+        """This cluster's storage, registry and endpoints, with its dashboard at `address` (a forwarded port).
+        The local cluster's are this machine's own: another address is another cluster then.
+
+        Raises:
+            SpecError: the address is not http://HOST:PORT.
+        """
+        other = cluster_at(address)
+        if self.kind == "local":
+            return other
+        return replace(self, kind="address", address=other.address)
 
     @property
     def is_inside(self) -> bool:

@@ -60,7 +60,7 @@ def facts_at(dashboard: Dashboard) -> ClusterFacts:
 
 def _nodes(dashboard: Dashboard) -> tuple[NodeFacts, ...]:
     """The nodes that are alive. A head whose dashboard answers before its node has joined is waited for."""
-    for _ in range(25):
+    for _ in range(150):
         listed = dashboard.get("/api/v0/nodes?detail=1&limit=10000")["data"]["result"]["result"]
         if nodes := tuple(_node(each) for each in listed if each["state"] == "ALIVE"):
             return nodes

@@ -94,15 +94,27 @@ def test_a_job_on_a_cluster_knows_that_it_is_inside(folder):
     [
         ("kind: adress\n", "c.yaml:1 kind: 'adress' is not a kind of cluster. Closest: 'address'."),
         ("storage: s3://b\n", "a cluster file needs a kind. One of: local, address, launcher, kuberay."),
-        ("kind: local\nstorge: x\n", "c.yaml:2 storge: 'storge' is not a key of a cluster file. Closest: 'storage'."),
-        ("kind: local\nserve: {prt: 1}\n", "c.yaml:2 serve.prt: 'prt' is not a key of a cluster file. Closest: 'port'."),
-        ("kind: local\nserve: {port: 99999}\n", "serve.port: 99999 is not a port. Write a number from 1 to 65535."),
+        (
+            "kind: local\nstorge: x\n",
+            "c.yaml:2 storge: 'storge' is not a key of a cluster file. Closest: 'storage'.",
+        ),
+        (
+            "kind: local\nserve: {prt: 1}\n",
+            "c.yaml:2 serve.prt: 'prt' is not a key of a cluster file. Closest: 'port'.",
+        ),
+        (
+            "kind: local\nserve: {port: 99999}\n",
+            "serve.port: 99999 is not a port. Write a number from 1 to 65535.",
+        ),
         ("kind: local\nstorage: 3\n", "storage: 3 is not text."),
         ("kind: local\ninstall: perhaps\n", "install: 'perhaps' is not true or false."),
         ("kind: address\n", "kind address needs 'address'. Write address: http://HOST:8265"),
         ("kind: launcher\n", "kind launcher needs 'launcher'. Write launcher: my-ray.yaml"),
         ("kind: kuberay\n", "kind kuberay needs 'manifest'. Write manifest: rayjob.yaml"),
-        ("kind: address\naddress: ray://head:10001\n", "jobs go to the dashboard's address, http://HOST:8265."),
+        (
+            "kind: address\naddress: ray://head:10001\n",
+            "jobs go to the dashboard's address, http://HOST:8265.",
+        ),
         ("kind: address\naddress: head\n", "c.yaml:2 address: 'head' is not an address."),
         ("kind: local\naddress: http://h:1\n", "c.yaml:2 address: kind local has no 'address'."),
         ("kind: launcher\nlauncher: ray.yaml\n", "launcher: there is no file"),
@@ -129,6 +141,16 @@ def test_an_unknown_name_lists_what_there_is(folder):
     assert message.startswith("--cluster: there is no cluster 'ofice'. Closest: 'office'.")
     assert "Known: local, office." in message
     assert refused(None, "nowhere.yaml").startswith("cluster: there is no cluster 'nowhere.yaml'.")
+
+
+def test_a_forwarded_port_keeps_the_clusters_places(folder):
+    both = "kind: address\naddress: http://head:8265\nstorage: s3://b/r\nregistry: s3://b/a\n"
+    write(folder / "c.yaml", both)
+    moved = load_cluster("c.yaml").at("http://127.0.0.1:9000/")
+    assert (moved.address, moved.storage, moved.shared) == ("http://127.0.0.1:9000", "s3://b/r", True)
+    assert load_cluster("local").at("http://head:8265") == cluster_at("http://head:8265")
+    with pytest.raises(SpecError, match="--address: 'head' is not an address"):
+        load_cluster("c.yaml").at("head")
 
 
 def test_several_nodes_are_those_that_may_come_too():
