@@ -97,7 +97,11 @@ def _default(each: dataclasses.Field) -> Any:
         return each.default.value if isinstance(each.default, Enum) else each.default
     if each.default_factory is not dataclasses.MISSING:
         value = each.default_factory()
-        return dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
+        return (
+            dataclasses.asdict(value)
+            if dataclasses.is_dataclass(value) and not isinstance(value, type)
+            else value
+        )
     return MISSING
 
 

@@ -72,9 +72,9 @@ class ModelSpec(Section):
 
     base_model: Text = Field(description="a directory, an fsspec URL or a hub id")
     revision: Text = Field(
-        "main", description="the hub's branch, tag or commit; pinned to a commit when submitted"
+        default="main", description="the hub's branch, tag or commit; pinned to a commit when submitted"
     )
-    trust_remote_code: bool = Field(False, description="run code that the model's repository brings")
+    trust_remote_code: bool = Field(default=False, description="run code that the model's repository brings")
 
 
 DatasetType = Literal["chat", "prompt_completion", "alpaca", "text"]
@@ -92,16 +92,18 @@ class DatasetSpec(Section):
     """`data.datasets[]` and `eval.datasets[]`: where rows come from and what their columns hold."""
 
     path: Text = Field(description="JSONL, CSV, Parquet, a directory, a glob, an fsspec URL or a hub id")
-    type: DatasetType = Field("chat", description="what the columns hold")
-    split: Text = Field("train", description="the split of a hub dataset or of a directory")
-    weight: AboveZero = Field(1.0, description="rows are repeated or left out by this factor")
-    field_messages: str | None = Field(None, description="chat: the column of the messages")
-    field_prompt: str | None = Field(None, description="prompt_completion: the column of the prompt")
-    field_completion: str | None = Field(None, description="prompt_completion: the column of the completion")
-    field_instruction: str | None = Field(None, description="alpaca: the column of the instruction")
-    field_input: str | None = Field(None, description="alpaca: the column of the input")
-    field_output: str | None = Field(None, description="alpaca: the column of the output")
-    field_text: str | None = Field(None, description="text: the column of the text")
+    type: DatasetType = Field(default="chat", description="what the columns hold")
+    split: Text = Field(default="train", description="the split of a hub dataset or of a directory")
+    weight: AboveZero = Field(default=1.0, description="rows are repeated or left out by this factor")
+    field_messages: str | None = Field(default=None, description="chat: the column of the messages")
+    field_prompt: str | None = Field(default=None, description="prompt_completion: the column of the prompt")
+    field_completion: str | None = Field(
+        default=None, description="prompt_completion: the column of the completion"
+    )
+    field_instruction: str | None = Field(default=None, description="alpaca: the column of the instruction")
+    field_input: str | None = Field(default=None, description="alpaca: the column of the input")
+    field_output: str | None = Field(default=None, description="alpaca: the column of the output")
+    field_text: str | None = Field(default=None, description="text: the column of the text")
 
     @field_validator(*(name for names in DATASET_FIELDS.values() for name in names))
     @classmethod
@@ -119,12 +121,14 @@ class DataSpec(Section):
     datasets: Annotated[tuple[DatasetSpec, ...], Field(min_length=1)] = Field(
         description="where the rows come from"
     )
-    val_set_size: Rows = Field(0.05, description="rows held out: a share below 1, else a number of rows")
+    val_set_size: Rows = Field(
+        default=0.05, description="rows held out: a share below 1, else a number of rows"
+    )
     sequence_len: PositiveInt | None = Field(
-        None, description="tokens a row; what the base allows, at most 2048"
+        default=None, description="tokens a row; what the base allows, at most 2048"
     )
     overlong: Literal["truncate", "drop", "error"] = Field(
-        "truncate", description="what happens to longer rows"
+        default="truncate", description="what happens to longer rows"
     )
 
 
@@ -133,8 +137,10 @@ class AdapterSpec(BaseModel):
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
-    type: Text = Field("lora", description="a method of `raypeft methods`")
-    init_from: Text | None = Field(None, description="NAME@V, a directory or a hub id: train on from there")
+    type: Text = Field(default="lora", description="a method of `raypeft methods`")
+    init_from: Text | None = Field(
+        default=None, description="NAME@V, a directory or a hub id: train on from there"
+    )
 
     @property
     def fields(self) -> dict[str, Any]:
@@ -145,38 +151,48 @@ class AdapterSpec(BaseModel):
 class TrainingSpec(Section):
     """`training`: how long, how large a batch, how fast."""
 
-    num_epochs: PositiveInt = Field(1, description="passes over the training rows")
-    max_steps: PositiveInt | None = Field(None, description="stop after so many optimizer steps")
-    micro_batch_size: PositiveInt = Field(1, description="rows per worker and forward")
+    num_epochs: PositiveInt = Field(default=1, description="passes over the training rows")
+    max_steps: PositiveInt | None = Field(default=None, description="stop after so many optimizer steps")
+    micro_batch_size: PositiveInt = Field(default=1, description="rows per worker and forward")
     global_batch_size: PositiveInt | None = Field(
-        None, description="rows per optimizer step over all workers"
+        default=None, description="rows per optimizer step over all workers"
     )
-    gradient_accumulation_steps: PositiveInt | None = Field(None, description="forwards per optimizer step")
-    learning_rate: AboveZero = Field(2e-4, description="the peak rate")
+    gradient_accumulation_steps: PositiveInt | None = Field(
+        default=None, description="forwards per optimizer step"
+    )
+    learning_rate: AboveZero = Field(default=2e-4, description="the peak rate")
     lr_scheduler: Literal["constant", "linear", "cosine"] = Field(
-        "cosine", description="the rate after the warmup"
+        default="cosine", description="the rate after the warmup"
     )
-    warmup_ratio: Share = Field(0.03, description="share of the steps over which the rate rises from zero")
-    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="how the adapter's tensors are updated")
-    weight_decay: NotNegative = Field(0.0, description="decoupled decay of the adapter's tensors")
+    warmup_ratio: Share = Field(
+        default=0.03, description="share of the steps over which the rate rises from zero"
+    )
+    optimizer: Literal["adamw", "sgd"] = Field(
+        default="adamw", description="how the adapter's tensors are updated"
+    )
+    weight_decay: NotNegative = Field(default=0.0, description="decoupled decay of the adapter's tensors")
     max_grad_norm: NotNegative = Field(
-        1.0, description="the global norm is clipped to this; 0 turns clipping off"
+        default=1.0, description="the global norm is clipped to this; 0 turns clipping off"
     )
     precision: Literal["auto", "bf16", "fp16", "fp32"] = Field(
-        "auto", description="auto: bf16 on hardware that has it, fp32 on CPU; fp16 scales the loss"
+        default="auto", description="auto: bf16 on hardware that has it, fp32 on CPU; fp16 scales the loss"
     )
     gradient_checkpointing: bool | Literal["auto"] = Field(
-        "auto", description="recompute activations in the backward; auto: with GPUs"
+        default="auto", description="recompute activations in the backward; auto: with GPUs"
     )
-    seed: NonNegativeInt = Field(42, description="of the order of rows, the adapter's start and its dropout")
-    base_dropout: bool = Field(False, description="keep the base's own dropout on while the adapter trains")
-    save_steps: PositiveInt | None = Field(None, description="checkpoint every so many steps")
+    seed: NonNegativeInt = Field(
+        default=42, description="of the order of rows, the adapter's start and its dropout"
+    )
+    base_dropout: bool = Field(
+        default=False, description="keep the base's own dropout on while the adapter trains"
+    )
+    save_steps: PositiveInt | None = Field(default=None, description="checkpoint every so many steps")
     saves_per_epoch: PositiveInt | None = Field(
-        None, description="checkpoints per epoch; 1 where neither is given"
+        default=None, description="checkpoints per epoch; 1 where neither is given"
     )
-    eval_steps: PositiveInt | None = Field(None, description="evaluate every so many steps")
+    eval_steps: PositiveInt | None = Field(default=None, description="evaluate every so many steps")
     evals_per_epoch: PositiveInt | None = Field(
-        None, description="evaluations per epoch; 1 where neither is given"
+        default=None, description="evaluations per epoch; 1 where neither is given"
     )
 
     @field_validator("saves_per_epoch", "evals_per_epoch")
@@ -191,14 +207,15 @@ class TrainingSpec(Section):
 class ResourcesSpec(Section):
     """`resources`: how many workers, and what each needs."""
 
-    num_workers: PositiveInt = Field(1, description="processes that train together")
+    num_workers: PositiveInt = Field(default=1, description="processes that train together")
     gpus_per_worker: NotNegative | Literal["auto"] = Field(
-        "auto", description="1 where the cluster has GPUs for all workers, else 0"
+        default="auto", description="1 where the cluster has GPUs for all workers, else 0"
     )
-    cpus_per_worker: AboveZero = Field(1, description="CPUs that Ray reserves for a worker")
+    cpus_per_worker: AboveZero = Field(default=1, description="CPUs that Ray reserves for a worker")
     labels: dict[str, str] = Field(default_factory=dict, description="Ray node labels that the workers need")
     placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = Field(
-        "PACK", description="together on few nodes, or spread over many; STRICT_ refuses anything else"
+        default="PACK",
+        description="together on few nodes, or spread over many; STRICT_ refuses anything else",
     )
 
     @field_validator("gpus_per_worker")
@@ -212,53 +229,57 @@ class ResourcesSpec(Section):
 class StorageSpec(Section):
     """`storage`: where runs live and which checkpoints stay."""
 
-    path: Text | None = Field(None, description="runs and checkpoints; the cluster's where not given")
-    keep_best: PositiveInt = Field(1, description="checkpoints kept for their evaluation loss")
-    keep_latest: PositiveInt = Field(1, description="checkpoints kept for being the newest")
+    path: Text | None = Field(default=None, description="runs and checkpoints; the cluster's where not given")
+    keep_best: PositiveInt = Field(default=1, description="checkpoints kept for their evaluation loss")
+    keep_latest: PositiveInt = Field(default=1, description="checkpoints kept for being the newest")
 
 
 class RetrySpec(Section):
     """`retry`: how long to try."""
 
-    start_timeout: Duration = Field("10m", description="how long to wait for a place on the cluster")  # type: ignore[assignment]
+    start_timeout: Duration = Field(default="10m", description="how long to wait for a place on the cluster")  # type: ignore[assignment]
 
 
 class EvalSpec(Section):
     """`eval`: what is measured, on which rows."""
 
-    datasets: tuple[DatasetSpec, ...] = Field((), description="the held-out rows where none is given")
+    datasets: tuple[DatasetSpec, ...] = Field(default=(), description="the held-out rows where none is given")
     metrics: tuple[Literal["exact_match", "contains"], ...] = Field(
-        (), description="generated, beside eval_loss"
+        default=(), description="generated, beside eval_loss"
     )
-    max_rows: PositiveInt | None = Field(None, description="evaluate at most so many rows")
-    max_new_tokens: PositiveInt = Field(64, description="length of a generated answer")
+    max_rows: PositiveInt | None = Field(default=None, description="evaluate at most so many rows")
+    max_new_tokens: PositiveInt = Field(default=64, description="length of a generated answer")
 
 
 class RegisterSpec(Section):
     """`register`: the adapter's name in the registry."""
 
-    name: Name | None = Field(None, description="the adapter's name; the job's where not given")
-    alias: Alias | None = Field(None, description="an alias that the new version takes")
+    name: Name | None = Field(default=None, description="the adapter's name; the job's where not given")
+    alias: Alias | None = Field(default=None, description="an alias that the new version takes")
 
 
 class GateSpec(Section):
     """Exactly one of `all` and `any`: comparisons such as `eval_loss < base.eval_loss`."""
 
-    all: tuple[Text, ...] | None = Field(None, description="every comparison must hold")
-    any: tuple[Text, ...] | None = Field(None, description="one comparison must hold")
+    all: tuple[Text, ...] | None = Field(default=None, description="every comparison must hold")
+    any: tuple[Text, ...] | None = Field(default=None, description="one comparison must hold")
 
 
 class DeploySpec(Section):
     """`deploy`: present: the version that passes the gate is served."""
 
-    gate: GateSpec | None = Field(None, description="conditions over the metrics; none: deploy always")
-    alias: Alias = Field("production", description="the alias that the deployed version takes")
-    endpoint: Name | None = Field(None, description="the endpoint's name; from the base where not given")
-    num_replicas: PositiveInt = Field(1, description="processes that answer")
-    gpus_per_replica: NotNegative | Literal["auto"] = Field(
-        "auto", description="1 where the cluster has GPUs, else 0"
+    gate: GateSpec | None = Field(
+        default=None, description="conditions over the metrics; none: deploy always"
     )
-    cpus_per_replica: AboveZero = Field(1, description="CPUs and threads of a replica")
+    alias: Alias = Field(default="production", description="the alias that the deployed version takes")
+    endpoint: Name | None = Field(
+        default=None, description="the endpoint's name; from the base where not given"
+    )
+    num_replicas: PositiveInt = Field(default=1, description="processes that answer")
+    gpus_per_replica: NotNegative | Literal["auto"] = Field(
+        default="auto", description="1 where the cluster has GPUs, else 0"
+    )
+    cpus_per_replica: AboveZero = Field(default=1, description="CPUs and threads of a replica")
 
 
 DeepSpeed = Literal["zero0", "zero1", "zero2", "zero3"] | str | dict[str, Any]
@@ -270,18 +291,22 @@ class JobSpec(Section):
     name: Name = Field(
         description="with the hash of spec and data, the run's identity; the file's stem if absent"
     )
-    cluster: Text = Field("local", description="a cluster file or its name")
+    cluster: Text = Field(default="local", description="a cluster file or its name")
     model: ModelSpec = Field(description="the frozen base")
     data: DataSpec = Field(description="what it is trained on")
-    adapter: AdapterSpec = Field(AdapterSpec(), description="what is trained")
-    training: TrainingSpec = Field(TrainingSpec(), description="how it is trained")
-    deepspeed: DeepSpeed = Field("zero2", description="a stage, a path to a DeepSpeed JSON, or its content")
-    resources: ResourcesSpec = Field(ResourcesSpec(), description="the workers")
-    storage: StorageSpec = Field(StorageSpec(), description="runs and checkpoints")
-    retry: RetrySpec = Field(RetrySpec(), description="how long to try")
+    adapter: AdapterSpec = Field(default=AdapterSpec(), description="what is trained")
+    training: TrainingSpec = Field(default=TrainingSpec(), description="how it is trained")
+    deepspeed: DeepSpeed = Field(
+        default="zero2", description="a stage, a path to a DeepSpeed JSON, or its content"
+    )
+    resources: ResourcesSpec = Field(default=ResourcesSpec(), description="the workers")
+    storage: StorageSpec = Field(default=StorageSpec(), description="runs and checkpoints")
+    retry: RetrySpec = Field(default=RetrySpec(), description="how long to try")
     secrets: dict[str, str] = Field(
         default_factory=dict, description="NAME: env, or file:/path; never a literal"
     )
-    eval: EvalSpec = Field(EvalSpec(), description="what is measured")
-    register_: RegisterSpec = Field(RegisterSpec(), alias="register", description="the name in the registry")
-    deploy: DeploySpec | None = Field(None, description="absent: registered, not deployed")
+    eval: EvalSpec = Field(default=EvalSpec(), description="what is measured")
+    register_: RegisterSpec = Field(
+        default=RegisterSpec(), alias="register", description="the name in the registry"
+    )
+    deploy: DeploySpec | None = Field(default=None, description="absent: registered, not deployed")

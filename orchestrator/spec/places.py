@@ -77,12 +77,10 @@ class Tree:
         """The value at `path`, or MISSING."""
         node: Any = self.values
         for part in path:
-            if (isinstance(node, dict) and part in node) or (
-                isinstance(node, list) and isinstance(part, int) and part < len(node)
-            ):
-                node = node[part]
-            else:
+            is_index = isinstance(node, list) and isinstance(part, int) and part < len(node)
+            if not is_index and not (isinstance(node, dict) and part in node):
                 return MISSING
+            node = node[part]
         return node
 
     def put(self, path: Path, value: Any, places: Mapping[Path, Place]) -> None:

@@ -173,7 +173,7 @@ def _explain_one(model: type[BaseModel], path: Path, detail: ErrorDetails, value
 
 _SECRETS_HINT = "Write secrets: {HF_TOKEN: env}, or {HF_TOKEN: file:/path}."
 
-_EXAMPLES = {
+_EXAMPLES: dict[Path, str] = {
     ("model",): "Write model: {base_model: DIRECTORY or HUB_ID}.",
     ("model", "base_model"): "Write model: {base_model: DIRECTORY or HUB_ID}.",
     ("data",): "Write data: {datasets: [{path: FILE.jsonl, type: chat}]}.",
