@@ -24,7 +24,7 @@ from .storage_errors import NotFound, explained
 __all__ = [
     "NotFound", "check_writable", "clean", "create_if_absent", "delete", "delete_tree", "exists",
     "explaining", "find", "get_tree", "is_local", "join", "list_", "local_path", "nearest_existing",
-    "normal_url", "put_tree", "read", "remove_empty", "replace_if", "write",
+    "normal_url", "put_tree", "read", "remove_empty", "replace_if", "require_exclusive", "write",
 ]  # fmt: skip
 
 
@@ -180,6 +180,12 @@ def check_writable(url: str | Path) -> None:
     _objects(url).check_writable(normal_url(url))
 
 
+def require_exclusive(url: str | Path) -> None:
+    """Raises StorageError where two writers at `url` could not be kept apart, before anything is looked up there."""
+    if _objects(url) is _OTHER:
+        _OTHER.refuse(normal_url(url))
+
+
 def clean(url: str | Path) -> None:
     """Removes what killed processes left half-written directly in the folder `url`."""
     _objects(url).clean(normal_url(url))
@@ -269,18 +275,18 @@ class _ReadOnly:
             raise explained(error, path) from error
 
     def __getattr__(self, operation: str):
-        def refuse(*arguments: object) -> None:
-            url = next(str(argument) for argument in arguments if "://" in str(argument))
-            raise StorageError(
-                f"{url.partition('://')[0]}:// has no write here that fails if another process was first, "
-                "so runs and registries cannot live there.",
-                where=url,
-                hint="Use a folder that all nodes see, or s3://BUCKET/FOLDER.",
-            )
-
         if operation.startswith("_"):
             raise AttributeError(operation)
-        return refuse
+        return self.refuse
+
+    def refuse(self, *arguments: object) -> None:
+        url = next(str(argument) for argument in arguments if "://" in str(argument))
+        raise StorageError(
+            f"{url.partition('://')[0]}:// has no write here that fails if another process was first, "
+            "so runs and registries cannot live there.",
+            where=url,
+            hint="Use a folder that all nodes see, or s3://BUCKET/FOLDER.",
+        )
 
 
 _LOCAL, _S3, _OTHER = LocalObjects(), S3Objects(), _ReadOnly()

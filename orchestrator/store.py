@@ -139,6 +139,7 @@ class RunStore:
         """
         spec_hash = canonical_hash(spec)
         identity = run_identity(spec_hash, data_hash)
+        objects.require_exclusive(self.url)
         runs = sorted((run for run in self.list() if run.name == name), key=lambda run: run.number)
         same = [run for run in runs if run.identity == identity]
         if new or not runs:
@@ -336,11 +337,18 @@ class Run:
                 known = name in ("adapter", "metrics", "endpoint", "cause")
                 (document if known else document["facts"])[name] = value
 
-        self._change(change)
         event: Event = {"event": "state", "t": round(time.time(), 3), "state": state}
         event |= {"message": message} if message else {}
         event |= {name: value for name, value in facts.items() if name in ("adapter", "cause") and value}
-        self._append("events.jsonl", event, flush=True)
+        if has_ended(state):
+            # who follows stops at the end, so all else is written before it, by a process that still holds the run
+            self._change(lambda document: None)
+            self._append("events.jsonl", event)
+            self._flush()
+            self._change(change)
+        else:
+            self._change(change)
+            self._append("events.jsonl", event, flush=True)
         return event
 
     def append_event(self, event: Event) -> None:
@@ -447,6 +455,11 @@ class Run:
     def _append(self, file: str, line: dict[str, Any], *, flush: bool = False) -> None:
         self._check_held()
         self._journal(join(self.url, file)).append(stored.dump_line(line), flush=flush)
+
+    def _flush(self) -> None:
+        with self._lock:
+            for journal in self._journals.values():
+                journal.flush()
 
     def _journal(self, url: str) -> Journal:
         with self._lock:

@@ -219,6 +219,35 @@ def test_follow_ends_with_the_run(store: RunStore) -> None:
     run.close()
 
 
+def test_at_its_end_a_run_has_said_everything(store: RunStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever sees the end finds the last event, metric and log line: they are written before it."""
+    run = store.open("small", job(), "d")
+    run.set_state("starting")
+    run.append_log(0, "first\n")
+    run.append_log(0, "last\n")
+    run.append_metrics({"step": 1})
+    run.append_metrics({"step": 2})
+    seen = []
+    real = objects.replace_if
+
+    def looking(url, etag, data):
+        if b'"state": "done"' in data:
+            seen.append(
+                (
+                    list(store.events(run.id))[-1]["state"],
+                    list(store.log(run.id, 0))[-1],
+                    len(list(store.metrics(run.id))),
+                )
+            )
+        return real(url, etag, data)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(objects, "replace_if", looking)
+        run.set_state("done", adapter="a@1")
+    assert seen == [("done", "last\n", 2)]
+    run.close()
+
+
 def test_ids_by_name_prefix_and_closest(store: RunStore) -> None:
     with store.open("small", job(), "d") as run:
         pass
@@ -413,6 +442,16 @@ def test_a_disk_that_fills_up_while_a_run_is_made_leaves_nothing(
     monkeypatch.undo()
     with store.open("small", job(), "d") as run:
         run.set_state("starting")
+
+
+@pytest.mark.parametrize("url", ["gs://bucket/runs", "memory://runs"])
+def test_storage_that_cannot_keep_writers_apart_is_refused(url: str) -> None:
+    with pytest.raises(StorageError) as caught:
+        RunStore(url).open("small", job(), "d")
+    assert str(caught.value) == (
+        f"{url}: {url.partition(':')[0]}:// has no write here that fails if another process was first, so runs "
+        "and registries cannot live there. Use a folder that all nodes see, or s3://BUCKET/FOLDER."
+    )
 
 
 RACE = """
