@@ -236,7 +236,7 @@ def _known_adapter(model: nn.Module, adapter_name: str) -> None:
         )
 
 
-def _names(model: nn.Module) -> list[str]:
+def _names(model: Any) -> list[str]:
     """The adapters of a PeftModel, or of a base into which adapters were injected."""
     if hasattr(model, "peft_config"):
         return list(model.peft_config)
@@ -247,7 +247,7 @@ def _names(model: nn.Module) -> list[str]:
 # Embeddings of the base that travel with an adapter
 
 
-def _all_embeddings(model: nn.Module) -> dict[str, Parameter]:
+def _all_embeddings(model: Any) -> dict[str, Parameter]:
     """The weights of the base's input and output embeddings, by their names in a checkpoint."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     found = {}
@@ -304,7 +304,7 @@ def _is_resized(model: nn.Module, adapter_name: str) -> bool:
 
 
 def save(
-    model: nn.Module,
+    model: Any,
     directory: str | os.PathLike[str],
     names: Iterable[str] | None = None,
     *,
@@ -325,7 +325,7 @@ def save(
         AdapterError: an adapter that is not there.
         CheckpointError: values are not known here, or the directory cannot be written.
     """
-    names = list(model.peft_config if names is None else names)  # type: ignore[arg-type]
+    names = list(model.peft_config if names is None else names)
     for name in names:
         _known_adapter(model, name)
     writes = (
@@ -334,7 +334,7 @@ def save(
     for name in names:
         tensors = state_dict(model, name, whole_model, save_embedding_layers)
         if writes:
-            config = copy.copy(model.peft_config[name])  # type: ignore[index]
+            config = copy.copy(model.peft_config[name])
             config.inference_mode = True
             target = os.fspath(directory) if name == DEFAULT_ADAPTER else f"{os.fspath(directory)}/{name}"
             _write(target, config, tensors)

@@ -132,9 +132,23 @@ def _version(entry: dict[str, Any]) -> Any:
 @contextlib.contextmanager
 def _only_one(lock: Path) -> Iterator[None]:
     """One process at a time. The system lets go of the lock when its holder ends, however it ends."""
-    with open(lock, "w") as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
-        yield
+    while True:
+        with open(lock, "w") as held:
+            fcntl.flock(held, fcntl.LOCK_EX)
+            if not _is_same_file(lock, held.fileno()):
+                continue  # its last holder removed it while we waited
+            try:
+                yield
+            finally:
+                lock.unlink(missing_ok=True)
+            return
+
+
+def _is_same_file(path: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
 
 
 def _from_hub(repository: str, patterns: Sequence[str], revision: str | None, token: Any) -> Path:

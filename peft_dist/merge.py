@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -193,9 +194,11 @@ def _change(module: Adapted, names: Sequence[str]) -> tuple[Tensor | None, Tenso
 def _check_finite(modules: Sequence[Adapted], names: Sequence[str]) -> None:
     for module in modules:
         dW, db = _change(module, names)
-        parts = ((module.base.weight, dW), (module.base.bias, db))
         with torch.no_grad():
-            merged = [read() + change for read, change in parts if change is not None]
+            merged = [] if dW is None else [module.base.weight() + dW]
+            bias = module.base.bias()
+            if bias is not None and db is not None:
+                merged.append(bias + db)
         if not all(bool(torch.isfinite(value.to(module.base.dtype)).all()) for value in merged):
             raise MergeError(
                 f"{module._site_name}: the weight merged with {', '.join(map(repr, names))} would not be "
@@ -255,7 +258,7 @@ def _retie(module: Adapted) -> None:
 def _say_untied(base: nn.Module) -> None:
     for module in base.modules():
         module.__dict__.pop(_OWN_WEIGHT, None)
-    config = getattr(base, "config", None)
+    config: Any = getattr(base, "config", None)
     if getattr(config, "tie_word_embeddings", False):
         config.tie_word_embeddings = False
 

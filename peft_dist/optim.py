@@ -369,7 +369,8 @@ class AdapterOptimizer:
         tensors = list(self._tensors())
         sharded = self.stage >= 2 and self._world > 1
         mine = [t for t in tensors if t.has_grad and (not sharded or t.owner == self._rank)]
-        found = torch._foreach_norm([t.parameter.grad for t in mine]) if mine else ()
+        gradients = [t.parameter.grad for t in mine if t.parameter.grad is not None]
+        found = torch._foreach_norm(gradients) if gradients else ()
         by_tensor = {id(t): norm for t, norm in zip(mine, found, strict=True)}
         dtype = torch.float64 if any(t.parameter.dtype == torch.float64 for t in tensors) else torch.float32
         zero = torch.zeros((), dtype=dtype, device=self._device(tensors))

@@ -10,17 +10,20 @@ from __future__ import annotations
 import collections
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn import Parameter
 
 from peft_dist.errors import ShardingError
 from peft_dist.lazy import lazy
 
 deepspeed = lazy("deepspeed")
+
+# A parameter that DeepSpeed may have partitioned: it then has `ds_shape`, `ds_tensor`, `ds_status` and more, which
+# torch's type does not know.
+Weight: TypeAlias = Any
 
 _ENGINE = "_peft_dist_zero3_engine"
 _REGISTRY = "_peft_dist_in_flight"
@@ -35,18 +38,18 @@ _NOT_FOR_A_BASE = (
 )
 
 
-def is_partitioned(parameter: Tensor) -> bool:
+def is_partitioned(parameter: Weight) -> bool:
     """Whether DeepSpeed owns this parameter's storage (stage 3), gathered at this moment or not."""
     return hasattr(parameter, "ds_id")
 
 
-def whole_shape(parameter: Tensor) -> torch.Size:
+def whole_shape(parameter: Weight) -> torch.Size:
     """The parameter's own shape, also while it rests in pieces and its `.shape` is (0,)."""
     return torch.Size(parameter.ds_shape) if is_partitioned(parameter) else parameter.shape
 
 
 @contextlib.contextmanager
-def gathered(parameters: Iterable[Tensor | None], *, modify: bool = False) -> Iterator[None]:
+def gathered(parameters: Iterable[Weight | None], *, modify: bool = False) -> Iterator[None]:
     """Within the context the given parameters are whole on every rank; a collective if any rests in pieces.
 
     Parameters that are whole already (not partitioned, or gathered around us by a forward's hooks) are left
@@ -85,21 +88,21 @@ def gathered(parameters: Iterable[Tensor | None], *, modify: bool = False) -> It
         yield
 
 
-def whole(parameter: Tensor) -> Tensor:
+def whole(parameter: Weight) -> Tensor:
     """A detached copy of the whole parameter, in its own dtype, on its device; a collective if it is "
     "partitioned."""
     with gathered([parameter]), torch.no_grad():
         return parameter.detach().clone()
 
 
-def stored_bits(parameter: Tensor) -> Tensor:
+def stored_bits(parameter: Weight) -> Tensor:
     """A copy of what this rank stores of the parameter: all of it, or its piece (flat); nothing is "
     "gathered."""
     return (parameter.ds_tensor if is_partitioned(parameter) else parameter).detach().clone()
 
 
 @torch.no_grad()
-def restore_bits(parameter: Tensor, bits: Tensor) -> None:
+def restore_bits(parameter: Weight, bits: Tensor) -> None:
     """Puts back, bit for bit, what `stored_bits` gave on this rank."""
     if not is_partitioned(parameter):
         parameter.data.copy_(bits)
@@ -112,7 +115,7 @@ def restore_bits(parameter: Tensor, bits: Tensor) -> None:
 
 
 @torch.no_grad()
-def set_whole(parameter: Tensor, value: Tensor) -> None:
+def set_whole(parameter: Weight, value: Tensor) -> None:
     """Sets the parameter to `value` wherever its values are kept, cast to its dtype; a collective if sharded.
 
     A parameter that a user's own DeepSpeed engine trains has an fp32 master in that engine, which the next
@@ -152,7 +155,7 @@ def refuse_foreign_engine(model: nn.Module, wish: str) -> None:
             )
 
 
-def reach(module: nn.Module, parameters: Iterable[Parameter]) -> None:
+def reach(module: nn.Module, parameters: Iterable[Weight]) -> None:
     """Gathers what `module`, whose forward is running, uses of partitioned parameters that hang elsewhere.
 
     They are released after its forward, and gathered again for its backward, by the hooks that the engine
@@ -169,6 +172,7 @@ def reach(module: nn.Module, parameters: Iterable[Parameter]) -> None:
 def elements_at_rest(model: nn.Module) -> int:
     """How many elements of the model's parameters this rank holds now: whole ones, or its own pieces."""
     held = 0
+    parameter: Weight
     for parameter in model.parameters():
         held += parameter.numel()
         if is_partitioned(parameter):
@@ -205,7 +209,7 @@ def partition_base(model: nn.Module, deepspeed_config: Mapping[str, Any]) -> Non
     """
     _check(model, deepspeed_config)
     disable_deepspeed_op_builds()
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = _base_of(model)
     with _bare(base) as num_adapted:
         _freeze(base, num_adapted)
         engine, *_ = deepspeed.initialize(model=base, config=_engine_config(deepspeed_config))
@@ -220,9 +224,13 @@ def partition_base(model: nn.Module, deepspeed_config: Mapping[str, Any]) -> Non
     _release_when_done(base, offload)
 
 
+def _base_of(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def is_partitioned_base(model: nn.Module) -> bool:
     """Whether `partition_base` was called on this model or on its base."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = _base_of(model)
     return _ENGINE in base.__dict__
 
 
@@ -281,7 +289,7 @@ def _bare(base: nn.Module) -> Iterator[int]:
         if child is not None and not hasattr(parent, "base_layer") and hasattr(child, "base_layer")
     ]
     for parent, key, child in replaced:
-        layer = child
+        layer: Any = child
         while hasattr(layer, "base_layer"):
             layer = layer.base_layer
         parent._modules[key] = layer
@@ -342,7 +350,7 @@ def _release_when_done(base: nn.Module, offload: Any) -> None:
     base.register_forward_hook(watch)
 
 
-def _release(base: nn.Module) -> None:
+def _release(base: Any) -> None:
     pieces = deepspeed.runtime.zero.partition_parameters
     # One handle may stand for several parameters: all of them must leave the registry before they are
     # gathered again.

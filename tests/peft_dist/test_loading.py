@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest import mock
 
 import fsspec
 import pytest
@@ -11,7 +13,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 
 from peft_dist.errors import BaseModelError
-from peft_dist.folder import is_hub_id
+from peft_dist.folder import is_hub_id, local_folder
 from peft_dist.loading import load_base
 
 
@@ -69,12 +71,34 @@ def test_a_url_is_fetched_once_and_again_when_it_changes(folder: Path, own_cache
         for _ in range(2):
             loaded = load_base("memory://bases/one")
             assert all(torch.equal(value, expected[key]) for key, value in loaded.state_dict().items())
-        assert len([entry for entry in own_cache.iterdir() if entry.is_dir()]) == 1
+        assert [entry.is_dir() for entry in own_cache.iterdir()] == [True]
         config = json.loads((folder / "config.json").read_text())
         memory.pipe("/bases/one/config.json", json.dumps(config | {"rms_norm_eps": 0.5}).encode())
         assert load_base("memory://bases/one").config.rms_norm_eps == 0.5
     finally:
         memory.rm("/bases", recursive=True)
+
+
+def test_threads_that_want_one_folder_fetch_it_once(folder: Path, own_cache: Path) -> None:
+    memory = fsspec.filesystem("memory")
+    memory.put(str(folder), "/bases/two", recursive=True)
+    fetched: list[str] = []
+    real = memory.get_file
+
+    def counted(remote: str, local: str, **kwargs: object) -> None:
+        fetched.append(remote)
+        real(remote, local, **kwargs)
+
+    try:
+        counting = mock.patch.object(
+            type(memory), "get_file", lambda _, *args, **kwargs: counted(*args, **kwargs)
+        )
+        with counting, ThreadPoolExecutor(4) as threads:
+            found = set(threads.map(lambda _: local_folder("memory://bases/two", ("*.json",)), range(8)))
+    finally:
+        memory.rm("/bases", recursive=True)
+    assert len(found) == 1 and len(fetched) == len(set(fetched)) > 0
+    assert list(own_cache.iterdir()) == list(found)
 
 
 def test_a_missing_url_is_named(own_cache: Path) -> None:
