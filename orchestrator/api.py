@@ -299,7 +299,7 @@ def submit(
         RunError: the run is going on there already.
     """
     loaded = load(job, overrides)
-    where = _remote(address or cluster, loaded)
+    where = _remote(address, cluster, loaded)
     return wiring.jobs_api().submit(loaded.spec, where, secrets=read_secrets(loaded), install=install)
 
 
@@ -313,7 +313,7 @@ def submission(
 ) -> str:
     """What `submit` would send: for KubeRay a complete RayJob as YAML, else the request as JSON."""
     loaded = load(job, overrides)
-    where = _remote(address or cluster, loaded)
+    where = _remote(address, cluster, loaded)
     if where.kind == "kuberay":
         return wiring.rayjob(loaded.spec, where)
     return wiring.jobs_api().describe(loaded.spec, where, install=install)
@@ -334,8 +334,10 @@ def job_logs(id: str, *, address: str, follow: bool = False) -> Iterator[str]:
     return wiring.jobs_api().logs(id, address, follow=follow)
 
 
-def _remote(flag: str | None, job: LoadedJob) -> Cluster:
-    where = _cluster(flag, job)
+def _remote(address: str | None, cluster: str | None, job: LoadedJob) -> Cluster:
+    where = _cluster(cluster, job)
+    if address:
+        return where.at(address)
     if where.kind == "local":
         raise ClusterError(
             "submit sends a job to a Ray cluster, and none is named.",
