@@ -416,9 +416,10 @@ class Replaced(AdapterModule):
         p = self.tensors(names[-1])
         dtype = next(iter(p.values())).dtype
         wanted = [a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() else a for a in args]
-        y = functional_call(self._shell, dict(p), tuple(wanted), kwargs)
-        same = args and isinstance(args[0], Tensor) and args[0].is_floating_point() and isinstance(y, Tensor)
-        return y.to(args[0].dtype) if same else y
+        buffers = dict(self.base.layer.named_buffers())
+        y = functional_call(self._shell, {**buffers, **p}, tuple(wanted), kwargs)
+        cast = any(mine is not given for mine, given in zip(wanted, args, strict=True))
+        return y.to(args[0].dtype) if cast and isinstance(y, Tensor) else y
 
     def _mixed(self, rows: Rows, choices: list, args: tuple, kwargs: dict[str, Any]) -> Tensor:
         if len(args) != 1 or kwargs:

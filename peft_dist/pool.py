@@ -40,7 +40,8 @@ class Bucket:
         self.owners[slot], self.held[slot] = adapter, parameters
         for name, parameter in parameters.items():
             view = self.arrays[name][slot]
-            view.copy_(parameter.detach())
+            if not view.is_meta:
+                view.copy_(parameter.detach())
             parameter.data = view
 
     def release(self, adapter: str) -> None:

@@ -201,6 +201,34 @@ def test_rows_name_adapters(config) -> None:
         torch.testing.assert_close(model(IDS).logits[:, -7:], got)
 
 
+@pytest.mark.parametrize("config", [lora, ia3, prompt, lambda: lora(bias="all", modules_to_save=["lm_head"])])
+def test_rows_over_a_half_precision_base(config) -> None:
+    model = peft_dist.get_peft_model(llama().bfloat16(), config(), "a")
+    model.add_adapter("b", config())
+    disturb(model).eval()
+    assert {p.dtype for p in model.adapter_tensors("b").values()} == {torch.float32}
+    got = model(IDS, adapter_names=["a", "b", "b", "a"]).logits
+    assert got.dtype == torch.bfloat16
+    for row, name in enumerate("abba"):
+        model.set_adapter(name)
+        alone = model(IDS[row : row + 1]).logits[0]
+        # A batch is summed by other kernels than a row; a few of bf16's steps (2^-8) of the largest logit.
+        assert (got[row] - alone).abs().max() <= 2**-5 * alone.abs().max()
+
+
+def test_under_autocast_layers_give_what_the_base_gives() -> None:
+    for config in (lora, lambda: lora(bias="all", modules_to_save=["lm_head"])):
+        model = two(config).eval()
+        wanted = model(IDS).logits
+        with torch.autocast("cpu", torch.bfloat16):
+            got = model(IDS).logits
+            mixed = model(IDS, adapter_names=["a", "a", "b", "a"]).logits
+        assert got.dtype == torch.bfloat16
+        # bf16 products through two layers: within a tenth of the largest logit.
+        assert (got - wanted).abs().max() <= 0.1 * wanted.abs().max()
+        assert (mixed[[0, 1, 3]] - wanted[[0, 1, 3]]).abs().max() <= 0.1 * wanted.abs().max()
+
+
 def test_each_row_trains_its_own_adapter() -> None:
     model = two()
     alone = {}
