@@ -66,7 +66,7 @@ def job(folder: Path, *, rows: int = 23, adapter: dict | None = None, **sections
         "name": "tiny",
         "model": {"base_model": str(base)},
         "data": {"datasets": [{"path": str(data), "type": "prompt_completion"}], "val_set_size": 5},
-        "adapter": {"type": "lora", "r": 4, **(adapter or {})},
+        "adapter": adapter if "type" in (adapter or {}) else {"type": "lora", "r": 4, **(adapter or {})},
         **sections,
         "training": {**training, **sections.get("training", {})},
     })  # fmt: skip
