@@ -69,12 +69,15 @@ class Plan:
         return self.bundle.get("GPU", 0) > 0
 
 
-def make_plan(spec: JobSpec, cluster: ClusterFacts | None, sizes: ModelSizes | None) -> Plan:
+def make_plan(
+    spec: JobSpec, cluster: ClusterFacts | None, sizes: ModelSizes | None, longest: int | None = None
+) -> Plan:
     """The plan of a job.
 
     Args:
         cluster: None where it does not answer or was not asked.
         sizes: of the base; None where they could not be read.
+        longest: tokens of the longest row (`row_lengths.longest_row`); None where it is not known.
 
     Raises:
         SpecError: sizes that do not divide, a DeepSpeed key that contradicts the job, targets that match nothing.
@@ -89,6 +92,9 @@ def make_plan(spec: JobSpec, cluster: ClusterFacts | None, sizes: ModelSizes | N
         check_placement(spec, bundle, cluster)
     steps, batch = accumulation(spec)
     length = sequence_len(spec, sizes)
+    if longest is not None and longest < length:
+        notes.append(f"The longest row has about {longest} tokens, of {length} that are allowed.")
+        length = longest
     adapter = adapter_sizes(spec.adapter, sizes) if sizes else None
     memory = _memory(spec, bundle, sizes, adapter, length, notes)
     shortage = memory_shortage(spec, bundle, cluster, memory.total) if cluster and memory else None

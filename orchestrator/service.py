@@ -21,6 +21,7 @@ from .model_sizes import read_sizes
 from .objects import get_tree, read
 from .plan import Plan, make_plan
 from .registry import AdapterVersion, Registry
+from .row_lengths import longest_row
 from .runner import Event, Runner, TrainOutcome, TrainRequest
 from .spec.canonical import canonical_hash, resolved_yaml
 from .spec.job import DeploySpec, JobSpec
@@ -126,7 +127,7 @@ def plan_job(spec: JobSpec, environment: Environment) -> Plan:
         PlacementError: the cluster can never give what the job asks.
     """
     sizes = read_sizes(spec.model.base_model, spec.model.revision)
-    return make_plan(spec, environment.facts(), sizes)
+    return make_plan(spec, environment.facts(), sizes, longest_row(spec))
 
 
 class StopRequest:

@@ -1,0 +1,82 @@
+"""How long a job's rows are, without torch: the longest rows of local JSONL files, by the base's own tokenizer.
+
+For the plan's memory alone. What a row becomes in full is the work of `train.render`.
+"""
+
+from __future__ import annotations
+
+import glob
+import heapq
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from .spec.job import DATASET_FIELDS, DatasetSpec, JobSpec
+
+_LONGEST_READ = 64
+"""Rows that are tokenized: those with most bytes."""
+
+_MOST_BYTES = 256 * 2**20
+"""Beyond this the files are not read."""
+
+_TEMPLATE_TOKENS = 6
+"""What a chat template adds to a message."""
+
+_COLUMNS = {
+    "chat": ("messages", "conversations"),
+    "prompt_completion": ("prompt", "completion"),
+    "alpaca": ("instruction", "input", "output"),
+    "text": ("text",),
+}
+
+
+def longest_row(spec: JobSpec) -> int | None:
+    """Tokens of the longest training row; None where the data or the tokenizer is not at hand."""
+    tokenizer = Path(spec.model.base_model) / "tokenizer.json"
+    try:
+        if not tokenizer.is_file():
+            return None
+        lines = [(dataset, line) for dataset in spec.data.datasets for line in _longest_lines(dataset)]
+        encoder = Tokenizer.from_file(str(tokenizer))
+        return max(_tokens(encoder, dataset, json.loads(line)) for dataset, line in lines)
+    except (
+        Exception
+    ):  # a file that cannot be read here is reported by whoever needs it; tokenizers raises bare ones
+        return None
+
+
+def _longest_lines(dataset: DatasetSpec) -> list[bytes]:
+    paths = [Path(name) for name in glob.glob(dataset.path)]
+    if not paths or any(path.suffix not in (".jsonl", ".ndjson") for path in paths):
+        raise OSError(dataset.path)
+    if sum(path.stat().st_size for path in paths) > _MOST_BYTES:
+        raise OSError(dataset.path)
+    return heapq.nlargest(_LONGEST_READ, _lines(paths), key=len)
+
+
+def _lines(paths: list[Path]) -> Iterator[bytes]:
+    for path in paths:
+        with path.open("rb") as lines:
+            yield from (line for line in lines if line.strip())
+
+
+def _tokens(encoder: Tokenizer, dataset: DatasetSpec, row: dict[str, Any]) -> int:
+    renamed = [getattr(dataset, name) for name in DATASET_FIELDS[dataset.type]]
+    columns = [name for name in renamed if name] or list(_COLUMNS[dataset.type])
+    columns += [name for name in _COLUMNS[dataset.type] if name in row]
+    texts = [text for column in dict.fromkeys(columns) if column in row for text in _texts(row[column])]
+    return sum(len(encoder.encode(text, add_special_tokens=False).ids) + _TEMPLATE_TOKENS for text in texts)
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """The texts of a column: itself, or the contents of its messages."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list):
+        for each in value:
+            yield from _texts(each)
+    elif isinstance(value, dict):
+        yield from _texts(value.get("content", value.get("value")))

@@ -1,0 +1,57 @@
+import json
+
+import pytest
+
+from orchestrator.plan import make_plan
+from orchestrator.row_lengths import longest_row
+
+from .spec.jobs import spec_of
+from .test_plan import ONE, llama
+
+BASE = "model.base_model=jobs/assets/tiny-llama"
+
+
+def rows(path, *values):
+    path.write_text("".join(json.dumps(value) + "\n" for value in values))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "short", "long"),
+    [
+        ("text", {"text": "a"}, {"text": "a b " * 50}),
+        ("prompt_completion", {"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": "a b " * 50}),
+        ("alpaca", {"instruction": "a", "output": "b"}, {"instruction": "a b " * 50, "output": "c"}),
+        ("chat", {"messages": [{"role": "user", "content": "a"}]},
+         {"conversations": [{"from": "human", "value": "a b " * 50}]}),
+    ],
+)  # fmt: skip
+def test_the_longest_row_of_each_type(tmp_path, kind, short, long):
+    def length(*values):
+        path = rows(tmp_path / "rows.jsonl", *values)
+        return longest_row(spec_of(overrides=[BASE, f"data.datasets=[{{path: {path}, type: {kind}}}]"]))
+
+    assert length(short) < 25 < 90 < length(short, long, short) < 250
+    assert length(long) == length(short, long)
+
+
+@pytest.mark.parametrize("path", ["nowhere.jsonl", "s3://bucket/x.jsonl", "jobs/quickstart.yaml"])
+def test_what_is_not_at_hand_is_not_known(path):
+    assert longest_row(spec_of(overrides=[BASE, f"data.datasets.0.path={path}"])) is None
+
+
+def test_damaged_rows_and_unknown_tokenizers_are_left_to_others(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("{no json\n")
+    assert longest_row(spec_of(overrides=[BASE, f"data.datasets.0.path={path}"])) is None
+    assert longest_row(spec_of()) is None
+
+
+def test_the_plan_counts_memory_by_the_longest_row():
+    plan = make_plan(spec_of(), ONE, llama(), 40)
+    assert (
+        plan.sequence_len == 40
+        and "The longest row has about 40 tokens, of 512 that are allowed." in plan.notes
+    )
+    assert plan.memory.activations < make_plan(spec_of(), ONE, llama()).memory.activations / 10
+    assert make_plan(spec_of(), ONE, llama(), 4000).sequence_len == 512
