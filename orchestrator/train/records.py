@@ -103,6 +103,14 @@ TYPES: dict[str, Callable[[SourceRow, DatasetSpec], Record]] = {
 }
 
 
+COLUMNS = {
+    "chat": ({"messages"}, {"conversations"}),
+    "prompt_completion": ({"prompt", "completion"},),
+    "alpaca": ({"instruction", "output"},),
+    "text": ({"text"},),
+}
+
+
 def _present(row: SourceRow, role: str, name: str, dataset: DatasetSpec) -> str:
     """`name`, where the row has that column."""
     if name in row.values:
@@ -110,6 +118,11 @@ def _present(row: SourceRow, role: str, name: str, dataset: DatasetSpec) -> str:
     there = ", ".join(map(repr, row.values)) or "none"
     near = closest(name, row.values)
     hint = f"Closest: {near[0]!r}. " if near else ""
+    fitting = [
+        type for type, choices in COLUMNS.items() if any(names <= set(row.values) for names in choices)
+    ]
+    if fitting and fitting[0] != dataset.type:
+        hint = f"They are those of `type: {fitting[0]}`. "
     raise DataError(
         f"has no column {name!r}, which type '{dataset.type}' reads. Columns there: {there}.",
         where=row.where,

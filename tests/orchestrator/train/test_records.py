@@ -94,6 +94,10 @@ def test_missing_column_names_those_there_and_the_closest():
         "x.jsonl:7: has no column 'body', which type 'text' reads. Columns there: 'a'. "
         "Name another column with `field_text: COLUMN`, or set another `type`."
     )
+    assert failure({"text": "x"}) == (
+        "x.jsonl:7: has no column 'messages', which type 'chat' reads. Columns there: 'text'. They are those of "
+        "`type: text`. Name another column with `field_messages: COLUMN`, or set another `type`."
+    )
     assert "has no column 'nope'" in failure({"messages": MESSAGES}, field_messages="nope")
     for type, columns in (
         ("prompt_completion", ["prompt", "completion"]),
