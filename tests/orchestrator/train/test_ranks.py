@@ -1,0 +1,97 @@
+"""A whole run on several gloo ranks: every ZeRO stage, a rank without rows, evaluation free of the world size."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from orchestrator.train.run import train
+from tests.ranks import RankFailed, run_on_ranks
+
+from .tiny import job, plan, request
+
+METRICS = {"metrics": ["exact_match", "contains"], "max_new_tokens": 4}
+
+
+def on_rank(folder: Path, spec, made_plan, run: str):
+    torch.set_num_threads(1)
+    return train(request(folder, spec, made_plan, run=run))
+
+
+def adapter_of(end) -> dict[str, torch.Tensor]:
+    return load_file(Path(end.adapter_dir) / "adapter_model.safetensors")
+
+
+def difference(one, other) -> float:
+    ours, theirs = adapter_of(one), adapter_of(other)
+    assert ours.keys() == theirs.keys()
+    return max(float((ours[name] - theirs[name]).abs().max()) for name in ours)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_two_ranks_train_what_one_does(tmp_path, stage):
+    # 18 rows in global batches of 8: the last one is short
+    spec = job(
+        tmp_path, adapter={"lora_dropout": 0.2}, training={"max_steps": 9, "num_epochs": 3}, eval=METRICS
+    )
+    (alone,) = run_on_ranks(on_rank, 1, tmp_path, spec, plan(micro=2, accumulation=4, stage=stage), "alone")
+    both = run_on_ranks(
+        on_rank, 2, tmp_path, spec, plan(workers=2, accumulation=2, stage=stage), f"both{stage}"
+    )
+    assert both[0] == both[1]
+    # nine steps of AdamW at 1e-2 in fp32; rows are padded in other groups
+    assert difference(alone, both[0]) < 2e-3
+    assert both[0].metrics["eval_loss"] == pytest.approx(alone.metrics["eval_loss"], rel=1e-4)
+    # the same base, rows and batches: the number of ranks is nowhere in the arithmetic
+    for name in ("base.eval_loss", "base.exact_match"):
+        assert both[0].metrics[name] == alone.metrics[name]
+
+
+def test_a_rank_without_rows_takes_part(tmp_path):
+    spec = job(tmp_path, rows=6)
+    ends = run_on_ranks(on_rank, 3, tmp_path, spec, plan(workers=3, stage=3), "three")
+    (alone,) = run_on_ranks(on_rank, 1, tmp_path, spec, plan(micro=6), "alone")
+    # one row is trained, by one rank of three; one step, so that only the sum's order differs
+    assert difference(ends[0], alone) < 1e-5
+
+
+def test_a_run_goes_on_with_another_number_of_ranks(tmp_path):
+    spec = job(tmp_path, training={"num_epochs": 2})
+    halved = spec.model_copy(
+        update={"training": spec.training.model_copy(update={"lr_scheduler": "constant"})}
+    )
+    first = halved.model_copy(update={"training": halved.training.model_copy(update={"num_epochs": 1})})
+    (whole,) = run_on_ranks(on_rank, 1, tmp_path, halved, plan(micro=2, accumulation=2), "whole")
+    run_on_ranks(on_rank, 2, tmp_path, first, plan(workers=2, stage=2), "parts")
+    (end,) = run_on_ranks(on_rank, 1, tmp_path, halved, plan(micro=2, accumulation=2), "parts")
+    assert end.steps == whole.steps == 10
+    # as above: ten steps of AdamW at 1e-2 in fp32
+    assert difference(whole, end) < 2e-3
+
+
+def forget_the_sum(folder: Path, spec, made_plan, run: str):
+    from peft_dist.optim import AdapterOptimizer
+
+    def keep_own(self):
+        self._is_reduced = True
+        for tensor in self._tensors():
+            tensor.has_grad = tensor.parameter.grad is not None
+
+    AdapterOptimizer.reduce = keep_own  # type: ignore[method-assign]
+    return on_rank(folder, spec, made_plan, run)
+
+
+def test_negative_control_ranks_that_do_not_sum(tmp_path):
+    spec = job(tmp_path, training={"max_steps": 9, "num_epochs": 3})
+    (alone,) = run_on_ranks(on_rank, 1, tmp_path, spec, plan(micro=2, accumulation=4), "alone")
+    both = run_on_ranks(forget_the_sum, 2, tmp_path, spec, plan(workers=2, accumulation=2, stage=0), "both")
+    assert difference(alone, both[0]) > 2e-3
+
+
+def test_a_failing_rank_says_why(tmp_path):
+    spec = job(tmp_path, data={"datasets": [{"path": str(tmp_path / "none.jsonl"), "type": "text"}]})
+    with pytest.raises(RankFailed, match=r"none\.jsonl"):
+        run_on_ranks(on_rank, 2, tmp_path, spec, plan(workers=2), "broken")
