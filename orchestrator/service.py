@@ -4,6 +4,7 @@ runs in a test without a cluster."""
 from __future__ import annotations
 
 import contextlib
+import os
 import tempfile
 import threading
 import time
@@ -187,10 +188,12 @@ def run_job(
         Interrupted: it was stopped; the same call goes on from its last checkpoint.
     """
     began = time.time()
-    plan = plan_job(spec, environment)
-    base = base_identity(spec.model.base_model, spec.model.revision)
+    with _in_environment(secrets or {}):  # a private base's or dataset's token
+        plan = plan_job(spec, environment)
+        base = base_identity(spec.model.base_model, spec.model.revision)
+        data = data_hash(spec)
     environment.registry.check_writable()
-    with environment.runs.open(spec.name, spec, data_hash(spec), new=new, resume=resume) as run:
+    with environment.runs.open(spec.name, spec, data, new=new, resume=resume) as run:
         attempt = _Attempt(
             spec,
             plan,
@@ -199,8 +202,9 @@ def run_job(
             environment,
             secrets or {},
             force,
-            _recorder(run, on_event),
-            stop or StopRequest(),
+            emit=_recorder(run, on_event),
+            show=on_event,
+            stop=stop or StopRequest(),
         )
         try:
             result = attempt.finish()
@@ -213,6 +217,21 @@ def run_job(
             run.set_state("interrupted" if isinstance(error, Interrupted) else "failed", cause=str(error))
             raise
         return replace(result, wall_s=round(time.time() - began, 3))
+
+
+@contextlib.contextmanager
+def _in_environment(secrets: dict[str, str]) -> Iterator[None]:
+    """Within the context the secrets are environment variables of this process; no other process sees them."""
+    before = {name: os.environ.get(name) for name in secrets}
+    os.environ.update(secrets)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def _recorder(run: Run, on_event: OnEvent) -> OnEvent:
@@ -244,6 +263,8 @@ class _Attempt:
     secrets: dict[str, str]
     force: bool
     emit: OnEvent
+    """Keeps an event in the run's folder and shows it."""
+    show: OnEvent
     stop: StopRequest
     outcome: TrainOutcome | None = None
 
@@ -278,10 +299,15 @@ class _Attempt:
         return self.spec.register_.name or self.spec.name
 
     def _say(self, state: str, message: str) -> None:
+        """Keeps and shows where the attempt is."""
         self.emit({"event": "state", "state": state, "message": message})
 
+    def _enter(self, state: str, message: str, **facts: Any) -> None:
+        """Likewise, with what is now known of the run."""
+        self.show(self.run.set_state(state, message=message, **facts))
+
     def _done_before(self, version: AdapterVersion) -> RunResult:
-        self._say("done", f"done: {version.ref}")
+        self.show({"event": "state", "t": time.time(), "state": "done", "message": f"done: {version.ref}"})
         record = self.run.record
         endpoint = Deployment(**record.endpoint) if record.endpoint else None
         question = record.facts.get("question")
@@ -293,8 +319,7 @@ class _Attempt:
     ) -> RunResult:
         metrics = version.lineage.metrics
         endpoint = deployment.to_dict() if deployment else None
-        self.run.set_state(state, adapter=version.ref, metrics=metrics, endpoint=endpoint)
-        self._say(state, message)
+        self._enter(state, message, adapter=version.ref, metrics=metrics, endpoint=endpoint)
         return RunResult(
             self.run.id,
             state,
@@ -327,7 +352,6 @@ class _Attempt:
             compare={"production": production.url} if production else {},
             secrets=self.secrets,
         )
-        self.run.set_state("starting")
         self._say("starting", f"run {self.run.id}: {self._layout()}")
         runner = self.environment.open_runner()
         runner.start(request)
@@ -400,10 +424,13 @@ class _Attempt:
             version = registry.register(self.name, folder, lineage, train_rows=rows)
         if self.spec.register_.alias:
             registry.set_alias(self.name, version.version, self.spec.register_.alias)
-        self.run.set_state(
-            "registered", adapter=version.ref, metrics=outcome.metrics, question=outcome.question
+        self._enter(
+            "registered",
+            f"registered {version.ref}",
+            adapter=version.ref,
+            metrics=outcome.metrics,
+            question=outcome.question,
         )
-        self._say("registered", f"registered {version.ref}")
         return version
 
     def _report_seen_rows(self, outcome: TrainOutcome, production: AdapterVersion | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -294,3 +295,26 @@ def _until(condition, timeout_s: float = 10.0) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def test_each_state_is_kept_once_and_in_order(house):
+    house.run(job())
+    states = [event["state"] for event in house.environment.runs.events("docs") if event["event"] == "state"]
+    assert states == ["starting", "training", "gating", "registered", "deploying", "done"]
+    assert [event["state"] for event in house.events if event["event"] == "state"] == states
+
+
+def test_secrets_are_in_the_environment_only_while_private_files_are_read(house, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        "orchestrator.service.data_hash", lambda spec: seen.append(os.environ["HF_TOKEN"]) or "0" * 64
+    )
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    house.run(job(), secrets={"HF_TOKEN": "planted"})
+    assert seen == ["planted"] and "HF_TOKEN" not in os.environ
+    assert house.runner.requests[0].secrets == {"HF_TOKEN": "planted"}
+    assert not [
+        path
+        for path in Path(house.environment.runs.url).rglob("*")
+        if path.is_file() and b"planted" in path.read_bytes()
+    ]
