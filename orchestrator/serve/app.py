@@ -43,12 +43,14 @@ def build_app(
     prompts: Prompts,
     catalogue: Catalogue,
     others: OtherEndpoints = no_others,
+    registry: str | None = None,
 ) -> ASGIApp:
     """The application; answers below `/ENDPOINT` and, while there is no other endpoint, below `/`.
 
-    It loads the endpoint's adapters when it starts and closes the engine when it ends.
+    It loads the endpoint's adapters when it starts and closes the engine when it ends. `registry` is what
+    /healthz says that it follows.
     """
-    api = _Api(engine, prompts, catalogue)
+    api = _Api(engine, prompts, catalogue, registry)
     routes = [
         Route("/v1/models", api.models, methods=["GET"]),
         Route("/v1/models/{model:path}", api.model, methods=["GET"]),
@@ -109,12 +111,13 @@ class _Prefix:
 
 
 class _Api:
-    def __init__(self, engine: Engine, prompts: Prompts, catalogue: Catalogue) -> None:
+    def __init__(self, engine: Engine, prompts: Prompts, catalogue: Catalogue, registry: str | None) -> None:
         self._engine, self._prompts, self._catalogue = engine, prompts, catalogue
+        self._registry = registry
 
     async def health(self, request: Request) -> Response:
         self._engine.check()
-        return JSONResponse({"status": "ok", "base": self._catalogue.base_name})
+        return JSONResponse({"status": "ok", "base": self._catalogue.base_name, "registry": self._registry})
 
     async def models(self, request: Request) -> Response:
         return JSONResponse({"object": "list", "data": await self._catalogue.cards()})

@@ -86,12 +86,12 @@ class Catalogue:
     async def start(self) -> None:
         """Loads all that the endpoint shall serve; one that does not load is logged, the others serve."""
         await self.refresh(max_age_s=0)
-        for entry in list(self._served.values()):
-            try:
-                async with self._held(await self._version(entry.ref)):
-                    await self._promote(entry)
-            except (ApiError, RaypeftError, OSError) as error:
-                _log.error("%s is not served: %s", entry.ref, error)
+        await self._bring_up(list(self._served.values()))
+
+    async def follow(self) -> None:
+        """Reads the desired state, and lets versions that waited take their aliases."""
+        await self.refresh()
+        await self._bring_up([entry for entry in self._served.values() if entry.alias_when_live])
 
     async def refresh(self, max_age_s: float | None = None) -> None:
         """Reads the desired state again where it is older than `max_age_s`; frees what is no longer served.
@@ -237,6 +237,14 @@ class Catalogue:
         await asyncio.to_thread(self._registry.set_alias, entry.name, entry.version, entry.alias_when_live)
         await asyncio.to_thread(self._finish_promotion, entry)
         self._read_at = float("-inf")
+
+    async def _bring_up(self, entries: list[Served]) -> None:
+        for entry in entries:
+            try:
+                async with self._held(await self._version(entry.ref)):
+                    await self._promote(entry)
+            except (ApiError, RaypeftError, OSError) as error:
+                _log.error("%s is not served: %s", entry.ref, error)
 
     async def _free_others(self) -> None:
         keep = {self._versions[ref].content_hash for ref in self._served if ref in self._versions}

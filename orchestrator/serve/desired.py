@@ -42,12 +42,24 @@ class Desired:
 
     def with_adapter(self, entry: Served) -> Desired:
         """Also serving `entry`, in place of an older entry of the same version."""
-        others = tuple(other for other in self.adapters if other.ref != entry.ref)
-        return replace(self, adapters=(*others, entry))
+        if self.served(entry.ref) is None:
+            return replace(self, adapters=(*self.adapters, entry))
+        kept = tuple(entry if other.ref == entry.ref else other for other in self.adapters)
+        return replace(self, adapters=kept)
 
     def without(self, ref: str) -> Desired:
         """No longer serving that version."""
         return replace(self, adapters=tuple(entry for entry in self.adapters if entry.ref != ref))
+
+    def without_promise(self, name: str, alias: str) -> Desired:
+        """No version of `name` takes that alias when it becomes live: another one has it now."""
+        kept = tuple(
+            replace(entry, alias_when_live=None)
+            if (entry.name, entry.alias_when_live) == (name, alias)
+            else entry
+            for entry in self.adapters
+        )
+        return replace(self, adapters=kept)
 
     def to_dict(self) -> dict[str, Any]:
         """As it is stored."""

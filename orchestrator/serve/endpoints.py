@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import requests
@@ -24,6 +24,8 @@ OnEvent = Callable[[Event], None]
 
 SECONDS_FOR_A_PLACE = 20.0
 """How long a replica may wait for room before the deployment is left to become live by itself."""
+_SECONDS_TO_RECOVER = 120.0
+_SECONDS_OF_REFUSALS = 30.0
 _POLL_S = 0.1
 _DOWN = "not on this cluster now: deploy an adapter to start it, or undeploy it"
 
@@ -44,6 +46,10 @@ class EndpointInfo:
     """live | starting | waiting | failed | down"""
     message: str = ""
     replicas: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """As `--json` prints it."""
+        return asdict(self)
 
 
 class RayEndpoints:
@@ -96,6 +102,8 @@ class RayEndpoints:
         if door.note:
             on_event({"event": "warning", "message": door.note})
         running = serve_cluster.applications().get(endpoint)
+        if running is not None and running.num_running:
+            _check_registry(f"{door.url}/{endpoint}", endpoint, self._registry.url)
         entry = Served(version.name, version.version, forced=force and version.lineage.gate_passed is False)
         before = self._record(endpoint, base, version, entry, max(1, int(deploy.cpus_per_replica)))
         started = False
@@ -115,6 +123,7 @@ class RayEndpoints:
             raise
         if live:
             self._registry.set_alias(version.name, version.version, deploy.alias)
+            self._change(endpoint, lambda now: now.without_promise(version.name, deploy.alias))
         else:
             self._change(endpoint, lambda now: now.with_adapter(replace(entry, alias_when_live=deploy.alias)))
         return Deployment(
@@ -188,10 +197,9 @@ class RayEndpoints:
         Raises:
             PlacementError: no node of this machine's own cluster has that much.
         """
-        if self._local and deploy.gpus_per_replica in ("auto", 0):
-            # It shares what training reserves. Ray hides all GPUs from who reserves none, unless told not to.
-            see_gpus = {} if deploy.gpus_per_replica == 0 else {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
-            return Placement(deploy.num_replicas, 0, 0, see_gpus)
+        if self._local and deploy.gpus_per_replica == "auto":
+            # It shares what training reserves; Ray leaves the GPUs in sight of who reserves none.
+            return Placement(deploy.num_replicas, 0, 0)
         auto = 1.0 if serve_cluster.can_ever_place(0, 1) else 0.0
         gpus = auto if deploy.gpus_per_replica == "auto" else float(deploy.gpus_per_replica)
         cpus = 0.0 if self._local else float(deploy.cpus_per_replica)
@@ -201,7 +209,7 @@ class RayEndpoints:
                 where="deploy.gpus_per_replica",
                 hint="Lower it, or leave it at auto.",
             )
-        return Placement(deploy.num_replicas, cpus, gpus, {})
+        return Placement(deploy.num_replicas, cpus, gpus, hide_gpus=gpus == 0)
 
     def _record(
         self, endpoint: str, base: BaseIdentity, version: AdapterVersion, entry: Served, threads: int
@@ -239,21 +247,32 @@ class RayEndpoints:
         Raises:
             ServeError: Serve gave the application up, or the replica refuses the adapter.
         """
-        began, said = time.monotonic(), ""
+        said = ""
+        unplaced, ill, refusing = _Stopwatch(), _Stopwatch(), _Stopwatch()
         while True:
             app = serve_cluster.applications().get(endpoint)
-            if app is not None and app.status in ("DEPLOY_FAILED", "UNHEALTHY"):
+            if app is None:
+                raise ServeError(f"endpoint '{endpoint}' was undeployed meanwhile.", hint="Deploy again.")
+            # A replica that was killed leaves the application unhealthy until the next one is up.
+            if app.status == "DEPLOY_FAILED" or ill.runs(app.status == "UNHEALTHY") > _SECONDS_TO_RECOVER:
                 raise ServeError(f"endpoint '{endpoint}' does not come up: {_cause(app.message)}")
-            if app is not None and app.num_running:
+            if app.num_running:
                 said = _say(on_event, said, f"endpoint {endpoint}: loading {ref}")
-                if _answers(f"{door.url}/{endpoint}", ref):
+                status, message = _probe(f"{door.url}/{endpoint}", ref)
+                if status == 200:
                     return True
-            elif app is not None and app.num_unplaced and time.monotonic() - began > self._place_timeout_s:
-                _say(on_event, said, f"endpoint {endpoint}: waiting for room on the cluster")
-                return False
+                if status == 400 or refusing.runs(status is not None) > _SECONDS_OF_REFUSALS:
+                    raise ServeError(f"{ref} is not served: {message}")
             else:
                 said = _say(on_event, said, f"endpoint {endpoint}: starting a replica")
+            if unplaced.runs(_is_unplaced(app)) > self._patience(app):
+                _say(on_event, said, f"endpoint {endpoint}: waiting for room on the cluster")
+                return False
             time.sleep(_POLL_S)
+
+    def _patience(self, app: Application) -> float:
+        """Seconds that a replica may be without a place: more where it seems to be only slow in coming."""
+        return self._place_timeout_s * (10 if serve_cluster.has_free(app.actor_options) else 1)
 
     def _withdraw(self, endpoint: str, desired: Desired | None, adapter: str, is_up: bool) -> None:
         entries = _matching(desired, adapter) if desired else []
@@ -335,26 +354,50 @@ def _check_base(version: AdapterVersion, base_model: str, revision: str) -> Base
     return base
 
 
+def _check_registry(url: str, endpoint: str, registry_url: str) -> None:
+    """Raises ServeError where a running endpoint follows another registry."""
+    try:
+        follows = requests.get(f"{url}/healthz", timeout=30).json().get("registry")
+    except (requests.RequestException, ValueError):
+        return
+    if follows is not None and follows != registry_url:
+        raise ServeError(
+            f"endpoint '{endpoint}' on this cluster follows the registry {follows}, this command uses "
+            f"{registry_url}.",
+            hint="Deploy under another name (--endpoint NAME), or end that one first.",
+        )
+
+
 def _say(on_event: OnEvent, before: str, message: str) -> str:
     if message != before:
         on_event({"event": "state", "state": "deploying", "message": message})
     return message
 
 
-def _answers(url: str, ref: str) -> bool:
-    """Whether one token comes from `ref`.
+class _Stopwatch:
+    """For how long something has been so without a break."""
 
-    Raises:
-        ServeError: the replica refuses the adapter.
-    """
+    def __init__(self) -> None:
+        self._since: float | None = None
+
+    def runs(self, is_so: bool) -> float:
+        """Seconds; 0 where it is not so."""
+        self._since = (self._since or time.monotonic()) if is_so else None
+        return time.monotonic() - self._since if self._since else 0.0
+
+
+def _is_unplaced(app: Application) -> bool:
+    return bool(app.num_unplaced and not app.num_running)
+
+
+def _probe(url: str, ref: str) -> tuple[int | None, str]:
+    """HTTP status and message when one token is asked of `ref`; None where nothing answers."""
     body: dict[str, Any] = {"model": ref, "prompt": "a", "max_tokens": 1, "temperature": 0}
     try:
         answer = requests.post(f"{url}/v1/completions", json=body, timeout=(5, 600))
     except requests.ConnectionError:
-        return False
-    if answer.status_code == 400:
-        raise ServeError(f"{ref} is not served: {_message(answer)}")
-    return answer.status_code == 200
+        return None, ""
+    return answer.status_code, _message(answer)
 
 
 def _await_gone(url: str, refs: set[str], timeout_s: float = 15.0) -> None:

@@ -60,12 +60,19 @@ class Replica:
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         """The application that Serve mounts."""
-        return build_app(self._endpoint, self._engine, self._prompts, self._catalogue, self._other_endpoints)
+        return build_app(
+            self._endpoint,
+            self._engine,
+            self._prompts,
+            self._catalogue,
+            others=self._other_endpoints,
+            registry=self._registry.url,
+        )
 
     async def check_health(self) -> None:
         """Called by Serve, which replaces a replica that raises; follows the desired state while idle."""
         self._engine.check()
-        await self._catalogue.refresh()
+        await self._catalogue.follow()
 
     def _read_desired(self) -> Desired | None:
         stored = self._registry.endpoint_state(self._endpoint)

@@ -138,7 +138,10 @@ class SequentialEngine:
 
     def _work(self) -> None:
         try:
-            while (task := self._tasks.get()) is not None and self._dead is None:
+            while (task := self._tasks.get()) is not None:
+                if self._dead is not None:
+                    task.fail(EngineDead(f"the engine has stopped: {self._dead!r}"))
+                    continue
                 try:
                     task.run()
                 except Exception as error:

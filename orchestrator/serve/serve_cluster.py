@@ -63,17 +63,17 @@ class Placement:
     num_replicas: int
     num_cpus: float
     num_gpus: float
-    environment: dict[str, str]
-    """Environment variables of the replica."""
+    hide_gpus: bool = False
+    """Ray leaves the GPUs in sight of who reserves none."""
 
     @property
     def actor_options(self) -> dict[str, Any]:
         """For Serve's `ray_actor_options`."""
         # Floats, as Serve gives them back: it compares texts, and restarts replicas over 0 and 0.0.
         options: dict[str, Any] = {"num_cpus": float(self.num_cpus), "num_gpus": float(self.num_gpus)}
-        if self.environment:
+        if self.hide_gpus:
             inherited = dict(ray.get_runtime_context().runtime_env)
-            variables = {**inherited.get("env_vars", {}), **self.environment}
+            variables = {**inherited.get("env_vars", {}), "CUDA_VISIBLE_DEVICES": ""}
             options["runtime_env"] = {**inherited, "env_vars": variables}
         return options
 
@@ -188,6 +188,13 @@ def can_ever_place(num_cpus: float, num_gpus: float) -> bool:
         for node in ray.nodes()
         if node["Alive"]
     )
+
+
+def has_free(actor_options: dict[str, Any]) -> bool:
+    """Whether the cluster has what one replica reserves free now."""
+    free = ray.available_resources()
+    asked = {"CPU": actor_options.get("num_cpus", 0), "GPU": actor_options.get("num_gpus", 0)}
+    return all(free.get(kind, 0) >= amount for kind, amount in asked.items())
 
 
 def _application(endpoint: str, details: dict[str, Any]) -> Application:

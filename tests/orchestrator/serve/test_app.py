@@ -441,7 +441,11 @@ def test_unknown_paths_and_methods_are_errors_in_openais_form(served):
 def test_it_answers_below_its_name_and_alone_also_below_v1(served):
     for prefix in ("", "/tiny"):
         assert served.client.get(f"{prefix}/v1/models").status_code == 200
-        assert served.client.get(f"{prefix}/healthz").json() == {"status": "ok", "base": "tiny"}
+        assert served.client.get(f"{prefix}/healthz").json() == {
+            "status": "ok",
+            "base": "tiny",
+            "registry": None,
+        }
     assert served.client.get("/other/v1/models").status_code == 404
 
 
