@@ -3,7 +3,7 @@
 from orchestrator import api
 result = api.run("jobs/quickstart.yaml", ["training.num_epochs=2"])
 print(result.adapter, result.metrics["eval_loss"])
-print(api.ask("python-docs", "What does os.path.join do?"))
+print(api.ask("python-docs", "What does shutil.copytree do?"))
 """
 
 from __future__ import annotations

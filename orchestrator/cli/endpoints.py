@@ -92,7 +92,7 @@ def ask(
 ) -> None:
     """Ask an adapter, or the bare base, one question.
 
-    Example: raypeft ask python-docs "What does os.path.join do?"
+    Example: raypeft ask python-docs "What does shutil.copytree do?"
     """
     if as_json:
         print_json(
