@@ -16,6 +16,22 @@ from .later import not_yet, not_yet_flat
 from .places import Path, Problem, dotted
 from .words import field_at, known_paths, model_in
 
+SHORT = {
+    "lr": "training.learning_rate",
+    "epochs": "training.num_epochs",
+    "batch_size": "training.micro_batch_size",
+    "steps": "training.max_steps",
+    "gpu": "resources.gpus_per_worker",
+    "gpus": "resources.gpus_per_worker",
+    "cpu": "resources.cpus_per_worker",
+    "cpus": "resources.cpus_per_worker",
+    "workers": "resources.num_workers",
+    "rank": "adapter.r",
+    "base": "model.base_model",
+    "gate": "deploy.gate",
+}
+"""Short words for keys, too short for their spelling to tell what was meant."""
+
 _ANYWHERE = known_paths(JobSpec)
 
 

@@ -38,6 +38,8 @@ def test_places_give_line_and_column():
         ("training: {lora_r: 2}", "jobs/x.yaml:3 training.lora_r: no such key here. Write it as adapter.r."),
         ("resources: {learning_rate: 2}",
          "jobs/x.yaml:3 resources.learning_rate: no such key here. Write it as training.learning_rate."),
+        ("training: {lr: 1}", "jobs/x.yaml:3 training.lr: no such key. Write training.learning_rate."),
+        ("gpus: 1", "jobs/x.yaml:3 gpus: no such key. Write resources.gpus_per_worker."),
         ("seeed: 3", "jobs/x.yaml:3 seeed: no such key. Closest: 'seed'."),
         ("training: {num_epochs: x}", "jobs/x.yaml:3 training.num_epochs: 'x' is not a whole number above 0."),
         ("training: {num_epochs: true}", "jobs/x.yaml:3 training.num_epochs: true is not a whole number above 0."),
