@@ -164,5 +164,7 @@ def _spread(spec: JobSpec, bundle: Bundle, nodes: list[NodeFacts]) -> list[int]:
 
 
 def show_bytes(size: float) -> str:
-    """`512 MiB`, `1.5 GiB`."""
+    """`36 KiB`, `512 MiB`, `1.5 GiB`."""
+    if size < 2**20:
+        return f"{size / 2**10:.0f} KiB"
     return f"{size / 2**20:.0f} MiB" if size < _GIB else f"{size / _GIB:.1f} GiB"

@@ -40,6 +40,8 @@ def unknown_key(path: Path) -> Problem:
     if refusal := not_yet(path) or not_yet_flat(str(path[-1])):
         return Problem(path, *refusal)
     key = str(path[-1])
+    if key in SHORT:
+        return Problem(path, "no such key.", f"Write {SHORT[key]}.")
     near = closest(
         key, _keys_beside(path) + ([row.name for row in ROWS if row.target] if len(path) == 1 else [])
     )
