@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import fields as dataclass_fields
 
 from pydantic import BaseModel
@@ -95,9 +94,3 @@ def _adapter_fields() -> set[str]:
     for kind in METHODS:
         names |= {field.name for field in dataclass_fields(config_class(kind)) if field.init}
     return names
-
-
-def closest_hint(word: str, choices: Iterable[str]) -> str | None:
-    """`Closest: 'x'.`, or None where nothing is near."""
-    near = closest(word, choices)
-    return f"Closest: '{near[0]}'." if near else None
