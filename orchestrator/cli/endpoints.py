@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Annotated
 
 import typer
@@ -117,7 +118,7 @@ def up(
     """Start a Ray of this machine's own in the background, on loopback."""
     local = api.up(num_cpus=num_cpus)
     if as_json:
-        print_json(local.to_dict())
+        print_json(asdict(local))
     else:
         verb = "started" if local.started else "is up already"
         console.print(f"Ray {verb}: {local.gcs_address}, dashboard {local.dashboard_url}", highlight=False)
