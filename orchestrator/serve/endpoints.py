@@ -25,7 +25,7 @@ OnEvent = Callable[[Event], None]
 SECONDS_FOR_A_PLACE = 20.0
 """How long a replica may wait for room before the deployment is left to become live by itself."""
 _SECONDS_TO_RECOVER = 120.0
-_SECONDS_OF_REFUSALS = 30.0
+_SECONDS_OF_REFUSALS = 15.0
 _POLL_S = 0.1
 _DOWN = "not on this cluster now: deploy an adapter to start it, or undeploy it"
 
