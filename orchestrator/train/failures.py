@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from ray.exceptions import OutOfMemoryError, RayActorError
-from ray.train import FailureConfig, WorkerGroupError
+from ray.train import WorkerGroupError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from ray.train.v2._internal.execution.failure_handling import (
     DefaultFailurePolicy,
     FailureDecision,
 )
+from ray.train.v2.api.config import FailureConfig
 
 from orchestrator.errors import RaypeftError, TrainingError
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 import time
 from collections.abc import Iterator
@@ -34,6 +35,9 @@ STOP_GRACE_S = 20.0
 class RayRunner:
     """`runner.Runner` on Ray Train. A Ray session is up, or `gcs_address` names one to join."""
 
+    _mailbox: Any
+    """The actor of `events.Mailbox`."""
+
     def __init__(self, gcs_address: str | None = None) -> None:
         self._address = gcs_address
         self._thread: threading.Thread | None = None
@@ -60,7 +64,8 @@ class RayRunner:
                 problem, where="resources", hint="Lower resources.num_workers or what each worker asks for."
             )
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        self._mailbox = ray.remote(num_cpus=0)(Mailbox).options(scheduling_strategy=here).remote()
+        mailbox: Any = ray.remote(num_cpus=0)(Mailbox)
+        self._mailbox = mailbox.options(scheduling_strategy=here).remote()
         if request.secrets:
             ray.get(self._mailbox.put_secrets.remote(dict(request.secrets)))
         self._is_single_node = len(nodes) == 1 and not most
@@ -114,7 +119,7 @@ class RayRunner:
 
     def _connect(self) -> None:
         try:
-            ray.init(address=self._address or "auto", log_to_driver=False, logging_level="ERROR")
+            ray.init(address=self._address or "auto", log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise ClusterError(
                 f"no Ray answers: {error}", where=self._address, hint="Start one with `raypeft up`."

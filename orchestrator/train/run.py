@@ -111,16 +111,13 @@ class _Run:
             return RunEnd(steps=training.position.step, is_stopped=True)
         self._emit("state", state="saving", message="writing the final adapter")
         final = self._save_final()
-        rows = {
-            "train_rows": self._write_hashes("train_rows.txt", self.examples.train),
-            "eval_rows": self._write_hashes("eval_rows.txt", self.evaluation.used),
-        }
         return RunEnd(
             training.position.step,
             metrics=metrics,
             adapter_dir=final,
+            train_rows=self._write_hashes("train_rows.txt", self.examples.train),
+            eval_rows=self._write_hashes("eval_rows.txt", self.evaluation.used),
             question=question_of(self.evaluation.used),
-            **rows,
         )
 
     def _training(self, checkpoint: Checkpoint | None) -> Training:

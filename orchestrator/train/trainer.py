@@ -8,15 +8,15 @@ import os
 import shutil
 import tempfile
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import ray
 from ray.exceptions import RayError
-from ray.train import RunConfig, ScalingConfig, TrainingFailedError
-from ray.train.torch import TorchTrainer
+from ray.train import TrainingFailedError
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.callbacks.working_dir_setup import WorkingDirectorySetupCallback
-from ray.train.v2.api.config import LoggingConfig
+from ray.train.v2.api.config import LoggingConfig, RunConfig, ScalingConfig
+from ray.train.v2.torch.torch_trainer import TorchTrainer  # as ray.train.torch has it, with its types
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from orchestrator.runner import TrainRequest
@@ -49,8 +49,8 @@ class Trainer(TorchTrainer):
         # Ray Train insists on storage of its own, and puts nothing there: checkpoints are ours
         self._storage = tempfile.mkdtemp(prefix="raypeft-")
         super().__init__(
-            functools.partial(run_worker, replace(request, secrets={}), mailbox, os.getcwd()),
-            torch_config=MeetingConfig(),
+            cast(Any, functools.partial(run_worker, replace(request, secrets={}), mailbox, os.getcwd())),
+            torch_config=cast(Any, MeetingConfig()),
             scaling_config=ScalingConfig(
                 num_workers=plan.num_workers,
                 use_gpu=plan.use_gpu,
@@ -72,12 +72,12 @@ class Trainer(TorchTrainer):
             TrainingFailedError, RayError: as `fit`.
         """
         try:
-            value = self.fit().return_value
+            result: Any = self.fit()
         finally:
             shutil.rmtree(self._storage, ignore_errors=True)
-        if not isinstance(value, dict):
+        if not isinstance(result.return_value, dict):
             raise TrainingFailedError("the workers returned nothing")
-        return value
+        return result.return_value
 
     def abort(self) -> None:
         """Ends the workers and the controller at once."""
@@ -95,7 +95,7 @@ class Trainer(TorchTrainer):
     def _initialize_and_run_controller(self, **parts: Any) -> Any:
         parts["failure_policy"] = RunFailurePolicy(self._mailbox)
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        controller = (
+        controller: Any = (
             ray.remote(num_cpus=0)(RunController)
             .options(scheduling_strategy=here)
             .remote(self._is_single_node, **parts)
