@@ -2,8 +2,8 @@
 
     python benchmarks/startup.py [--rounds 3]
 
-Both start from nothing (no Ray up), with the embedded base and data, two workers, ZeRO-2, in turn, in one run of
-this file. Writes benchmarks/results/DATE-HARDWARE-startup.json and fails above the bound.
+Both start from nothing (no Ray up), with the embedded base and data, two workers, ZeRO-2, in turn, in one run
+of this file. Writes benchmarks/results/DATE-HARDWARE-startup.json and fails above the bound.
 """
 
 from __future__ import annotations
