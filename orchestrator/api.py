@@ -466,8 +466,19 @@ def deploy(
     cluster: str | None = None,
     on_event: OnEvent = ignore,
 ) -> Deployment:
-    """Serves a version at the endpoint of its base, which is started where there is none."""
-    environment = _environment(load_cluster(cluster))
+    """Serves a version at the endpoint of its base, which is started where there is none.
+
+    On a cluster that is reached through Ray's Jobs API this is a short job there, with the same events, result
+    and errors.
+
+    Raises:
+        RegistryError: there is no such version.
+        ModelError: its base is not where the cluster can read it.
+        ServeError: its gate refused it, or the endpoint does not come up.
+    """
+    where = load_cluster(cluster)
+    wiring.check_registry(where)
+    environment = _environment(where)
     version = environment.registry.get(ref)
     asked: dict[str, Any] = {"endpoint": endpoint, "alias": alias}
     if num_replicas is not None:
@@ -483,9 +494,17 @@ def endpoints(*, cluster: str | None = None) -> list[EndpointInfo]:
     return wiring.endpoint_rows(load_cluster(cluster))
 
 
-def undeploy(name: str, *, cluster: str | None = None) -> None:
-    """Takes an endpoint out of service, or one adapter (`NAME@V`) wherever it is served."""
+def undeploy(name: str, *, endpoint: str | None = None, cluster: str | None = None) -> None:
+    """Takes an endpoint out of service, or one adapter (`NAME@V`) wherever it is served.
+
+    Args:
+        endpoint: take `NAME@V` from this endpoint alone.
+    """
     where = load_cluster(cluster)
+    wiring.check_registry(where)
+    if endpoint is not None:
+        wiring.endpoints(where, Registry(where.registry)).undeploy(endpoint, name)
+        return
     if "@" not in name:
         wiring.endpoints(where, Registry(where.registry)).undeploy(name)
         return
@@ -494,8 +513,8 @@ def undeploy(name: str, *, cluster: str | None = None) -> None:
     ]
     if not served:
         raise ServeError(f"no endpoint serves '{name}'.", hint="List them: raypeft endpoints")
-    for endpoint in served:
-        wiring.endpoints(where, Registry(where.registry)).undeploy(endpoint, name)
+    for each in served:
+        wiring.endpoints(where, Registry(where.registry)).undeploy(each, name)
 
 
 def ask(

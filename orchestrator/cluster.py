@@ -14,12 +14,22 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from .errors import SpecError, closest
+from .errors import ClusterError, SpecError, closest
 from .home import home
 from .spec.document import decode, parse_document
+from .spec.job import JobSpec
 from .spec.places import Problem, Tree, raise_all
 
-__all__ = ["Cluster", "ClusterFacts", "NodeFacts", "ServeAddress", "cluster_at", "home", "load_cluster"]
+__all__ = [
+    "Cluster",
+    "ClusterFacts",
+    "NodeFacts",
+    "ServeAddress",
+    "check_storage",
+    "cluster_at",
+    "home",
+    "load_cluster",
+]
 
 Kind = Literal["local", "address", "launcher", "kuberay"]
 INSIDE = "auto"
@@ -123,6 +133,11 @@ class Cluster:
         """Whether this process is itself a job of the cluster."""
         return self.kind == "address" and self.address == INSIDE
 
+    @property
+    def is_remote(self) -> bool:
+        """Whether it is reached through Ray's Jobs API alone."""
+        return self.kind != "local" and not self.is_inside
+
 
 def load_cluster(
     name: str | None = None, spec_key: str | None = None, *, beside: Path | None = None
@@ -162,6 +177,35 @@ def cluster_at(address: str) -> Cluster:
     if problem := _address_problem(address):
         raise SpecError(problem.problem, where="--address", hint=problem.hint)
     return _defaults(address, ClusterFile(kind="address", address=address.rstrip("/")), None)
+
+
+def check_storage(spec: JobSpec, cluster: Cluster, facts: ClusterFacts) -> None:
+    """What a run writes must be found again: by each node of the cluster, and after the job.
+
+    Raises:
+        ClusterError: several nodes, and nothing names storage that all of them see.
+        SpecError: a relative `storage.path`, which would be the folder of one job on one node.
+    """
+    place = spec.storage.path
+    if cluster.kind != "local" and place and "://" not in place and not place.startswith(("/", "~")):
+        raise SpecError(
+            f"'{place}' is a relative folder, which on a cluster is gone with the job.",
+            where="storage.path",
+            hint="Write a URL (s3://bucket/folder) or an absolute folder that every node mounts.",
+        )
+    if not facts.several_nodes or cluster.shared:
+        return
+    base = spec.model.base_model
+    is_here = "://" not in base and Path(base).expanduser().exists()
+    local_base = f", nor is the base '{base}'" if is_here else ""
+    raise ClusterError(
+        f"the cluster has several nodes (up to {max(facts.max_nodes, len(facts.nodes))}), and nothing names "
+        "storage that all of them see: checkpoints and adapters written on one node are not found on "
+        f"another{local_base}.",
+        where=cluster.path or cluster.name,
+        hint="Name shared storage in a cluster file: storage: s3://BUCKET/runs and registry: "
+        "s3://BUCKET/adapters, or folders that every node mounts; put a local base there too.",
+    )
 
 
 def _find(chosen: str, beside: Path | None) -> Path | None:

@@ -7,7 +7,7 @@ Every failure that a user can cause is a `RaypeftError`; the command line prints
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 
 class RaypeftError(Exception):
@@ -106,6 +106,13 @@ class Interrupted(RaypeftError):
     """Ctrl-C or a stop request; the run was saved first."""
 
     code, exit_code = "interrupted", 130
+
+
+def rebuilt(said: Mapping[str, str | None]) -> RaypeftError:
+    """The error that another process printed with `--json`: what `to_dict` gave, as an error of its class."""
+    classes = {cls.code: cls for cls in RaypeftError.__subclasses__()}
+    cls = classes.get(said.get("code") or "", RaypeftError)
+    return cls(said.get("message") or "no message", where=said.get("where"), hint=said.get("hint"))
 
 
 def closest(word: str, choices: Iterable[str], limit: int = 1) -> list[str]:

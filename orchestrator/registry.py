@@ -206,7 +206,7 @@ class Registry:
             if endpoints:
                 raise RegistryError(
                     f"{name}@{number} cannot be deleted: endpoint '{endpoints[0]}' serves it.",
-                    hint=f"Take it out first: raypeft undeploy {endpoints[0]} {name}@{number}.",
+                    hint=f"Take it out first: raypeft undeploy {name}@{number}.",
                 )
             book["deleted"] = sorted({*book["deleted"], number})
 

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from .cluster import Cluster, ClusterFacts
+from .cluster import Cluster, ClusterFacts, check_storage
 from .errors import Interrupted, RaypeftError, RegistryError
 from .gate import check, names_in
 from .identity import BaseIdentity, base_identity, data_hash
@@ -63,9 +63,6 @@ class Endpoints(Protocol):
         on_event: OnEvent,
     ) -> Deployment:
         """Finds or starts the endpoint of the version's base and has it serve the version."""
-
-    def status(self) -> list[Any]:
-        """All endpoints, with what they serve."""
 
     def undeploy(self, name: str, adapter: str | None = None) -> None:
         """Takes one adapter, or the whole endpoint, out of service."""
@@ -126,9 +123,13 @@ def plan_job(spec: JobSpec, environment: Environment) -> Plan:
     Raises:
         ModelError: the base does not exist or its weights are damaged.
         PlacementError: the cluster can never give what the job asks.
+        ClusterError: it has several nodes without storage that all of them see.
     """
     sizes = read_sizes(spec.model.base_model, spec.model.revision)
-    return make_plan(spec, environment.facts(), sizes, longest_row(spec))
+    facts = environment.facts()
+    if facts is not None:
+        check_storage(spec, environment.cluster, facts)
+    return make_plan(spec, facts, sizes, longest_row(spec))
 
 
 class StopRequest:

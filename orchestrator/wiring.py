@@ -17,7 +17,7 @@ from .errors import ClusterError, ModelError
 from .objects import get_tree
 from .registry import Registry
 from .runner import Runner
-from .service import Environment
+from .service import Endpoints, Environment
 from .spec.job import JobSpec
 from .store import RunStore
 
@@ -93,8 +93,25 @@ def disconnect() -> None:
         sys.modules["ray"].shutdown()
 
 
-def endpoints(cluster: Cluster, registry: Registry) -> RayEndpoints:
-    """The cluster's endpoints; connects first."""
+def check_registry(cluster: Cluster) -> None:
+    """Raises ClusterError where the endpoints of a remote cluster follow a registry that this machine does not
+    know."""
+    if cluster.is_remote:
+        from .submit.endpoints import check_registry
+
+        check_registry(cluster)
+
+
+def endpoints(cluster: Cluster, registry: Registry) -> Endpoints:
+    """The cluster's endpoints: of the Ray that this process joins, else through Ray's Jobs API."""
+    if cluster.is_remote:
+        from .submit.endpoints import JobEndpoints
+
+        return JobEndpoints(cluster)
+    return _ray_endpoints(cluster, registry)
+
+
+def _ray_endpoints(cluster: Cluster, registry: Registry) -> RayEndpoints:
     connect(cluster)
     from .serve.endpoints import RayEndpoints
 
@@ -104,10 +121,15 @@ def endpoints(cluster: Cluster, registry: Registry) -> RayEndpoints:
 
 def endpoint_rows(cluster: Cluster) -> list[EndpointInfo]:
     """The endpoints of the cluster's registry; starts no Ray. Where this process cannot be a driver of the
-    cluster, or its Ray is not up, an endpoint is `live` when it answers over HTTP, else `down`."""
+    cluster, or its Ray is not up, an endpoint is `live` when it answers over HTTP, else `down`.
+
+    Raises:
+        ClusterError: nothing names a registry that both a remote cluster and this machine see.
+    """
+    check_registry(cluster)
     registry = Registry(cluster.registry)
     if cluster.is_inside or (cluster.kind == "local" and local_ray.current() is not None):
-        return endpoints(cluster, registry).status()
+        return _ray_endpoints(cluster, registry).status()
     if not registry.endpoint_names():
         return []
     from .serve.probe import rows_over_http

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import asdict
 from typing import Annotated
 
 import typer
 
 from .. import api
-from ..terminal import describe
+from ..terminal import JsonView, describe
 from .app import (
     SERVING,
     AdapterArgument,
@@ -39,8 +40,12 @@ def deploy(
     Example: raypeft deploy python-docs@2
     """
 
+    events = JsonView(sys.stderr)
+
     def show(event: dict[str, object]) -> None:
-        if not as_json and (line := describe(event)):
+        if as_json:
+            events(event)
+        elif line := describe(event):
             errors.print(line, highlight=False)
 
     made = api.deploy(
@@ -53,7 +58,7 @@ def deploy(
         on_event=show,
     )
     if as_json:
-        print_json(made.to_dict())
+        JsonView()({"event": "result", **made.to_dict()})
     else:
         console.print(f"{made.state}: {made.model} at {made.url}", highlight=False)
 
@@ -75,11 +80,18 @@ def endpoints(cluster: ClusterOption = None, as_json: AsJson = False) -> None:
 @app.command(rich_help_panel=SERVING)
 def undeploy(
     name: Annotated[str, typer.Argument(metavar="ENDPOINT|NAME@V", help="An endpoint, or one adapter.")],
+    endpoint: Annotated[
+        str | None, typer.Option(help="Take NAME@V from this endpoint; from all where not given.")
+    ] = None,
     cluster: ClusterOption = None,
+    as_json: AsJson = False,
 ) -> None:
     """Take an endpoint, or one adapter, out of service."""
-    api.undeploy(name, cluster=cluster)
-    console.print(f"undeployed {name}", highlight=False)
+    api.undeploy(name, endpoint=endpoint, cluster=cluster)
+    if as_json:
+        JsonView()({"event": "result", "undeployed": name})
+    else:
+        console.print(f"undeployed {name}", highlight=False)
 
 
 @app.command(rich_help_panel=SERVING)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import requests
 
-from ..errors import PlacementError, ServeError, closest
+from ..errors import ModelError, PlacementError, ServeError, closest
 from ..identity import BaseIdentity, base_identity
 from ..registry import AdapterVersion, Registry
 from ..runner import Event
@@ -27,6 +29,8 @@ SECONDS_FOR_A_PLACE = 20.0
 _SECONDS_TO_RECOVER = 120.0
 _SECONDS_OF_REFUSALS = 15.0
 _POLL_S = 0.1
+_JOB_FOLDER = "/working_dir_files/"
+"""Part of the path of what Ray unpacks for a job alone."""
 _DOWN = "not on this cluster now: deploy an adapter to start it, or undeploy it"
 
 
@@ -343,8 +347,10 @@ def _check_gate(version: AdapterVersion, force: bool) -> None:
 
 
 def _check_base(version: AdapterVersion, base_model: str, revision: str) -> BaseIdentity:
-    base = base_identity(base_model, revision)
     theirs = version.lineage.base
+    if Path(base_model).is_absolute() and not Path(base_model).is_dir():
+        raise _base_is_gone(version, base_model)
+    base = base_identity(base_model, revision)
     if not base.is_same(theirs):
         raise ServeError(
             f"{version.ref} was trained on {theirs.name} ({theirs.content_hash[:8]}), and {base_model} is "
@@ -352,6 +358,19 @@ def _check_base(version: AdapterVersion, base_model: str, revision: str) -> Base
             hint="Deploy it on the base that it was trained on.",
         )
     return base
+
+
+def _base_is_gone(version: AdapterVersion, folder: str) -> ModelError:
+    """A base is looked for where the version's lineage says that it was."""
+    name, run = version.lineage.base.name, version.lineage.run_id
+    came = f"It came with the job of run {run}, and went with it. " if _JOB_FOLDER in folder else ""
+    return ModelError(
+        f"the base '{name}' of {version.ref} was looked for in {folder} on {socket.gethostname()}, and is not "
+        f"there.",
+        hint=f"{came}Put the base where every node finds it (PLACE: s3://..., a folder that all mount, a hub id) "
+        f"and register the adapter on it: raypeft pull {version.ref} DIR, then raypeft register DIR --name "
+        f"{version.name} --base PLACE",
+    )
 
 
 def _check_registry(url: str, endpoint: str, registry_url: str) -> None:

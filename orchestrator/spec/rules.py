@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Collection, Iterator
-from typing import Protocol
 
 from peft_dist.catalog import METHODS
 
@@ -17,17 +16,6 @@ from .places import Path, Problem
 GENERATED = ("exact_match", "contains")
 ANSWERED = ("chat", "prompt_completion", "alpaca")
 """Dataset types whose rows have an answer that can be compared with a generated one."""
-
-
-class ClusterFacts(Protocol):
-    """What the rules ask of a cluster file."""
-
-    @property
-    def kind(self) -> str: ...
-    @property
-    def storage(self) -> str: ...
-    @property
-    def registry(self) -> str: ...
 
 
 def check_rules(spec: JobSpec, written: Collection[Path], warnings: list[str]) -> list[Problem]:
@@ -209,46 +197,3 @@ def _warnings(spec: JobSpec, written: Collection[Path]) -> Iterator[str]:
         yield "training.max_steps ends the run, whatever training.num_epochs says."
     if spec.deploy and spec.deploy.gate is None:
         yield "deploy has no gate: every version of this job is served."
-
-
-def check_cluster(spec: JobSpec, cluster: ClusterFacts) -> list[Problem]:
-    """Rules that need the cluster's file: several nodes need storage that each of them sees."""
-    if cluster.kind == "local":
-        return []
-    found = []
-    runs = spec.storage.path or cluster.storage
-    for path, what, url in (
-        (("storage", "path"), "runs", runs),
-        (("cluster",), "adapters", cluster.registry),
-    ):
-        if _is_node_local(url):
-            found.append(
-                Problem(
-                    path,
-                    f"{what} would be kept in '{url}', which only one node of a {cluster.kind} cluster sees.",
-                    "Write s3://BUCKET/PREFIX, or a directory that all nodes mount (under /mnt, /nfs, /efs, /shared).",
-                )
-            )
-    return found
-
-
-_MOUNTED = (
-    "/mnt/",
-    "/nfs/",
-    "/efs/",
-    "/fsx/",
-    "/shared/",
-    "/lustre/",
-    "/gpfs/",
-    "/data/",
-    "/cluster/",
-    "/home/shared/",
-)
-
-
-def _is_node_local(url: str) -> bool:
-    """A path without a scheme, outside the folders where shared storage is mounted by custom."""
-    if "://" in url and not url.startswith(("file://", "local://")):
-        return False
-    path = os.path.abspath(os.path.expanduser(url.split("://")[-1])) + "/"
-    return not path.startswith(_MOUNTED)

@@ -22,7 +22,7 @@ from urllib.parse import quote
 
 from huggingface_hub.errors import HfHubHTTPError
 
-from ..cluster import Cluster, ClusterFacts
+from ..cluster import Cluster, ClusterFacts, check_storage
 from ..errors import ClusterError, ModelError, RunError, closest
 from ..identity import data_hash
 from ..model_folder import model_folder
@@ -33,7 +33,7 @@ from ..store import run_identity
 from .dashboard import Dashboard
 from .envelope import VARIABLE, Envelope, close_envelope
 from .facts import facts_at
-from .payload import CLUSTER_FILE, SPEC_FILE, START, START_FILE, Payload, check_nodes, pack
+from .payload import CLUSTER_FILE, SPEC_FILE, START, START_FILE, pack
 from .wheel import build_wheel, requirements, zip_bytes
 
 MARK = "RAYPEFT-ENVIRONMENT"
@@ -90,7 +90,7 @@ class Request:
     """All that is sent for one job."""
 
     id: str
-    run: str
+    run: str | None
     entrypoint: str
     runtime_env: dict[str, Any]
     packages: dict[str, bytes] = field(repr=False)
@@ -98,11 +98,12 @@ class Request:
 
     def body(self) -> dict[str, Any]:
         """What is posted to `/api/jobs/`."""
+        run = {RUN_KEY: self.run} if self.run else {}
         return {
             "submission_id": self.id,
             "entrypoint": self.entrypoint,
             "runtime_env": self.runtime_env,
-            "metadata": {RUN_KEY: self.run, "raypeft.version": metadata.version("raypeft")},
+            "metadata": {**run, "raypeft.version": metadata.version("raypeft")},
         }
 
 
@@ -128,10 +129,10 @@ def submit(
         DataError: local files that are absent, or too large to travel.
         RunError: the run is going on there already.
     """
-    dashboard = Dashboard(_address(cluster))
+    dashboard = Dashboard(address_of(cluster))
     facts = facts_at(dashboard)
     check_versions(facts)
-    check_nodes(spec, cluster, facts)
+    check_storage(spec, cluster, facts)
     make_plan(spec, facts, None)
     payload = pack(pinned(spec), cluster)
     content = payload.zip()
@@ -142,16 +143,20 @@ def submit(
     make_plan(spec, with_limits(facts, found["max"]), None)
     missing = to_install(found, dashboard.address, install=install or cluster.install)
     envelope = close_envelope(secrets) if secrets else None
-    request = make_request(payload, content, run, _next_attempt(known, run), missing, envelope, arguments)
+    attempt = _next_attempt(known, run)
+    id = send(dashboard, run_request(content, run, attempt, missing, envelope, arguments))
+    return SubmittedJob(id, run, dashboard.address)
+
+
+def send(dashboard: Dashboard, request: Request) -> str:
+    """Sends what the cluster has not, then the job; returns its id once the cluster has taken it."""
     for name, package in request.packages.items():
         if not dashboard.has_package(name):
             dashboard.put_package(name, package)
-    taken = dashboard.post("/api/jobs/", request.body())
-    return SubmittedJob(taken["submission_id"], run, dashboard.address)
+    return dashboard.post("/api/jobs/", request.body())["submission_id"]
 
 
-def make_request(
-    payload: Payload,
+def run_request(
     content: bytes,
     run: str,
     attempt: int,
@@ -159,7 +164,26 @@ def make_request(
     envelope: Envelope | None = None,
     arguments: Sequence[str] = (),
 ) -> Request:
-    """The request for a job, made of what was found out before; pure."""
+    """The request for an attempt at a run; `content` is its payload's."""
+    command = ["run", SPEC_FILE, "--json", *arguments]
+    return make_request(f"{run}-{attempt}", content, command, run=run, pip=pip, envelope=envelope)
+
+
+def make_request(
+    id: str,
+    content: bytes,
+    command: Sequence[str],
+    *,
+    run: str | None = None,
+    pip: Sequence[str] = (),
+    envelope: Envelope | None = None,
+) -> Request:
+    """The request for a job that is one command of ours, made of what was found out before; pure.
+
+    Args:
+        content: the job's working directory as a zip, with `cluster.yaml` and `start.sh` in it.
+        command: what follows `raypeft`.
+    """
     _, wheel = build_wheel()
     names = {_package_name(content): content, _package_name(wheel): wheel}
     folder, code = (f"gcs://{name}" for name in names)
@@ -177,8 +201,8 @@ def make_request(
     if pip:
         variables["RAYPEFT_INSTALLED"] = "1"
         runtime_env["pip"] = {"packages": list(pip), "pip_check": False}
-    command = ["sh", START_FILE, "-m", module, "run", SPEC_FILE, "--json", *arguments]
-    return Request(f"{run}-{attempt}", run, f"exec {shlex.join(command)}", runtime_env, names)
+    entrypoint = shlex.join(["sh", START_FILE, "-m", module, *command])
+    return Request(id, run, f"exec {entrypoint}", runtime_env, names)
 
 
 def describe(spec: JobSpec, cluster: Cluster, *, install: bool = False, arguments: Sequence[str] = ()) -> str:
@@ -193,9 +217,9 @@ def describe(spec: JobSpec, cluster: Cluster, *, install: bool = False, argument
     run = run_id(payload.spec)
     envelope = Envelope("raypeft_NAME.zip", b"", "KEY") if spec.secrets else None
     pip = requirements() if install or cluster.install else ()
-    request = make_request(payload, content, run, 1, pip, envelope, arguments)
+    request = run_request(content, run, 1, pip, envelope, arguments)
     shown = {
-        "POST": f"{_address(cluster)}/api/jobs/",
+        "POST": f"{address_of(cluster)}/api/jobs/",
         "body": request.body(),
         "packages": {f"gcs://{name}": len(package) for name, package in request.packages.items()},
         "local_files": {local.written: local.size_bytes for local in payload.local},
@@ -327,8 +351,8 @@ def to_install(found: Mapping[str, Any], address: str, *, install: bool) -> list
         raise ClusterError(
             f"the cluster's environment ({found['executable']}) lacks {named}.",
             where=address,
-            hint="Install them there, or have them installed with each job: --install, or install: true in "
-            "the cluster file.",
+            hint="Install them there, or have them installed with each job: install: true in the cluster "
+            "file, or raypeft submit --install.",
         )
     return [str(each["requirement"]) for each in missing]
 
@@ -398,14 +422,16 @@ def _named(missing: Mapping[str, str | None]) -> str:
     )
 
 
-def _address(cluster: Cluster) -> str:
+def address_of(cluster: Cluster) -> str:
+    """Where the cluster's Jobs API is. Raises ClusterError where its file does not say."""
     if cluster.address:
         return cluster.address
     how = {
-        "launcher": "Start it with `ray up`, forward its dashboard with `ray dashboard`, and give --address "
-        "http://127.0.0.1:8265.",
-        "kuberay": "Give --address of a running cluster (kubectl port-forward service/HEAD 8265), or apply "
-        "the RayJob: raypeft submit FILE --dry-run | kubectl apply -f -",
+        "launcher": "Start it with `ray up`, forward its dashboard with `ray dashboard`, and write "
+        "address: http://127.0.0.1:8265 into the cluster file (or submit with --address).",
+        "kuberay": "Write the address of a running cluster into the file (address: http://127.0.0.1:8265, with "
+        "kubectl port-forward service/HEAD 8265) or submit with --address, or apply the RayJob: "
+        "raypeft submit FILE --dry-run | kubectl apply -f -",
     }
     raise ClusterError(
         f"cluster '{cluster.name}' (kind {cluster.kind}) has no address to submit to.",

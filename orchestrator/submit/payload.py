@@ -16,8 +16,8 @@ from pathlib import Path, PurePosixPath
 from tempfile import TemporaryFile
 from typing import Any
 
-from ..cluster import INSIDE, Cluster, ClusterFacts
-from ..errors import ClusterError, DataError
+from ..cluster import INSIDE, Cluster
+from ..errors import DataError
 from ..spec.canonical import resolved_yaml
 from ..spec.job import JobSpec
 from ..spec.load import spec_from_values
@@ -117,26 +117,6 @@ def pack(spec: JobSpec, cluster: Cluster) -> Payload:
         START_FILE: START,
     }
     return Payload(travelling, local, texts)
-
-
-def check_nodes(spec: JobSpec, cluster: Cluster, facts: ClusterFacts) -> None:
-    """Several nodes need storage that each of them sees.
-
-    Raises:
-        ClusterError: nothing says that they have it.
-    """
-    if not facts.several_nodes or cluster.shared:
-        return
-    base = spec.model.base_model
-    local_base = f", nor is the base '{base}'" if _is_here(base) else ""
-    raise ClusterError(
-        f"the cluster has several nodes (up to {max(facts.max_nodes, len(facts.nodes))}), and nothing names "
-        "storage that all of them see: checkpoints and adapters written on one node are not found on "
-        f"another{local_base}.",
-        where=cluster.path or cluster.name,
-        hint="Name shared storage in a cluster file: storage: s3://BUCKET/runs and registry: "
-        "s3://BUCKET/adapters, or folders that every node mounts; put a local base there too.",
-    )
 
 
 def cluster_inside(cluster: Cluster) -> str:

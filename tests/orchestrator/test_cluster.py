@@ -2,8 +2,19 @@
 
 import pytest
 
-from orchestrator.cluster import INSIDE, Cluster, ClusterFacts, NodeFacts, cluster_at, home, load_cluster
-from orchestrator.errors import SpecError
+from orchestrator.cluster import (
+    INSIDE,
+    Cluster,
+    ClusterFacts,
+    NodeFacts,
+    check_storage,
+    cluster_at,
+    home,
+    load_cluster,
+)
+from orchestrator.errors import ClusterError, SpecError
+
+from .submit.job import make_job, write_inputs
 
 
 @pytest.fixture
@@ -164,3 +175,40 @@ def test_a_cluster_is_a_plain_value():
     cluster = Cluster("a", "local", "/runs", "/adapters")
     assert cluster == Cluster("a", "local", "/runs", "/adapters")
     assert cluster.serve.port == 8000
+
+
+BARE = cluster_at("http://head:8265")
+SHARED = Cluster("c", "address", "s3://b/r", "s3://b/a", shared=True)
+ONE = ClusterFacts((NodeFacts(cpus=4),), 4, 0)
+TWO = ClusterFacts((NodeFacts(cpus=4),) * 2, 8, 0, max_nodes=2)
+
+
+def test_several_nodes_without_shared_storage_are_refused(folder):
+    write_inputs(folder)
+    with pytest.raises(ClusterError) as caught:
+        check_storage(make_job(), BARE, TWO)
+    assert str(caught.value) == (
+        "http://head:8265: the cluster has several nodes (up to 2), and nothing names storage that all of them "
+        "see: checkpoints and adapters written on one node are not found on another, nor is the base 'base'. "
+        "Name shared storage in a cluster file: storage: s3://BUCKET/runs and registry: s3://BUCKET/adapters, "
+        "or folders that every node mounts; put a local base there too."
+    )
+
+
+def test_one_node_or_shared_storage_is_enough(folder):
+    check_storage(make_job(), BARE, ONE)
+    check_storage(make_job(), SHARED, TWO)
+    with pytest.raises(ClusterError):  # the negative control: two nodes and no shared storage
+        check_storage(make_job(), BARE, TWO)
+
+
+def test_a_relative_storage_path_is_refused_on_a_cluster_and_fine_here(folder):
+    spec = make_job(storage={"path": "./runs"})
+    with pytest.raises(SpecError) as caught:
+        check_storage(spec, SHARED, ONE)
+    assert str(caught.value) == (
+        "storage.path: './runs' is a relative folder, which on a cluster is gone with the job. Write a URL "
+        "(s3://bucket/folder) or an absolute folder that every node mounts."
+    )
+    check_storage(spec, load_cluster(), ONE)
+    check_storage(make_job(storage={"path": "/mnt/runs"}), SHARED, TWO)

@@ -170,7 +170,7 @@ def test_a_held_version_is_not_deleted(registry: Registry, adapter: Path) -> Non
         "docs@1": "docs@1 cannot be deleted: docs@production is this version. "
         "Point the alias at another one first: raypeft alias docs@VERSION production.",
         "docs@2": "docs@2 cannot be deleted: endpoint 'tiny' serves it. "
-        "Take it out first: raypeft undeploy tiny docs@2.",
+        "Take it out first: raypeft undeploy docs@2.",
         "docs": "'docs' names no version. Delete by number: NAME@VERSION.",
         "docs@9": "docs@9 does not exist. There are: docs@1, docs@2, docs@3.",
     }.items():

@@ -1,10 +1,10 @@
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 
 from orchestrator.spec import rules
 from orchestrator.spec.load import load_job_text
-from orchestrator.spec.rules import accumulation, check_cluster, produced_metrics, task_type
+from orchestrator.spec.rules import accumulation, produced_metrics, task_type
 from peft_dist.catalog import METHODS
 
 from .jobs import MINIMAL, refused_after_minimal, spec_of
@@ -114,27 +114,3 @@ def test_warnings():
         "training.max_steps ends the run, whatever training.num_epochs says.",
         "deploy has no gate: every version of this job is served.",
     )
-
-
-@dataclass
-class Cluster:
-    kind: str
-    storage: str
-    registry: str
-
-
-@pytest.mark.parametrize("shared", ["s3://bucket/x", "gs://b", "/mnt/nfs/x"])
-def test_several_nodes_need_shared_storage(shared):
-    assert not check_cluster(spec_of(), Cluster("kuberay", shared, shared))
-    found = check_cluster(spec_of(), Cluster("kuberay", "~/runs", shared))
-    assert [(problem.path, problem.problem) for problem in found] == [
-        (("storage", "path"),
-         "runs would be kept in '~/runs', which only one node of a kuberay cluster sees."),
-    ]  # fmt: skip
-    assert check_cluster(spec_of("storage: {path: ./x}\n"), Cluster("launcher", shared, "./adapters"))[
-        1
-    ].path == ("cluster",)
-
-
-def test_one_machine_keeps_its_runs_where_it_likes():
-    assert not check_cluster(spec_of(), Cluster("local", "~/runs", "~/registry"))

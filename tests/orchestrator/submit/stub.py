@@ -22,12 +22,21 @@ def nodes(*listed: dict[str, Any]) -> dict[str, Any]:
 
 
 class Stub:
-    """Answers by path (without the query): JSON values, or (code, text). Keeps the requests."""
+    """Answers by path (without the query): JSON values, (code, text), or a function of the request's body that
+    gives one of the two. A path that ends with `*` stands for all that begin so. Keeps the requests."""
 
     def __init__(self, answers: dict[str, Any]) -> None:
         self.answers = answers
         self.requests: list[tuple[str, str, dict[str, str], bytes]] = []
         self.url = ""
+
+    def answer(self, method: str, path: str, body: bytes) -> Any:
+        """What it was told to say."""
+        for asked in (f"{method} {path}", path):
+            for key, found in self.answers.items():
+                if key == asked or (key.endswith("*") and asked.startswith(key[:-1])):
+                    return found(body) if callable(found) else found
+        return 404, "not there"
 
     def sent(self, method: str) -> list[tuple[str, bytes]]:
         """Path and body of the requests of one method."""
@@ -44,7 +53,7 @@ def dashboard(answers: dict[str, Any]) -> Iterator[Stub]:
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
             path = self.path.partition("?")[0]
             stub.requests.append((self.command, path, dict(self.headers), body))
-            found = stub.answers.get(f"{self.command} {path}", stub.answers.get(path, (404, "not there")))
+            found = stub.answer(self.command, path, body)
             code, text = found if isinstance(found, tuple) else (200, json.dumps(found))
             self.send_response(code)
             self.end_headers()

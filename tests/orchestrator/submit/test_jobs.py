@@ -109,7 +109,7 @@ def test_the_id_is_the_runs_and_the_attempts(folder):
 
 def request(arguments=(), **keywords):
     packed = pack(make_job(), cluster_at("http://head:8265"))
-    return jobs.make_request(packed, packed.zip(), "small-12345678", 2, arguments=arguments, **keywords)
+    return jobs.run_request(packed.zip(), "small-12345678", 2, arguments=arguments, **keywords)
 
 
 def test_the_request_names_code_files_and_command(folder):
@@ -191,7 +191,7 @@ def test_all_that_an_environment_lacks_is_named_in_one_message(folder, monkeypat
     assert str(caught.value) == (
         f"{stub.url}: the cluster's environment (/usr/bin/python3) lacks deepspeed>=0.19, "
         "transformers<6,>=5.20 (4.30.0 is installed). Install them there, or have them installed with each "
-        "job: --install, or install: true in the cluster file."
+        "job: install: true in the cluster file, or raypeft submit --install."
     )
 
 

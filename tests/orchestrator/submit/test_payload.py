@@ -6,11 +6,11 @@ import zipfile
 
 import pytest
 
-from orchestrator.cluster import Cluster, ClusterFacts, NodeFacts, cluster_at, load_cluster
-from orchestrator.errors import ClusterError, DataError
+from orchestrator.cluster import Cluster, cluster_at, load_cluster
+from orchestrator.errors import DataError
 from orchestrator.spec.load import load_job_text
 from orchestrator.submit import payload
-from orchestrator.submit.payload import check_nodes, pack
+from orchestrator.submit.payload import pack
 
 from .job import make_job, write_inputs
 
@@ -112,25 +112,3 @@ def test_the_job_finds_the_clusters_places(folder):
     inside = load_cluster("inside.yaml")
     assert inside.is_inside
     assert (inside.storage, inside.registry, inside.serve) == ("s3://b/runs", "s3://b/adapters", shared.serve)
-
-
-NODE = NodeFacts(cpus=4)
-
-
-def test_several_nodes_without_shared_storage_are_refused(folder):
-    two = ClusterFacts((NODE, NODE), 8, 0, max_nodes=2, source="http://head:8265")
-    with pytest.raises(ClusterError) as caught:
-        check_nodes(make_job(), CLUSTER, two)
-    said = str(caught.value)
-    assert "the cluster has several nodes (up to 2), and nothing names storage that all of them see" in said
-    assert "nor is the base 'base'" in said
-    assert "storage: s3://BUCKET/runs and registry: s3://BUCKET/adapters" in said
-
-
-def test_one_node_or_shared_storage_is_enough(folder):
-    one = ClusterFacts((NODE,), 4, 0)
-    two = ClusterFacts((NODE, NODE), 8, 0)
-    check_nodes(make_job(), CLUSTER, one)
-    check_nodes(make_job(), Cluster("c", "address", "s3://b/r", "s3://b/a", shared=True), two)
-    with pytest.raises(ClusterError):  # the negative control: two nodes and no shared storage
-        check_nodes(make_job(), CLUSTER, two)

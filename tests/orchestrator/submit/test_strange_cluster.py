@@ -265,7 +265,7 @@ def test_what_the_environment_lacks_is_named_before_anything_is_sent(head, monke
         jobs.submit(make_job(name="lacking"), cluster_at(address))
     said = str(caught.value)
     assert "environment/bin/python) lacks no-such-thing>=1, pydantic>=999 (2." in said
-    assert "--install, or install: true in the cluster file." in said
+    assert "install: true in the cluster file, or raypeft submit --install." in said
     assert {job.id for job in jobs.list_jobs(address)} == known
 
 
