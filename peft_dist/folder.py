@@ -1,8 +1,9 @@
 """Folders of model files, wherever they are: a directory, an fsspec URL, a hub id. Only safetensors hold
 weights.
 
-What is fetched from a URL is kept under `$XDG_CACHE_HOME/raypeft/folders` (`~/.cache` by default), once per
-machine: processes that want the same folder wait for the one that fetches it.
+What is fetched from a URL is kept under `$XDG_CACHE_HOME/raypeft/folders` (`~/.cache` by default), what is
+fetched from the hub in the hub's own cache; once per machine: processes that want the same folder wait for the
+one that fetches it.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any
 
 import fsspec
 import huggingface_hub
+from huggingface_hub import constants
 
 from peft_dist.errors import PeftDistError
 
@@ -151,13 +153,26 @@ def _is_same_file(path: Path, descriptor: int) -> bool:
         return False
 
 
+@contextlib.contextmanager
+def _hub_lock(repository: str) -> Iterator[None]:
+    """One process of the machine at a time fetches a repository; the next finds its files in the hub's cache."""
+    with contextlib.ExitStack() as held:
+        # Nothing can be fetched into a cache that cannot be written; what it has is read without a lock.
+        with contextlib.suppress(OSError):
+            locks = Path(constants.HF_HUB_CACHE) / ".locks"
+            locks.mkdir(parents=True, exist_ok=True)
+            held.enter_context(_only_one(locks / f"raypeft--{repository.replace('/', '--')}.lock"))
+        yield
+
+
 def _from_hub(repository: str, patterns: Sequence[str], revision: str | None, token: Any) -> Path:
     try:
-        return Path(
-            huggingface_hub.snapshot_download(
-                repository, revision=revision, allow_patterns=list(patterns), token=token
+        with _hub_lock(repository):
+            return Path(
+                huggingface_hub.snapshot_download(
+                    repository, revision=revision, allow_patterns=list(patterns), token=token
+                )
             )
-        )
     except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
         first_line = next(iter(str(error).splitlines()), type(error).__name__)
         raise FolderError(
