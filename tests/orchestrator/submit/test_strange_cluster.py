@@ -13,6 +13,7 @@ import contextlib
 import json
 import os
 import secrets
+import socket
 import subprocess
 import sys
 import sysconfig
@@ -22,13 +23,15 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator import keeper, local_ray
+from orchestrator import api, keeper, local_ray
 from orchestrator.cluster import cluster_at
-from orchestrator.errors import ClusterError
+from orchestrator.errors import ClusterError, ModelError, ServeError
+from orchestrator.registry import Registry
 from orchestrator.submit import jobs, wheel
 from orchestrator.submit.dashboard import Dashboard
 from orchestrator.submit.payload import UPLOAD_LIMIT_BYTES
 
+from ..serve import tiny
 from .job import make_job, write_inputs
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]  # one Ray for all, 10 s; each job 5 to 10 s
@@ -319,3 +322,49 @@ def test_rays_upload_limit_is_what_we_take_it_for(head):
     Dashboard(address).put_package(name, bytes(UPLOAD_LIMIT_BYTES))
     with pytest.raises(ClusterError):
         Dashboard(address).put_package("_ray_pkg_above.zip", bytes(UPLOAD_LIMIT_BYTES + 1))
+
+
+def test_a_version_is_deployed_asked_and_undeployed_from_outside(head, tmp_path):
+    """The real command, as short jobs: `deploy`, `endpoints`, `ask`, `undeploy`, and what the cluster refuses."""
+    address, _ = head
+    base = tiny.save_base(tmp_path / "bases" / "tiny")
+    registry = Registry(tmp_path / "registry")
+    tiny.register(registry, "docs", base, tmp_path / "scratch")
+    tiny.register(
+        registry, "other", tiny.save_base(tmp_path / "bases" / "gone", seed=3), tmp_path / "scratch"
+    )
+    (tmp_path / "bases" / "gone").rename(tmp_path / "bases" / "moved")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    (tmp_path / "there.yaml").write_text(
+        f"kind: address\naddress: {address}\nstorage: {tmp_path}/runs\nregistry: {registry.url}\n"
+        f"serve: {{port: {port}}}\n"
+    )
+    events = []
+    made = api.deploy("docs@1", cluster="there.yaml", on_event=events.append)
+    assert made.to_dict() == {
+        "endpoint": "tiny", "url": f"http://127.0.0.1:{port}/tiny/v1", "model": "docs@1", "base_name": "tiny",
+        "state": "live",
+    }  # fmt: skip
+    assert "endpoint tiny: loading docs@1" in [event.get("message") for event in events]
+    assert registry.alias("docs", "production") == 1
+    (row,) = api.endpoints(cluster="there.yaml")
+    assert (row.name, row.state, row.adapters) == ("tiny", "live", ("docs@1",))
+    answers = [api.ask(model, "def f(", max_tokens=8, cluster="there.yaml") for model in ("docs", "tiny")]
+    assert answers[0] != answers[1]
+
+    with pytest.raises(ModelError) as caught:
+        api.deploy("other@1", cluster="there.yaml")
+    assert f"the base 'gone' of other@1 was looked for in {tmp_path}/bases/gone on " in str(caught.value)
+    assert "raypeft register DIR --name other --base PLACE" in str(caught.value)
+    with pytest.raises(ServeError, match=r"there is no endpoint 'tinny'. Closest: 'tiny'"):
+        api.undeploy("tinny", cluster="there.yaml")
+
+    api.undeploy("docs@1", cluster="there.yaml")
+    (row,) = api.endpoints(cluster="there.yaml")
+    assert (row.state, row.adapters) == ("live", ())
+    api.undeploy("tiny", cluster="there.yaml")
+    assert api.endpoints(cluster="there.yaml") == []
+    with pytest.raises(OSError):
+        urllib.request.urlopen(f"http://127.0.0.1:{port}/tiny/v1/models", timeout=5)
