@@ -334,6 +334,26 @@ def job_logs(id: str, *, address: str, follow: bool = False) -> Iterator[str]:
     return wiring.jobs_api().logs(id, address, follow=follow)
 
 
+def follow(id: str, *, address: str, on_event: OnEvent = ignore) -> RunResult:
+    """Stays with a submitted job to its end; what it came to, as `run` would have returned it.
+
+    Raises:
+        RaypeftError: what ended the job there.
+        RunError: it ended without a result.
+    """
+    pieces = wiring.jobs_api().logs(id, address, follow=True)
+    result, error, last = wiring.read_output(pieces, on_event)
+    if error is not None:
+        raise error
+    if result is None:
+        state = wiring.jobs_api().status(id, address)
+        raise RunError(
+            f"job '{id}' ended without a result ({state.status}): {last or state.message}",
+            hint=f"Its log: raypeft logs {id} --address {address}",
+        )
+    return RunResult.from_dict(result)
+
+
 def _remote(address: str | None, cluster: str | None, job: LoadedJob) -> Cluster:
     where = _cluster(cluster, job)
     if address:

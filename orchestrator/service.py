@@ -8,8 +8,8 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -115,6 +115,15 @@ class RunResult:
     def to_dict(self) -> dict[str, Any]:
         """The last JSON object of `raypeft run --json`."""
         return asdict(self) | {"endpoint": self.endpoint.url if self.endpoint else None}
+
+    @classmethod
+    def from_dict(cls, printed: Mapping[str, Any]) -> RunResult:
+        """What another process printed; its endpoint is only a URL and is left out."""
+        known = {each.name: printed[each.name] for each in fields(cls) if each.name in printed}
+        said = known.get("comparison")
+        comparison = Comparison(**said) if said else None
+        lists = {name: tuple(known.get(name, ())) for name in ("reasons", "notes")}
+        return cls(**{**known, **lists, "endpoint": None, "comparison": comparison})
 
 
 def plan_job(spec: JobSpec, environment: Environment) -> Plan:

@@ -4,20 +4,20 @@ neither torch nor Ray pays for neither."""
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from . import local_ray
 from .cluster import Cluster, ClusterFacts
-from .errors import ClusterError, ModelError
+from .errors import ClusterError, ModelError, RaypeftError
 from .objects import get_tree
 from .registry import Registry
 from .runner import Runner
-from .service import Endpoints, Environment
+from .service import Endpoints, Environment, OnEvent
 from .spec.job import JobSpec
 from .store import RunStore
 
@@ -142,6 +142,15 @@ def jobs_api() -> ModuleType:
     from .submit import jobs
 
     return jobs
+
+
+def read_output(
+    pieces: Iterable[str], on_event: OnEvent
+) -> tuple[dict[str, Any] | None, RaypeftError | None, str]:
+    """The result, the error and the last other line of what a job printed; see `submit.command`."""
+    from .submit.command import read_output
+
+    return read_output(pieces, on_event)
 
 
 def rayjob(spec: JobSpec, cluster: Cluster) -> str:

@@ -107,18 +107,16 @@ def submit(
         return
     job = api.submit(file, set_ or (), address=address, cluster=cluster, install=install)
     if as_json:
-        print_json(job.to_dict())
+        JsonView()({"event": "submitted", **job.to_dict()})
     else:
         console.print(f"submitted {job.id} to {job.address}", highlight=False)
     if follow:
-        for text in api.job_logs(job.id, address=job.address, follow=True):
-            print(text, end="", flush=True)
-        state = api.job_status(job.id, address=job.address)
-        if state.status != "SUCCEEDED":
-            errors.print(
-                f"{job.id}: {state.status}: {state.message}", style="red", highlight=False, markup=False
-            )
-            raise typer.Exit(1)
+        with view_for(as_json=as_json, quiet=False, console=errors) as view:
+            result = api.follow(job.id, address=job.address, on_event=view)
+        if as_json:
+            JsonView()({"event": "result", **result.to_dict()})
+        else:
+            show_result(result)
 
 
 @app.command(rich_help_panel=RUNS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 import time
@@ -16,7 +17,7 @@ from orchestrator.cluster import ClusterFacts, NodeFacts, cluster_at
 from orchestrator.errors import Interrupted, PlacementError, RegistryError, RunError, TrainingError
 from orchestrator.registry import AdapterVersion, Registry
 from orchestrator.runner import Event, TrainOutcome, TrainRequest
-from orchestrator.service import Deployment, Environment, OnEvent, RunResult, StopRequest, run_job
+from orchestrator.service import Comparison, Deployment, Environment, OnEvent, RunResult, StopRequest, run_job
 from orchestrator.spec.job import DeploySpec, JobSpec
 from orchestrator.spec.load import load_job_mapping
 from orchestrator.store import RunStore
@@ -318,3 +319,11 @@ def test_secrets_are_in_the_environment_only_while_private_files_are_read(house,
         for path in Path(house.environment.runs.url).rglob("*")
         if path.is_file() and b"planted" in path.read_bytes()
     ]
+
+
+def test_a_result_that_another_process_printed_is_read_back():
+    answers = Comparison("Why?", "a", "b", "curl")
+    result = RunResult(
+        "docs-1", "done", "docs@1", {"eval_loss": 1.0}, comparison=answers, wall_s=2.0, notes=("up",)
+    )
+    assert RunResult.from_dict(json.loads(json.dumps({"event": "result", **result.to_dict()}))) == result
