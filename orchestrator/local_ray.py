@@ -206,18 +206,18 @@ def memory_bytes() -> int:
 
 def _start(num_cpus: int, num_gpus: int, object_store_bytes: int, timeout_s: float) -> LocalRay:
     name = secrets.token_hex(6)
-    folder = Path(
-        tempfile.mkdtemp(prefix="rp-", dir=_short_dir())
-    )  # mode 0700; Ray opens its own to everybody
-    log, ray_dir = folder / "start.log", folder / "r"
+    # mode 0700; Ray opens its own folder to everybody
+    folder = Path(tempfile.mkdtemp(prefix="rp-", dir=_short_dir()))
+    log, ray_dir, scratch = folder / "start.log", folder / "r", folder / "t"
     try:
         ray_dir.mkdir()
+        scratch.mkdir()  # what its processes leave behind when they are killed goes with the folder
         token_path = _write_token(folder)
         head = _head_command(num_cpus, num_gpus, object_store_bytes, str(ray_dir))
         with open(log, "wb") as output:
             process = subprocess.Popen(
                 [sys.executable, "-S", "-E", keeper.__file__, str(folder), *head],
-                env=_daemon_environment(name, token_path),
+                env=_daemon_environment(name, token_path) | {"TMPDIR": str(scratch)},
                 cwd=ray_dir,
                 stdin=subprocess.DEVNULL,
                 stdout=output,

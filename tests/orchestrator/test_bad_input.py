@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -28,14 +28,17 @@ JOB = "model: {base_model: base}\ndata: {datasets: [{path: rows.jsonl}]}\n"
 
 
 @pytest.fixture
-def workplace(tmp_path, monkeypatch) -> Path:
+def workplace(tmp_path, monkeypatch) -> Iterator[Path]:
     """A folder with a good job, a good base and good rows; each case breaks one thing."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("RAYPEFT_HOME", str(tmp_path / "home"))
     shutil.copytree(BASE, tmp_path / "base")
     (tmp_path / "rows.jsonl").write_text(ROWS)
     (tmp_path / "job.yaml").write_text(JOB)
-    return tmp_path
+    with tempfile.TemporaryDirectory(prefix="rpt-") as temporary:  # short: Ray's sockets lie below it
+        monkeypatch.setenv("TMPDIR", temporary)
+        monkeypatch.setattr(tempfile, "tempdir", temporary)
+        yield tmp_path
 
 
 def write(name: str, text: str | bytes) -> Callable[[Path], None]:
@@ -84,10 +87,9 @@ BEFORE_RAY = {
 
 
 def left_behind(folder: Path) -> set[str]:
-    """Files of the case, temporary files of ours, and processes below this one."""
-    files = {str(path) for path in folder.rglob("*")}
-    temporary = {name for name in os.listdir(tempfile.gettempdir()) if name.startswith(("raypeft", "rp-"))}
-    return files | temporary | {f"process {pid}" for pid in descendants(os.getpid())}
+    """Files of the case, temporary files, and processes below this one."""
+    files = {str(path) for place in (folder, Path(tempfile.gettempdir())) for path in place.rglob("*")}
+    return files | {f"process {pid}" for pid in descendants(os.getpid())}
 
 
 @pytest.mark.parametrize("case", BEFORE_RAY)
