@@ -132,7 +132,7 @@ def endpoint_rows(cluster: Cluster) -> list[EndpointInfo]:
         return _ray_endpoints(cluster, registry).status()
     if not registry.endpoint_names():
         return []
-    from .serve.probe import rows_over_http
+    from .serve.endpoints import rows_over_http
 
     return rows_over_http(registry, f"http://{cluster.serve.host}:{cluster.serve.port}")
 
