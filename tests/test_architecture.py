@@ -37,7 +37,8 @@ LAYERS = {
 
 def modules(package: str) -> dict[str, Path]:
     return {
-        ".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in (ROOT / package).rglob("*.py")
+        ".".join(path.relative_to(ROOT).with_suffix("").parts): path
+        for path in (ROOT / package).rglob("*.py")
     }
 
 
@@ -146,10 +147,14 @@ HEAVY = ("torch", "ray", "transformers", "deepspeed", "datasets")
 )
 def test_light_parts_leave_the_heavy_packages_out(statement):
     code = f"{statement}\nimport sys\nprint(*[name for name in {HEAVY!r} if name in sys.modules])"
-    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
+    )
     assert loaded.stdout.split() == []
 
 
 def test_file_names_say_something():
     banned = {"utils", "helpers", "common", "misc"}
-    assert not [name for name in modules("peft_dist") | modules("orchestrator") if banned & set(name.split("."))]
+    assert not [
+        name for name in modules("peft_dist") | modules("orchestrator") if banned & set(name.split("."))
+    ]

@@ -61,7 +61,9 @@ def test_the_wheel_brings_the_quickstart_and_runs_it(outside, repository):
         assert done.returncode == 0, done.stderr
         result = json.loads(done.stdout.splitlines()[-1])
         assert result["event"] == "result" and result["state"] == "done" and result["adapter"].endswith("@1")
-        asked = command(outside, "ask", result["adapter"], "What does shutil.copytree do?", "--max-tokens", "4")
+        asked = command(
+            outside, "ask", result["adapter"], "What does shutil.copytree do?", "--max-tokens", "4"
+        )
         assert asked.returncode == 0 and asked.stdout.strip()
     finally:
         assert command(outside, "down").stdout.strip() == "stopped"

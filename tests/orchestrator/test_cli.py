@@ -40,10 +40,33 @@ def registry(home) -> Registry:
     return Registry(home / "registry")
 
 
-COMMANDS = (
-    "init validate inspect plan schema methods run submit jobs status logs cancel adapters show alias register "
-    "pull delete eval deploy endpoints undeploy ask up down"
-).split()
+COMMANDS = [
+    "init",
+    "validate",
+    "inspect",
+    "plan",
+    "schema",
+    "methods",
+    "run",
+    "submit",
+    "jobs",
+    "status",
+    "logs",
+    "cancel",
+    "adapters",
+    "show",
+    "alias",
+    "register",
+    "pull",
+    "delete",
+    "eval",
+    "deploy",
+    "endpoints",
+    "undeploy",
+    "ask",
+    "up",
+    "down",
+]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
