@@ -68,8 +68,8 @@ def main() -> None:
 
 def row(case: dict, folder: Path) -> str:
     """One case, estimated and measured."""
-    from orchestrator.model_sizes import read_sizes
     from orchestrator.plan import make_plan
+    from orchestrator.plan.model_sizes import read_sizes
     from orchestrator.spec.load import load_job_mapping
 
     base = folder / case["shape"]

@@ -18,11 +18,11 @@ from .errors import Interrupted, RaypeftError, RegistryError
 from .gate import check, names_in
 from .identity import BaseIdentity, base_identity, data_hash
 from .lineage import Lineage, count_trained_on, row_hashes
-from .model_sizes import read_sizes
 from .objects import get_tree, read
 from .plan import Plan, make_plan
+from .plan.model_sizes import read_sizes
+from .plan.row_lengths import longest_row
 from .registry import AdapterVersion, Registry
-from .row_lengths import longest_row
 from .runner import Event, Runner, TrainOutcome, TrainRequest
 from .spec.canonical import canonical_hash, resolved_yaml
 from .spec.job import DeploySpec, JobSpec

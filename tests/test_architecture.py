@@ -22,8 +22,7 @@ LAYERS = {
     "orchestrator": [
         {"__init__", "errors", "spec", "home", "processes"},
         {
-            "plan", "plan_memory", "plan_placement", "plan_view", "deepspeed_config", "model_sizes", "adapter_sizes", "row_lengths",
-            "objects", "local_objects", "s3_objects", "storage_errors", "stored", "journal", "store", "run_state",
+            "plan", "deepspeed_config", "objects", "stored", "journal", "store", "run_state",
             "registry", "lineage", "identity", "gate", "adapter_folder", "model_folder", "weights_table",
             "cluster", "local_ray", "keeper", "devices", "chat_template", "runner", "ask",
         },

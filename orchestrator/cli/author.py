@@ -9,7 +9,7 @@ import typer
 
 from .. import api
 from ..errors import RaypeftError
-from ..plan_view import plan_dict, print_plan
+from ..plan.view import plan_dict, print_plan
 from .app import MAKE, AsJson, ClusterOption, Overrides, app, console, errors, print_json, print_table
 
 JobFile = Annotated[Path, typer.Argument(metavar="FILE", help="A job file.")]

@@ -20,7 +20,7 @@ import pytest
 from orchestrator import objects
 from orchestrator.cli import app, run_guarded
 from orchestrator.keeper import descendants
-from orchestrator.storage_errors import explained
+from orchestrator.objects.failures import explained
 
 BASE = Path(__file__).parents[2] / "jobs" / "assets" / "tiny-llama"
 ROWS = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n' * 20

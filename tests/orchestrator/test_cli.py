@@ -41,32 +41,10 @@ def registry(home) -> Registry:
 
 
 COMMANDS = [
-    "init",
-    "validate",
-    "inspect",
-    "plan",
-    "schema",
-    "methods",
-    "run",
-    "submit",
-    "jobs",
-    "status",
-    "logs",
-    "cancel",
-    "adapters",
-    "show",
-    "alias",
-    "register",
-    "pull",
-    "delete",
-    "eval",
-    "deploy",
-    "endpoints",
-    "undeploy",
-    "ask",
-    "up",
-    "down",
-]
+    "init", "validate", "inspect", "plan", "schema", "methods", "run", "submit", "jobs", "status", "logs",
+    "cancel", "adapters", "show", "alias", "register", "pull", "delete", "eval", "deploy", "endpoints",
+    "undeploy", "ask", "up", "down",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -5,7 +5,7 @@ import fsspec
 import pytest
 
 from orchestrator.errors import ModelError
-from orchestrator.model_sizes import read_sizes
+from orchestrator.plan.model_sizes import read_sizes
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 8, "num_hidden_layers": 1,

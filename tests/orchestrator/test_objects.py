@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator import local_objects, objects
+from orchestrator import objects
 from orchestrator.errors import StorageError
-from orchestrator.objects import NotFound
+from orchestrator.objects import NotFound, local
 
 from .s3 import run_together
 
@@ -254,7 +254,7 @@ def test_what_a_killed_writer_leaves_is_not_seen_and_is_cleaned(tmp_path: Path) 
     (left,) = everything(tmp_path)
     assert left.startswith(".x.") and left.endswith(".tmp")
     assert objects.list_(tmp_path) == [] and not objects.exists(tmp_path / "x")
-    mine = local_objects._aside_name(tmp_path / "y")
+    mine = local._aside_name(tmp_path / "y")
     mine.write_bytes(b"still being written")
     objects.clean(tmp_path)
     assert everything(tmp_path) == [mine.name]
@@ -299,7 +299,7 @@ def test_denied_access_says_so(s3_bucket, monkeypatch: pytest.MonkeyPatch) -> No
         raise error
 
     monkeypatch.setattr(
-        "orchestrator.s3_objects._store", lambda: type("Store", (), {"call_s3": staticmethod(deny)})()
+        "orchestrator.objects.s3._store", lambda: type("Store", (), {"call_s3": staticmethod(deny)})()
     )
     with pytest.raises(StorageError) as caught:
         objects.create_if_absent(s3_bucket.url + "/x", b"")
@@ -311,9 +311,9 @@ def test_denied_access_says_so(s3_bucket, monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_a_repeated_request_knows_its_own_first_copy(s3_bucket, monkeypatch: pytest.MonkeyPatch) -> None:
     """The answer to a write gets lost, the client repeats it and meets If-None-Match: it still won."""
-    from orchestrator import s3_objects
+    from orchestrator.objects import s3
 
-    store = s3_objects._store()
+    store = s3._store()
     real = store.call_s3
 
     def answer_lost(method: str, **request: object) -> object:
@@ -329,11 +329,11 @@ def test_a_repeated_request_knows_its_own_first_copy(s3_bucket, monkeypatch: pyt
 def test_a_failed_upload_of_a_tree_leaves_no_object(
     s3_bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from orchestrator import s3_objects
+    from orchestrator.objects import s3
 
     for name in ("a", "b", "manifest.json"):
         (tmp_path / name).write_bytes(b"1")
-    store = s3_objects._store()
+    store = s3._store()
     real = store.put_file
 
     def fail_second(local: str, remote: str) -> None:

@@ -5,9 +5,9 @@ from rich.console import Console
 
 from orchestrator.cluster import ClusterFacts, NodeFacts
 from orchestrator.errors import PlacementError, SpecError
-from orchestrator.model_sizes import sizes_of
 from orchestrator.plan import make_plan
-from orchestrator.plan_view import plan_dict, plan_view
+from orchestrator.plan.model_sizes import sizes_of
+from orchestrator.plan.view import plan_dict, plan_view
 
 from .spec.jobs import spec_of
 

@@ -431,10 +431,10 @@ import os, sys
 sys.path.insert(0, {root!r})
 from tests.orchestrator.adapters import lineage
 from orchestrator.registry import Registry
-from orchestrator import local_objects, s3_objects
+from orchestrator.objects import local, s3
 real = os.rename
 os.rename = lambda a, b: os.kill(os.getpid(), 9) if str(b).endswith("/2") else real(a, b)
-store = s3_objects._store() if sys.argv[1].startswith("s3") else None
+store = s3._store() if sys.argv[1].startswith("s3") else None
 if store is not None:
     put = store.put_file
     store.put_file = lambda a, b: os.kill(os.getpid(), 9) if b.endswith("raypeft.json") else put(a, b)

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from orchestrator.plan import make_plan
-from orchestrator.row_lengths import longest_row
+from orchestrator.plan.row_lengths import longest_row
 
 from .spec.jobs import spec_of
 from .test_plan import ONE, llama

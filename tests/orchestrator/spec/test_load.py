@@ -276,7 +276,7 @@ def test_loading_leaves_torch_and_ray_out_and_is_quick(tmp_path):
     path.write_text(MINIMAL)
     code = (
         "import sys; from orchestrator.spec.load import load_job; from orchestrator.spec.schema import json_schema;"
-        "from orchestrator.plan import make_plan; import orchestrator.plan_view;"
+        "from orchestrator.plan import make_plan; import orchestrator.plan.view;"
         f"make_plan(load_job({str(path)!r}).spec, None, None); json_schema();"
         "print(*[name for name in ('torch', 'ray', 'transformers', 'deepspeed', 'datasets') if name in sys.modules])"
     )

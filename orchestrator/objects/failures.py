@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 
-from .errors import StorageError
+from ..errors import StorageError
 
 
 class NotFound(StorageError):

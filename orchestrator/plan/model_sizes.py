@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from .errors import ModelError
-from .model_folder import ModelFolder, model_folder
-from .weights_table import read_table
+from ..errors import ModelError
+from ..model_folder import ModelFolder, model_folder
+from ..weights_table import read_table
 
 _BITS = {
     "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "F8_E4M3": 8, "F8_E5M2": 8,

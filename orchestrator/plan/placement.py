@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from .cluster import ClusterFacts, NodeFacts
-from .errors import PlacementError
-from .spec.job import JobSpec
+from ..cluster import ClusterFacts, NodeFacts
+from ..errors import PlacementError
+from ..spec.job import JobSpec
 
 _GIB = 2**30
 

@@ -16,10 +16,10 @@ from typing import Protocol
 
 import fsspec
 
-from .errors import StorageError
-from .local_objects import LocalObjects
-from .s3_objects import S3Objects
-from .storage_errors import NotFound, explained
+from ..errors import StorageError
+from .failures import NotFound, explained
+from .local import LocalObjects
+from .s3 import S3Objects
 
 __all__ = [
     "NotFound", "check_writable", "clean", "create_if_absent", "delete", "delete_tree", "exists",

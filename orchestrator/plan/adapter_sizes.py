@@ -12,10 +12,10 @@ from peft_dist.contract import Param, Site
 from peft_dist.errors import PeftDistError
 from peft_dist.targets import BaseFacts, resolve
 
-from .errors import SpecError
+from ..errors import SpecError
+from ..spec.adapter import peft_config
+from ..spec.job import AdapterSpec
 from .model_sizes import ModelSizes
-from .spec.adapter import peft_config
-from .spec.job import AdapterSpec
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from .plan import Plan
-from .plan_placement import describe, show_bytes
+from . import Plan
+from .placement import describe, show_bytes
 
 _PARTS = {
     "base": "the frozen base",

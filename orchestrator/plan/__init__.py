@@ -5,18 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..cluster import ClusterFacts
+from ..deepspeed_config import deepspeed_config
+from ..deepspeed_config import warnings as deepspeed_warnings
+from ..devices import recomputes_activations
+from ..spec.deepspeed_keys import zero_stage
+from ..spec.job import JobSpec
+from ..spec.places import Tree, raise_all
+from ..spec.rules import accumulation, check_rules
 from .adapter_sizes import AdapterSizes, adapter_sizes
-from .cluster import ClusterFacts
-from .deepspeed_config import deepspeed_config
-from .deepspeed_config import warnings as deepspeed_warnings
-from .devices import recomputes_activations
+from .memory import Memory, Step, estimate, is_known
 from .model_sizes import ModelSizes
-from .plan_memory import Memory, Step, estimate, is_known
-from .plan_placement import check_placement, gpu_memory, memory_shortage
-from .spec.deepspeed_keys import zero_stage
-from .spec.job import JobSpec
-from .spec.places import Tree, raise_all
-from .spec.rules import accumulation, check_rules
+from .placement import check_placement, gpu_memory, memory_shortage
 
 __all__ = ["Memory", "Plan", "make_plan"]
 

@@ -17,7 +17,7 @@ from typing import Any
 import fsspec
 from fsspec.asyn import sync
 
-from .storage_errors import NotFound, error_code, explained
+from .failures import NotFound, error_code, explained
 
 _TAKEN = {"PreconditionFailed", "412"}
 _BUSY = {"ConditionalRequestConflict", "OperationAborted", "409"}

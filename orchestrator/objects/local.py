@@ -18,8 +18,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from .processes import ProcessId, is_alive, this_process
-from .storage_errors import explained
+from ..processes import ProcessId, is_alive, this_process
+from .failures import explained
 
 _ASIDE = re.compile(r"^\..+\.(?P<host>[0-9a-f]{8})-(?P<pid>\d+)-(?P<started>\d+)-[0-9a-f]{8}\.tmp$")
 _ABANDONED_S = 24 * 3600

@@ -14,7 +14,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from .spec.job import DATASET_FIELDS, DatasetSpec, JobSpec
+from ..spec.job import DATASET_FIELDS, DatasetSpec, JobSpec
 
 _LONGEST_READ = 64
 """Rows that are tokenized: those with most bytes."""
