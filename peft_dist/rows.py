@@ -155,9 +155,7 @@ class Current:
         return self.padding[(mine[:, None] == every).int().argmax(1)]
 
 
-def drop(
-    x: Tensor, p: float, samples: Tensor, key: tuple[int, int], padding: Tensor | None = None
-) -> Tensor:
+def drop(x: Tensor, p: float, samples: Tensor, key: tuple[int, int], padding: Tensor | None = None) -> Tensor:
     """x (rows, ..., channels) with a share p of its elements zero and the rest scaled by 1 / (1 - p)."""
     keep = keep_mask(tuple(x.shape), p, samples.to(x.device), key, padding)
     return x.mul(keep).mul_(1 / (1 - p))

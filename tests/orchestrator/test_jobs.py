@@ -1,0 +1,32 @@
+"""Every file under jobs/ and every template is a job that validates; those under jobs/ are planned too."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from orchestrator import api
+
+ROOT = Path(__file__).parents[2]
+JOBS = sorted((ROOT / "jobs").glob("*.yaml"))
+TEMPLATES = sorted((ROOT / "orchestrator" / "templates").glob("*.yaml"))
+
+
+def test_there_are_jobs():
+    assert "quickstart.yaml" in [path.name for path in JOBS]
+
+
+@pytest.mark.parametrize("path", JOBS + TEMPLATES, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_it_validates_without_a_warning(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert api.validate(path).warnings == ()
+
+
+@pytest.mark.parametrize("path", JOBS, ids=lambda path: path.name)
+def test_it_is_planned(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    plan = api.plan(path)
+    rows = plan.num_workers * plan.micro_batch_size * plan.gradient_accumulation_steps
+    assert rows == plan.global_batch_size and plan.adapter_parameters
+    assert plan.memory is not None and plan.memory.total > plan.memory.base > 0
