@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -26,7 +27,10 @@ def outside(repository: Path) -> Iterator[Path]:
     """A folder with `env`, an environment that has the wheel."""
     with tempfile.TemporaryDirectory(prefix="rpi-") as folder:
         place = Path(folder)
-        build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(place), str(repository)]
+        # from a copy: setuptools builds in the folder that it is given
+        ignored = shutil.ignore_patterns(".git", ".venv", "build", "*.egg-info", "__pycache__")
+        source = shutil.copytree(repository, place / "source", ignore=ignored)
+        build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(place), str(source)]
         subprocess.run(build, check=True, cwd=place)
         venv.create(place / "env", with_pip=False)
         site = next((place / "env" / "lib").glob("python*/site-packages"))
