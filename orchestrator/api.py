@@ -17,11 +17,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import ValidationError
+
 from . import ask as asking
 from . import local_ray, service, wiring
 from .adapter_folder import check_adapter
 from .cluster import Cluster, load_cluster
-from .errors import ClusterError, ModelError, RunError, ServeError
+from .errors import ClusterError, ModelError, RaypeftError, RunError, ServeError, SpecError
 from .identity import base_identity
 from .lineage import Lineage
 from .plan import Plan
@@ -35,7 +37,10 @@ from .spec import schema as schemas
 from .spec import templates as job_templates
 from .spec.job import DeploySpec, JobSpec
 from .spec.load import LoadedJob, load_job, load_job_mapping
+from .spec.places import dotted
 from .spec.secrets import read_secrets
+from .spec.unknown import unknown_key
+from .spec.words import explain
 from .store import RunRecord
 
 if TYPE_CHECKING:
@@ -140,7 +145,7 @@ def run(
     """
     loaded = load(job, overrides)
     where = _cluster(cluster, loaded)
-    was_up = where.kind != "local" or local_ray.current() is not None
+    was_up = _is_up(where)
     environment = _environment(where, loaded)
     secrets = read_secrets(loaded)
     for warning in loaded.warnings:
@@ -160,8 +165,9 @@ def run(
             )
         result = _with_answers(result)
     finally:
+        stays = was_up or _leave(where)
         wiring.disconnect()
-        notes = () if was_up else _leave(environment)
+    notes = ("Ray stays up for the endpoint; end both with: raypeft down",) if stays and not was_up else ()
     return replace(result, notes=(*result.notes, *notes))
 
 
@@ -184,12 +190,21 @@ def _signals(stop: service.StopRequest) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _leave(environment: service.Environment) -> tuple[str, ...]:
-    """Ends the Ray that this command started, unless an endpoint lives on it."""
-    if environment.registry.endpoint_names():
-        return ("Ray stays up for the endpoint; end both with: raypeft down",)
+def _is_up(cluster: Cluster) -> bool:
+    """Whether the cluster's Ray is there already, or is not ours to end."""
+    return cluster.kind != "local" or local_ray.current() is not None
+
+
+def _leave(cluster: Cluster) -> bool:
+    """Ends the Ray that this command started; returns True where it stays, because an endpoint lives on it."""
+    if local_ray.current() is None:
+        return False
+    with contextlib.suppress(RaypeftError):  # it must end also where the registry cannot be read
+        if any(row.state != "down" for row in wiring.endpoint_rows(cluster)):
+            return True
+    wiring.disconnect()
     local_ray.down()
-    return ()
+    return False
 
 
 def _with_answers(result: RunResult) -> RunResult:
@@ -500,13 +515,27 @@ def deploy(
     wiring.check_registry(where)
     environment = _environment(where)
     version = environment.registry.get(ref)
-    asked: dict[str, Any] = {"endpoint": endpoint, "alias": alias}
-    if num_replicas is not None:
-        asked["num_replicas"] = num_replicas
+    spec = _deploy_spec(endpoint=endpoint, alias=alias, num_replicas=num_replicas)
     base = version.lineage.base
-    return environment.open_endpoints().deploy(
-        version, base.source, base.revision or "main", DeploySpec(**asked), force=force, on_event=on_event
-    )
+    was_up = _is_up(where)
+    try:
+        return environment.open_endpoints().deploy(
+            version, base.source, base.revision or "main", spec, force=force, on_event=on_event
+        )
+    except BaseException:
+        if not was_up:
+            _leave(where)
+        raise
+
+
+def _deploy_spec(**asked: Any) -> DeploySpec:
+    """What was asked for on the command line, checked as in a job."""
+    try:
+        return DeploySpec(**{key: value for key, value in asked.items() if value is not None})
+    except ValidationError as error:
+        problem = explain(DeploySpec, asked, error.errors(), unknown_key)[0]
+        where = f"deploy.{dotted(problem.path)}"
+        raise SpecError(problem.problem, where=where, hint=problem.hint) from error
 
 
 def endpoints(*, cluster: str | None = None) -> list[EndpointInfo]:
@@ -522,11 +551,12 @@ def undeploy(name: str, *, endpoint: str | None = None, cluster: str | None = No
     """
     where = load_cluster(cluster)
     wiring.check_registry(where)
+    there = wiring.endpoints(where, Registry(where.registry), start=False)
     if endpoint is not None:
-        wiring.endpoints(where, Registry(where.registry)).undeploy(endpoint, name)
+        there.undeploy(endpoint, name)
         return
     if "@" not in name:
-        wiring.endpoints(where, Registry(where.registry)).undeploy(name)
+        there.undeploy(name)
         return
     served = [
         row.name for row in endpoints(cluster=cluster) if any(a.split(" ")[0] == name for a in row.adapters)
@@ -534,7 +564,7 @@ def undeploy(name: str, *, endpoint: str | None = None, cluster: str | None = No
     if not served:
         raise ServeError(f"no endpoint serves '{name}'.", hint="List them: raypeft endpoints")
     for each in served:
-        wiring.endpoints(where, Registry(where.registry)).undeploy(each, name)
+        there.undeploy(each, name)
 
 
 def ask(

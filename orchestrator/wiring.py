@@ -77,12 +77,21 @@ def connect(cluster: Cluster) -> None:
 
     if ray.is_initialized():
         return
+    _keep_quiet()
     try:
         ray.init(address=address, log_to_driver=False, logging_level="ERROR", namespace="raypeft")
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise ClusterError(
             f"Ray does not answer: {error}", where=address, hint="See: raypeft up, raypeft down."
         ) from error
+
+
+def _keep_quiet() -> None:
+    """Ray prints what its daemons report (a worker died) on our standard output, where with --json nothing but
+    JSON may stand; a run's own events say it in one line."""
+    import ray._private.worker
+
+    ray._private.worker.print_to_stdstream = lambda data, ignore_prefix: None
 
 
 def disconnect() -> None:
@@ -102,17 +111,22 @@ def check_registry(cluster: Cluster) -> None:
         check_registry(cluster)
 
 
-def endpoints(cluster: Cluster, registry: Registry) -> Endpoints:
-    """The cluster's endpoints: of the Ray that this process joins, else through Ray's Jobs API."""
+def endpoints(cluster: Cluster, registry: Registry, *, start: bool = True) -> Endpoints:
+    """The cluster's endpoints: of the Ray that this process joins, else through Ray's Jobs API.
+
+    Args:
+        start: start the local Ray where it is not up; else its endpoints are then what the registry says.
+    """
     if cluster.is_remote:
         from .submit.endpoints import JobEndpoints
 
         return JobEndpoints(cluster)
-    return _ray_endpoints(cluster, registry)
+    return _ray_endpoints(cluster, registry, start=start)
 
 
-def _ray_endpoints(cluster: Cluster, registry: Registry) -> RayEndpoints:
-    connect(cluster)
+def _ray_endpoints(cluster: Cluster, registry: Registry, *, start: bool = True) -> RayEndpoints:
+    if start or cluster.kind != "local" or local_ray.current() is not None:
+        connect(cluster)
     from .serve.endpoints import RayEndpoints
 
     serve = cluster.serve

@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from peft_dist.loading import load_base
 
 from ..chat_template import ensure_chat_template
+from ..spec.job import ModelSpec
+from ..train.tokenizer import load_tokenizer
 
 _CONTEXT_WHERE_UNKNOWN = 2048
 
@@ -47,5 +49,5 @@ def load(path: str, revision: str, threads: int) -> Base:
     torch.set_num_threads(threads)
     model: Any = load_base(path, task="CAUSAL_LM", dtype="auto", revision=revision)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
+    tokenizer = load_tokenizer(ModelSpec(base_model=path, revision=revision))
     return Base(model.to(device).eval().requires_grad_(False), ensure_chat_template(tokenizer))

@@ -322,7 +322,7 @@ def rows_over_http(registry: Registry, root: str) -> list[EndpointInfo]:
     for name in registry.endpoint_names():
         stored = registry.endpoint_state(name)
         desired = Desired.from_dict(stored) if stored else None
-        is_up = _get_ok(f"{root}/{name}/healthz")
+        is_up = _followed_registry(f"{root}/{name}") == registry.url
         routes = (f"{root}/{name}/v1",) if is_up else ()
         rows.append(
             _row(name, desired, routes, "live" if is_up else "down", "" if is_up else _DOWN, int(is_up))
@@ -330,11 +330,13 @@ def rows_over_http(registry: Registry, root: str) -> list[EndpointInfo]:
     return rows
 
 
-def _get_ok(url: str) -> bool:
+def _followed_registry(url: str, timeout_s: float = 5) -> str | None:
+    """The registry that an endpoint follows; None where none of ours answers."""
     try:
-        return requests.get(url, timeout=5).status_code == 200
-    except requests.RequestException:
-        return False
+        answer = requests.get(f"{url}/healthz", timeout=timeout_s)
+        return answer.json()["registry"] if answer.status_code == 200 else None
+    except (requests.RequestException, ValueError, KeyError, TypeError):
+        return None
 
 
 def _check_gate(version: AdapterVersion, force: bool) -> None:
@@ -375,10 +377,7 @@ def _base_is_gone(version: AdapterVersion, folder: str) -> ModelError:
 
 def _check_registry(url: str, endpoint: str, registry_url: str) -> None:
     """Raises ServeError where a running endpoint follows another registry."""
-    try:
-        follows = requests.get(f"{url}/healthz", timeout=30).json().get("registry")
-    except (requests.RequestException, ValueError):
-        return
+    follows = _followed_registry(url, timeout_s=30)
     if follows is not None and follows != registry_url:
         raise ServeError(
             f"endpoint '{endpoint}' on this cluster follows the registry {follows}, this command uses "

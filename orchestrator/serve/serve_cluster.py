@@ -18,6 +18,8 @@ from ..errors import ServeError
 from .naming import application, endpoint_of
 from .replica import replica_deployment
 
+logging.getLogger("ray.serve").setLevel(logging.WARNING)  # it says each thing that it is told to do
+
 _PORTS_TRIED = 50
 _CODE_VERSION = "1"
 """Serve restarts replicas whose version changes, and by itself gives a new one each time; a fixed one lets an
@@ -84,7 +86,6 @@ def open_serve(host: str, port: int) -> Door:
     Raises:
         ServeError: no port is free, or Serve runs without HTTP.
     """
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     running = find_door()
     if running is not None:
         if running.port != port or running.host != host:
@@ -101,13 +102,18 @@ def open_serve(host: str, port: int) -> Door:
     return Door(host, free, None if free == port else f"port {port} is taken: Serve listens on {free}")
 
 
+def _client() -> Any:
+    """Serve's controller; None where none runs, or this process has joined no Ray (asked then, Serve starts one)."""
+    return _get_global_client(raise_if_no_controller_running=False) if ray.is_initialized() else None
+
+
 def find_door() -> Door | None:
     """Where Serve listens; None where none runs on this cluster.
 
     Raises:
         ServeError: Serve runs without HTTP.
     """
-    client = _get_global_client(raise_if_no_controller_running=False)
+    client = _client()
     if client is None:
         return None
     options = client.http_config
@@ -121,7 +127,7 @@ def find_door() -> Door | None:
 
 def applications() -> dict[str, Application]:
     """Our applications by endpoint; empty where no Serve runs."""
-    client = _get_global_client(raise_if_no_controller_running=False)
+    client = _client()
     if client is None:
         return {}
     found = {}
@@ -133,7 +139,7 @@ def applications() -> dict[str, Application]:
 
 def route_taken(prefix: str) -> str | None:
     """The application, ours or another's, that is mounted at a prefix."""
-    client = _get_global_client(raise_if_no_controller_running=False)
+    client = _client()
     if client is None:
         return None
     there = client.get_serve_details()["applications"].items()
@@ -203,7 +209,8 @@ def _application(endpoint: str, details: dict[str, Any]) -> Application:
     return Application(
         endpoint=endpoint,
         status=str(getattr(details["status"], "value", details["status"])),
-        message=details.get("message", "") or (deployment.get("message", "") if deployment else ""),
+        # a replica's own error stands with the deployment; the application only says that one failed
+        message=(deployment or {}).get("message") or details.get("message", ""),
         route_prefix=details.get("route_prefix"),
         num_replicas=deployment["target_num_replicas"] if deployment else 0,
         num_running=sum(replica["state"] == "RUNNING" for replica in replicas),

@@ -8,8 +8,10 @@ import sys
 
 import pytest
 
+from orchestrator import local_ray
 from orchestrator.cli import app, run_guarded
 from orchestrator.registry import Registry
+from orchestrator.serve.desired import Desired, Served
 from orchestrator.spec.methods import method_rows
 
 from .adapters import lineage, make_adapter, make_base
@@ -169,6 +171,27 @@ def test_run_on_a_remote_cluster_says_submit(raypeft, tmp_path):
 def test_ask_with_nothing_up_says_how_to_start_one(raypeft):
     code, _, err = raypeft("ask", "docs", "Why?")
     assert code == 1 and "no endpoint is up" in err and "raypeft deploy" in err
+
+
+def test_deploy_checks_names_as_a_job_does(raypeft, registry, tmp_path):
+    registry.register("docs", make_adapter(tmp_path / "a"), lineage())
+    code, _, err = raypeft("deploy", "docs@1", "--endpoint", "a b")
+    assert code == 2 and err.startswith(
+        "error: deploy.endpoint: 'a b' is not a name. A name is 1 to 100 letters"
+    )
+    assert local_ray.current() is None
+
+
+def test_undeploy_with_ray_down_changes_the_registry_and_starts_nothing(raypeft, registry, tmp_path):
+    version = registry.register("docs", make_adapter(tmp_path / "a"), lineage())
+    state = Desired("tiny", version.lineage.base, adapters=(Served("docs", 1),))
+    registry.hold("docs@1", "tiny")
+    registry.update_endpoint("tiny", lambda stored: state.to_dict())
+    assert raypeft("undeploy", "docs@1")[1] == "undeployed docs@1\n" and registry.holders("docs@1") == []
+    assert raypeft("undeploy", "tiny")[1] == "undeployed tiny\n" and registry.endpoint_names() == []
+    code, _, err = raypeft("undeploy", "tiny")
+    assert code == 1 and err == "error: there is no endpoint 'tiny'. List them: raypeft endpoints.\n"
+    assert local_ray.current() is None
 
 
 def test_endpoints_and_down_with_nothing_up(raypeft):

@@ -276,6 +276,13 @@ def test_endpoints_are_listed_over_http_too(site, live, door):
     assert (row.url, row.state) == ("", "down")
 
 
+def test_another_registrys_endpoint_of_the_same_name_is_not_ours(site, live, door, tmp_path):
+    other = Registry(tmp_path / "other")
+    other.update_endpoint("tiny", lambda stored: site.registry.endpoint_state("tiny"))
+    (row,) = rows_over_http(other, f"http://127.0.0.1:{door.port}")
+    assert (row.name, row.url, row.state) == ("tiny", "", "down")
+
+
 def test_a_client_that_hangs_up_frees_the_engine(live):
     """Its generation is cancelled: a short one right behind it need not wait for all of it."""
     body = {"model": "tiny", "prompt": "a", "max_tokens": 90, "temperature": 0, "n": 16, "stream": True}
