@@ -21,6 +21,8 @@ DEFAULT_CHAT_TEMPLATE = """{{- bos_token }}
 """`### User:` and `### Assistant:` headings in plain text, so that no token has to be added to a base's
 vocabulary; an answer ends with the tokenizer's own end of sequence."""
 
+NO_TEMPLATE = "The base brings no chat template: chats have `### User:` and `### Assistant:` headings."
+
 
 def ensure_chat_template(tokenizer: Any) -> Any:
     """`tokenizer`, with DEFAULT_CHAT_TEMPLATE where it has no template of its own."""

@@ -148,11 +148,14 @@ class StopRequest:
     def __init__(self) -> None:
         self._asked, self._ended = threading.Event(), threading.Event()
         self._runner: Runner | None = None
+        self.came = False
+        """Whether it was asked for while workers trained, be it too late for them."""
 
     def ask(self) -> None:
         """Called by a signal handler, so it only raises or sets a flag."""
         if self._runner is None or self._asked.is_set():
             raise KeyboardInterrupt
+        self.came = True
         self._asked.set()
 
     @contextlib.contextmanager
@@ -368,7 +371,10 @@ class _Attempt:
         with self.stop.stops(runner):
             for event in runner.events():
                 self.emit(event)
-        return runner.outcome()
+        outcome = runner.outcome()
+        if self.stop.came:  # when all steps were done: what is left is for the next attempt
+            raise KeyboardInterrupt
+        return outcome
 
     def _layout(self) -> str:
         plan = self.plan

@@ -59,8 +59,8 @@ def local_folder(
     """
     if is_url(path):
         return _fetched(os.fspath(path).rstrip("/"), patterns)
-    if Path(path).is_dir():
-        return Path(path)
+    if (here := Path(path).expanduser()).is_dir():
+        return here
     if is_hub_id(path):
         return _from_hub(os.fspath(path), patterns, revision, token)
     raise FolderError(f"{os.fspath(path)!r} is not a directory. {WHERE}")

@@ -97,6 +97,10 @@ DEFAULT_FEEDFORWARD: dict[str, Sequence[str]] = {
 }
 
 
+class UnmatchedWarning(UserWarning):
+    """`FIELD: NAMES matched no layer`: some targets or patterns match, these do not."""
+
+
 @dataclass(frozen=True)
 class BaseFacts:
     """What targets are chosen from.
@@ -143,18 +147,13 @@ def resolve(config: Any, facts: BaseFacts) -> list[str]:
                 "fits on it. Name the linear, embedding or convolution layers in it."
             )
     if not isinstance(config.target_modules, str):
-        _warn_of_unmatched(
-            [target for target in config.target_modules if not any(ends_in([target], n) for n in matched)],
-            "target_modules",
-            facts,
-        )
+        layers = [name for name, kind in facts.layers.items() if kind != "module"]
+        absent = [target for target in config.target_modules if not any(ends_in([target], n) for n in layers)]
+        _warn_of_unmatched(absent, f"layer of {facts.name}", layers, "target_modules")
     for field_name in ("rank_pattern", "alpha_pattern"):
         pattern = getattr(config, field_name, None) or {}
-        _warn_of_unmatched(
-            [key for key in pattern if not any(by_pattern({key: True}, n, False) for n in matched)],
-            field_name,
-            facts,
-        )
+        absent = [key for key in pattern if not any(by_pattern({key: True}, n, False) for n in matched)]
+        _warn_of_unmatched(absent, f"adapted layer of {facts.name}", matched, field_name)
     return matched
 
 
@@ -285,8 +284,9 @@ def _some(ends: Counter[str]) -> str:
     return ", ".join(repr(end) for end, _ in ends.most_common(8))
 
 
-def _warn_of_unmatched(unmatched: list[str], field_name: str, facts: BaseFacts) -> None:
-    if unmatched:
-        warnings.warn(
-            f"{field_name}: {', '.join(map(repr, unmatched))} matched no layer of {facts.name}.", stacklevel=4
-        )
+def _warn_of_unmatched(absent: list[str], of_what: str, layers: Sequence[str], field_name: str) -> None:
+    if absent:
+        message = f"{field_name}: {', '.join(map(repr, absent))} matched no {of_what}."
+        near = closest(absent[0].rpartition(".")[2], {name.rpartition(".")[2] for name in layers})
+        hint = f" Similar: {near[0]!r}." if near else ""
+        warnings.warn(message + hint, UnmatchedWarning, stacklevel=4)

@@ -10,7 +10,7 @@ from typing import Any
 from peft_dist.catalog import config_class
 from peft_dist.contract import Param, Site
 from peft_dist.errors import PeftDistError
-from peft_dist.targets import BaseFacts, resolve
+from peft_dist.targets import BaseFacts, UnmatchedWarning, resolve
 
 from ..errors import SpecError
 from ..spec.adapter import peft_config
@@ -55,7 +55,7 @@ def adapter_sizes(spec: AdapterSpec, sizes: ModelSizes) -> AdapterSizes:
     """Counts the adapter's tensors on this base.
 
     Raises:
-        SpecError: the targets match nothing, or a layer that the method cannot adapt.
+        SpecError: a target or a pattern matches nothing, or a layer that the method cannot adapt.
     """
     config: Any = config_class(spec.type.upper())(**peft_config(spec))
     saved = tuple(_saved_modules(config, sizes))
@@ -95,8 +95,12 @@ def _sites(config: Any, sizes: ModelSizes) -> list[SiteSizes]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            warnings.simplefilter("error", UnmatchedWarning)  # a typo would quietly leave layers out
             names = resolve(config, facts)
         return [_site(config, name, kinds[name], sizes) for name in names]
+    except UnmatchedWarning as error:
+        field_name, _, message = str(error).partition(": ")
+        raise SpecError(message, where=f"adapter.{field_name}") from error
     except PeftDistError as error:
         message = str(error).removeprefix("targets: ")
         raise SpecError(message, where="adapter.target_modules") from error

@@ -8,6 +8,7 @@ from __future__ import annotations
 import glob
 import heapq
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ _COLUMNS = {
 
 def longest_row(spec: JobSpec) -> int | None:
     """Tokens of the longest training row; None where the data or the tokenizer is not at hand."""
-    tokenizer = Path(spec.model.base_model) / "tokenizer.json"
+    tokenizer = Path(spec.model.base_model).expanduser() / "tokenizer.json"
     try:
         if not tokenizer.is_file():
             return None
@@ -49,7 +50,7 @@ def longest_row(spec: JobSpec) -> int | None:
 
 
 def _longest_lines(dataset: DatasetSpec) -> list[bytes]:
-    paths = [Path(name) for name in glob.glob(dataset.path)]
+    paths = [Path(name) for name in glob.glob(os.path.expanduser(dataset.path))]
     if not paths or any(path.suffix not in (".jsonl", ".ndjson") for path in paths):
         raise OSError(dataset.path)
     if sum(path.stat().st_size for path in paths) > _MOST_BYTES:

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from orchestrator.chat_template import NO_TEMPLATE
 from orchestrator.model_folder import model_folder
 from orchestrator.spec.job import JobSpec
 
@@ -120,7 +121,7 @@ class Inspection:
             f"{report.longest}), {report.dropped} dropped, {report.duplicates} duplicates"
         )
         if not self.has_chat_template:
-            yield "The base brings no chat template: chats have `### User:` and `### Assistant:` headings."
+            yield NO_TEMPLATE
 
 
 def inspect(spec: JobSpec, num_rows: int = 3) -> Inspection:

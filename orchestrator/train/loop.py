@@ -223,7 +223,7 @@ class Training:
         kept = (
             f"the last good checkpoint is at step {self.saved_step}"
             if self.saved_step
-            else "no checkpoint yet"
+            else "there is no checkpoint yet"
         )
         lower = "Lower training.learning_rate"
         hint = (

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator import objects
+from orchestrator.chat_template import NO_TEMPLATE
 from orchestrator.errors import ModelError, TrainingError
 from orchestrator.runner import TrainRequest
 from peft_dist.errors import BaseModelError, PeftDistError
@@ -81,10 +82,13 @@ class _Run:
         self.request, self.spec, self.group = request, request.spec, group
         self.precision, self.reporter, self.scratch = precision, reporter, scratch
         self.tokenizer = load_tokenizer(self.spec.model)
+        has_template = bool(self.tokenizer.chat_template)
         base = load_frozen_base(self.spec, precision, group.device)
         positions = max_positions(base.config.to_dict(), self.spec)  # type: ignore[union-attr,operator]
         self.examples: Examples = load_examples(self.spec, self.tokenizer, max_len=positions)
         self._emit("state", state="starting", message=self.examples.report.sentence())
+        if not has_template and any(each.type == "chat" for each in self.spec.data.datasets):
+            self._emit("warning", message=NO_TEMPLATE)
         checkpoint = self._newest()
         self.model = build_model(request, base, group, self._source(checkpoint))
         self.evaluation = Evaluation(
@@ -103,7 +107,7 @@ class _Run:
         training = self.training
         try:
             if training.position.step < training.total_steps:
-                message = f"step {training.position.step} of {training.total_steps}"
+                message = f"training from step {training.position.step} to {training.total_steps}"
                 self._emit("state", state="training", message=message)
             training.run()
             metrics = self._measure()
@@ -172,7 +176,7 @@ class _Run:
         found = {"train_loss": position.loss_sum / max(1.0, position.target_tokens)}
         if not self.evaluation.used:
             return found
-        self._emit("state", state="evaluating", message=f"{len(self.evaluation.used)} rows")
+        self._emit("state", state="evaluating", message=self._evaluating())
         known = position.metrics.get("eval_loss") if position.evaluated_at == position.step else None
         found |= self.evaluation.measure(self.model, known)
         others = {
@@ -182,6 +186,10 @@ class _Run:
         found |= compare(self.evaluation, self.model, others)
         self._emit("eval", step=position.step, metrics=found)
         return found
+
+    def _evaluating(self) -> str:
+        models = ["the adapter", "the bare base", *self.request.compare]
+        return f"evaluating on {len(self.evaluation.used)} rows: {', '.join(models)}"
 
     def _save_final(self) -> str:
         url = objects.join(self.request.run_dir, "final")

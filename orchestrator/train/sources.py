@@ -58,7 +58,7 @@ def read_rows(dataset: DatasetSpec) -> Iterator[SourceRow]:
 
     Raises DataError where the path matches nothing, a file cannot be read, is not UTF-8 or malformed.
     """
-    path = dataset.path
+    path = os.path.expanduser(dataset.path)
     if "://" in path:
         files = _remote_files(path, dataset.split)
     elif os.path.isdir(path):

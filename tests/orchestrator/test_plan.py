@@ -172,6 +172,16 @@ def test_targets_that_match_nothing_are_found_without_the_weights():
         make_plan(spec_of("adapter: {target_modules: [v_prj]}\n"), ONE, llama())
 
 
+def test_one_target_of_several_that_matches_nothing_is_refused_too():
+    with pytest.raises(SpecError) as raised:
+        make_plan(spec_of("adapter: {target_modules: [q_proj, v_prj]}\n"), ONE, llama())
+    assert str(raised.value) == (
+        "adapter.target_modules: 'v_prj' matched no layer of LlamaForCausalLM. Similar: 'v_proj'."
+    )
+    with pytest.raises(SpecError, match=r"^adapter.rank_pattern: 'k_proj' matched no adapted layer"):
+        make_plan(spec_of("adapter: {target_modules: [q_proj], rank_pattern: {k_proj: 4}}\n"), ONE, llama())
+
+
 def test_rows_are_as_long_as_the_base_allows():
     assert make_plan(spec_of(), ONE, llama()).sequence_len == 512
     assert make_plan(spec_of(), ONE, None).sequence_len == 2048

@@ -286,6 +286,24 @@ def test_ctrl_c_while_training_has_the_workers_save_first(house):
     assert house.runner.stopped.is_set() and house.environment.runs.get("docs").state == "interrupted"
 
 
+def test_ctrl_c_that_comes_too_late_for_the_workers_still_ends_the_command(house):
+    """All steps were done when it came: nothing is registered or deployed behind the user's back."""
+    stop = StopRequest()
+    house.runner.stop = lambda: None
+    emit = house.runner.events
+
+    def events() -> Iterator[Event]:
+        yield from emit()
+        stop.ask()
+
+    house.runner.events = events
+    with pytest.raises(Interrupted):
+        house.run(job(), stop=stop)
+    assert house.environment.registry.names() == []
+    house.runner.events = emit
+    assert house.run(job()).adapter == "docs@1"
+
+
 def test_ctrl_c_at_any_other_time_leaves_at_once():
     with pytest.raises(KeyboardInterrupt):
         StopRequest().ask()

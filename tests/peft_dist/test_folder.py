@@ -86,3 +86,11 @@ def test_a_fetch_that_fails_lets_the_next_one_try(tmp_path: Path, monkeypatch: p
         with pytest.raises(FolderError, match="the network is gone"):
             local_folder("organisation/base", ("*.json",))
     assert list((tmp_path / "cache" / ".locks").iterdir()) == []
+
+
+def test_a_folder_below_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "base").mkdir()
+    assert local_folder("~/base", ("*.json",)) == tmp_path / "base"
+    with pytest.raises(FolderError, match="'~/other' is not a directory"):
+        local_folder("~/other", ("*.json",))

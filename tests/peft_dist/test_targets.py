@@ -175,9 +175,11 @@ def test_an_unknown_architecture_needs_names() -> None:
 
 
 def test_what_matches_nothing_beside_what_does_is_warned_of() -> None:
-    with pytest.warns(UserWarning, match=r"target_modules: 'v_prj' matched no layer of LlamaForCausalLM."):
+    with pytest.warns(UserWarning, match=r"'v_prj' matched no layer of LlamaForCausalLM. Similar: 'v_proj'."):
         resolved(target_modules=["q_proj", "v_prj"])
-    with pytest.warns(UserWarning, match=r"rank_pattern: 'k_proj' matched no layer of LlamaForCausalLM."):
+    with pytest.warns(
+        UserWarning, match=r"rank_pattern: 'k_proj' matched no adapted layer of LlamaForCausalLM."
+    ):
         resolved(target_modules=["q_proj"], rank_pattern={"k_proj": 3})
 
 

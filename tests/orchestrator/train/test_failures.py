@@ -11,10 +11,23 @@ LOST = WorkerHealthCheckFailedError(
 LINK = RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1234")
 
 
+KILLED = RayActorError(
+    error_msg="The actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR Worker exit "
+    "detail: Worker unexpectedly exits with a connection error code 2. End of file. Some common causes include: "
+    "(1) the process was killed by the OOM killer due to high memory usage, (2) ray stop --force was called"
+)
+
+
 @pytest.mark.parametrize(
     ("failures", "rank", "words", "can_retry"),
     [
         ({0: LINK, 1: LOST}, 1, "worker 1 was lost: worker exit: SIGKILL", True),
+        (
+            {0: LINK, 1: KILLED},
+            1,
+            "worker 1 was lost: its process ended without a word: killed, out of the node's memory, or crashed.",
+            True,
+        ),
         ({0: LINK}, 0, "worker 0 lost the others: [gloo/", True),
         ({0: LINK, 1: DataError("no row.", where="data")}, 1, "data: no row.", False),
         (

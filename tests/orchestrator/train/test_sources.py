@@ -49,6 +49,12 @@ def test_jsonl_keeps_values_as_written_and_counts_lines_not_rows(tmp_path):
     ]
 
 
+def test_a_path_below_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_jsonl(tmp_path / "a.jsonl")
+    assert values("~/a.jsonl") == ROWS and values("~/*.jsonl") == ROWS
+
+
 def test_json_document_may_be_a_list_a_wrapped_list_one_row_or_lines(tmp_path):
     path = tmp_path / "a.json"
     for text in (
