@@ -15,7 +15,7 @@ import huggingface_hub
 from huggingface_hub import constants
 
 from .errors import DataError, closest
-from .model_folder import HUB_ID, ModelFolder, model_folder
+from .model_folder import HUB_ID, ModelFolder, looked_at, model_folder
 from .objects import is_local, local_path
 from .spec.job import DatasetSpec, JobSpec
 from .weights_table import read_table
@@ -111,7 +111,8 @@ def _dataset_hash(dataset: DatasetSpec, key: str) -> str:
     if has_magic(path):
         files = [file for file in sorted(_globbed(local)) if file.is_file()]
         if not files:
-            raise DataError(f"'{path}' matches no file.", where=key, hint="Check the pattern.")
+            problem = f"'{path}' matches no file{looked_at(path)}."
+            raise DataError(problem, where=key, hint="Check the pattern.")
         return _files_hash(files, local.parent, key)
     if local.is_dir():
         files = sorted(file for file in local.rglob("*") if file.is_file() and not _is_hidden(file, local))
@@ -126,7 +127,7 @@ def _dataset_hash(dataset: DatasetSpec, key: str) -> str:
         closest(local.name, [entry.name for entry in local.parent.iterdir()]) if local.parent.is_dir() else []
     )
     hint = f"Did you mean '{Path(path).parent / near[0]}'?" if near else "Check the path."
-    raise DataError(f"'{path}' does not exist.", where=key, hint=hint)
+    raise DataError(f"'{path}' does not exist{looked_at(path)}.", where=key, hint=hint)
 
 
 def _globbed(pattern: Path) -> list[Path]:

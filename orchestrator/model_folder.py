@@ -120,8 +120,14 @@ def model_folder(base_model: str, revision: str = "main") -> ModelFolder:
             f"the base '{base_model}' is a file, not a folder.", hint="Name the folder that it is in."
         )
     if not HUB_ID.match(base_model):
-        raise ModelError(f"the base '{base_model}' does not exist.", hint=_hint(path))
+        raise ModelError(f"the base '{base_model}' does not exist{looked_at(base_model)}.", hint=_hint(path))
     return _on_hub(base_model, revision, path)
+
+
+def looked_at(given: str) -> str:
+    """`: there is no /whole/path`, for a relative path; what was asked for need not be said again."""
+    is_whole = given.startswith(("/", "file://"))
+    return "" if is_whole else f": there is no {local_path(given)}"
 
 
 def _hint(path: Path) -> str:

@@ -11,11 +11,15 @@ from typing import TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn
+from rich.table import Column
 
 from .runner import Event
 
 PLAIN_INTERVAL_S = 5.0
 """Seconds between two progress lines where there is no terminal to redraw."""
+
+WIDE = 80
+"""Columns from which the bar leaves room for all facts of a step."""
 
 
 class View(AbstractContextManager["View"]):
@@ -64,7 +68,7 @@ class LiveView(View):
             SpinnerColumn(),
             TextColumn("{task.description}"),
             BarColumn(),
-            MofNCompleteColumn(),
+            MofNCompleteColumn(table_column=Column(no_wrap=True)),  # else it is cut before the bar is
             TextColumn("{task.fields[facts]}"),
             console=console,
             transient=True,
@@ -88,7 +92,7 @@ class LiveView(View):
                 description="training",
                 completed=event["step"],
                 total=event["total_steps"],
-                facts=progress_facts(event),
+                facts=progress_facts(event) if self.console.width >= WIDE else short_facts(event),
             )
         else:
             if kind == "state":
@@ -113,6 +117,11 @@ def progress_facts(event: Event) -> str:
         f"loss {event['loss']:.4f}  lr {event['learning_rate']:.1e}  "
         f"{event['tokens_per_s']:,.0f} tokens/s  {clock(event['eta_s'])} left"
     )
+
+
+def short_facts(event: Event) -> str:
+    """`loss 2.31  0:12 left`."""
+    return f"loss {event['loss']:.4f}  {clock(event['eta_s'])} left"
 
 
 def clock(seconds: float) -> str:

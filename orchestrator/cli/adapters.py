@@ -76,7 +76,8 @@ def show(ref: AdapterArgument, cluster: ClusterOption = None, as_json: AsJson = 
     if as_json:
         print_json(version.to_dict())
         return
-    facts = version.to_dict() | {"created": when(version.created)}
+    forced = [{**each, "at": when(each["at"])} for each in version.forced]
+    facts = version.to_dict() | {"created": when(version.created), "forced": forced}
     lineage, files = facts.pop("lineage"), facts.pop("files")
     facts |= {f"lineage.{key}": value for key, value in lineage.items()}
     facts |= {file: f"{about['size_bytes']:,} bytes" for file, about in files.items()}
@@ -159,4 +160,4 @@ def evaluate(
     if as_json:
         print_json(measured)
     else:
-        console.print(describe_metrics(measured), highlight=False)
+        console.print(describe_metrics(measured), highlight=False, soft_wrap=True)

@@ -62,6 +62,9 @@ RunArgument = Annotated[
     str, typer.Argument(metavar="ID", help="A run's id or name.", autocompletion=complete_runs)
 ]
 
+UNWRAPPED = 100_000
+"""Columns where there is no terminal to wrap for."""
+
 console = Console()
 errors = Console(stderr=True)
 
@@ -72,14 +75,16 @@ def print_json(value: Any) -> None:
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """A title and a table; empty cells for None, times and other values as people read them."""
-    table = Table(box=None, header_style="bold", pad_edge=False)
+    """A title and a table; empty cells for None, times and other values as people read them. Without a terminal
+    nothing is wrapped: each row is one line, for grep."""
+    table = Table(box=None, header_style="bold", pad_edge=False, show_header=any(columns))
     for number, column in enumerate(columns):
         table.add_column(column, no_wrap=number == 0, overflow="fold")
     for row in rows:
         table.add_row(*map(Text, map(cell_text, row)))
-    console.print(Text(title, "italic"), soft_wrap=True)
-    console.print(table)
+    wide = console if console.is_terminal else Console(width=UNWRAPPED)
+    wide.print(Text(title, "italic"), soft_wrap=True)
+    wide.print(table)
 
 
 def cell_text(value: Any) -> str:

@@ -62,7 +62,7 @@ def show_result(result: RunResult) -> None:
     if not result.already:  # else it was said while it ran
         console.print(f"{result.state}: {result.adapter}  ({result.wall_s:.0f} s)", highlight=False)
     if result.metrics:
-        console.print(describe_metrics(result.metrics), highlight=False)
+        console.print(describe_metrics(result.metrics), highlight=False, soft_wrap=True)
     for line in api.improvement(result.metrics):
         console.print(line, highlight=False)
     for reason in result.reasons:

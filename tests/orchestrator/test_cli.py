@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 
@@ -137,6 +138,19 @@ def test_the_registry_from_the_command_line(raypeft, registry, tmp_path):
     assert code == 1 and "docs@production is this version" in err
     registry.remove_alias("docs", "production")
     assert raypeft("delete", "docs@1")[1] == "deleted docs@1\n"
+
+
+def test_without_a_terminal_each_row_is_one_line(raypeft, registry, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    registry.register(
+        "docs", make_adapter(tmp_path / "a"), lineage(metrics={f"metric_{i}": 0.5 for i in range(9)})
+    )
+    registry.hold("docs@1", "tiny", forced=True, reasons=["eval_loss < 1"])
+    title, header, row = raypeft("adapters", "docs")[1].splitlines()
+    assert title.startswith("Registry ") and header.startswith("version")
+    assert row.startswith("docs@1") and "metric_8 0.5000" in row
+    shown = raypeft("show", "docs@1")[1]
+    assert re.search(r"^forced +endpoint tiny  at \d{4}-\d\d-\d\d .*  reasons eval_loss < 1 *$", shown, re.M)
 
 
 def test_registering_needs_a_base(raypeft, tmp_path):

@@ -137,7 +137,7 @@ def test_what_is_no_base_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     (pickled / "pytorch_model.bin").write_bytes(b"")
     os.truncate(base / "model.safetensors", size - 10)
     cases = {
-        "./tinny": f"the base './tinny' does not exist. Did you mean '{base}'?",
+        "./tinny": f"the base './tinny' does not exist: there is no {tmp_path / 'tinny'}. Did you mean '{base}'?",
         "/no/where/at/all": "the base '/no/where/at/all' does not exist. "
         "Name a directory, an fsspec URL (s3://...) or a hub id (ORGANISATION/MODEL).",
         "tiny/config.json": "the base 'tiny/config.json' is a file, not a folder. "
@@ -329,9 +329,11 @@ def test_missing_data_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     Path("rows/train.jsonl").write_text("1\n")
     Path("empty").mkdir()
     for path, text in {
-        "rows/trian.jsonl": "'rows/trian.jsonl' does not exist. Did you mean 'rows/train.jsonl'?",
-        "nowhere/at/all.jsonl": "'nowhere/at/all.jsonl' does not exist. Check the path.",
-        "rows/*.csv": "'rows/*.csv' matches no file. Check the pattern.",
+        "rows/trian.jsonl": f"'rows/trian.jsonl' does not exist: there is no {tmp_path / 'rows/trian.jsonl'}. "
+        "Did you mean 'rows/train.jsonl'?",
+        "nowhere/at/all.jsonl": f"'nowhere/at/all.jsonl' does not exist: there is no "
+        f"{tmp_path / 'nowhere/at/all.jsonl'}. Check the path.",
+        "rows/*.csv": f"'rows/*.csv' matches no file: there is no {tmp_path / 'rows/*.csv'}. Check the pattern.",
         "empty": "the folder 'empty' has no files. Put data into it.",
     }.items():
         with pytest.raises(DataError) as caught:

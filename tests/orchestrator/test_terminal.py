@@ -67,6 +67,15 @@ def test_live_view_shows_the_bar_and_keeps_what_happened():
     assert "two workers" in shown and "3/10" in shown and "loss 2.5000" in shown
 
 
+def test_a_narrow_terminal_still_shows_step_loss_and_time_left():
+    console = Console(file=io.StringIO(), force_terminal=True, width=48)
+    with LiveView(console) as view:
+        view(PROGRESS)
+        view.bar.refresh()
+    shown = console.file.getvalue()
+    assert "3/10" in shown and "loss 2.5000  1:05 left" in shown and "…" not in shown
+
+
 def test_the_view_follows_flags_and_terminal():
     pipe, terminal = Console(file=io.StringIO()), Console(file=io.StringIO(), force_terminal=True)
     kinds = [
