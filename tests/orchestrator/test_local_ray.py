@@ -217,6 +217,8 @@ def test_a_home_that_cannot_be_written_is_named(tmp_path, monkeypatch):
 
 
 def test_a_given_token_is_used_and_an_absent_file_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(local_ray, "_set_aside", {})  # another test's Ray may have been joined
+    monkeypatch.delenv(local_ray.ATTACHED, raising=False)
     monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
     monkeypatch.setenv("RAY_AUTH_TOKEN", "given")
     assert Path(local_ray._write_token(tmp_path)).read_text() == "given"
