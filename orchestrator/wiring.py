@@ -4,6 +4,8 @@ neither torch nor Ray pays for neither."""
 from __future__ import annotations
 
 import os
+import signal
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -79,11 +81,25 @@ def connect(cluster: Cluster) -> None:
         return
     _keep_quiet()
     try:
-        ray.init(address=address, log_to_driver=False, logging_level="ERROR", namespace="raypeft")
+        with _own_signals():
+            ray.init(address=address, log_to_driver=False, logging_level="ERROR", namespace="raypeft")
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise ClusterError(
             f"Ray does not answer: {error}", where=address, hint="See: raypeft up, raypeft down."
         ) from error
+
+
+@contextmanager
+def _own_signals() -> Iterator[None]:
+    """Puts back what Ctrl-C and SIGTERM did before: a Ray that connects lets SIGTERM abort the process."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in before.items():
+                if handler is not None:  # one that was not set from Python cannot be put back
+                    signal.signal(number, handler)
 
 
 def _keep_quiet() -> None:
@@ -176,7 +192,6 @@ def rayjob(spec: JobSpec, cluster: Cluster) -> str:
 
 def _runner(cluster: Cluster) -> Runner:
     import importlib
-    import threading
 
     # seconds of importing that Ray's start leaves a processor for; an import elsewhere waits for this one
     threading.Thread(target=importlib.import_module, args=("torch",), daemon=True).start()
