@@ -40,14 +40,20 @@ class Base:
         return positions or (limit if limit < 10**9 else _CONTEXT_WHERE_UNKNOWN)
 
 
-def load(path: str, revision: str, threads: int) -> Base:
+def load(spec: ModelSpec, threads: int) -> Base:
     """The base in the dtype of its files, on the GPU that this process was given or else the CPU.
 
     Args:
         threads: CPU threads of the process, for good.
     """
     torch.set_num_threads(threads)
-    model: Any = load_base(path, task="CAUSAL_LM", dtype="auto", revision=revision)
+    model: Any = load_base(
+        spec.base_model,
+        task="CAUSAL_LM",
+        dtype="auto",
+        revision=spec.revision,
+        trust_remote_code=spec.trust_remote_code,
+    )
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    tokenizer = load_tokenizer(ModelSpec(base_model=path, revision=revision))
+    tokenizer = load_tokenizer(spec)
     return Base(model.to(device).eval().requires_grad_(False), ensure_chat_template(tokenizer))

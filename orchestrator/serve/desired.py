@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from ..identity import BaseIdentity
+from ..spec.job import ModelSpec
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,17 @@ class Desired:
     base: BaseIdentity
     threads: int = 1
     """CPU threads of each replica."""
+    trust_remote_code: bool = False
+    """Whether a job that trained one of its adapters said so of the base."""
     adapters: tuple[Served, ...] = field(default=())
+
+    @property
+    def model(self) -> ModelSpec:
+        """The base as a job names it."""
+        revision = self.base.revision or "main"
+        return ModelSpec(
+            base_model=self.base.source, revision=revision, trust_remote_code=self.trust_remote_code
+        )
 
     def served(self, ref: str) -> Served | None:
         """The entry of a version, None where it is not served."""
@@ -72,6 +83,7 @@ class Desired:
             endpoint=stored["endpoint"],
             base=BaseIdentity(**_known(BaseIdentity, stored["base"])),
             threads=stored.get("threads", 1),
+            trust_remote_code=stored.get("trust_remote_code", False),
             adapters=tuple(Served(**_known(Served, entry)) for entry in stored.get("adapters", ())),
         )
 

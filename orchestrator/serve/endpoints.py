@@ -16,6 +16,7 @@ from ..identity import BaseIdentity, base_identity
 from ..registry import AdapterVersion, Registry
 from ..runner import Event
 from ..service import Deployment
+from ..spec.canonical import load_stored
 from ..spec.job import DeploySpec
 from . import serve_cluster
 from .desired import Desired, Served
@@ -226,7 +227,9 @@ class RayEndpoints:
 
         def add(now: dict[str, Any] | None) -> dict[str, Any]:
             there = Desired.from_dict(now) if now else Desired(endpoint, base)
-            return replace(there, base=base, threads=threads).with_adapter(entry).to_dict()
+            trusts = there.trust_remote_code or _trusts_code(version)
+            now_there = replace(there, base=base, threads=threads, trust_remote_code=trusts)
+            return now_there.with_adapter(entry).to_dict()
 
         reasons = version.lineage.gate_reasons if entry.forced else ()
         self._registry.hold(entry.ref, endpoint, forced=entry.forced, reasons=reasons)
@@ -346,6 +349,12 @@ def _check_gate(version: AdapterVersion, force: bool) -> None:
             f"the gate refused {version.ref}" + (f": {reasons}." if reasons else "."),
             hint=f"Deploy it all the same with: raypeft deploy {version.ref} --force (it is recorded)",
         )
+
+
+def _trusts_code(version: AdapterVersion) -> bool:
+    """Whether the job that trained a version trusts the code that the base's repository brings."""
+    spec = version.lineage.resolved_spec
+    return spec is not None and load_stored(spec).model.trust_remote_code
 
 
 def _check_base(version: AdapterVersion, base_model: str, revision: str) -> BaseIdentity:

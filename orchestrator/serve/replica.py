@@ -42,7 +42,7 @@ class Replica:
         desired = self._read_desired()
         if desired is None:
             raise ServeError(f"endpoint '{endpoint}' is not in the registry {registry_url}.")
-        base = base_model.load(desired.base.source, desired.base.revision or "main", desired.threads)
+        base = base_model.load(desired.model, desired.threads)
         self._prompts = Prompts(base.tokenizer)
         self._engine = sequential.SequentialEngine(
             base.model, self._prompts.decode, base.eos_ids, base.max_context

@@ -18,6 +18,7 @@ from orchestrator.serve.catalogue import Catalogue
 from orchestrator.serve.desired import Desired, Served
 from orchestrator.serve.prompts import Prompts
 from orchestrator.serve.sequential import SequentialEngine
+from orchestrator.spec.job import ModelSpec
 from tests.orchestrator.serve import tiny
 
 
@@ -66,7 +67,7 @@ def served(tiny_base, tmp_path) -> Iterator[Endpoint]:
     registry = Registry(tmp_path / "registry")
     identity = base_identity(str(tiny_base))
     registry.update_endpoint("tiny", lambda now: Desired("tiny", identity).to_dict())
-    base = base_model.load(str(tiny_base), "main", threads=1)
+    base = base_model.load(ModelSpec(base_model=str(tiny_base)), threads=1)
     prompts = Prompts(base.tokenizer)
     engine = SequentialEngine(base.model, prompts.decode, base.eos_ids, base.max_context)
 

@@ -9,6 +9,7 @@ from orchestrator.serve import base_model
 from orchestrator.serve.engine import EngineDead, Generation
 from orchestrator.serve.prompts import Prompts
 from orchestrator.serve.sequential import SequentialEngine
+from orchestrator.spec.job import ModelSpec
 from orchestrator.train.records import Record
 from orchestrator.train.render import render
 
@@ -17,7 +18,7 @@ PROMPT = tuple(range(40, 60))
 
 @pytest.fixture
 def engine(tiny_base):
-    base = base_model.load(str(tiny_base), "main", threads=1)
+    base = base_model.load(ModelSpec(base_model=str(tiny_base)), threads=1)
     engine = SequentialEngine(base.model, Prompts(base.tokenizer).decode, frozenset(), base.max_context)
     yield engine
     engine.close()
