@@ -55,7 +55,7 @@ class PlainView(View):
             if not is_last and time.monotonic() - self.last < PLAIN_INTERVAL_S:
                 return
             self.last = time.monotonic()
-        if line := describe(event):
+        if not is_last_word(event) and (line := describe(event)):
             print(line, file=self.out, flush=True)
 
 
@@ -97,7 +97,7 @@ class LiveView(View):
         else:
             if kind == "state":
                 self.bar.update(self.task, description=event["state"])
-            if line := describe(event):
+            if not is_last_word(event) and (line := describe(event)):
                 style = {"failure": "red", "warning": "yellow"}.get(kind)
                 self.console.print(line, style=style, highlight=False, markup=False)
 
@@ -122,6 +122,11 @@ def progress_facts(event: Event) -> str:
 def short_facts(event: Event) -> str:
     """`loss 2.31  0:12 left`."""
     return f"loss {event['loss']:.4f}  {clock(event['eta_s'])} left"
+
+
+def is_last_word(event: Event) -> bool:
+    """Whether an event is the failure that ends the command, which says it as its error."""
+    return event["event"] == "failure" and not event["will_retry"]
 
 
 def clock(seconds: float) -> str:

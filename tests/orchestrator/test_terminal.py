@@ -88,3 +88,14 @@ def test_the_view_follows_flags_and_terminal():
         ]
     ]
     assert kinds == [JsonView, View, LiveView, PlainView]
+
+
+def test_the_failure_that_ends_a_command_is_left_to_its_error():
+    last = {"event": "failure", "attempt": 3, "rank": 0, "cause": "no room", "will_retry": False}
+    plain, console = io.StringIO(), Console(file=io.StringIO(), force_terminal=True, width=140)
+    with PlainView(plain) as view, LiveView(console) as live:
+        for event in (last, {**last, "will_retry": True}):
+            view(event)
+            live(event)
+    for shown in (plain.getvalue(), console.file.getvalue()):
+        assert shown.count("no room") == 1 and "going on from the last checkpoint" in shown
