@@ -39,7 +39,7 @@ def check_placement(spec: JobSpec, bundle: Bundle, cluster: ClusterFacts) -> Non
     if wanted <= most:
         return
     labels = spec.resources.labels
-    if labels and not any(_has_labels(node, labels) for node in cluster.nodes) and not _grows(cluster):
+    if labels and not any(has_labels(node.labels, labels) for node in cluster.nodes) and not _grows(cluster):
         text = ", ".join(f"{key}={value}" for key, value in labels.items())
         raise PlacementError(
             f"no node of {_name(cluster)} has the labels {text}.",
@@ -66,8 +66,8 @@ def _advice(spec: JobSpec, bundle: Bundle, cluster: ClusterFacts, most: int) -> 
 
 def most_workers(spec: JobSpec, bundle: Bundle, cluster: ClusterFacts) -> int:
     """Workers that the cluster can ever hold, the autoscaler's maximum counted."""
-    nodes = [node for node in cluster.nodes if _has_labels(node, spec.resources.labels)]
-    room = [_capacity({"CPU": node.cpus, "GPU": node.gpus}, bundle) for node in nodes]
+    nodes = [node for node in cluster.nodes if has_labels(node.labels, spec.resources.labels)]
+    room = [capacity({"CPU": node.cpus, "GPU": node.gpus}, bundle) for node in nodes]
     strategy = spec.resources.placement
     now = {
         "STRICT_PACK": max(room, default=0),
@@ -76,7 +76,7 @@ def most_workers(spec: JobSpec, bundle: Bundle, cluster: ClusterFacts) -> int:
     if not _grows(cluster):
         return now
     # The sizes of nodes to come are not known: the totals bound every strategy, the count of nodes STRICT_SPREAD.
-    later = _capacity({"CPU": cluster.max_cpus, "GPU": cluster.max_gpus}, bundle)
+    later = capacity({"CPU": cluster.max_cpus, "GPU": cluster.max_gpus}, bundle)
     if strategy == "STRICT_SPREAD":
         later = min(later, cluster.max_nodes)
     return max(now, later)
@@ -87,13 +87,15 @@ def _grows(cluster: ClusterFacts) -> bool:
     return cluster.max_cpus > cpus or cluster.max_gpus > gpus
 
 
-def _capacity(resources: Bundle, bundle: Bundle) -> int:
+def capacity(resources: Bundle, bundle: Bundle) -> int:
+    """How many bundles fit into resources."""
     parts = [math.floor(resources.get(name, 0) / amount + 1e-9) for name, amount in bundle.items() if amount]
     return min(parts, default=0)
 
 
-def _has_labels(node: NodeFacts, labels: Mapping[str, str]) -> bool:
-    return all(_matches(node.labels.get(key), wanted) for key, wanted in labels.items())
+def has_labels(labels: Mapping[str, str], wanted: Mapping[str, str]) -> bool:
+    """Whether a node with `labels` is one that is wanted; Ray's selectors `in(a, b)`, `!a`, `!in(a, b)` count too."""
+    return all(_matches(labels.get(key), value) for key, value in wanted.items())
 
 
 def _matches(value: str | None, wanted: str) -> bool:
@@ -133,7 +135,7 @@ def gpu_memory(node: NodeFacts) -> int:
 
 def memory_shortage(spec: JobSpec, bundle: Bundle, cluster: ClusterFacts, worker_bytes: int) -> str | None:
     """One sentence where a worker's memory exceeds its GPU's, or a node's workers exceed the node's; else None."""
-    nodes = [node for node in cluster.nodes if _has_labels(node, spec.resources.labels)]
+    nodes = [node for node in cluster.nodes if has_labels(node.labels, spec.resources.labels)]
     if gpus := bundle.get("GPU", 0):
         most = max((gpu_memory(node) for node in nodes), default=0)
         if most and worker_bytes * max(1.0, 1 / gpus) > most * max(1.0, gpus):
@@ -148,7 +150,7 @@ def memory_shortage(spec: JobSpec, bundle: Bundle, cluster: ClusterFacts, worker
 
 def _spread(spec: JobSpec, bundle: Bundle, nodes: list[NodeFacts]) -> list[int]:
     """Workers on each node: PACK fills one after the other, SPREAD gives in turn."""
-    room = [_capacity({"CPU": node.cpus, "GPU": node.gpus}, bundle) for node in nodes]
+    room = [capacity({"CPU": node.cpus, "GPU": node.gpus}, bundle) for node in nodes]
     placed, left = [0] * len(nodes), spec.resources.num_workers
     if spec.resources.placement.endswith("PACK"):
         for index in sorted(range(len(nodes)), key=lambda each: -room[each]):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,8 @@ def _nodes(dashboard: Dashboard) -> tuple[NodeFacts, ...]:
     """The nodes that are alive. A head whose dashboard answers before its node has joined is waited for."""
     for _ in range(150):
         listed = dashboard.get("/api/v0/nodes?detail=1&limit=10000")["data"]["result"]["result"]
-        if nodes := tuple(_node(each) for each in listed if each["state"] == "ALIVE"):
+        alive = (each for each in listed if each["state"] == "ALIVE")
+        if nodes := tuple(node_facts(each["resources_total"], each.get("labels")) for each in alive):
             return nodes
         time.sleep(0.2)
     raise ClusterError(
@@ -72,12 +74,13 @@ def _nodes(dashboard: Dashboard) -> tuple[NodeFacts, ...]:
     )
 
 
-def _node(listed: dict[str, Any]) -> NodeFacts:
-    total, labels = listed["resources_total"], listed.get("labels") or {}
+def node_facts(resources: Mapping[str, float], labels: Mapping[str, str] | None) -> NodeFacts:
+    """A node from its resources and labels as Ray names them."""
+    labels = dict(labels or {})
     return NodeFacts(
-        cpus=total.get("CPU", 0),
-        gpus=total.get("GPU", 0),
-        memory=int(total.get("memory", 0)),
+        cpus=resources.get("CPU", 0),
+        gpus=resources.get("GPU", 0),
+        memory=int(resources.get("memory", 0)),
         labels=labels,
         gpu_type=labels.get(ACCELERATOR_LABEL),
     )
@@ -107,14 +110,7 @@ def facts_of_launcher(path: str) -> ClusterFacts | None:
         if "CPU" not in resources:
             return None
         count = min(each.get("max_workers", 0), limit) + (name == head_type)
-        node = NodeFacts(
-            cpus=resources["CPU"],
-            gpus=resources.get("GPU", 0),
-            memory=int(resources.get("memory", 0)),
-            labels=each.get("labels") or {},
-            gpu_type=(each.get("labels") or {}).get(ACCELERATOR_LABEL),
-        )
-        nodes += [node] * count
+        nodes += [node_facts(resources, each.get("labels"))] * count
     return _at_most(nodes, limit + 1, path)
 
 

@@ -6,18 +6,18 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping
-from typing import Any
 
 import ray
 from ray._private.state import state
 
-from ..cluster import ClusterFacts, NodeFacts
-from .facts import ACCELERATOR_LABEL
+from ..cluster import ClusterFacts
+from .facts import node_facts
 
 
 def facts_inside() -> ClusterFacts:
     """The facts of the Ray that this process is connected to (`ray.init` was called)."""
-    nodes = tuple(_node(node) for node in ray.nodes() if node["Alive"])
+    alive = (node for node in ray.nodes() if node["Alive"])
+    nodes = tuple(node_facts(node["Resources"], node.get("Labels")) for node in alive)
     limits: Mapping[str, float] = state.get_max_resources_from_cluster_config() or {}
     return ClusterFacts(
         nodes=nodes,
@@ -27,15 +27,4 @@ def facts_inside() -> ClusterFacts:
         ray_version=ray.__version__,
         python_version=platform.python_version(),
         source="the cluster's head",
-    )
-
-
-def _node(listed: dict[str, Any]) -> NodeFacts:
-    resources, labels = listed["Resources"], listed.get("Labels") or {}
-    return NodeFacts(
-        cpus=resources.get("CPU", 0),
-        gpus=resources.get("GPU", 0),
-        memory=int(resources.get("memory", 0)),
-        labels=labels,
-        gpu_type=labels.get(ACCELERATOR_LABEL),
     )

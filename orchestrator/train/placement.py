@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from orchestrator.plan import Plan
+from orchestrator.plan.placement import capacity, describe, has_labels
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ def why_impossible(
                     f"the cluster grows to {available:g} at most."
                 )
         return None
-    fitting = [node for node in nodes if has_labels(node, plan.labels)]
+    fitting = [node for node in nodes if has_labels(node.labels, plan.labels)]
     if plan.labels and not fitting:
         labels = ", ".join(f"{key}={value}" for key, value in plan.labels.items())
         return f"no node has the labels {labels}; the cluster has {len(nodes)} node(s)."
@@ -57,36 +57,10 @@ def why_impossible(
 
 def what_is_missing(plan: Plan, nodes: Sequence[NodeRoom]) -> str:
     """What the workers wait for: `2 x {CPU: 1}; free now: CPU 1 of 2`."""
-    fitting = [node for node in nodes if has_labels(node, plan.labels)]
+    fitting = [node for node in nodes if has_labels(node.labels, plan.labels)]
     free = ", ".join(
         f"{resource} {sum(node.free.get(resource, 0) for node in fitting):g} of "
         f"{sum(node.total.get(resource, 0) for node in fitting):g}"
         for resource in plan.bundle
     )
     return f"{plan.num_workers} x {describe(plan.bundle)}; free now: {free}"
-
-
-def capacity(resources: Mapping[str, float], bundle: Mapping[str, float]) -> int:
-    """How many bundles fit into resources."""
-    needed = {resource: amount for resource, amount in bundle.items() if amount > 0}
-    return min(
-        (math.floor(resources.get(name, 0) / amount + 1e-9) for name, amount in needed.items()), default=0
-    )
-
-
-def has_labels(node: NodeRoom, labels: Mapping[str, str]) -> bool:
-    """Whether a node has all labels; Ray's selectors `in(a,b)`, `!a` and `!in(a,b)` count too."""
-    return all(_matches(node.labels.get(key), wanted) for key, wanted in labels.items())
-
-
-def describe(resources: Mapping[str, float]) -> str:
-    """`{CPU: 1, GPU: 1}`."""
-    return "{" + ", ".join(f"{name}: {amount:g}" for name, amount in resources.items()) + "}"
-
-
-def _matches(value: str | None, wanted: str) -> bool:
-    if wanted.startswith("!"):
-        return not _matches(value, wanted[1:])
-    if wanted.startswith("in(") and wanted.endswith(")"):
-        return value in [choice.strip() for choice in wanted[3:-1].split(",")]
-    return value == wanted
