@@ -42,6 +42,7 @@ class Layer:
             in_,
             self.kind,
             self._kernel(),
+            getattr(layer, "groups", 1),
             whole_shape(bias).numel() if isinstance(bias, Tensor) else 0,
             tuple((key, tuple(whole_shape(p))) for key, p in layer.named_parameters()),
         )

@@ -114,9 +114,9 @@ class PeftConfig:
         aside.replace(folder / CONFIG_NAME)
 
 
-@dataclass
 class TargetedConfig(PeftConfig):
-    """A config of a method that sits on layers.
+    """A config of a method that sits on layers. No dataclass itself: HF PEFT's methods each have these fields
+    in an order of their own, so each declares those that it has.
 
     Args:
         target_modules: names or suffixes of layers, one regular expression over whole names, `"all-linear"`,

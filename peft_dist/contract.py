@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 Params: TypeAlias = "Mapping[str, Tensor]"
 Enter: TypeAlias = "Callable[[Tensor], Tensor]"
-Kind = Literal["linear", "conv1d", "conv2d", "conv3d", "embedding", "module"]
+Kind = Literal["linear", "conv1d", "conv2d", "conv3d", "embedding", "mha", "experts", "module"]
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,11 @@ class Site:
     Args:
         name: its dotted name in the base.
         out: rows of W. in_: columns of W. Both 0 for a module that is only replaced or has only a bias.
-        kind: how the layer uses W. `linear` covers HF's Conv1D.
+        kind: how the layer uses W. `linear` covers HF's Conv1D; `mha` is an attention module's joint input
+            projection and `experts` a raw parameter: their W is used as a function's argument, so that an
+            adapter of theirs runs by `BaseLayer.substituted` alone.
         kernel: a convolution's kernel sizes, else empty.
+        groups: of a convolution; its W has in / groups columns' worth of channels: in_ counts those.
         bias: length of its bias, 0 where it has none.
         tensors: name and shape of each parameter of the layer, in its own order.
     """
@@ -52,6 +55,7 @@ class Site:
     in_: int
     kind: Kind
     kernel: tuple[int, ...] = ()
+    groups: int = 1
     bias: int = 0
     tensors: tuple[tuple[str, tuple[int, ...]], ...] = ()
 
@@ -66,8 +70,11 @@ class Param:
         dims: a name for each axis, for errors and checks.
         shape: its sizes.
         start: fills it in place, in the order of `params`.
-        trainable: whether it gets a gradient.
+        trainable: whether it gets a gradient. One that does not is a buffer, as in HF PEFT, and not counted.
         saved: its name in a checkpoint, relative to the layer, where that is not `key`.
+        persistent: whether it is in a checkpoint. One that is not follows from the config alone: `start` fills
+            it whenever the adapter gets memory, also before a load.
+        is_index: int64, whatever the adapter's dtype.
     """
 
     key: str
@@ -76,6 +83,8 @@ class Param:
     start: Callable[[Tensor], object]
     trainable: bool = True
     saved: str | None = None
+    persistent: bool = True
+    is_index: bool = False
 
 
 class BaseLayer(Protocol):
@@ -109,14 +118,73 @@ class BaseLayer(Protocol):
         """Within the context the layer runs with W (out, in)."""
 
 
+class Controller:
+    """What acts on one adapter of one model as a whole, once a step. `sites` are its tensors by the names of
+    its layers, as `Method.params` names them; gradients are whole tensors."""
+
+    def after_backward(self, sites: Mapping[str, Params], step: int) -> None:
+        """Between the backward and the optimizer's step: the gradients are there."""
+        return None
+
+    def after_step(self, sites: Mapping[str, Params], step: int) -> None:
+        """After the optimizer's step."""
+        return None
+
+    def state(self) -> dict[str, Tensor]:
+        """What a resumed run needs of it, by name."""
+        return {}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Takes back what `state` gave."""
+        return None
+
+
 class Method(ABC):
-    """What every method may define. All functions are pure."""
+    """What every method may define. All functions are pure.
+
+    `reads` names the arguments of the model's forward (one entry per sequence, such as `task_ids`) that the
+    method's functions find in `p` beside their tensors, cut to the rows that they serve. `layers` are the
+    kinds that it can sit on; any module at all where it says `module`.
+    """
 
     prefix: ClassVar[str]
+    reads: ClassVar[tuple[str, ...]] = ()
+    layers: ClassVar[frozenset[str]] = frozenset({"linear"})
+
+    def at(self, site: Site) -> Method:
+        """The method to use at `site`: itself, or a variant that its settings ask for."""
+        return self
+
+    def shared(self, sites: Sequence[Site]) -> dict[str, Param]:
+        """Tensors that all its layers share; every function finds them in `p` too, under these names. Saved
+        on the model, not on a layer."""
+        return {}
 
     def start_from_base(self, p: Params, base: BaseLayer) -> None:
-        """A start that reads the frozen layer; runs once, after every `Param.start`, without gradients."""
+        """A start that reads the frozen layer; runs once, after every `Param.start`, without gradients. Not
+        run where a checkpoint fills the tensors."""
         return None
+
+    def gradient(self, name: str, gradient: Tensor, p: Params) -> Tensor:
+        """The gradient of tensor `name` as the optimizer is to see it: a projection of `gradient`."""
+        return gradient
+
+    def extra_loss(self, sites: Mapping[str, Params]) -> Tensor | None:
+        """A term that is added to the loss while training, or None."""
+        return None
+
+    def controller(self, sites: Mapping[str, Site]) -> Controller | None:
+        """What acts on the adapter as a whole once a step, or None."""
+        return None
+
+    def export(self, p: Params, site: Site) -> dict[str, Tensor] | None:
+        """The saved form by name relative to the layer, where it is not the tensors themselves, else None."""
+        return None
+
+    def restore(self, saved: Mapping[str, Tensor], site: Site) -> Mapping[str, Tensor]:
+        """The tensors by `Param.saved` or `key` from a checkpoint's, by name relative to the layer: undoes
+        `export`, and reads older forms."""
+        return saved
 
 
 class SiteMethod(Method):
@@ -192,9 +260,23 @@ class ActivationMethod(SiteMethod):
 class ReplaceMethod(Method):
     """Puts tensors of its own in the place of a module's."""
 
+    layers: ClassVar[frozenset[str]] = frozenset({"module"})
+
     @abstractmethod
     def params(self, site: Site) -> dict[str, Param]:
         """One tensor for each of the module's that it replaces, under the same names."""
+
+
+class BlockMethod(Method):
+    """Adds to what a whole block of the base gives: an attention module, a decoder layer."""
+
+    @abstractmethod
+    def params(self, site: Site) -> dict[str, Param]:
+        """The tensors that it wants at `site`, whose `tensors` are the block's own."""
+
+    @abstractmethod
+    def around(self, p: Params, block: Any, output: Any, args: tuple, kwargs: Mapping[str, Any]) -> Any:
+        """What the block is to give, from what it gave and what it was given. `block` is the frozen module."""
 
 
 class PromptMethod(Method):

@@ -3,8 +3,9 @@ one."""
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -12,52 +13,13 @@ from transformers.pytorch_utils import Conv1D
 
 from peft_dist import inject
 from peft_dist.adapted import Adapted
-from peft_dist.catalog import config_class
-from peft_dist.config import PeftConfig
+from tests.contract import methods
+from tests.contract.case import Case
 
-
-@dataclass(frozen=True)
-class Case:
-    """One config of a method, and the layer kinds that it sits on. `is_fresh`: it changes nothing at its
-    start."""
-
-    method: str
-    label: str
-    values: dict
-    kinds: tuple[str, ...]
-    is_fresh: bool = True
-
-    def config(self, **more) -> PeftConfig:
-        return config_class(self.method)(**{**self.values, **more})
-
-
-LINEAR = ("linear", "linear without bias", "Conv1D")
-CONVS = ("conv1d", "conv2d", "conv3d")
-
-CASES = (
-    Case("LORA", "plain", {"r": 4}, (*LINEAR, "embedding", *CONVS)),
-    Case("LORA", "rslora", {"r": 4, "lora_alpha": 3, "use_rslora": True}, ("linear",)),
-    Case("LORA", "gaussian", {"r": 4, "init_lora_weights": "gaussian"}, ("linear", "embedding")),
-    Case(
-        "LORA", "random start", {"r": 4, "init_lora_weights": False}, ("linear", "embedding"), is_fresh=False
-    ),
-    Case("LORA", "bias", {"r": 4, "bias": "lora_only"}, ("linear", "Conv1D", "conv2d")),
-    Case(
-        "LORA",
-        "patterns",
-        {"r": 4, "rank_pattern": {"target": 2}, "alpha_pattern": {"target": 5}},
-        ("linear",),
-    ),
-    Case("IA3", "output", {"feedforward_modules": []}, (*LINEAR, *CONVS)),
-    Case("IA3", "input", {"feedforward_modules": ["target"]}, (*LINEAR, *CONVS)),
-    Case(
-        "IA3",
-        "random start",
-        {"feedforward_modules": [], "init_ia3_weights": False},
-        ("linear",),
-        is_fresh=False,
-    ),
-    Case("PROMPT_TUNING", "random", {"num_virtual_tokens": 3, "task_type": "CAUSAL_LM"}, ()),
+CASES = tuple(
+    case
+    for found in sorted(pkgutil.iter_modules(methods.__path__), key=lambda module: module.name)
+    for case in importlib.import_module(f"{methods.__name__}.{found.name}").CASES
 )
 
 SITES = [(case, kind) for case in CASES for kind in case.kinds]

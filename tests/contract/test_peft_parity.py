@@ -7,107 +7,30 @@ fp32, two layers: the libraries add the same terms in another order, so logits a
 from __future__ import annotations
 
 import copy
+import importlib
 import json
+import pkgutil
 import warnings
 
 import peft
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    LlamaForSequenceClassification,
-)
 
 import peft_dist
+from tests.contract import bases, methods
+from tests.contract.case import Parity
 
-LLAMA = {
-    "vocab_size": 64,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "attention_bias": True,
-    "pad_token_id": 0,
-    "initializer_range": 0.3,
+PARITY: dict[str, Parity] = {
+    label: parity
+    for found in sorted(pkgutil.iter_modules(methods.__path__), key=lambda module: module.name)
+    for label, parity in importlib.import_module(f"{methods.__name__}.{found.name}").PARITY.items()
 }
-
-
-def llama() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**LLAMA))
-
-
-def classifier() -> LlamaForSequenceClassification:
-    torch.manual_seed(0)
-    return LlamaForSequenceClassification(LlamaConfig(**LLAMA, num_labels=3))
-
-
-def gpt2() -> GPT2LMHeadModel:
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 64, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32}
-    quiet = {"resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0, "bos_token_id": 1, "eos_token_id": 1}
-    return GPT2LMHeadModel(GPT2Config(**sizes, **quiet))
-
-
-CAUSAL = {"task_type": "CAUSAL_LM"}
-LORA = {"r": 4, "lora_alpha": 6, **CAUSAL}
 CASES = {
-    "lora": (llama, "LoraConfig", LORA),
-    "lora on all linear": (llama, "LoraConfig", {**LORA, "target_modules": "all-linear"}),
-    "lora without a task": (llama, "LoraConfig", {"r": 4, "target_modules": ["o_proj"]}),
-    "lora by regex": (llama, "LoraConfig", {**LORA, "target_modules": r".*layers\.1\..*(up|down)_proj"}),
-    "lora on an embedding": (llama, "LoraConfig", {**LORA, "target_modules": ["embed_tokens", "k_proj"]}),
-    "rslora with patterns": (
-        llama,
-        "LoraConfig",
-        {
-            **LORA,
-            "use_rslora": True,
-            "target_modules": ["q_proj", "v_proj", "up_proj"],
-            "rank_pattern": {"q_proj": 2, r"layers\.1\.mlp\.up_proj": 6},
-            "alpha_pattern": {"v_proj": 9},
-        },
-    ),
-    "lora with biases of targets": (llama, "LoraConfig", {**LORA, "bias": "lora_only"}),
-    "lora with all biases": (llama, "LoraConfig", {**LORA, "bias": "all"}),
-    "lora in some layers": (
-        llama,
-        "LoraConfig",
-        {**LORA, "target_modules": ["q_proj"], "layers_to_transform": [1], "layers_pattern": "layers"},
-    ),
-    "lora without some": (
-        llama,
-        "LoraConfig",
-        {**LORA, "target_modules": ["q_proj", "v_proj"], "exclude_modules": ["layers.0.self_attn.v_proj"]},
-    ),
-    "lora with a head": (llama, "LoraConfig", {**LORA, "modules_to_save": ["lm_head"]}),
-    "lora on Conv1D": (gpt2, "LoraConfig", {**LORA, "fan_in_fan_out": True}),
-    "lora with all biases of GPT-2": (gpt2, "LoraConfig", {**LORA, "fan_in_fan_out": True, "bias": "all"}),
-    "lora classifier": (
-        classifier,
-        "LoraConfig",
-        {"r": 4, "task_type": "SEQ_CLS", "target_modules": "all-linear"},
-    ),
-    "ia3": (llama, "IA3Config", CAUSAL),
-    "ia3 on Conv1D": (gpt2, "IA3Config", {**CAUSAL, "fan_in_fan_out": True}),
-    "ia3 of names": (
-        llama,
-        "IA3Config",
-        {**CAUSAL, "target_modules": ["q_proj", "down_proj"], "feedforward_modules": ["down_proj"]},
-    ),
-    "prompt": (llama, "PromptTuningConfig", {**CAUSAL, "num_virtual_tokens": 3}),
-    "prompt on GPT-2": (gpt2, "PromptTuningConfig", {**CAUSAL, "num_virtual_tokens": 3}),
-    "prompt classifier": (
-        classifier,
-        "PromptTuningConfig",
-        {"task_type": "SEQ_CLS", "num_virtual_tokens": 3},
-    ),
+    label: (getattr(bases, parity.base), parity.config, parity.values) for label, parity in PARITY.items()
 }
+llama = bases.llama
+LORA = {"r": 4, "lora_alpha": 6, "task_type": "CAUSAL_LM"}
 each = pytest.mark.parametrize("name", CASES)
 
 

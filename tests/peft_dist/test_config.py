@@ -172,7 +172,7 @@ def test_names_compare_to_strings_and_serialise() -> None:
     assert peft_dist.PeftType.LORA == "LORA" == str(peft_dist.PeftType.LORA)
     assert json.dumps({"t": peft_dist.TaskType.CAUSAL_LM}) == '{"t": "CAUSAL_LM"}'
     assert [task.value for task in peft_dist.TaskType] == [task.value for task in peft.TaskType]
-    assert set(peft_dist.PeftType.__members__) == set(METHODS)
+    assert set(METHODS) <= set(peft_dist.PeftType.__members__)
     config = peft_dist.LoraConfig(task_type=peft_dist.TaskType.SEQ_CLS, target_modules={"b", "a"})
     assert config.to_dict()["task_type"] == "SEQ_CLS" and config.target_modules == ["a", "b"]
 

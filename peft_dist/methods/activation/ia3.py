@@ -29,8 +29,11 @@ class IA3Config(TargetedConfig, ActivationMethod):
         init_ia3_weights: True: start at 1, which changes nothing; False: at random.
     """
 
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
     feedforward_modules: list[str] | str | None = None
     fan_in_fan_out: bool = False
+    modules_to_save: list[str] | None = None
     init_ia3_weights: bool = True
 
     prefix: ClassVar[str] = "ia3_"

@@ -44,11 +44,14 @@ class LoraConfig(TargetedConfig, WeightMethod):
     """
 
     r: int = 8
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
     lora_alpha: int = 8
     lora_dropout: float = 0.0
     fan_in_fan_out: bool = False
     bias: Literal["none", "all", "lora_only"] = "none"
     use_rslora: bool = False
+    modules_to_save: list[str] | None = None
     init_lora_weights: bool | Literal["gaussian"] = True
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None

@@ -1,0 +1,24 @@
+from tests.contract.case import CONVS, LINEAR, Case, Parity
+
+CASES = (
+    Case("IA3", "output", {"feedforward_modules": []}, (*LINEAR, *CONVS)),
+    Case("IA3", "input", {"feedforward_modules": ["target"]}, (*LINEAR, *CONVS)),
+    Case(
+        "IA3",
+        "random start",
+        {"feedforward_modules": [], "init_ia3_weights": False},
+        ("linear",),
+        is_fresh=False,
+    ),
+)
+
+_CAUSAL = {"task_type": "CAUSAL_LM"}
+PARITY = {
+    "ia3": Parity("llama", "IA3Config", _CAUSAL),
+    "ia3 on Conv1D": Parity("gpt2", "IA3Config", {**_CAUSAL, "fan_in_fan_out": True}),
+    "ia3 of names": Parity(
+        "llama",
+        "IA3Config",
+        {**_CAUSAL, "target_modules": ["q_proj", "down_proj"], "feedforward_modules": ["down_proj"]},
+    ),
+}

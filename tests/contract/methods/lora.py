@@ -1,0 +1,60 @@
+from tests.contract.case import CONVS, LINEAR, Case, Parity
+
+CASES = (
+    Case("LORA", "plain", {"r": 4}, (*LINEAR, "embedding", *CONVS)),
+    Case("LORA", "rslora", {"r": 4, "lora_alpha": 3, "use_rslora": True}, ("linear",)),
+    Case("LORA", "gaussian", {"r": 4, "init_lora_weights": "gaussian"}, ("linear", "embedding")),
+    Case(
+        "LORA", "random start", {"r": 4, "init_lora_weights": False}, ("linear", "embedding"), is_fresh=False
+    ),
+    Case("LORA", "bias", {"r": 4, "bias": "lora_only"}, ("linear", "Conv1D", "conv2d")),
+    Case(
+        "LORA",
+        "patterns",
+        {"r": 4, "rank_pattern": {"target": 2}, "alpha_pattern": {"target": 5}},
+        ("linear",),
+    ),
+)
+
+_LORA = {"r": 4, "lora_alpha": 6, "task_type": "CAUSAL_LM"}
+_Q = {**_LORA, "target_modules": ["q_proj"]}
+PARITY = {
+    "lora": Parity("llama", "LoraConfig", _LORA),
+    "lora on all linear": Parity("llama", "LoraConfig", {**_LORA, "target_modules": "all-linear"}),
+    "lora without a task": Parity("llama", "LoraConfig", {"r": 4, "target_modules": ["o_proj"]}),
+    "lora by regex": Parity(
+        "llama", "LoraConfig", {**_LORA, "target_modules": r".*layers\.1\..*(up|down)_proj"}
+    ),
+    "lora on an embedding": Parity(
+        "llama", "LoraConfig", {**_LORA, "target_modules": ["embed_tokens", "k_proj"]}
+    ),
+    "rslora with patterns": Parity(
+        "llama",
+        "LoraConfig",
+        {
+            **_LORA,
+            "use_rslora": True,
+            "target_modules": ["q_proj", "v_proj", "up_proj"],
+            "rank_pattern": {"q_proj": 2, r"layers\.1\.mlp\.up_proj": 6},
+            "alpha_pattern": {"v_proj": 9},
+        },
+    ),
+    "lora with biases of targets": Parity("llama", "LoraConfig", {**_LORA, "bias": "lora_only"}),
+    "lora with all biases": Parity("llama", "LoraConfig", {**_LORA, "bias": "all"}),
+    "lora in some layers": Parity(
+        "llama", "LoraConfig", {**_Q, "layers_to_transform": [1], "layers_pattern": "layers"}
+    ),
+    "lora without some": Parity(
+        "llama",
+        "LoraConfig",
+        {**_Q, "target_modules": ["q_proj", "v_proj"], "exclude_modules": ["layers.0.self_attn.v_proj"]},
+    ),
+    "lora with a head": Parity("llama", "LoraConfig", {**_LORA, "modules_to_save": ["lm_head"]}),
+    "lora on Conv1D": Parity("gpt2", "LoraConfig", {**_LORA, "fan_in_fan_out": True}),
+    "lora with all biases of GPT-2": Parity(
+        "gpt2", "LoraConfig", {**_LORA, "fan_in_fan_out": True, "bias": "all"}
+    ),
+    "lora classifier": Parity(
+        "classifier", "LoraConfig", {"r": 4, "task_type": "SEQ_CLS", "target_modules": "all-linear"}
+    ),
+}
