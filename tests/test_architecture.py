@@ -15,7 +15,7 @@ LAYERS = {
         {"base_layer", "targets", "sharding", "pool", "rows"},
         {"methods"},
         {"adapted"},
-        {"inject", "merge", "checkpoint", "optim"},
+        {"inject", "merge", "checkpoint", "optim", "prompts"},
         {"model", "tasks", "mixed", "compat", "loading"},
         {"__init__"},
     ],
