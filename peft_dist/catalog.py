@@ -1,9 +1,16 @@
-"""The table of methods: from a PEFT type to its config class, without importing torch."""
+"""The table of methods: from a PEFT type to its config class, without importing torch.
+
+A package of a user's own adds a row by `peft_dist.register_peft_method`, or by an entry point in the group
+`peft_dist.methods`, whose name is the method's and whose object is its config class, or a function that calls
+`register_peft_method`. Only the entry points' names are read here; what they point to is imported when used.
+"""
 
 from __future__ import annotations
 
 import enum
 import importlib
+import importlib.metadata
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +52,29 @@ class PeftType(enum.StrEnum):
     CPT = "CPT"
     TRAINABLE_TOKENS = "TRAINABLE_TOKENS"
 
+    @classmethod
+    def extend(cls, name: str) -> PeftType:
+        """Adds a member, for a method that is registered under this name; the one that is there, if it is.
+
+        Raises:
+            ConfigError: the name is not of capitals, digits and underscores.
+        """
+        if name in cls._member_map_:
+            return cls[name]
+        if not name.isidentifier() or not name.isupper() or not name.isascii() or name.endswith("_"):
+            raise ConfigError(
+                f"PeftType.extend: {name!r}; a member is of capitals, digits and underscores, and does not "
+                f"end in one. Did you mean {re.sub('[^A-Z0-9]+', '_', name.upper()).strip('_')!r}?"
+            )
+        member = str.__new__(cls, name)
+        member._name_, member._value_ = name, name
+        member._sort_order_ = len(cls._member_names_)
+        type.__setattr__(cls, name, member)
+        cls._member_names_.append(name)
+        cls._member_map_[name] = member
+        cls._value2member_map_[name] = member
+        return member
+
 
 class TaskType(enum.StrEnum):
     """What the base is trained for, by HF PEFT's names."""
@@ -62,18 +92,22 @@ class Entry:
     """One method.
 
     Args:
-        config: `module:Class` of its config, which is the method.
-        prefix: what its tensors' names in a checkpoint start with.
+        config: `module:Class` of its config, which is the method; or the class.
+        prefix: what its tensors' names in a checkpoint start with; None: its class says.
         task_types: the tasks that it serves.
         merges: whether it can be merged into the base.
         summary: one line for `raypeft methods`.
+        tuner: the class that stands on the base; None: one is made that sits on layers.
+        mixes: whether it can stand beside other methods in a `PeftMixedModel`.
     """
 
-    config: str
-    prefix: str
+    config: str | type
+    prefix: str | None
     task_types: tuple[str, ...]
     merges: bool
     summary: str
+    tuner: type | None = None
+    mixes: bool = True
 
 
 ALL_TASKS = tuple(task.value for task in TaskType)
@@ -119,5 +153,50 @@ def entry(peft_type: str) -> Entry:
 
 def config_class(peft_type: str) -> Any:
     """The config class of `peft_type`; imports its file, which imports no torch."""
-    module, _, name = entry(peft_type).config.partition(":")
-    return getattr(importlib.import_module(module), name)
+    found = entry(peft_type)
+    if isinstance(found.config, type):
+        return found.config
+    module, _, path = found.config.partition(":")
+    target: Any = importlib.import_module(module)
+    for part in path.split(".") if path else ():
+        target = getattr(target, part)
+    return target if isinstance(target, type) else _registered_by(str(peft_type).upper(), target)
+
+
+def prefix_of(peft_type: str) -> str:
+    """What the names of the method's tensors in a checkpoint start with."""
+    return entry(peft_type).prefix or config_class(peft_type).prefix
+
+
+def _registered_by(name: str, register: Any) -> Any:
+    """The config class of a method whose entry point is a function, or a module, that registers it."""
+    row = METHODS[name]
+    if METHODS[name].summary == _NOT_READ:
+        del METHODS[name]
+    try:
+        if callable(register):
+            register()
+        if name not in METHODS:
+            raise ConfigError(
+                f"entry point {name.lower()!r} of {ENTRY_POINTS}: {row.config} registered no method of this "
+                f"name. It is to be a config class, or to call register_peft_method(name={name.lower()!r}, ...)."
+            )
+    except BaseException:
+        METHODS[name] = row
+        raise
+    return config_class(name)
+
+
+ENTRY_POINTS = "peft_dist.methods"
+_NOT_READ = "a method of another package"
+
+
+def _find_entry_points() -> None:
+    for point in importlib.metadata.entry_points(group=ENTRY_POINTS):
+        name = point.name.upper()
+        if name not in METHODS:
+            PeftType.extend(name)
+            METHODS[name] = Entry(point.value, None, ALL_TASKS, True, _NOT_READ)
+
+
+_find_entry_points()

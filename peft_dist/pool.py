@@ -156,6 +156,8 @@ class PooledModule(nn.Module):
         # adapter -> method's tensor name -> (the module's dictionary that holds it, its key there)
         self._places: dict[str, dict[str, tuple[dict[str, Any], str]]] = {}
         self._wanted: dict[str, dict[str, Param]] = {}
+        # adapter -> what its method is called: only tensors of one method are stacked
+        self._families: dict[str, str] = {}
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -166,47 +168,60 @@ class PooledModule(nn.Module):
         """What the adapter's method asked for here, by the method's own names."""
         return self._wanted.get(adapter, {})
 
-    def tensors(self, adapter: str) -> dict[str, nn.Parameter]:
-        """The adapter's Parameters here, by the method's own names."""
+    def tensors(self, adapter: str) -> dict[str, Any]:
+        """The adapter's own tensors here, by the method's own names: Parameters, and buffers where they are
+        not trained."""
         return {name: held[key] for name, (held, key) in self._places[adapter].items()}
 
     def hold(
         self, adapter: str, method: str, wanted: dict[str, Param], dtype: torch.dtype, device: Any
     ) -> None:
-        """Makes room for the adapter's tensors, unfilled, zero."""
+        """Makes room for the adapter's tensors, unfilled, zero; those that follow from its config are
+        filled."""
         self._wanted[adapter] = wanted
-        places: dict[str, tuple[dict[str, Any], str]] = {}
-        for name, param in wanted.items():
-            parameter = nn.Parameter(torch.empty(param.shape, dtype=dtype, device=device), param.trainable)
-            places[name] = _hang(self, param.key, adapter, parameter)
-        self._places[adapter] = places
-        self._pool.take(self._site_name, method, adapter, self.tensors(adapter))
+        self._families[adapter] = method
+        self._places[adapter] = {
+            name: _hang(self, param, adapter, _room(param, dtype, device)) for name, param in wanted.items()
+        }
+        self._fill_fixed(adapter)
+        self._take_in(adapter)
+
+    def _fill_fixed(self, adapter: str) -> None:
+        with torch.no_grad():
+            for name, param in self._wanted[adapter].items():
+                held, key = self._places[adapter][name]
+                if not param.persistent and not held[key].is_meta:
+                    param.start(held[key])
 
     def drop(self, adapter: str) -> None:
         """Removes the adapter's tensors."""
         self._pool.release(self._site_name, adapter)
         for param in self._wanted.pop(adapter).values():
             first, _, _ = param.key.partition(".")
-            holder = getattr(self, first, None)
-            if holder is not None and adapter in holder:
-                del holder[adapter]
-            if holder is not None and not len(holder):
-                delattr(self, first)
-        del self._places[adapter]
+            holder = self._modules.get(first)
+            if holder is None:
+                continue
+            for kept in (holder._modules, holder._parameters, holder._buffers, getattr(holder, "_keys", {})):
+                kept.pop(adapter, None)
+            if not (holder._modules or holder._parameters or holder._buffers):
+                del self._modules[first]
+        del self._places[adapter], self._families[adapter]
 
     def materialise(self, adapter: str, device: Any) -> None:
         """Gives tensors that rest on meta real memory on `device`, unfilled; others stay as they are."""
         if not any(p.is_meta for p in self.tensors(adapter).values()):
             return
         for held, key in self._places[adapter].values():
-            if held[key].is_meta:
-                held[key] = nn.Parameter(torch.empty_like(held[key], device=device), held[key].requires_grad)
+            old = held[key]
+            if old.is_meta:
+                room = torch.empty_like(old, device=device)
+                held[key] = nn.Parameter(room, old.requires_grad) if isinstance(old, nn.Parameter) else room
+        self._fill_fixed(adapter)
         self._take_in(adapter)
 
     def _take_in(self, adapter: str) -> None:
-        method = self._pool.homes[self._site_name, adapter]
-        family = next(key[1] for key, bucket in self._pool.buckets.items() if bucket is method)
-        self._pool.take(self._site_name, family, adapter, self.tensors(adapter))
+        trained = {name: p for name, p in self.tensors(adapter).items() if isinstance(p, nn.Parameter)}
+        self._pool.take(self._site_name, self._families[adapter], adapter, trained)
 
     def _apply(self, fn: Any, recurse: bool = True) -> PooledModule:
         before = {
@@ -221,24 +236,32 @@ class PooledModule(nn.Module):
         return self
 
 
-def _hang(module: nn.Module, key: str, adapter: str, parameter: nn.Parameter) -> tuple[dict[str, Any], str]:
-    """Hangs `parameter` on `module` under `key`, the adapter's name after its first part."""
-    first, _, rest = key.partition(".")
-    if not hasattr(module, first):
-        setattr(module, first, nn.ModuleDict() if rest else nn.ParameterDict())
-    holder = getattr(module, first)
+def _room(param: Param, dtype: torch.dtype, device: Any) -> Tensor:
+    room = torch.empty(param.shape, dtype=torch.int64 if param.is_index else dtype, device=device)
+    return nn.Parameter(room) if param.trainable else room
+
+
+def _hang(module: nn.Module, param: Param, adapter: str, tensor: Tensor) -> tuple[dict[str, Any], str]:
+    """Hangs `tensor` on `module` under the key of `param`, the adapter's name after its first part."""
+    first, _, rest = param.key.partition(".")
+    if first not in module._modules:
+        module.add_module(first, nn.ModuleDict() if rest else nn.ParameterDict())
     # Into the dictionaries themselves: an adapter may be called `v1.2` or `keys`, which their doors refuse.
-    if not rest:
-        holder._keys[adapter] = None
-        holder._parameters[adapter] = parameter
-        return holder._parameters, adapter
-    if adapter not in holder:
-        holder._modules[adapter] = Tensors()
-    node = holder[adapter]
-    *between, last = rest.split(".")
-    for part in between:
-        if part not in node._modules:
-            node.add_module(part, Tensors())
-        node = node._modules[part]
-    node.register_parameter(last, parameter)
-    return node._parameters, last
+    node: Any = module._modules[first]
+    last = adapter
+    if rest:
+        if adapter not in node._modules:
+            node._modules[adapter] = Tensors()
+        node = node._modules[adapter]
+        *between, last = rest.split(".")
+        for part in between:
+            if part not in node._modules:
+                node.add_module(part, Tensors())
+            node = node._modules[part]
+    else:
+        node._keys[adapter] = None
+    if not param.trainable and not param.persistent:
+        node._non_persistent_buffers_set.add(last)
+    kept = node._parameters if param.trainable else node._buffers
+    kept[last] = tensor
+    return kept, last
