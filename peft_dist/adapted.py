@@ -5,7 +5,7 @@ run batches in which rows name different adapters. Storage, mathematics and laye
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,15 +15,23 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from peft_dist.base_layer import Layer, door
-from peft_dist.contract import ActivationMethod, BaseLayer, Method, SiteMethod, WeightMethod
+from peft_dist.contract import (
+    ActivationMethod,
+    BaseLayer,
+    BlockMethod,
+    Method,
+    Params,
+    SiteMethod,
+    WeightMethod,
+)
 from peft_dist.errors import AdapterError, RowsError
 from peft_dist.pool import AdapterPool, PooledModule
-from peft_dist.rows import BASE, Current, Rows, Split, drop, stream
+from peft_dist.rows import BASE, Current, Cut, Rows, Segment, Split, drop, stream
 from peft_dist.sharding import is_partitioned, reach, whole_shape
 
 
 class AdapterModule(PooledModule):
-    """What the two wrappers below share: whose adapters are here, and which serve.
+    """What the wrappers below share: whose adapters are here, and which serve.
 
     Attributes:
         methods: adapter -> its method here.
@@ -32,13 +40,17 @@ class AdapterModule(PooledModule):
         merged_adapters: the names whose change is in the base's weights now, in the order they were merged.
     """
 
-    def __init__(self, pool: AdapterPool, site_name: str, current: Current) -> None:
+    def __init__(
+        self, pool: AdapterPool, site_name: str, current: Current, common: PooledModule | None = None
+    ) -> None:
         super().__init__(pool, site_name)
         self.methods: dict[str, Any] = {}
         self.active_adapters: list[str] = []
         self.disabled = False
         self.merged_adapters: list[str] = []
         self._current = current
+        # Not a submodule: it holds what the adapters of all layers share, and hangs above them.
+        self.__dict__["_common"] = common
 
     def add(self, adapter: str, method: Method, layer: Layer, dtype: torch.dtype, device: Any) -> None:
         """Makes room for an adapter's tensors, unfilled."""
@@ -47,11 +59,21 @@ class AdapterModule(PooledModule):
 
     def start(self, adapter: str, layer: Layer) -> None:
         """Fills an adapter's tensors; a collective where its method reads a partitioned weight."""
-        p = {name: parameter.detach() for name, parameter in self.tensors(adapter).items()}
+        self._start(adapter, {name: t.detach() for name, t in self.tensors(adapter).items()}, layer)
+
+    def complete(self, adapter: str, missing: Sequence[str], layer: Layer) -> None:
+        """Fills the named tensors alone, as `start` would: a checkpoint lacked them."""
+        made = {name: torch.empty_like(t) for name, t in self.tensors(adapter).items()}
+        self._start(adapter, made, layer)
+        for name in missing:
+            self.tensors(adapter)[name].detach().copy_(made[name])
+
+    def _start(self, adapter: str, own: dict[str, Tensor], layer: Layer) -> None:
         with torch.no_grad():
             for name, param in self.wanted(adapter).items():
-                if not p[name].is_meta:
-                    param.start(p[name])
+                if not own[name].is_meta:
+                    param.start(own[name])
+            p = {**self._shared(adapter), **own}
             if not any(t.is_meta for t in p.values()):
                 self.methods[adapter].start_from_base(p, layer)
 
@@ -76,6 +98,57 @@ class AdapterModule(PooledModule):
             reach(self, self.tensors(name).values())
         return here
 
+    def given(self, adapter: str, rows: Rows | None = None, start: int = 0, stop: int | None = None) -> Params:
+        """All that the functions of the adapter's method find in `p`: its tensors here, those that its layers
+        share, and what it reads of the batch, cut to the rows start to stop of `rows` in sorted order."""
+        method, p = self.methods[adapter], self.tensors(adapter)
+        if self._common is not None and adapter in self._common.adapters:
+            p.update(self._shared(adapter))
+        for name in method.reads:
+            p[name] = self._read(name, method, rows, start, stop)
+        if type(method).gradient is not Method.gradient and torch.is_grad_enabled():
+            p = {name: _projected(method, name, t, p) for name, t in p.items()}
+        return p
+
+    def _shared(self, adapter: str) -> dict[str, Tensor]:
+        common = self._common
+        if common is None or adapter not in common.adapters:
+            return {}
+        tensors = common.tensors(adapter)
+        reach(self, tensors.values())
+        return tensors
+
+    def _read(self, name: str, method: Method, rows: Rows | None, start: int, stop: int | None) -> Tensor:
+        value = self._current.batch.get(name)
+        if value is None:
+            raise RowsError(
+                f"{self._site_name}: {type(method).__name__} needs {name}, one entry per sequence. Pass "
+                f"{name}=... to the model's forward or generate."
+            )
+        if rows is None or rows.num is None:
+            return value
+        if len(value) != rows.num:
+            # A beam search repeats each sequence.
+            value = value.repeat_interleave(rows.num // len(value), 0)
+        return (value if rows.order is None else value[rows.order])[start:stop]
+
+
+def _projected(method: Method, name: str, tensor: Tensor, p: Params) -> Tensor:
+    return _Projected.apply(tensor, method, name, p) if tensor.requires_grad else tensor
+
+
+class _Projected(torch.autograd.Function):
+    """A tensor as it is, whose gradient its method projects."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, method: Method, name: str, p: Params) -> Tensor:
+        ctx.method, ctx.name, ctx.p = method, name, {key: t.detach() for key, t in p.items()}
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        return ctx.method.gradient(ctx.name, gradient, ctx.p), None, None, None
+
 
 @dataclass(frozen=True)
 class Level:
@@ -83,7 +156,7 @@ class Level:
 
     name: str
     method: SiteMethod
-    p: dict[str, nn.Parameter]
+    p: Params
     under: BaseLayer
 
 
@@ -121,9 +194,15 @@ class Adapted(AdapterModule):
     """
 
     def __init__(
-        self, layer: nn.Module, name: str, pool: AdapterPool, current: Current, base: Layer | None = None
+        self,
+        layer: nn.Module,
+        name: str,
+        pool: AdapterPool,
+        current: Current,
+        base: Layer | None = None,
+        common: PooledModule | None = None,
     ):
-        super().__init__(pool, name, current)
+        super().__init__(pool, name, current, common)
         self.base_layer: Any = layer
         self.base = base or door(layer, name)
 
@@ -144,16 +223,19 @@ class Adapted(AdapterModule):
             # in_features, num_embeddings and the like: models read them from their layers.
             return getattr(super().__getattr__("base_layer"), attribute)
 
-    def levels(self, names: Sequence[str]) -> list[Level]:
+    def levels(
+        self, names: Sequence[str], rows: Rows | None = None, start: int = 0, stop: int | None = None
+    ) -> list[Level]:
         """The named adapters, in order, each with the layer that it changes. Neighbours of kind "add" change
-        the same layer; the rest change what the ones before left."""
+        the same layer; the rest change what the ones before left. `rows` from start to stop are what they
+        serve."""
         levels: list[Level] = []
         under: BaseLayer = self.base
         for name in names:
             method = self.methods[name]
             if levels and not (method.compose == levels[-1].method.compose == "add"):
                 under = Adjusted(self.base, levels)
-            levels.append(Level(name, method, self.tensors(name), under))
+            levels.append(Level(name, method, self.given(name, rows, start, stop), under))
         return levels
 
     def change(self, names: Sequence[str]) -> tuple[Tensor | None, Tensor | None]:
@@ -171,18 +253,20 @@ class Adapted(AdapterModule):
                     db = bias_change if db is None else db + bias_change
         return dW, db
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if args or kwargs:
-            raise TypeError(f"{self._site_name}: an adapted layer takes its input alone.")
+    def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         rows = self._current.rows
         if self.disabled:
-            return self.base_layer(x)
+            return self.base_layer(x, *args, **kwargs)
         if self.merged_adapters:
             if rows is not None and rows.adapters is not None:
                 raise RowsError(
                     f"{self._site_name}: {self.merged_adapters} are merged. Unmerge to name adapters per row."
                 )
-            return self.base_layer(x)
+            return self.base_layer(x, *args, **kwargs)
+        if self.base.is_argument:
+            return self._as_argument(rows, (x, *args), kwargs)
+        if args or kwargs:
+            raise TypeError(f"{self._site_name}: an adapted layer takes its input alone.")
         if rows is None or rows.num is None:
             return self._serve(self.serving(None), x, _Entrance(self))
         choices = [(self.serving(s.adapter), s.start, s.stop) for s in rows.segments]
@@ -195,18 +279,36 @@ class Adapted(AdapterModule):
             split = rows.of(self.base.site, x, self._current.length)
             return split.restored(self._serve(names, split.x, _Entrance(self, rows.samples)))
         split = rows.of(self.base.site, x, self._current.length)
-        parts = [(self.levels(names), start, stop) for names, start, stop in choices]
+        parts = [(self.levels(names, rows, start, stop), start, stop) for names, start, stop in choices]
         if all(isinstance(level.method, WeightMethod) for levels, _, _ in parts for level in levels):
             return self._mixed_weights(x, split, parts)
         return self._mixed(split, parts)
+
+    def _as_argument(self, rows: Rows | None, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """A layer whose weight is used as a function's argument: it runs with the changed weight in place."""
+        if rows is None or rows.adapters is None:
+            return self._substituted(self.serving(None), args, kwargs)
+        choices = [(self.serving(s.adapter), s) for s in rows.segments]
+        if all(names == choices[0][0] for names, _ in choices):
+            return self._substituted(choices[0][0], args, kwargs)
+        cut = Cut(rows, self.base.site, self._current.length)
+        return cut.joined([self._substituted(names, *cut.of((args, kwargs), s)) for names, s in choices])
+
+    def _substituted(self, names: Sequence[str], args: tuple, kwargs: dict[str, Any]) -> Any:
+        if not names:
+            return self.base_layer(*args, **kwargs)
+        changed = Adjusted(self.base, self.levels(names))
+        W = changed.weight()
+        with self.base.substituted(W.to(self.base.dtype), changed.bias()):
+            return self.base_layer(*args, **kwargs)
 
     def _serve(self, names: tuple[str, ...], x: Tensor, entrance: _Entrance) -> Tensor:
         """One choice of adapters for all rows of x."""
         if not names:
             return self.base_layer(x)
         if len(names) == 1:
-            method, p = self.methods[names[0]], self.tensors(names[0])
-            if next(iter(p.values())).dtype == x.dtype:
+            method, p = self.methods[names[0]], self.given(names[0])
+            if _dtype_of(p, x) == x.dtype:
                 return method.forward(p, self.base, x, entrance.of(method, p))
             framed = _Framed(self.base, x.dtype)
             return method.forward(p, framed, x, entrance.of(method, p)).to(framed.given)
@@ -299,8 +401,8 @@ class _Entrance:
     def drops(self, method: SiteMethod) -> bool:
         return self.module.training and method.dropout > 0
 
-    def of(self, method: SiteMethod, p: dict[str, nn.Parameter]) -> Callable[[Tensor], Tensor]:
-        dtype = next(iter(p.values())).dtype
+    def of(self, method: SiteMethod, p: Params) -> Callable[[Tensor], Tensor]:
+        dtype = _dtype_of(p)
 
         def enter(x: Tensor) -> Tensor:
             if not x.is_floating_point():
@@ -317,6 +419,14 @@ class _Entrance:
             return drop(x, method.dropout, self.samples, key, padding)
 
         return enter
+
+
+def _dtype_of(p: Params, x: Tensor | None = None) -> torch.dtype:
+    """The dtype that an adapter computes in."""
+    for t in p.values():
+        if t.is_floating_point():
+            return t.dtype
+    return torch.float32 if x is None else x.dtype
 
 
 class _Framed:
@@ -368,10 +478,18 @@ class Replaced(AdapterModule):
         original_module: the frozen module. base: its door.
     """
 
-    def __init__(self, module: nn.Module, name: str, pool: AdapterPool, current: Current) -> None:
-        super().__init__(pool, name, current)
+    def __init__(
+        self,
+        module: nn.Module,
+        name: str,
+        pool: AdapterPool,
+        current: Current,
+        base: Layer | None = None,
+        common: PooledModule | None = None,
+    ) -> None:
+        super().__init__(pool, name, current, common)
         self.original_module: Any = module
-        self.base = Layer(module, name)
+        self.base = base or Layer(module, name)
         # A copy without memory and without an engine's hooks, into which an adapter's tensors are put to run
         # it.
         self.__dict__["_shell"] = _shell(module)
@@ -442,6 +560,68 @@ class Replaced(AdapterModule):
         if apart:
             given = _Beside.apply(given, bare)
         return split.restored(split.unsorted(given))
+
+
+class AdaptedBlock(AdapterModule):
+    """A whole block of the base to whose output adapters add: an attention module, a decoder layer.
+
+    Attributes:
+        original_module: the frozen block. base: its door.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        name: str,
+        pool: AdapterPool,
+        current: Current,
+        base: Layer | None = None,
+        common: PooledModule | None = None,
+    ) -> None:
+        super().__init__(pool, name, current, common)
+        self.original_module: Any = module
+        self.base = base or Layer(module, name)
+
+    def __getattr__(self, attribute: str) -> Any:
+        try:
+            return super().__getattr__(attribute)
+        except AttributeError:
+            return getattr(super().__getattr__("original_module"), attribute)
+
+    @property
+    def base_layer(self) -> nn.Module:
+        """The frozen block, under the name that `Adapted` gives it."""
+        return self.original_module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = self.original_module(*args, **kwargs)
+        rows = self._current.rows
+        if self.disabled:
+            return output
+        choices = [] if rows is None else [(self.serving(s.adapter), s) for s in rows.segments]
+        if all(names == choices[0][0] for names, _ in choices):
+            names = choices[0][0] if choices else self.serving(None)
+            return self._around(names, output, args, kwargs)
+        assert rows is not None
+        cut = Cut(rows, self.base.site, self._current.length)
+        return cut.joined(
+            [self._around(names, *cut.of((output, args, kwargs), s), rows, s) for names, s in choices]
+        )
+
+    def _around(
+        self,
+        names: Sequence[str],
+        output: Any,
+        args: tuple,
+        kwargs: Mapping[str, Any],
+        rows: Rows | None = None,
+        segment: Segment | None = None,
+    ) -> Any:
+        for name in names:
+            method: BlockMethod = self.methods[name]
+            where = (segment.start, segment.stop) if segment is not None else (0, None)
+            output = method.around(self.given(name, rows, *where), self.original_module, output, args, kwargs)
+        return output
 
 
 class _Beside(torch.autograd.Function):

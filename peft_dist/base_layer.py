@@ -31,6 +31,8 @@ class Layer:
     """
 
     kind: Kind = "module"
+    # Whether the weight is used as a function's argument, so that an adapter acts by `substituted` alone.
+    is_argument = False
 
     def __init__(self, layer: nn.Module, name: str) -> None:
         self.layer: Any = layer
@@ -125,15 +127,20 @@ class Layer:
             restore_bits(self.layer.get_parameter(key), bits)
 
     @contextlib.contextmanager
-    def substituted(self, W: Tensor) -> Iterator[None]:
-        """Within the context the layer runs with W (out, in); gradients flow to W."""
-        weight = self.layer._parameters.pop("weight")
+    def substituted(self, W: Tensor, b: Tensor | None = None) -> Iterator[None]:
+        """Within the context the layer runs with W (out, in), and b (out,) where it is given; gradients flow
+        to both."""
+        taken = {"weight": self.layer._parameters.pop("weight")}
         self.layer.weight = self._as_stored(W)
+        if b is not None and self.site.bias:
+            taken["bias"] = self.layer._parameters.pop("bias")
+            self.layer.bias = b
         try:
             yield
         finally:
-            del self.layer.weight
-            self.layer._parameters["weight"] = weight
+            for key, parameter in taken.items():
+                delattr(self.layer, key)
+                self.layer._parameters[key] = parameter
 
     def _add(self, key: str, change: Tensor) -> None:
         parameter = self.layer.get_parameter(key)

@@ -114,8 +114,8 @@ class BaseLayer(Protocol):
     def mix(self, M: Tensor, h: Tensor) -> Tensor:
         """M (rows, channels) over the output channels of h: (..., rows)."""
 
-    def substituted(self, W: Tensor) -> AbstractContextManager[None]:
-        """Within the context the layer runs with W (out, in)."""
+    def substituted(self, W: Tensor, b: Tensor | None = None) -> AbstractContextManager[None]:
+        """Within the context the layer runs with W (out, in), and with b (out,) where it is given."""
 
 
 class Controller:
@@ -144,10 +144,11 @@ class Method(ABC):
 
     `reads` names the arguments of the model's forward (one entry per sequence, such as `task_ids`) that the
     method's functions find in `p` beside their tensors, cut to the rows that they serve. `layers` are the
-    kinds that it can sit on; any module at all where it says `module`.
+    kinds that it can sit on; any module at all where it says `module`. `merges`: whether it can be merged.
     """
 
     prefix: ClassVar[str]
+    merges: ClassVar[bool] = True
     reads: ClassVar[tuple[str, ...]] = ()
     layers: ClassVar[frozenset[str]] = frozenset({"linear"})
 
@@ -270,6 +271,9 @@ class ReplaceMethod(Method):
 class BlockMethod(Method):
     """Adds to what a whole block of the base gives: an attention module, a decoder layer."""
 
+    merges: ClassVar[bool] = False
+    layers: ClassVar[frozenset[str]] = frozenset({"module"})
+
     @abstractmethod
     def params(self, site: Site) -> dict[str, Param]:
         """The tensors that it wants at `site`, whose `tensors` are the block's own."""
@@ -281,6 +285,9 @@ class BlockMethod(Method):
 
 class PromptMethod(Method):
     """Adds virtual tokens before the input; changes no layer."""
+
+    merges: ClassVar[bool] = False
+    layers: ClassVar[frozenset[str]] = frozenset()
 
     @property
     @abstractmethod

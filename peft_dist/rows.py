@@ -11,6 +11,7 @@ import functools
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -128,6 +129,43 @@ class Split:
         return y if self.length is None else y.flatten(0, 1)
 
 
+@dataclass(frozen=True)
+class Cut:
+    """Whole calls of a module, taken apart by rows: every tensor among its arguments that has a row for each
+    sequence, or a token for each position of each sequence."""
+
+    rows: Rows
+    site: Site
+    length: int | None
+
+    def of(self, tree: Any, segment: Segment) -> Any:
+        """`tree` of tuples, lists and dictionaries, its tensors cut to the rows of a segment."""
+        if isinstance(tree, Tensor):
+            return self._cut(tree, segment)
+        if isinstance(tree, dict):
+            return {key: self.of(part, segment) for key, part in tree.items()}
+        if isinstance(tree, (tuple, list)):
+            return type(tree)(self.of(part, segment) for part in tree)
+        return tree
+
+    def _cut(self, t: Tensor, segment: Segment) -> Tensor:
+        if t.ndim == 0 or t.shape[0] == 1:
+            return t
+        split = self.rows.of(self.site, t, self.length)
+        return split.restored(split.sorted(split.x)[segment.start : segment.stop])
+
+    def joined(self, parts: Sequence[Any]) -> Any:
+        """The outputs of all segments, in their order, as the output of one call."""
+        first = parts[0]
+        if isinstance(first, Tensor):
+            whole = torch.cat(list(parts))
+            split = self.rows.of(self.site, whole, self.length)
+            return split.restored(split.unsorted(split.x))
+        if isinstance(first, (tuple, list)):
+            return type(first)(self.joined(each) for each in zip(*parts, strict=True))
+        return first
+
+
 @dataclass
 class Current:
     """What a model is running now; one object, shared by all its adapted modules.
@@ -141,11 +179,13 @@ class Current:
         padding: (B,) how many positions stand before each sequence's own because others in the batch have
         more
             virtual tokens; None where there are none.
+        batch: arguments of the model's forward that methods read: name -> (B, ...).
     """
 
     rows: Rows | None = None
     length: int | None = None
     padding: Tensor | None = None
+    batch: dict[str, Tensor] = field(default_factory=dict)
 
     def padding_of(self, samples: Tensor) -> Tensor | None:
         """`padding` of the sequences with these indices in the global batch."""
