@@ -127,9 +127,6 @@ class AdapterModule(PooledModule):
             )
         if rows is None or rows.num is None:
             return value
-        if len(value) != rows.num:
-            # A beam search repeats each sequence.
-            value = value.repeat_interleave(rows.num // len(value), 0)
         return (value if rows.order is None else value[rows.order])[start:stop]
 
 

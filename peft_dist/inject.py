@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from peft_dist.adapted import Adapted, AdapterModule, Replaced
+from peft_dist.adapted import Adapted, AdaptedBlock, AdapterModule, Replaced
 from peft_dist.base_layer import Layer, door, has_door
 from peft_dist.config import PeftConfig, TargetedConfig
-from peft_dist.contract import Method, SiteMethod
+from peft_dist.contract import BlockMethod, Method, ReplaceMethod
 from peft_dist.errors import AdapterError, TargetError
 from peft_dist.methods.replace.modules_to_save import ModulesToSave
 from peft_dist.methods.weight.bias import BiasCopy
-from peft_dist.pool import AdapterPool
+from peft_dist.pool import AdapterPool, PooledModule
 from peft_dist.rows import BASE, Current
 from peft_dist.targets import HEAD_NAMES, BaseFacts, resolve, resolve_saved
 
@@ -31,10 +31,13 @@ class Adapters:
 
     Attributes:
         pool: their tensors. current: what the model runs now.
+        common: the module on which tensors hang that all layers of an adapter share; None where there is no
+            model around the base to hold them.
     """
 
     pool: AdapterPool = field(default_factory=AdapterPool)
     current: Current = field(default_factory=Current)
+    common: PooledModule | None = None
 
 
 @dataclass
@@ -150,18 +153,21 @@ def inject(
 
     Raises:
         TargetError: targets match nothing, or a layer that cannot be adapted.
+        AdapterError: its layers share tensors, and nothing is there to hold them.
     """
     found = places(model)
     facts = facts_of(model, found)
     chosen: list[tuple[Place, type[AdapterModule], Layer, Method]] = []
     targets: list[str] = []
     if isinstance(config, TargetedConfig):
-        assert isinstance(config, SiteMethod)
+        assert isinstance(config, Method)
         targets = resolve(config, facts)
+        kind = _wrapper_of(config)
         for name in targets:
-            there = found[name].wrapper(Adapted)
-            base = there.base if isinstance(there, Adapted) else door(found[name].layer, name)
-            chosen.append((found[name], Adapted, base, config))
+            there = found[name].wrapper(kind)
+            base = there.base if there is not None else _door(found[name].layer, name, kind)  # type: ignore[attr-defined]
+            _check_kind(config, base)
+            chosen.append((found[name], kind, base, config.at(base.site)))
     saved = resolve_saved(getattr(config, "modules_to_save", None), facts)
     for name in saved:
         layer = found[name].layer
@@ -183,7 +189,21 @@ def inject(
     # Asked once before anything is touched: a method may refuse a layer.
     for _, _, base, method in chosen:
         method.params(base.site)  # type: ignore[attr-defined]
+    doors = [base for _, _, base, _ in chosen[: len(targets)]]
+    common = config.shared([base.site for base in doors]) if isinstance(config, Method) and doors else {}
+    if common and adapters.common is None:
+        raise AdapterError(
+            f"adapter {adapter!r}: the layers of {config.peft_type} share tensors, which a bare base cannot "
+            "hold. Use get_peft_model."
+        )
     freeze(model)
+    if common:
+        assert adapters.common is not None
+        dtype = adapter_dtype(doors[0], autocast_adapter_dtype)
+        device = torch.device("meta") if low_cpu_mem_usage else doors[0].device
+        adapters.common.hold(adapter, type(config).__name__, common, dtype, device)
+        if start and not low_cpu_mem_usage:
+            adapters.common.fill(adapter)
     for place, kind, base, method in chosen:
         wrapper = place.wrapper(kind) or _wrap(place, kind, base, adapters)
         device = torch.device("meta") if low_cpu_mem_usage else base.device
@@ -193,16 +213,33 @@ def inject(
     return targets
 
 
+def _wrapper_of(config: Method) -> type[AdapterModule]:
+    if isinstance(config, BlockMethod):
+        return AdaptedBlock
+    return Replaced if isinstance(config, ReplaceMethod) else Adapted
+
+
+def _door(layer: nn.Module, name: str, kind: type[AdapterModule]) -> Layer:
+    return door(layer, name) if kind is Adapted else Layer(layer, name)
+
+
+def _check_kind(config: Any, base: Layer) -> None:
+    if base.site.kind not in config.layers and "module" not in config.layers:
+        raise TargetError(
+            f"targets: {base.site.name!r} is a {type(base.layer).__name__}; {config.peft_type} sits on "
+            f"{', '.join(sorted(config.layers))}. Leave it out, or choose another method for it."
+        )
+
+
 def _wrap(place: Place, kind: type[AdapterModule], base: Layer, adapters: Adapters) -> AdapterModule:
-    if kind is Adapted and isinstance(place.module, Replaced):
-        inner = Adapted(place.layer, place.name, adapters.pool, adapters.current, base)
-        place.module.original_module = inner
+    made = (place.name, adapters.pool, adapters.current, base, adapters.common)
+    if kind is Adapted and isinstance(place.module, (Replaced, AdaptedBlock)):
+        inner = Adapted(place.layer, *made)
+        outer: Any = place.module
+        outer.original_module = inner
         wrapper: AdapterModule = inner
     else:
-        if kind is Adapted:
-            wrapper = Adapted(place.module, place.name, adapters.pool, adapters.current, base)
-        else:
-            wrapper = Replaced(place.module, place.name, adapters.pool, adapters.current)
+        wrapper = kind(place.module, *made)  # type: ignore[arg-type, call-arg]
         place.parent._modules[place.key] = wrapper
         place.module = wrapper
     wrapper.train(base.layer.training)

@@ -186,6 +186,12 @@ class PooledModule(nn.Module):
         self._fill_fixed(adapter)
         self._take_in(adapter)
 
+    def fill(self, adapter: str) -> None:
+        """Fills the adapter's tensors as its method starts them."""
+        with torch.no_grad():
+            for name, tensor in self.tensors(adapter).items():
+                self._wanted[adapter][name].start(tensor.detach())
+
     def _fill_fixed(self, adapter: str) -> None:
         with torch.no_grad():
             for name, param in self._wanted[adapter].items():

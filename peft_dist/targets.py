@@ -140,14 +140,14 @@ def resolve(config: Any, facts: BaseFacts) -> list[str]:
     if not matched:
         raise TargetError(_nothing_matched(config, facts))
     for name in matched:
-        if facts.layers[name] == "module":
+        if facts.layers[name] == "module" and "module" not in config.layers:
             raise TargetError(
                 f"targets: {name!r} of {facts.name} is a container or a layer without a weight matrix, so "
                 "no adapter "
                 "fits on it. Name the linear, embedding or convolution layers in it."
             )
     if not isinstance(config.target_modules, str):
-        layers = [name for name, kind in facts.layers.items() if kind != "module"]
+        layers = [n for n, kind in facts.layers.items() if kind != "module" or "module" in config.layers]
         absent = [target for target in config.target_modules if not any(ends_in([target], n) for n in layers)]
         _warn_of_unmatched(absent, f"layer of {facts.name}", layers, "target_modules")
     for field_name in ("rank_pattern", "alpha_pattern"):

@@ -11,7 +11,7 @@ import pytest
 import peft_dist
 from peft_dist.catalog import METHODS, config_class, entry
 from peft_dist.config import PeftConfig
-from peft_dist.errors import BaseLayerError, ConfigError
+from peft_dist.errors import ConfigError, TargetError
 
 needed = {"PROMPT_TUNING": {"num_virtual_tokens": 2}}
 
@@ -162,9 +162,12 @@ def test_ia3_cannot_sit_on_an_embedding() -> None:
     import torch
 
     base = torch.nn.Sequential(torch.nn.Embedding(4, 4))
-    with pytest.raises(BaseLayerError) as raised:
+    with pytest.raises(TargetError) as raised:
         peft_dist.get_peft_model(base, peft_dist.IA3Config(target_modules=["0"], feedforward_modules=[]))
-    assert str(raised.value) == "0: IA3 scales channels; it cannot sit on an embedding. Leave it out."
+    assert str(raised.value) == (
+        "targets: '0' is a Embedding; IA3 sits on conv1d, conv2d, conv3d, linear. Leave it out, or choose "
+        "another method for it."
+    )
     assert type(base[0]) is torch.nn.Embedding
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from peft_dist import starts
 from peft_dist.config import TargetedConfig
 from peft_dist.contract import ActivationMethod, BaseLayer, Param, Params, Site
-from peft_dist.errors import BaseLayerError, ConfigError
+from peft_dist.errors import ConfigError
 from peft_dist.targets import ends_in
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ class IA3Config(TargetedConfig, ActivationMethod):
     init_ia3_weights: bool = True
 
     prefix: ClassVar[str] = "ia3_"
+    layers: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d", "conv2d", "conv3d"})
     without_effect: ClassVar[dict[str, Any]] = {}
 
     def __post_init__(self) -> None:
@@ -60,10 +61,6 @@ class IA3Config(TargetedConfig, ActivationMethod):
         return ends_in(self.feedforward_modules or [], site.name)
 
     def params(self, site: Site) -> dict[str, Param]:
-        if site.kind == "embedding":
-            raise BaseLayerError(
-                f"{site.name}: IA3 scales channels; it cannot sit on an embedding. Leave it out."
-            )
         start = starts.ones if self.init_ia3_weights else starts.normal
         ones = (1,) * len(site.kernel)
         if self.is_feedforward(site):

@@ -59,6 +59,9 @@ class LoraConfig(TargetedConfig, WeightMethod):
     alpha_pattern: dict[str, float] = field(default_factory=dict)
 
     prefix: ClassVar[str] = "lora_"
+    layers: ClassVar[frozenset[str]] = frozenset(
+        {"linear", "embedding", "conv1d", "conv2d", "conv3d", "mha", "experts"}
+    )
     without_effect: ClassVar[dict[str, Any]] = {
         "megatron_config": None,
         "megatron_core": "megatron.core",
