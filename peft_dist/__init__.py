@@ -7,7 +7,7 @@ from typing import Any
 
 _NAMES = {
     "peft_dist.catalog": ("PeftType", "TaskType"),
-    "peft_dist.config": ("PeftConfig", "PromptLearningConfig"),
+    "peft_dist.config": ("PeftConfig", "PromptLearningConfig", "get_peft_config"),
     "peft_dist.errors": ("PeftDistError",),
     "peft_dist.loading": ("load_base",),
     "peft_dist.methods.activation.ia3": ("IA3Config",),
@@ -22,6 +22,14 @@ _NAMES = {
         "set_peft_model_state_dict",
     ),
     "peft_dist.optim": ("AdapterOptimizer", "Hyper"),
+    "peft_dist.registry": (
+        "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",
+        "PEFT_TYPE_TO_CONFIG_MAPPING",
+        "PEFT_TYPE_TO_MIXED_MODEL_MAPPING",
+        "PEFT_TYPE_TO_PREFIX_MAPPING",
+        "PEFT_TYPE_TO_TUNER_MAPPING",
+        "register_peft_method",
+    ),
     "peft_dist.rows": ("Rows",),
     "peft_dist.tasks": (
         "AutoPeftModelForCausalLM",

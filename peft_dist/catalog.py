@@ -168,22 +168,21 @@ def prefix_of(peft_type: str) -> str:
     return entry(peft_type).prefix or config_class(peft_type).prefix
 
 
+def is_free(name: str) -> bool:
+    """Whether no method is called so, or only an entry point that was not read yet."""
+    return name not in METHODS or METHODS[name].summary == _NOT_READ
+
+
 def _registered_by(name: str, register: Any) -> Any:
-    """The config class of a method whose entry point is a function, or a module, that registers it."""
+    """The config class of a method whose entry point is a module, or a function, that registers it."""
     row = METHODS[name]
-    if METHODS[name].summary == _NOT_READ:
-        del METHODS[name]
-    try:
-        if callable(register):
-            register()
-        if name not in METHODS:
-            raise ConfigError(
-                f"entry point {name.lower()!r} of {ENTRY_POINTS}: {row.config} registered no method of this "
-                f"name. It is to be a config class, or to call register_peft_method(name={name.lower()!r}, ...)."
-            )
-    except BaseException:
-        METHODS[name] = row
-        raise
+    if callable(register):
+        register()
+    if METHODS[name] is row:
+        raise ConfigError(
+            f"entry point {name.lower()!r} of {ENTRY_POINTS}: {row.config} registered no method of this name. "
+            f"It is to be a config class, or to call register_peft_method(name={name.lower()!r}, ...)."
+        )
     return config_class(name)
 
 

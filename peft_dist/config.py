@@ -14,10 +14,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from peft_dist.catalog import TaskType, config_class
+from peft_dist.catalog import PeftType, TaskType, config_class
 from peft_dist.errors import ConfigError, suggest
+from peft_dist.lazy import lazy
+
+huggingface_hub = lazy("huggingface_hub")
 
 CONFIG_NAME = "adapter_config.json"
+# The version of HF PEFT whose files are written.
+PEFT_VERSION = "0.21.2"
 
 
 @dataclass
@@ -44,7 +49,10 @@ class PeftConfig:
 
     # Fields of HF PEFT that nothing here reads yet, with the one value under which that is right.
     without_effect: ClassVar[Mapping[str, Any]] = {}
+    # Fields that say how a program runs, not what the adapter is: never in a file.
+    at_runtime: ClassVar[frozenset[str]] = frozenset({"runtime_config"})
     is_prompt_learning: ClassVar[bool] = False
+    is_adaption_prompt: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.task_type is not None and self.task_type not in TaskType.__members__:
@@ -52,24 +60,42 @@ class PeftConfig:
                 f"task_type: {self.task_type!r} is not one of {', '.join(TaskType.__members__)}."
                 f"{suggest(str(self.task_type), TaskType.__members__)}"
             )
+        if self.peft_version is None:
+            self.peft_version = PEFT_VERSION
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "peft_type" and value in PeftType.__members__:
+            value = PeftType[value]
+        super().__setattr__(name, value)
+
+    @property
+    def unknown(self) -> dict[str, Any]:
+        """Fields of the file that it was read from which this version does not know; saved again with it."""
+        return self.__dict__.setdefault("_unknown", {})
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as `adapter_config.json` holds them."""
-        return {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
+        known = {
+            f.name: _plain(getattr(self, f.name))
+            for f in dataclasses.fields(self)
+            if f.name not in self.at_runtime
+        }
+        return {**known, **self.unknown}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> PeftConfig:
         """The config that `values` describe, of the class that their `peft_type` names, or this one.
 
-        Fields that no version of the method knows are left out with a warning, since newer versions add some.
+        Fields that this version does not know have no effect: a warning names them, and they are kept for
+        `to_dict`.
 
         Raises:
             ConfigError: no such method, or a field that asks for what is not supported; names it.
         """
         name = values.get("peft_type")
         chosen = cls if name is None or cls is not PeftConfig else config_class(name)
-        known = {f.name for f in dataclasses.fields(chosen)}
-        kept, unknown = {}, []
+        known = {f.name for f in dataclasses.fields(chosen) if f.init} - chosen.at_runtime
+        kept, unknown = {}, {}
         for key, value in values.items():
             if key in known:
                 kept[key] = value
@@ -79,39 +105,90 @@ class PeftConfig:
                         f"{chosen.__name__}.{key}: {value!r} is not supported; only "
                         f"{chosen.without_effect[key]!r} is. Train or convert the adapter without it."
                     )
-            else:
-                unknown.append(key)
+            elif key not in chosen.at_runtime:
+                unknown[key] = value
         if unknown:
             warnings.warn(
-                f"{chosen.__name__}: unknown fields are left out: {', '.join(sorted(unknown))}.", stacklevel=2
+                f"{chosen.__name__}: unknown fields {', '.join(sorted(unknown))} have no effect here; they are "
+                "kept when it is saved. A newer version may have written them.",
+                stacklevel=2,
             )
-        return chosen(**kept)
+        config = chosen(**kept)
+        config.unknown.update(unknown)
+        return config
 
     @classmethod
-    def from_pretrained(cls, directory: str | Path) -> PeftConfig:
-        """Reads `adapter_config.json` from a directory.
+    def from_peft_type(cls, **values: Any) -> PeftConfig:
+        """The config of the class that `peft_type` names, or of this one where it is not given."""
+        return cls.from_dict(values)
+
+    @classmethod
+    def from_json_file(cls, path_json_file: str | Path, **kwargs: Any) -> dict[str, Any]:
+        """The fields that a file holds, but for those of one run.
 
         Raises:
-            ConfigError: it is absent, is not JSON, or breaks a rule.
+            ConfigError: it is absent, or is not JSON.
         """
-        path = Path(directory) / CONFIG_NAME
+        path = Path(path_json_file)
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise ConfigError(f"{path}: no such file; a directory with an adapter has one.") from None
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ConfigError(f"{path}: is not JSON ({error}).") from None
-        if not isinstance(values, dict) or "peft_type" not in values:
+        if not isinstance(values, dict):
+            raise ConfigError(f"{path}: has no peft_type, so it is no adapter's config.")
+        for name in cls.at_runtime & values.keys():
+            warnings.warn(f"{path}: {name} is left out: it is said where a program runs.", stacklevel=2)
+            del values[name]
+        return values
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | Path, subfolder: str | None = None, **kwargs: Any
+    ) -> PeftConfig:
+        """Reads `adapter_config.json` from a directory or from the hub.
+
+        Args:
+            subfolder: where in it.
+            kwargs: arguments of `huggingface_hub.hf_hub_download`, such as `revision`, `token`, `cache_dir`.
+
+        Raises:
+            ConfigError: it is absent, is not JSON, or breaks a rule.
+        """
+        where = Path(pretrained_model_name_or_path)
+        path = (where / subfolder if subfolder else where) / CONFIG_NAME
+        if not path.is_file() and not where.exists():
+            path = _from_hub(str(pretrained_model_name_or_path), subfolder, kwargs, path)
+        values = cls.from_json_file(path)
+        if "peft_type" not in values:
             raise ConfigError(f"{path}: has no peft_type, so it is no adapter's config.")
         return cls.from_dict(values)
 
-    def save_pretrained(self, directory: str | Path) -> None:
-        """Writes `adapter_config.json` into a directory, which is made where it is absent."""
-        folder = Path(directory)
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+        """Writes `adapter_config.json` into a directory, which is made where it is absent.
+
+        Args:
+            kwargs: `auto_mapping_dict`, to be written as `auto_mapping`.
+        """
+        folder = Path(save_directory)
+        if folder.is_file():
+            raise ConfigError(f"save_pretrained: {folder} is a file. Name a directory.")
         folder.mkdir(parents=True, exist_ok=True)
+        values = self.to_dict()
+        mapping = kwargs.pop("auto_mapping_dict", None)
+        if kwargs:
+            raise TypeError(f"save_pretrained: unknown arguments: {', '.join(sorted(kwargs))}.")
+        if mapping is not None:
+            values["auto_mapping"] = mapping
         aside = folder / f".{CONFIG_NAME}.part"
-        aside.write_text(json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        aside.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         aside.replace(folder / CONFIG_NAME)
+
+
+def get_peft_config(config_dict: Mapping[str, Any]) -> PeftConfig:
+    """The config that a dictionary describes, of the class that its `peft_type` names."""
+    return PeftConfig.from_dict(config_dict)
 
 
 class TargetedConfig(PeftConfig):
@@ -160,6 +237,18 @@ class PromptLearningConfig(PeftConfig):
     modules_to_save: list[str] | None = field(default=None)
 
     is_prompt_learning: ClassVar[bool] = True
+
+
+def _from_hub(name: str, subfolder: str | None, how: dict[str, Any], path: Path) -> Path:
+    if len(parts := name.split("/")) > 2 or not all(part and part not in (".", "..", "~") for part in parts):
+        return path
+    try:
+        return Path(huggingface_hub.hf_hub_download(name, CONFIG_NAME, subfolder=subfolder, **how))
+    except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
+        first = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ConfigError(
+            f"{path}: no such file, and {name!r} cannot be read from the hub: {first}"
+        ) from error
 
 
 def _plain(value: Any) -> Any:

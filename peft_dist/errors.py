@@ -14,6 +14,18 @@ class ConfigError(PeftDistError, ValueError):
     """A config that contradicts itself, or asks for what this version does not do."""
 
 
+class TaskError(ConfigError, KeyError):
+    """A prompt method's config without a task, or with none of the six."""
+
+    __str__ = Exception.__str__
+
+
+class TakenError(PeftDistError, KeyError):
+    """A method's name or prefix that another method has."""
+
+    __str__ = Exception.__str__
+
+
 class TargetError(PeftDistError, ValueError):
     """Targets that match nothing, or match a layer that a method cannot adapt."""
 

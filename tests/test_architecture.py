@@ -16,7 +16,10 @@ LAYERS = {
         {"methods"},
         {"adapted"},
         {"inject", "merge", "checkpoint", "optim", "prompts"},
-        {"model", "tasks", "mixed", "compat", "loading"},
+        {
+            "model", "tasks", "mixed", "compat", "loading", "tuner", "registry", "status", "auto",
+            "hotswap", "functional",
+        },
         {"__init__"},
     ],
     "orchestrator": [
