@@ -15,7 +15,7 @@ import re
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -28,8 +28,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import Parameter
 
+from peft_dist.adapted import AdapterModule
 from peft_dist.config import CONFIG_NAME, PeftConfig
-from peft_dist.contract import Param, PromptMethod
+from peft_dist.contract import Method, PromptMethod, Site
 from peft_dist.errors import AdapterError, CheckpointError, suggest
 from peft_dist.folder import FolderError, check_safetensors, is_hub_id, is_url, local_folder
 from peft_dist.pool import PooledModule
@@ -60,22 +61,43 @@ class SavedAdapter:
 
 
 @dataclass(frozen=True)
-class _Place:
-    """Where one tensor of an adapter lives in the model: `name` there is the Parameter's own."""
+class _Holder:
+    """A module that holds tensors of an adapter.
+
+    Args:
+        path: its name in the model. layer: what its tensors' names in a checkpoint begin with.
+        method: whose tensors they are.
+    """
 
     module: PooledModule
-    name: str
-    parameter: Parameter
+    path: str
+    layer: str
+    method: Any
+    adapter: str
+
+    @property
+    def saved(self) -> dict[str, str]:
+        """Name in a checkpoint, relative to the layer -> the method's own name of the tensor."""
+        return {
+            param.key if param.saved is None else param.saved: name
+            for name, param in self.module.wanted(self.adapter).items()
+            if param.persistent
+        }
+
+    def hung(self, name: str) -> str:
+        """The tensor's own name in the model."""
+        first, _, rest = self.module.wanted(self.adapter)[name].key.partition(".")
+        return _join(self.path, first, self.adapter, rest)
 
 
 # Names
 
 
-def adapter_places(model: nn.Module, adapter_name: str) -> dict[str, _Place]:
-    """The adapter's tensors in `model`, by their names in a checkpoint, in the model's order."""
-    places = {}
+def holders(model: nn.Module, adapter_name: str) -> list[_Holder]:
+    """The modules of `model` that hold tensors of the adapter, in the model's order."""
     config = getattr(model, "peft_config", {}).get(adapter_name)
     adds_tokens = isinstance(config, PromptMethod)
+    found = []
     for path, module in model.named_modules():
         if not isinstance(module, PooledModule) or adapter_name not in module.adapters:
             continue
@@ -84,26 +106,18 @@ def adapter_places(model: nn.Module, adapter_name: str) -> dict[str, _Place]:
         if adds_tokens:
             # HF PEFT wraps no layer of such a model, so its base hangs one part higher.
             layer = layer.replace("base_model.model", "base_model", 1)
-        parameters = module.tensors(adapter_name)
-        method = getattr(module, "methods", {}).get(adapter_name)
-        for key, param in module.wanted(adapter_name).items():
-            saved = param.key if param.saved is None else param.saved
-            # Virtual tokens belong to no layer: HF PEFT stores them under their bare name.
-            prefix = "" if isinstance(method, PromptMethod) else layer
-            places[_join(prefix, saved)] = _Place(
-                module, _join(path, _hung(param, adapter_name)), parameters[key]
-            )
-    return places
+        method = getattr(module, "methods", {}).get(adapter_name, config)
+        found.append(_Holder(module, path, layer, method, adapter_name))
+    return found
 
 
-def adapter_parameters(model: nn.Module, adapter_name: str) -> dict[str, Parameter]:
-    """The adapter's tensors in `model`, by their names in a checkpoint."""
-    return {key: place.parameter for key, place in adapter_places(model, adapter_name).items()}
-
-
-def _hung(param: Param, adapter_name: str) -> str:
-    first, _, rest = param.key.partition(".")
-    return _join(first, adapter_name, rest)
+def adapter_parameters(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
+    """The adapter's own tensors in `model`, by their names in a checkpoint, the method's saved form aside."""
+    return {
+        _join(holder.layer, saved): holder.module.tensors(adapter_name)[name]
+        for holder in holders(model, adapter_name)
+        for saved, name in holder.saved.items()
+    }
 
 
 def _join(*parts: str) -> str:
@@ -132,16 +146,9 @@ def state_dict(
         CheckpointError: a tensor is empty or on the meta device, so its values are not known here.
     """
     _known_adapter(model, adapter_name)
-    tensors = {}
-    for key, place in adapter_places(model, adapter_name).items():
-        if whole_model is None:
-            tensors[key] = _values(key, place.parameter)
-        elif place.name in whole_model:
-            tensors[key] = whole_model[place.name]
-        else:
-            raise CheckpointError(
-                f"the whole model lacks {place.name!r} of adapter {adapter_name!r}. Pass the whole one."
-            )
+    tensors: dict[str, Tensor] = {}
+    for holder in holders(model, adapter_name):
+        tensors |= _saved_form(holder, _whole_tensors(holder, whole_model))
     for key, parameter in _embeddings(model, adapter_name, save_embedding_layers).items():
         tensors[key] = _values(key, parameter)
     empty = [key for key, value in tensors.items() if value.numel() == 0]
@@ -173,46 +180,127 @@ def load_state_dict(
         CheckpointError: a shape differs, and `ignore_mismatched_sizes` is false; or no name at all is known.
     """
     _known_adapter(model, adapter_name)
-    places = adapter_places(model, adapter_name)
+    held = holders(model, adapter_name)
     embeddings = {key: p for key, p in _all_embeddings(model).items() if key in tensors}
-    wanted: dict[str, Parameter] = {key: place.parameter for key, place in places.items()} | embeddings
-    given = {key: value for key, value in tensors.items() if key in wanted}
-    result = LoadResult(
-        missing_keys=[place.name for key, place in places.items() if key not in given],
-        unexpected_keys=[key for key in tensors if key not in wanted],
-    )
-    if places and not any(key in given for key in places):
+    used = set(embeddings)
+    given: list[tuple[_Holder, dict[str, Tensor]]] = []
+    for holder in held:
+        restored, names = _restored(holder, tensors)
+        given.append((holder, restored))
+        used |= names
+    if held and not any(restored for _, restored in given):
+        first = next(iter(adapter_parameters(model, adapter_name)), None)
         raise CheckpointError(
-            f"none of the {len(tensors)} tensors belongs to adapter {adapter_name!r}, "
-            f"whose first is {next(iter(places))!r}. "
+            f"none of the {len(tensors)} tensors belongs to adapter {adapter_name!r}, whose first is {first!r}. "
             "Was it trained on another base, or with other target_modules?"
         )
-    wrong = [key for key, value in given.items() if value.shape != whole_shape(wanted[key])]
+    _check_shapes(adapter_name, given, tensors, embeddings, ignore_mismatched_sizes)
+    missing = []
+    for holder, restored in given:
+        device = _device(holder.module)
+        holder.module.materialise(adapter_name, device)
+        own = holder.module.tensors(adapter_name)
+        for name, value in restored.items():
+            set_whole(own[name], value)
+        wanted = holder.module.wanted(adapter_name)
+        absent = [name for name in holder.saved.values() if name not in restored]
+        # What is not trained follows from the config and the base.
+        derived = [name for name in absent if not wanted[name].trainable]
+        if derived:
+            _derive(holder, derived)
+        missing += [holder.hung(name) for name in absent if name not in derived]
+    for key, parameter in embeddings.items():
+        set_whole(parameter, tensors[key])
+    return LoadResult(missing, [key for key in tensors if key not in used])
+
+
+def _whole_tensors(holder: _Holder, whole_model: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+    """The holder's saved tensors by the method's names, whole."""
+    own, made = holder.module.tensors(holder.adapter), {}
+    for saved, name in holder.saved.items():
+        hung = holder.hung(name)
+        if whole_model is None:
+            made[name] = _values(_join(holder.layer, saved), own[name])
+        elif hung in whole_model:
+            made[name] = whole_model[hung]
+        else:
+            raise CheckpointError(
+                f"the whole model lacks {hung!r} of adapter {holder.adapter!r}. Pass the whole one."
+            )
+    return made
+
+
+def _saved_form(holder: _Holder, whole_tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    exported = None
+    if type(holder.method).export is not Method.export:
+        with torch.no_grad():
+            exported = holder.method.export(whole_tensors, _site(holder))
+    if exported is None:
+        exported = {saved: whole_tensors[name] for saved, name in holder.saved.items()}
+    return {_join(holder.layer, saved): value for saved, value in exported.items()}
+
+
+def _restored(holder: _Holder, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], set[str]]:
+    """(the holder's tensors by the method's names, the names in the file that they came from)."""
+    saved = holder.saved
+    if type(holder.method).restore is Method.restore:
+        keys = {_join(holder.layer, key): name for key, name in saved.items()}
+        return {name: tensors[key] for key, name in keys.items() if key in tensors}, set(keys)
+    start = f"{holder.layer}." if holder.layer else ""
+    mine = {
+        key: value
+        for key, value in tensors.items()
+        if key.startswith(start) and key[len(start) :].startswith((holder.method.prefix, *saved))
+    }
+    there = holder.method.restore({key[len(start) :]: v for key, v in mine.items()}, _site(holder))
+    return {saved[key]: value for key, value in there.items() if key in saved}, set(mine)
+
+
+def _site(holder: _Holder) -> Site:
+    base = getattr(holder.module, "base", None)
+    return base.site if base is not None else Site(holder.path, 0, 0, "module")
+
+
+def _derive(holder: _Holder, names: Sequence[str]) -> None:
+    if isinstance(holder.module, AdapterModule):
+        holder.module.complete(holder.adapter, names, holder.module.base)  # type: ignore[attr-defined]
+        return
+    with torch.no_grad():
+        for name in names:
+            holder.module.wanted(holder.adapter)[name].start(holder.module.tensors(holder.adapter)[name])
+
+
+def _check_shapes(
+    adapter_name: str,
+    given: list[tuple[_Holder, dict[str, Tensor]]],
+    tensors: Mapping[str, Tensor],
+    embeddings: dict[str, Parameter],
+    ignore: bool,
+) -> None:
+    """Raises for tensors of another shape, or takes them out of what is to be filled, with a warning."""
+    wrong = []
+    num = sum(len(restored) for _, restored in given) + len(embeddings)
+    for holder, restored in given:
+        own = holder.module.tensors(adapter_name)
+        keys = {name: _join(holder.layer, saved) for saved, name in holder.saved.items()}
+        for name, value in list(restored.items()):
+            here = tuple(whole_shape(own[name]))
+            if tuple(value.shape) != here:
+                wrong.append(f"{keys[name]!r} is {tuple(value.shape)} there and {here} here")
+                del restored[name]
+    for key, parameter in list(embeddings.items()):
+        there, here = tuple(tensors[key].shape), tuple(whole_shape(parameter))
+        if there != here:
+            wrong.append(f"{key!r} is {there} there and {here} here")
+            del embeddings[key]
     if wrong:
-        listed = ", ".join(
-            f"{key!r} is {tuple(given[key].shape)} there and {tuple(whole_shape(wanted[key]))} here"
-            for key in wrong[:3]
-        )
         message = (
-            f"{len(wrong)} of {len(given)} tensors of adapter {adapter_name!r} have another shape: {listed}."
+            f"{len(wrong)} of {num} tensors of adapter {adapter_name!r} have another shape: "
+            f"{', '.join(wrong[:3])}."
         )
-        if not ignore_mismatched_sizes:
+        if not ignore:
             raise CheckpointError(f"{message} Its rank, targets or base differ from this model's.")
-        warnings.warn(f"{message} They keep their values.", stacklevel=2)
-        given = {key: value for key, value in given.items() if key not in wrong}
-    for module in {id(place.module): place.module for place in places.values()}.values():
-        module.materialise(adapter_name, _device(module))
-    for key, parameter in _current(model, adapter_name, embeddings).items():
-        if key in given:
-            set_whole(parameter, given[key])
-    return result
-
-
-def _current(
-    model: nn.Module, adapter_name: str, embeddings: Mapping[str, Parameter]
-) -> dict[str, Parameter]:
-    """The tensors to fill; asked again after those on meta were replaced."""
-    return adapter_parameters(model, adapter_name) | dict(embeddings)
+        warnings.warn(f"{message} They keep their values.", stacklevel=3)
 
 
 def _device(module: nn.Module) -> torch.device:
