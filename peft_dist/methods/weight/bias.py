@@ -1,4 +1,5 @@
-"""Each adapter's own copy of the biases of layers that its method does not sit on: LoRA's `bias: all`."""
+"""Each adapter's own copies of biases, so that adapters with biases stand side by side: of the layers that
+its method sits on (`bias: all` and `NAME_only`), and of those that it does not sit on (`all`)."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from peft_dist import starts
 from peft_dist.contract import BaseLayer, Param, Params, Site, WeightMethod
+from peft_dist.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,3 +36,39 @@ class BiasCopy(WeightMethod):
     def added(self, p: Params, base: BaseLayer, x: Tensor) -> Tensor:
         shift = self.bias_delta(p, base)
         return shift.view(-1, *(1,) * len(base.site.kernel))
+
+
+class BiasedMethod(WeightMethod):
+    """A method whose config has `bias`: one tensor more where a layer has a bias.
+
+    Attributes:
+        bias: `none`; `all`: every bias of the model; or `own_biases`: those of its layers.
+        own_biases: the third value's name, such as `vera_only`.
+    """
+
+    bias: str
+    own_biases: ClassVar[str]
+
+    def check_bias(self) -> None:
+        """Refuses a value of `bias` that is none of the three."""
+        allowed = ("none", "all", self.own_biases)
+        if self.bias not in allowed:
+            raise ConfigError(f"{type(self).__name__}.bias: {self.bias!r} is not one of {', '.join(allowed)}.")
+
+    def bias_params(self, site: Site) -> dict[str, Param]:
+        """The bias, where it is trained."""
+        if self.bias == "none" or not site.bias:
+            return {}
+        saved = "base_layer.bias"
+        return {"bias": Param("own_bias", ("out",), (site.bias,), starts.inherit, saved=saved)}
+
+    def start_from_base(self, p: Params, base: BaseLayer) -> None:
+        if "bias" in p:
+            p["bias"].copy_(base.bias())  # type: ignore[arg-type]
+
+    def bias_delta(self, p: Params, base: BaseLayer) -> Tensor | None:
+        return p["bias"] - base.bias() if "bias" in p else None  # type: ignore[operator]
+
+    def with_bias(self, y: Tensor, p: Params, base: BaseLayer) -> Tensor:
+        """y (..., out) and what the bias adds."""
+        return y + self.bias_delta(p, base) if "bias" in p else y
