@@ -217,6 +217,22 @@ class TargetedConfig(PeftConfig):
                     list(dict.fromkeys(sorted(value) if isinstance(value, (set, frozenset)) else value)),
                 )
 
+    def check_layers(self, *, of_str: bool = True, alone: bool = True) -> None:
+        """Refuses `layers_to_transform` and `layers_pattern` where they contradict.
+
+        Args:
+            of_str: beside targets that are one regular expression. alone: a pattern without indices.
+        """
+        where, given = (
+            type(self).__name__,
+            {n: getattr(self, n) for n in ("layers_to_transform", "layers_pattern")},
+        )
+        for name, value in given.items() if of_str and isinstance(self.target_modules, str) else ():
+            if value is not None:
+                raise ConfigError(f"{where}.{name}: cannot be used when `target_modules` is a str.")
+        if alone and given["layers_pattern"] and given["layers_to_transform"] is None:
+            raise ConfigError(f"{where}.layers_pattern: `layers_to_transform` must be given with it.")
+
 
 @dataclass
 class PromptLearningConfig(PeftConfig):

@@ -186,11 +186,11 @@ def inject(
             if bias is not None and name not in (*targets, *saved) and not name.startswith(within or ("\0",)):
                 base = door(place.layer, name) if has_door(place.layer) else Layer(place.layer, name)
                 chosen.append((place, Adapted, base, BiasCopy()))
+    doors = [base for _, _, base, _ in chosen[: len(targets)]]
+    common = config.shared([base.site for base in doors]) if isinstance(config, Method) and doors else {}
     # Asked once before anything is touched: a method may refuse a layer.
     for _, _, base, method in chosen:
         method.params(base.site)  # type: ignore[attr-defined]
-    doors = [base for _, _, base, _ in chosen[: len(targets)]]
-    common = config.shared([base.site for base in doors]) if isinstance(config, Method) and doors else {}
     if common and adapters.common is None:
         raise AdapterError(
             f"adapter {adapter!r}: the layers of {config.peft_type} share tensors, which a bare base cannot "

@@ -38,8 +38,8 @@ class BiasCopy(WeightMethod):
         return shift.view(-1, *(1,) * len(base.site.kernel))
 
 
-class BiasedMethod(WeightMethod):
-    """A method whose config has `bias`: one tensor more where a layer has a bias.
+class OwnBias:
+    """Of a method whose config has `bias`: one tensor more where a layer has a bias.
 
     Attributes:
         bias: `none`; `all`: every bias of the model; or `own_biases`: those of its layers.
@@ -53,7 +53,9 @@ class BiasedMethod(WeightMethod):
         """Refuses a value of `bias` that is none of the three."""
         allowed = ("none", "all", self.own_biases)
         if self.bias not in allowed:
-            raise ConfigError(f"{type(self).__name__}.bias: {self.bias!r} is not one of {', '.join(allowed)}.")
+            raise ConfigError(
+                f"{type(self).__name__}.bias: {self.bias!r} is not one of {', '.join(allowed)}."
+            )
 
     def bias_params(self, site: Site) -> dict[str, Param]:
         """The bias, where it is trained."""
@@ -70,5 +72,10 @@ class BiasedMethod(WeightMethod):
         return p["bias"] - base.bias() if "bias" in p else None  # type: ignore[operator]
 
     def with_bias(self, y: Tensor, p: Params, base: BaseLayer) -> Tensor:
-        """y (..., out) and what the bias adds."""
-        return y + self.bias_delta(p, base) if "bias" in p else y
+        """y, as the layer gives it, and what the bias adds."""
+        shift = self.bias_delta(p, base)
+        return y if shift is None else y + shift.view(-1, *(1,) * len(base.site.kernel))
+
+
+class BiasedMethod(OwnBias, WeightMethod):
+    """One that adds to W."""
