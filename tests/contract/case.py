@@ -1,9 +1,11 @@
-"""What a file of `tests/contract/methods/` holds: `CASES`, on which the laws run, and `PARITY`, on which HF PEFT
-is the oracle. A method is tested by having such a file."""
+"""What a file of `tests/contract/methods/` holds: `CASES`, on which the laws run, `PARITY`, on which HF PEFT is
+the oracle, and `FIELDS`, what changing each of its config's fields does. A method is tested by having such a
+file."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
 from peft_dist.catalog import config_class
 from peft_dist.config import PeftConfig
@@ -43,3 +45,29 @@ class Parity:
     config: str
     values: dict
     forward: dict | None = None
+
+
+@dataclass(frozen=True)
+class Field:
+    """That a config with a field at `value` differs from one that leaves it at its default.
+
+    Args:
+        value: what the field is set to.
+        changes: where the difference is seen. `error`: the config, or the injection, is refused, and the message
+            names the field. `tensors`: names, shapes or dtypes of the adapter's tensors in a checkpoint.
+            `trained`: which Parameters are. `start`: their values at the start. `output`: the model's, in
+            evaluation, with the same (seeded) values in the adapter. `training`: the same while training (one
+            seed). `loss`: `outputs.loss` while training. `gradient`: gradients of that loss. `saved`: what
+            `adapter_config.json` says of another field, or of this one where the base corrects it.
+        given: other fields, in both configs.
+        base: the name of a function in `tests.contract.bases`.
+        forward: more arguments of the forward, as nested lists.
+    """
+
+    value: object
+    changes: Literal[
+        "error", "tensors", "trained", "start", "output", "training", "loss", "gradient", "saved"
+    ]
+    given: dict = field(default_factory=dict)
+    base: str = "llama"
+    forward: dict = field(default_factory=dict)

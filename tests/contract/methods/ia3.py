@@ -1,4 +1,4 @@
-from tests.contract.case import CONVS, LINEAR, Case, Parity
+from tests.contract.case import CONVS, LINEAR, Case, Field, Parity
 
 CASES = (
     Case("IA3", "output", {"feedforward_modules": []}, (*LINEAR, *CONVS)),
@@ -21,4 +21,11 @@ PARITY = {
         "IA3Config",
         {**_CAUSAL, "target_modules": ["q_proj", "down_proj"], "feedforward_modules": ["down_proj"]},
     ),
+}
+
+FIELD_BASE = {"target_modules": ["q_proj", "down_proj"], "feedforward_modules": []}
+FIELDS = {
+    "feedforward_modules": (Field(["down_proj"], "output"), Field(["up_proj"], "error")),
+    "init_ia3_weights": Field(False, "start"),
+    "target_modules": Field(["k_proj"], "tensors"),
 }
