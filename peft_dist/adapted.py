@@ -19,6 +19,7 @@ from peft_dist.contract import (
     ActivationMethod,
     BaseLayer,
     BlockMethod,
+    Draw,
     Method,
     Params,
     SiteMethod,
@@ -26,7 +27,7 @@ from peft_dist.contract import (
 )
 from peft_dist.errors import AdapterError, RowsError
 from peft_dist.pool import AdapterPool, PooledModule
-from peft_dist.rows import BASE, Current, Cut, Rows, Segment, Split, drop, stream
+from peft_dist.rows import BASE, Current, Cut, Rows, Segment, Split, drop, stream, uniform
 from peft_dist.sharding import is_partitioned, reach, whole_shape
 
 
@@ -98,7 +99,9 @@ class AdapterModule(PooledModule):
             reach(self, self.tensors(name).values())
         return here
 
-    def given(self, adapter: str, rows: Rows | None = None, start: int = 0, stop: int | None = None) -> Params:
+    def given(
+        self, adapter: str, rows: Rows | None = None, start: int = 0, stop: int | None = None
+    ) -> Params:
         """All that the functions of the adapter's method find in `p`: its tensors here, those that its layers
         share, and what it reads of the batch, cut to the rows start to stop of `rows` in sorted order."""
         method, p = self.methods[adapter], self.tensors(adapter)
@@ -106,6 +109,9 @@ class AdapterModule(PooledModule):
             p.update(self._shared(adapter))
         for name in method.reads:
             p[name] = self._read(name, method, rows, start, stop)
+        if self.training:
+            for name, draw in method.draws(self.base.site).items():
+                p[name] = self._drawn(name, draw, method, p, rows, start, stop)
         if type(method).gradient is not Method.gradient and torch.is_grad_enabled():
             p = {name: _projected(method, name, t, p) for name, t in p.items()}
         return p
@@ -128,6 +134,28 @@ class AdapterModule(PooledModule):
         if rows is None or rows.num is None:
             return value
         return (value if rows.order is None else value[rows.order])[start:stop]
+
+    def _drawn(
+        self,
+        name: str,
+        draw: Draw,
+        method: Method,
+        p: Params,
+        rows: Rows | None,
+        start: int,
+        stop: int | None,
+    ) -> Tensor:
+        rows = rows or self._current.rows
+        tensor = next(iter(p.values()))
+        if rows is None or rows.samples is None:
+            # What a method reads has an entry for each sequence.
+            num = () if draw.each == "step" else (len(p[method.reads[0]]),)
+            return torch.rand(*num, *draw.shape, device=tensor.device)
+        key = stream(rows.seed, rows.step, f"{self._site_name}.{name}")
+        samples = rows.samples.to(tensor.device)
+        if draw.each == "step":
+            return uniform(draw.shape, samples.new_zeros(1), key)[0]
+        return uniform(draw.shape, (samples if rows.order is None else samples[rows.order])[start:stop], key)
 
 
 def _projected(method: Method, name: str, tensor: Tensor, p: Params) -> Tensor:

@@ -87,6 +87,20 @@ class Param:
     is_index: bool = False
 
 
+@dataclass(frozen=True)
+class Draw:
+    """Random numbers, uniform in [0, 1), that a method asks for while its layer trains.
+
+    Args:
+        shape: of one draw.
+        each: `step`: one for all rows, and p holds (*shape); `sequence`: one for each, and p holds
+            (rows, *shape).
+    """
+
+    shape: tuple[int, ...]
+    each: Literal["step", "sequence"] = "step"
+
+
 class BaseLayer(Protocol):
     """The frozen layer, whatever its storage. The only way to reach frozen weights."""
 
@@ -159,6 +173,11 @@ class Method(ABC):
     def shared(self, sites: Sequence[Site]) -> dict[str, Param]:
         """Tensors that all its layers share; every function finds them in `p` too, under these names. Saved
         on the model, not on a layer."""
+        return {}
+
+    def draws(self, site: Site) -> dict[str, Draw]:
+        """What chance decides while training, by the names under which its functions find it in `p`; `delta`
+        goes without."""
         return {}
 
     def start_from_base(self, p: Params, base: BaseLayer) -> None:

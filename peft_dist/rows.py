@@ -225,6 +225,16 @@ def keep_mask(
     return (bits >= int(p * 2**32) - 2**31).view(shape)
 
 
+def uniform(shape: tuple[int, ...], samples: Tensor, key: tuple[int, int]) -> Tensor:
+    """Numbers in [0, 1), fp32: (rows, *shape) for samples (rows,) int64; a row's depend on its sample
+    alone."""
+    row = _mixed(samples.to(torch.int32) * _A + key[0])
+    place = torch.arange(torch.Size(shape).numel(), dtype=torch.int32, device=samples.device) * _C + key[1]
+    bits = _mixed(row[:, None] ^ place)
+    # The 24 bits that fp32 holds exactly.
+    return ((bits >> 8).bitwise_and_(0xFFFFFF).float() * 2.0**-24).view(len(samples), *shape)
+
+
 @functools.lru_cache(maxsize=4096)
 def stream(seed: int, step: int, site: str) -> tuple[int, int]:
     """Two 32-bit keys, signed, of the random stream of one site at one step."""
