@@ -73,7 +73,7 @@ def test_law_2_mixed_is_forward_row_by_row(case, kind) -> None:
         inject.activate(base, [] if choice == BASE else [choice or "a"])
         alone.append(base(x[row : row + 1]))
     wanted = torch.cat(alone)
-    parameters = [p for name in "abc" for p in target(base).tensors(name).values()]
+    parameters = [p for name in "abc" for p in target(base).tensors(name).values() if p.requires_grad]
     weight = torch.randn_like(wanted)
     inputs = [*parameters, *([x] if x.requires_grad else [])]
     gradients = torch.autograd.grad((wanted * weight).sum(), inputs)
@@ -96,7 +96,7 @@ def test_law_2_stacked_rows(case, kind) -> None:
         inject.activate(base, [choice])
         wanted.append(base(x[row : row + 1]))
     expected = torch.cat(wanted)
-    parameters = [p for name in "abc" for p in target(base).tensors(name).values()]
+    parameters = [p for name in "abc" for p in target(base).tensors(name).values() if p.requires_grad]
     gradients = torch.autograd.grad(expected.square().sum(), parameters)
     shared.current.rows = Rows(adapters=tuple("abcabc"))
     got = base(x)

@@ -14,6 +14,16 @@ CASES = (
         {"r": 4, "rank_pattern": {"target": 2}, "alpha_pattern": {"target": 5}},
         ("linear",),
     ),
+    Case("LORA", "dora", {"r": 4, "use_dora": True}, (*LINEAR, "embedding", *CONVS)),
+    Case("LORA", "dora with biases", {"r": 4, "use_dora": True, "bias": "lora_only"}, ("linear", "conv2d")),
+    Case("LORA", "lora_bias", {"r": 4, "lora_alpha": 3, "lora_bias": True}, ("linear", "Conv1D", "conv2d")),
+    Case("LORA", "orthogonal", {"r": 4, "init_lora_weights": "orthogonal"}, LINEAR),
+    Case("LORA", "pissa", {"r": 2, "lora_alpha": 3, "init_lora_weights": "pissa"}, LINEAR),
+    Case("LORA", "pissa of an embedding", {"r": 4, "init_lora_weights": "pissa"}, ("embedding",)),
+    Case("LORA", "fast pissa", {"r": 2, "init_lora_weights": "pissa_niter_4"}, ("linear",)),
+    Case("LORA", "olora", {"r": 2, "lora_alpha": 3, "init_lora_weights": "olora"}, LINEAR),
+    Case("LORA", "eva", {"r": 4, "init_lora_weights": "eva"}, ("linear",)),
+    Case("LORA", "dora from pissa", {"r": 4, "use_dora": True, "init_lora_weights": "pissa"}, ("linear",)),
 )
 
 _LORA = {"r": 4, "lora_alpha": 6, "task_type": "CAUSAL_LM"}

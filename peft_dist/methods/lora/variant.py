@@ -1,0 +1,149 @@
+"""A variant of LoRA: LoRA underneath, and what the variant changes of it."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from peft_dist import starts
+from peft_dist.contract import BaseLayer, Enter, Param, Params, Site, WeightMethod
+from peft_dist.errors import ConfigError, TargetError
+from peft_dist.lazy import lazy
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+torch = lazy("torch")
+
+
+@dataclass(frozen=True)
+class Variant(WeightMethod):
+    """All is LoRA's, or the variant's below; a subclass says what differs. It wraps, so variants combine.
+
+    Args:
+        lora: the LoraConfig, or another variant of it.
+    """
+
+    lora: Any
+
+    prefix: ClassVar[str] = "lora_"
+
+    @classmethod
+    def sits_on(cls, lora: Any, site: Site) -> bool:
+        """Whether LoRA with these settings becomes this variant at `site`.
+
+        Raises:
+            TargetError: it was asked for and cannot be had there.
+        """
+        return True
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "lora" or name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.lora, name)
+
+    @property
+    def dropout(self) -> float:
+        return self.lora.dropout
+
+    def params(self, site: Site) -> dict[str, Param]:
+        return self.lora.params(site)
+
+    def start_from_base(self, p: Params, base: BaseLayer) -> None:
+        self.lora.start_from_base(p, base)
+
+    def delta(self, p: Params, base: BaseLayer) -> Tensor:
+        return self.lora.delta(p, base)
+
+    def bias_delta(self, p: Params, base: BaseLayer) -> Tensor | None:
+        return self.lora.bias_delta(p, base)
+
+    def added(self, p: Params, base: BaseLayer, x: Tensor) -> Tensor:
+        return self.lora.added(p, base, x)
+
+    def forward(self, p: Params, base: BaseLayer, x: Tensor, enter: Enter) -> Tensor:
+        return self.lora.forward(p, base, x, enter)
+
+    @classmethod
+    def mixed(cls, methods: Sequence[Any], p: Params, base: BaseLayer, x: Tensor) -> Tensor | None:
+        under = [method.lora for method in methods]
+        return type(under[0]).mixed(under, p, base, x)
+
+
+def linear_alone(lora: Any, site: Site) -> bool:
+    """Whether a start for linear layers applies: an embedding takes LoRA's usual one instead, as in HF PEFT.
+
+    Raises:
+        TargetError: the layer is of another kind.
+    """
+    if site.kind in ("linear", "embedding"):
+        return site.kind == "linear"
+    raise TargetError(
+        f"LoraConfig.init_lora_weights: {lora.init_lora_weights!r} starts linear layers; {site.name!r} is a "
+        f"{site.kind}. Leave it out of the targets, or choose another start."
+    )
+
+
+class Residual(Variant):
+    """A start from the base's own directions B0, A0: W gives them up at the start and the adapter takes them
+    on, so that dW = s (B A - B0 A0).
+
+    HF PEFT subtracts s B0 A0 from W in place. Here W stays: A0 and B0 are kept as frozen tensors beside A and
+    B, and with them in the checkpoint nothing is decomposed again when it is loaded. HF PEFT ignores them and
+    decomposes W.
+    """
+
+    @classmethod
+    def sits_on(cls, lora: Any, site: Site) -> bool:
+        return linear_alone(lora, site)
+
+    @abstractmethod
+    def start_factors(self, base: BaseLayer, r: int) -> tuple[Tensor, Tensor]:
+        """(B0 (out, r), A0 (r, in)) of a linear layer."""
+
+    def params(self, site: Site) -> dict[str, Param]:
+        r = self.lora.rank(site)
+        if r > min(site.out, site.in_):
+            raise ConfigError(
+                f"LoraConfig.r: {r} at {site.name!r}, which is {site.out} x {site.in_}: init_lora_weights "
+                f"{self.lora.init_lora_weights!r} takes at most {min(site.out, site.in_)} directions of it."
+            )
+        wanted = super().params(site)
+        for name in ("A", "B"):
+            param = wanted[name]
+            wanted[f"{name}0"] = Param(
+                f"lora_start_{name}", param.dims, param.shape, starts.inherit, trainable=False
+            )
+        return wanted
+
+    def start_from_base(self, p: Params, base: BaseLayer) -> None:
+        super().start_from_base(p, base)
+        B, A = self.start_factors(base, self.lora.rank(base.site))
+        for name, value in (("B", B), ("A", A)):
+            p[name].copy_(value)
+            p[f"{name}0"].copy_(value)
+
+    @staticmethod
+    def widened(p: Params) -> dict[str, Tensor]:
+        """The tensors of a LoRA of rank 2r that does the same: [B, -B0] and [A; A0]."""
+        return {
+            **{name: t for name, t in p.items() if name not in ("A0", "B0")},
+            "A": torch.cat([p["A"], p["A0"]], dim=-2),
+            "B": torch.cat([p["B"], -p["B0"]], dim=-1),
+        }
+
+    def delta(self, p: Params, base: BaseLayer) -> Tensor:
+        return super().delta(self.widened(p), base)
+
+    def added(self, p: Params, base: BaseLayer, x: Tensor) -> Tensor:
+        return super().added(self.widened(p), base, x)
+
+    def forward(self, p: Params, base: BaseLayer, x: Tensor, enter: Enter) -> Tensor:
+        return super().forward(self.widened(p), base, x, enter)
+
+    @classmethod
+    def mixed(cls, methods: Sequence[Any], p: Params, base: BaseLayer, x: Tensor) -> Tensor | None:
+        # Only trained tensors come stacked: each part runs by itself.
+        return None
