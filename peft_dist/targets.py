@@ -10,75 +10,150 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from peft_dist.errors import TargetError, closest
+from peft_dist.errors import ConfigError, TargetError, closest
 
 ALL_LINEAR = "all-linear"
 
 _Q_V = ("q_proj", "v_proj")
 _QUERY_VALUE = ("query", "value")
-# The targets of an architecture (`config.model_type`) where a config names none: HF PEFT's tables.
-DEFAULT_TARGETS: dict[str, dict[str, Sequence[str] | str]] = {
-    "LORA": {
-        **dict.fromkeys(("t5", "mt5"), ("q", "v")),
+Usual = Mapping[str, Sequence[str] | str]
+
+_LORA: Usual = {
+    **dict.fromkeys(("t5", "mt5"), ("q", "v")),
+    **dict.fromkeys(
+        [
+            "bart",
+            "opt",
+            "gptj",
+            "gpt_neo",
+            "llama",
+            "llama4",
+            "mistral",
+            "mixtral",
+            "stablelm",
+            "gemma",
+            "gemma2",
+            "gemma3_text",
+            "qwen2",
+            "qwen3",
+        ],
+        _Q_V,
+    ),
+    **dict.fromkeys(["bert", "roberta", "xlm-roberta", "electra", "layoutlm"], _QUERY_VALUE),
+    **dict.fromkeys(
+        ["bloom", "gpt_neox", "chatglm", "RefinedWebModel", "RefinedWeb", "falcon"], ("query_key_value",)
+    ),
+    **dict.fromkeys(("gpt2", "gpt_bigcode"), ("c_attn",)),
+    "blip-2": ("q", "v", "q_proj", "v_proj"),
+    "deberta-v2": ("query_proj", "value_proj"),
+    "deberta": ("in_proj",),
+    "mpt": ("Wqkv",),
+    "btlm": ("c_proj", "c_attn"),
+    "codegen": ("qkv_proj",),
+    "phi": ("q_proj", "v_proj", "fc1", "fc2"),
+    "gemma4": r".*language_model\..*\.(q_proj|v_proj)",
+    "nemotron_h": ("q_proj", "k_proj", "v_proj", "o_proj"),
+    "rwkv": ("key", "value", "receptance", "output"),
+    "rwkv7": ("r_proj", "k_proj", "v_proj", "o_proj", "key", "value"),
+}
+_IA3: Usual = {
+    "t5": ("k", "v", "wo"),
+    "mt5": ("k", "v", "wi_1"),
+    **dict.fromkeys(("gpt2", "gpt_bigcode"), ("c_attn", "mlp.c_proj")),
+    "bloom": ("query_key_value", "mlp.dense_4h_to_h"),
+    **dict.fromkeys(("roberta", "bert"), ("key", "value", "output.dense")),
+    "opt": ("q_proj", "k_proj", "fc2"),
+    "gptj": ("q_proj", "v_proj", "fc_out"),
+    **dict.fromkeys(
+        ("gpt_neox", "RefinedWebModel", "RefinedWeb", "falcon"), ("query_key_value", "dense_4h_to_h")
+    ),
+    "gpt_neo": ("q_proj", "v_proj", "c_proj"),
+    "bart": ("q_proj", "v_proj", "fc2"),
+    **dict.fromkeys(("llama", "mistral"), ("k_proj", "v_proj", "down_proj")),
+    **dict.fromkeys(
+        ["llama4", "gemma", "gemma2", "gemma3_text", "qwen2", "qwen3"], ("q_proj", "v_proj", "down_proj")
+    ),
+    "mixtral": ("k_proj", "v_proj", "w2"),
+    "deberta-v2": ("key_proj", "value_proj", "output.dense"),
+    "deberta": ("in_proj", "output.dense"),
+    "phi": ("q_proj", "v_proj", "fc2"),
+}
+
+
+def _without(table: Usual, *architectures: str) -> dict[str, Sequence[str] | str]:
+    return {name: targets for name, targets in table.items() if name not in architectures}
+
+
+_BART_ALL = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
+_LLAMA_ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "down_proj", "up_proj")
+_NORMS = ("input_layernorm", "post_attention_layernorm", "norm")
+_MORE_NORMS = (*_NORMS[:2], "pre_feedforward_layernorm", "post_feedforward_layernorm", "norm")
+_VBLORA: Usual = {
+    **_without(
+        _LORA, "blip-2", "btlm", "chatglm", "codegen", "electra", "falcon", "layoutlm", "mistral", "mixtral",
+        "mpt", "phi", "RefinedWeb", "RefinedWebModel", "rwkv", "rwkv7", "stablelm", "xlm-roberta",
+    ),
+    "t5": ("q", "k", "v", "o", "wi", "wo"),
+    "mt5": ("q", "k", "v", "o", "wi_0", "wi_1", "wo"),
+    **dict.fromkeys(("bart", "opt"), _BART_ALL),
+    "deberta-v2": ("query_proj", "key_proj", "value_proj", "dense"),
+}  # fmt: skip
+_FOURIERFT: Usual = {**_LORA, **dict.fromkeys(("gpt2", "gpt_bigcode"), ("mlp.c_proj",))}
+_VERA: Usual = {**_LORA, "phi": _Q_V}
+# The targets of an architecture (`config.model_type`) where a config names none: HF PEFT's tables. A method
+# that is not here has LoRA's.
+DEFAULT_TARGETS: dict[str, Usual] = {
+    "LORA": _LORA,
+    "IA3": _IA3,
+    "ADALORA": {**_VBLORA, "roberta": ("query", "key", "value", "dense")},
+    "VBLORA": _VBLORA,
+    "FOURIERFT": _FOURIERFT,
+    "C3A": _FOURIERFT,
+    "WAVEFT": _without(_FOURIERFT, "btlm", "rwkv", "rwkv7"),
+    "VERA": _VERA,
+    "SHIRA": _VERA,
+    "OSF": {
         **dict.fromkeys(
-            [
-                "bart",
-                "opt",
-                "gptj",
-                "gpt_neo",
+            (
                 "llama",
                 "llama4",
                 "mistral",
                 "mixtral",
-                "stablelm",
                 "gemma",
                 "gemma2",
                 "gemma3_text",
                 "qwen2",
                 "qwen3",
-            ],
-            _Q_V,
+                "phi",
+            ),
+            _LLAMA_ALL,
         ),
-        **dict.fromkeys(["bert", "roberta", "xlm-roberta", "electra", "layoutlm"], _QUERY_VALUE),
-        **dict.fromkeys(
-            ["bloom", "gpt_neox", "chatglm", "RefinedWebModel", "RefinedWeb", "falcon"], ("query_key_value",)
-        ),
-        **dict.fromkeys(("gpt2", "gpt_bigcode"), ("c_attn",)),
-        "blip-2": ("q", "v", "q_proj", "v_proj"),
-        "deberta-v2": ("query_proj", "value_proj"),
-        "deberta": ("in_proj",),
-        "mpt": ("Wqkv",),
-        "btlm": ("c_proj", "c_attn"),
-        "codegen": ("qkv_proj",),
-        "phi": ("q_proj", "v_proj", "fc1", "fc2"),
-        "gemma4": r".*language_model\..*\.(q_proj|v_proj)",
-        "nemotron_h": ("q_proj", "k_proj", "v_proj", "o_proj"),
-        "rwkv": ("key", "value", "receptance", "output"),
-        "rwkv7": ("r_proj", "k_proj", "v_proj", "o_proj", "key", "value"),
+        **dict.fromkeys(("gpt2", "gpt_bigcode"), ("c_attn", "c_proj")),
+        **dict.fromkeys(("bloom", "gpt_neox", "falcon"), ("query_key_value", "dense_4h_to_h")),
+        "opt": _BART_ALL,
+        "gptj": ("q_proj", "k_proj", "v_proj", "out_proj", "fc_in", "fc_out"),
     },
-    "IA3": {
-        "t5": ("k", "v", "wo"),
-        "mt5": ("k", "v", "wi_1"),
-        **dict.fromkeys(("gpt2", "gpt_bigcode"), ("c_attn", "mlp.c_proj")),
-        "bloom": ("query_key_value", "mlp.dense_4h_to_h"),
-        **dict.fromkeys(("roberta", "bert"), ("key", "value", "output.dense")),
-        "opt": ("q_proj", "k_proj", "fc2"),
-        "gptj": ("q_proj", "v_proj", "fc_out"),
-        **dict.fromkeys(
-            ("gpt_neox", "RefinedWebModel", "RefinedWeb", "falcon"), ("query_key_value", "dense_4h_to_h")
-        ),
-        "gpt_neo": ("q_proj", "v_proj", "c_proj"),
-        "bart": ("q_proj", "v_proj", "fc2"),
-        **dict.fromkeys(("llama", "mistral"), ("k_proj", "v_proj", "down_proj")),
-        **dict.fromkeys(
-            ["llama4", "gemma", "gemma2", "gemma3_text", "qwen2", "qwen3"], ("q_proj", "v_proj", "down_proj")
-        ),
-        "mixtral": ("k_proj", "v_proj", "w2"),
-        "deberta-v2": ("key_proj", "value_proj", "output.dense"),
-        "deberta": ("in_proj", "output.dense"),
-        "phi": ("q_proj", "v_proj", "fc2"),
+    "LN_TUNING": {
+        **dict.fromkeys(("llama", "mistral", "gemma"), _NORMS),
+        **dict.fromkeys(("gemma2", "gemma3_text"), _MORE_NORMS),
+        **dict.fromkeys(("qwen2", "qwen3"), ("post_attention_layernorm",)),
+        **dict.fromkeys(("bloom", "falcon"), (*_NORMS[:2], "ln_f")),
+        **dict.fromkeys(("t5", "mt5"), ("layer_norm", "final_layer_norm")),
+        "bart": ("self_attn_layer_norm", "encoder_attn_layer_norm", "final_layer_norm"),
+        "gpt2": ("ln_1", "ln_2", "ln_f"),
+        "gptj": ("ln_1", "ln_f"),
+        "phi": ("input_layernorm", "final_layernorm"),
+        "blip-2": ("layernorm", "LayerNorm", "final_layer_norm", "self_attn_layer_norm"),
+        "llava": ("multi_modal_projector", *_NORMS, "embed_tokens", "lm_head"),
     },
 }
+
+
+def usual_targets(peft_type: str) -> Usual:
+    """The targets of each architecture for a method whose config names none."""
+    return DEFAULT_TARGETS.get(peft_type, _LORA)
+
+
 # Of those, the ones that IA3 scales at their input.
 DEFAULT_FEEDFORWARD: dict[str, Sequence[str]] = {
     "t5": ("wo",),
@@ -185,6 +260,14 @@ def wanted_of_a_head(name: str) -> bool:
 HEAD_NAMES = ("classifier", "score", "qa_outputs")
 
 
+def check_layers(config: Any) -> None:
+    """Refuses a config that names the list of layers but not which of them."""
+    if config.layers_pattern and config.layers_to_transform is None:
+        raise ConfigError(
+            f"{type(config).__name__}.layers_pattern: `layers_to_transform` must be given with it."
+        )
+
+
 def is_all_linear(targets: Sequence[str] | str | None) -> bool:
     """Whether targets are the shorthand for every linear layer."""
     return isinstance(targets, str) and targets.lower() == ALL_LINEAR
@@ -209,7 +292,7 @@ def by_pattern(pattern: Mapping[str, Any], name: str, default: Any) -> Any:
 def _fill_defaults(config: Any, facts: BaseFacts) -> None:
     if config.target_modules is not None:
         return
-    known = DEFAULT_TARGETS.get(config.peft_type, {})
+    known = DEFAULT_TARGETS.get(config.peft_type, DEFAULT_TARGETS["LORA"])
     if facts.architecture not in known:
         raise TargetError(
             f"targets: target_modules is not given, and {facts.architecture or facts.name!r} has no usual "

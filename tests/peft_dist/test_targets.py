@@ -189,3 +189,27 @@ def test_patterns_match_ends_from_a_dot_on() -> None:
     assert by_pattern({r"layers\.\d+\.q_proj": 4}, "model.layers.0.q_proj", 8) == 4
     assert by_pattern({"^q_proj": 4}, "model.q_proj", 8) == 8
     assert by_pattern({"q_proj": 4, "model.q_proj": 2}, "model.q_proj", 8) == 4
+
+
+def test_usual_targets_are_theirs() -> None:
+    """For each method that both libraries have, and each architecture, where a config names no targets."""
+    import peft
+    from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+
+    from peft_dist.catalog import PeftType
+    from peft_dist.targets import DEFAULT_FEEDFORWARD, usual_targets
+
+    def plain(table):
+        return {name: t if isinstance(t, str) else sorted(t) for name, t in table.items()}
+
+    compared = 0
+    for peft_type, tuner in PEFT_TYPE_TO_TUNER_MAPPING.items():
+        theirs = getattr(tuner, "target_module_mapping", None)
+        if peft_type.value in PeftType.__members__ and theirs:
+            assert plain(usual_targets(peft_type.value)) == plain(theirs), peft_type
+            compared += 1
+    assert compared > 18
+    other = peft.utils
+    assert plain(usual_targets("IA3")) == plain(other.TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING)
+    feedforward = other.TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING
+    assert plain(DEFAULT_FEEDFORWARD) == plain(feedforward)
