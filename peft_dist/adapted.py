@@ -104,9 +104,7 @@ class AdapterModule(PooledModule):
     ) -> Params:
         """All that the functions of the adapter's method find in `p`: its tensors here, those that its layers
         share, and what it reads of the batch, cut to the rows start to stop of `rows` in sorted order."""
-        method, p = self.methods[adapter], self.tensors(adapter)
-        if self._common is not None and adapter in self._common.adapters:
-            p.update(self._shared(adapter))
+        method, p = self.methods[adapter], self.held(adapter)
         for name in method.reads:
             p[name] = self._read(name, method, rows, start, stop)
         if self.training:
@@ -115,6 +113,10 @@ class AdapterModule(PooledModule):
         if type(method).gradient is not Method.gradient and torch.is_grad_enabled():
             p = {name: _projected(method, name, t, p) for name, t in p.items()}
         return p
+
+    def held(self, adapter: str) -> dict[str, Any]:
+        """The adapter's tensors here and those that its layers share, by the method's names."""
+        return {**self._shared(adapter), **self.tensors(adapter)}
 
     def _shared(self, adapter: str) -> dict[str, Tensor]:
         common = self._common

@@ -33,11 +33,13 @@ class Adapters:
         pool: their tensors. current: what the model runs now.
         common: the module on which tensors hang that all layers of an adapter share; None where there is no
             model around the base to hold them.
+        sites: adapter -> the wrapped layers on which its method sits, by their names in the bare base.
     """
 
     pool: AdapterPool = field(default_factory=AdapterPool)
     current: Current = field(default_factory=Current)
     common: PooledModule | None = None
+    sites: dict[str, dict[str, AdapterModule]] = field(default_factory=dict)
 
 
 @dataclass
@@ -204,12 +206,15 @@ def inject(
         adapters.common.hold(adapter, type(config).__name__, common, dtype, device)
         if start and not low_cpu_mem_usage:
             adapters.common.fill(adapter)
+    sites = adapters.sites[adapter] = {}
     for place, kind, base, method in chosen:
         wrapper = place.wrapper(kind) or _wrap(place, kind, base, adapters)
         device = torch.device("meta") if low_cpu_mem_usage else base.device
         wrapper.add(adapter, method, base, adapter_dtype(base, autocast_adapter_dtype), device)
         if start and not low_cpu_mem_usage:
             wrapper.start(adapter, base)
+        if len(sites) < len(targets):
+            sites[place.name] = wrapper
     return targets
 
 

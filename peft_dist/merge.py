@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from peft_dist.adapted import Adapted, AdapterModule, Replaced
-from peft_dist.contract import PromptMethod
+from peft_dist.contract import Method, PromptMethod
 from peft_dist.errors import AdapterError, MergeError, suggest
 from peft_dist.inject import adapter_modules, remove_wrappers
 from peft_dist.sharding import gathered, is_partitioned, set_whole, whole
@@ -145,8 +145,8 @@ def unload(base: nn.Module) -> nn.Module:
     return base
 
 
-def refuse_prompts(methods: Mapping[str, object], adapter_names: Sequence[str] | None) -> None:
-    """Raises for an adapter that adds tokens: there is no weight into which they could be merged.
+def refuse_unmergeable(methods: Mapping[str, object], adapter_names: Sequence[str] | None) -> None:
+    """Raises for an adapter that is no change of weights, so that there is nothing to merge it into.
 
     Args:
         methods: adapter -> its config.
@@ -156,11 +156,15 @@ def refuse_prompts(methods: Mapping[str, object], adapter_names: Sequence[str] |
     """
     for name in methods if adapter_names is None else adapter_names:
         method = methods.get(name)
-        if isinstance(method, PromptMethod):
+        if isinstance(method, Method) and not method.merges:
+            what = (
+                "adds tokens before the input and changes no weight"
+                if isinstance(method, PromptMethod)
+                else "depends on the input in a way that no weight can hold"
+            )
             raise MergeError(
-                f"adapter {name!r}: {getattr(method, 'peft_type', type(method).__name__)} adds tokens "
-                "before the "
-                "input and changes no weight, so it cannot be merged. Serve it as an adapter."
+                f"adapter {name!r}: {getattr(method, 'peft_type', type(method).__name__)} {what}, so it "
+                "cannot be merged. Serve it as an adapter."
             )
 
 

@@ -11,64 +11,14 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from peft_dist import checkpoint, inject, merge
+from peft_dist import checkpoint, inject
 from peft_dist.config import PeftConfig
 from peft_dist.contract import PromptMethod
 from peft_dist.errors import AdapterError, CheckpointError, ConfigError, suggest
 from peft_dist.prompts import PromptedModel
 from peft_dist.rows import BASE, Rows
 from peft_dist.sharding import refuse_foreign_engine
-
-
-class AdaptedBase(nn.Module):
-    """The base with its wrapped layers: what `PeftModel.base_model` is. `model` is the base itself."""
-
-    def __init__(self, model: nn.Module, peft_config: dict[str, PeftConfig]) -> None:
-        super().__init__()
-        self.model = model
-        self.peft_config = peft_config
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.model(*args, **kwargs)
-
-    def __getattr__(self, attribute: str) -> Any:
-        try:
-            return super().__getattr__(attribute)
-        except AttributeError:
-            if attribute == "model":
-                raise
-            return getattr(self.model, attribute)
-
-    def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
-        """Adds the named adapters' changes to the base's weights in place; the active ones where none is
-        named."""
-        merge.refuse_prompts(self.peft_config, adapter_names)
-        merge.merge(self.model, adapter_names, safe_merge)
-
-    def unmerge_adapter(self) -> None:
-        """Takes merged adapters out of the base's weights again."""
-        merge.unmerge(self.model)
-
-    def merge_and_unload(
-        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: Sequence[str] | None = None
-    ) -> nn.Module:
-        """The base with the named adapters merged for good and no wrappers."""
-        merge.refuse_prompts(self.peft_config, adapter_names)
-        return merge.merge_and_unload(self.model, adapter_names, safe_merge)
-
-    def unload(self) -> nn.Module:
-        """The bare base, its weights as they were, without adapters or wrappers."""
-        return merge.unload(self.model)
-
-    def enable_adapter_layers(self) -> None:
-        """Lets adapters serve."""
-        for _, module in inject.adapter_modules(self.model):
-            module.disabled = False
-
-    def disable_adapter_layers(self) -> None:
-        """Lets the bare base serve."""
-        for _, module in inject.adapter_modules(self.model):
-            module.disabled = True
+from peft_dist.tuner import BaseTuner
 
 
 class PeftModel(PromptedModel):
@@ -96,7 +46,7 @@ class PeftModel(PromptedModel):
         low_cpu_mem_usage: bool = False,
     ) -> None:
         super().__init__(inject.Adapters())
-        self.base_model: Any = AdaptedBase(model, self.peft_config)
+        self.base_model: Any = BaseTuner(model, self.peft_config, self._adapters)
         if peft_config is None:
             inject.freeze(model)
             return
@@ -146,9 +96,10 @@ class PeftModel(PromptedModel):
         """Lets adapters be trained, or not, whether they are active or not."""
         names = self._known(adapter_names)
         inject.set_requires_grad(self.get_base_model(), names, requires_grad)
-        for name in set(names) & set(self.adapters):
-            for key, param in self.wanted(name).items():
-                self.tensors(name)[key].requires_grad_(requires_grad and param.trainable)
+        for holder in (self, self.base_model):
+            for name in set(names) & set(holder.adapters):
+                for key, param in holder.wanted(name).items():
+                    holder.tensors(name)[key].requires_grad_(requires_grad and param.trainable)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Removes an adapter and its tensors; the first of the others becomes active where none is left so.
@@ -158,8 +109,11 @@ class PeftModel(PromptedModel):
         """
         self._known(adapter_name)
         inject.delete(self.get_base_model(), adapter_name)
-        if adapter_name in self.adapters:
-            self.drop(adapter_name)
+        for holder in (self, self.base_model):
+            if adapter_name in holder.adapters:
+                holder.drop(adapter_name)
+        self._adapters.sites.pop(adapter_name, None)
+        self.base_model.controllers.pop(adapter_name, None)
         del self.peft_config[adapter_name]
         if adapter_name in self.active_adapters:
             left = [name for name in self.active_adapters if name != adapter_name]
@@ -209,12 +163,12 @@ class PeftModel(PromptedModel):
         names = {s.adapter for s in rows.segments} - {None, BASE}
         self._known([str(name) for name in names])
         current = self._adapters.current
-        before = current.rows, current.length, current.padding
+        before = dataclasses.replace(current)
         current.rows, current.length, current.padding = rows, None, None
         try:
             yield
         finally:
-            current.rows, current.length, current.padding = before
+            current.take(before)
 
     def forward(self, *args: Any, adapter_names: Sequence[str | None] | None = None, **kwargs: Any) -> Any:
         """The base's forward with its adapters. `adapter_names` names one per sequence, as `Rows.adapters`
@@ -230,7 +184,7 @@ class PeftModel(PromptedModel):
 
     def generate(self, *args: Any, adapter_names: Sequence[str | None] | None = None, **kwargs: Any) -> Any:
         """The base's generate with its adapters."""
-        with self._naming(adapter_names):
+        with self._naming(adapter_names), self.base_model.reading(kwargs):
             if self._prompting():
                 return self._generate_prompted(args, kwargs)
             return self.get_base_model().generate(*args, **kwargs)
@@ -417,6 +371,7 @@ class PeftModel(PromptedModel):
                 "parent_library": type(base).__module__,
             }
         self.peft_config[name] = config
+        self.base_model.add_controller(name)
         inject.activate(base, self.active_adapters)
 
     @contextlib.contextmanager

@@ -187,6 +187,11 @@ class Current:
     padding: Tensor | None = None
     batch: dict[str, Tensor] = field(default_factory=dict)
 
+    def take(self, other: Current) -> None:
+        """Says what `other` says."""
+        self.rows, self.length, self.padding = other.rows, other.length, other.padding
+        self.batch = other.batch
+
     def padding_of(self, samples: Tensor) -> Tensor | None:
         """`padding` of the sequences with these indices in the global batch."""
         if self.padding is None or self.rows is None or self.rows.samples is None:

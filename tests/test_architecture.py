@@ -17,7 +17,7 @@ LAYERS = {
         {"adapted"},
         {"inject", "merge", "checkpoint", "optim", "prompts"},
         {
-            "model", "tasks", "mixed", "compat", "loading", "tuner", "registry", "status", "auto",
+            "model", "tuner", "recompute", "tasks", "mixed", "compat", "loading", "tuner", "registry", "status", "auto",
             "hotswap", "functional",
         },
         {"__init__"},

@@ -232,12 +232,12 @@ def test_unknown_adapters_and_prompts_are_refused() -> None:
         str(caught.value) == "merge: there is no adapter 'defualt'; there are: default. Closest: 'default'."
     )
     with pytest.raises(MergeError) as caught_prompt:
-        merge.refuse_prompts({"p": PromptTuningConfig(num_virtual_tokens=2)}, None)
+        merge.refuse_unmergeable({"p": PromptTuningConfig(num_virtual_tokens=2)}, None)
     assert str(caught_prompt.value) == (
         "adapter 'p': PROMPT_TUNING adds tokens before the input and changes no weight, so it cannot be "
         "merged. "
         "Serve it as an adapter."
     )
-    merge.refuse_prompts({"p": PromptTuningConfig(num_virtual_tokens=2), "x": LoraConfig()}, ["x"])
+    merge.refuse_unmergeable({"p": PromptTuningConfig(num_virtual_tokens=2), "x": LoraConfig()}, ["x"])
     with pytest.warns(UserWarning, match="Already unmerged, nothing to do"):
         merge.unmerge(base)
