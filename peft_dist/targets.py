@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from peft_dist.errors import ConfigError, TargetError, closest
+from peft_dist.errors import TargetError, closest
 
 ALL_LINEAR = "all-linear"
 
@@ -258,14 +258,6 @@ def wanted_of_a_head(name: str) -> bool:
 
 # The names that classifier heads go by; the task classes train them whole.
 HEAD_NAMES = ("classifier", "score", "qa_outputs")
-
-
-def check_layers(config: Any) -> None:
-    """Refuses a config that names the list of layers but not which of them."""
-    if config.layers_pattern and config.layers_to_transform is None:
-        raise ConfigError(
-            f"{type(config).__name__}.layers_pattern: `layers_to_transform` must be given with it."
-        )
 
 
 def is_all_linear(targets: Sequence[str] | str | None) -> bool:
