@@ -159,63 +159,105 @@ def inject(
     """
     found = places(model)
     facts = facts_of(model, found)
-    chosen: list[tuple[Place, type[AdapterModule], Layer, Method]] = []
-    targets: list[str] = []
-    if isinstance(config, TargetedConfig):
-        assert isinstance(config, Method)
-        targets = resolve(config, facts)
-        kind = _wrapper_of(config)
-        for name in targets:
-            there = found[name].wrapper(kind)
-            base = there.base if there is not None else _door(found[name].layer, name, kind)  # type: ignore[attr-defined]
-            _check_kind(config, base)
-            chosen.append((found[name], kind, base, config.at(base.site)))
-    saved = resolve_saved(getattr(config, "modules_to_save", None), facts)
-    for name in saved:
+    targeted = _targeted(config, found, facts)
+    chosen = [*targeted, *_whole(config, found, facts)]
+    chosen += _biases(config, found, {each.place.name for each in chosen})
+    # Asked once before anything is touched: a method may refuse a layer.
+    shared = config.shared([each.base.site for each in targeted]) if isinstance(config, Method) else {}
+    for each in chosen:
+        each.method.params(each.base.site)  # type: ignore[attr-defined]
+    if shared and adapters.common is None:
+        raise AdapterError(
+            f"adapter {adapter!r}: the layers of {config.peft_type} share tensors, which a bare base cannot "
+            "hold. Use get_peft_model."
+        )
+    freeze(model)
+    fills = start and not low_cpu_mem_usage
+    try:
+        if shared:
+            assert adapters.common is not None
+            base = targeted[0].base
+            device = torch.device("meta") if low_cpu_mem_usage else base.device
+            dtype = adapter_dtype(base, autocast_adapter_dtype)
+            adapters.common.hold(adapter, type(config).__name__, shared, dtype, device)
+            if fills:
+                adapters.common.fill(adapter)
+        adapters.sites[adapter] = {}
+        for each in chosen:
+            wrapper = each.place.wrapper(each.kind) or _wrap(each.place, each.kind, each.base, adapters)
+            device = torch.device("meta") if low_cpu_mem_usage else each.base.device
+            dtype = adapter_dtype(each.base, autocast_adapter_dtype)
+            wrapper.add(adapter, each.method, each.base, dtype, device)
+            if fills:
+                wrapper.start(adapter, each.base)
+            if len(adapters.sites[adapter]) < len(targeted):
+                adapters.sites[adapter][each.place.name] = wrapper
+    except BaseException:
+        delete(model, adapter)
+        forget(adapter, adapters)
+        raise
+    return [each.place.name for each in targeted]
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """A layer that an adapter gets a method on."""
+
+    place: Place
+    kind: type[AdapterModule]
+    base: Layer
+    method: Method
+
+
+def _targeted(config: PeftConfig, found: dict[str, Place], facts: BaseFacts) -> list[_Chosen]:
+    """The layers of the method itself."""
+    if not isinstance(config, TargetedConfig):
+        return []
+    assert isinstance(config, Method)
+    kind = _wrapper_of(config)
+    chosen = []
+    for name in resolve(config, facts):
+        there = found[name].wrapper(kind)
+        base = there.base if there is not None else _door(found[name].layer, name, kind)  # type: ignore[attr-defined]
+        _check_kind(config, base)
+        chosen.append(_Chosen(found[name], kind, base, config.at(base.site)))
+    return chosen
+
+
+def _whole(config: PeftConfig, found: dict[str, Place], facts: BaseFacts) -> list[_Chosen]:
+    """The modules that are trained whole: `modules_to_save`."""
+    chosen = []
+    for name in resolve_saved(getattr(config, "modules_to_save", None), facts):
         layer = found[name].layer
         if any(isinstance(part, AdapterModule) for part in layer.modules()):
             raise TargetError(
                 f"modules_to_save: {name!r} holds layers that other adapters sit on. Name its layers."
             )
         if any(True for _ in layer.buffers()):
-            warnings.warn(f"modules_to_save: buffers of {name!r} stay the base's.", stacklevel=3)
+            warnings.warn(f"modules_to_save: buffers of {name!r} stay the base's.", stacklevel=4)
         if any(True for _ in layer.parameters()):
-            chosen.append((found[name], Replaced, Layer(layer, name), ModulesToSave()))
-    if getattr(config, "bias", "none") == "all":
-        within = tuple(f"{name}." for name in saved)
-        for name, place in found.items():
-            bias = place.layer._parameters.get("bias")
-            if bias is not None and name not in (*targets, *saved) and not name.startswith(within or ("\0",)):
-                base = door(place.layer, name) if has_door(place.layer) else Layer(place.layer, name)
-                chosen.append((place, Adapted, base, BiasCopy()))
-    doors = [base for _, _, base, _ in chosen[: len(targets)]]
-    common = config.shared([base.site for base in doors]) if isinstance(config, Method) and doors else {}
-    # Asked once before anything is touched: a method may refuse a layer.
-    for _, _, base, method in chosen:
-        method.params(base.site)  # type: ignore[attr-defined]
-    if common and adapters.common is None:
-        raise AdapterError(
-            f"adapter {adapter!r}: the layers of {config.peft_type} share tensors, which a bare base cannot "
-            "hold. Use get_peft_model."
-        )
-    freeze(model)
-    if common:
-        assert adapters.common is not None
-        dtype = adapter_dtype(doors[0], autocast_adapter_dtype)
-        device = torch.device("meta") if low_cpu_mem_usage else doors[0].device
-        adapters.common.hold(adapter, type(config).__name__, common, dtype, device)
-        if start and not low_cpu_mem_usage:
-            adapters.common.fill(adapter)
-    sites = adapters.sites[adapter] = {}
-    for place, kind, base, method in chosen:
-        wrapper = place.wrapper(kind) or _wrap(place, kind, base, adapters)
-        device = torch.device("meta") if low_cpu_mem_usage else base.device
-        wrapper.add(adapter, method, base, adapter_dtype(base, autocast_adapter_dtype), device)
-        if start and not low_cpu_mem_usage:
-            wrapper.start(adapter, base)
-        if len(sites) < len(targets):
-            sites[place.name] = wrapper
-    return targets
+            chosen.append(_Chosen(found[name], Replaced, Layer(layer, name), ModulesToSave()))
+    return chosen
+
+
+def _biases(config: PeftConfig, found: dict[str, Place], taken: set[str]) -> list[_Chosen]:
+    """The other layers whose biases are trained too: `bias: all`."""
+    if getattr(config, "bias", "none") != "all":
+        return []
+    chosen = []
+    for name, place in found.items():
+        inside = any(name == other or name.startswith(f"{other}.") for other in taken)
+        if place.layer._parameters.get("bias") is not None and not inside:
+            base = door(place.layer, name) if has_door(place.layer) else Layer(place.layer, name)
+            chosen.append(_Chosen(place, Adapted, base, BiasCopy()))
+    return chosen
+
+
+def forget(adapter: str, adapters: Adapters) -> None:
+    """Lets go of what the layers of an adapter shared."""
+    adapters.sites.pop(adapter, None)
+    if adapters.common is not None and adapter in adapters.common.adapters:
+        adapters.common.drop(adapter)
 
 
 def _wrapper_of(config: Method) -> type[AdapterModule]:
