@@ -4,6 +4,7 @@ run batches in which rows name different adapters. Storage, mathematics and laye
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -202,7 +203,7 @@ class Adjusted:
     def weight(self) -> Tensor:
         W = self._base.weight()
         for level in self._levels:
-            W = W + level.method.delta(level.p, level.under)
+            W = self._base.plus(W, level.method.delta(level.p, level.under))
         return W
 
     def bias(self) -> Tensor | None:
@@ -232,6 +233,7 @@ class Adapted(AdapterModule):
         super().__init__(pool, name, current, common)
         self.base_layer: Any = layer
         self.base = base or door(layer, name)
+        self.base.adopt()
 
     @property
     def weight(self) -> Tensor:
@@ -274,26 +276,27 @@ class Adapted(AdapterModule):
             for level in self.levels([name for name in names if name in self.methods]):
                 if self.base.site.in_:
                     change = level.method.delta(level.p, level.under)
-                    dW = change if dW is None else dW + change
+                    dW = change if dW is None else self.base.plus(dW, change)
                 bias_change = level.method.bias_delta(level.p, level.under)
                 if bias_change is not None:
                     db = bias_change if db is None else db + bias_change
         return dW, db
 
-    def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         rows = self._current.rows
         if self.disabled:
-            return self.base_layer(x, *args, **kwargs)
+            return self.base_layer(*args, **kwargs)
         if self.merged_adapters:
             if rows is not None and rows.adapters is not None:
                 raise RowsError(
                     f"{self._site_name}: {self.merged_adapters} are merged. Unmerge to name adapters per row."
                 )
-            return self.base_layer(x, *args, **kwargs)
+            return self.base_layer(*args, **kwargs)
         if self.base.is_argument:
-            return self._as_argument(rows, (x, *args), kwargs)
-        if args or kwargs:
+            return self._as_argument(args, kwargs)
+        if len(args) != 1 or kwargs:
             raise TypeError(f"{self._site_name}: an adapted layer takes its input alone.")
+        (x,) = args
         if rows is None or rows.num is None:
             return self._serve(self.serving(None), x, _Entrance(self))
         choices = [(self.serving(s.adapter), s.start, s.stop) for s in rows.segments]
@@ -311,23 +314,28 @@ class Adapted(AdapterModule):
             return self._mixed_weights(x, split, parts)
         return self._mixed(split, parts)
 
-    def _as_argument(self, rows: Rows | None, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def _as_argument(self, args: tuple, kwargs: dict[str, Any]) -> Any:
         """A layer whose weight is used as a function's argument: it runs with the changed weight in place."""
+        rows, parts = self._current.rows, self._parts()
         if rows is None or rows.adapters is None:
-            return self._substituted(self.serving(None), args, kwargs)
-        choices = [(self.serving(s.adapter), s) for s in rows.segments]
+            return _substituted(parts, [part.serving(None) for part in parts], args, kwargs)
+        choices = [([part.serving(s.adapter) for part in parts], s) for s in rows.segments]
         if all(names == choices[0][0] for names, _ in choices):
-            return self._substituted(choices[0][0], args, kwargs)
-        cut = Cut(rows, self.base.site, self._current.length)
-        return cut.joined([self._substituted(names, *cut.of((args, kwargs), s)) for names, s in choices])
+            return _substituted(parts, choices[0][0], args, kwargs)
+        cut = self.base.cut(rows, self._current.length)
+        return cut.joined(
+            [_substituted(parts, names, *cut.of((args, kwargs), s), rows, s) for names, s in choices]
+        )
 
-    def _substituted(self, names: Sequence[str], args: tuple, kwargs: dict[str, Any]) -> Any:
-        if not names:
-            return self.base_layer(*args, **kwargs)
-        changed = Adjusted(self.base, self.levels(names))
-        W = changed.weight()
-        with self.base.substituted(W.to(self.base.dtype), changed.bias()):
-            return self.base_layer(*args, **kwargs)
+    def _parts(self) -> list[Adapted]:
+        """This one and those that run in the same call: of other parameters of the module, and of layers in
+        it whose weights it reads without calling them."""
+        parts = [self]
+        while isinstance(parts[-1].base_layer, Adapted):
+            parts.append(parts[-1].base_layer)
+        if self.base.site.kind == "mha":
+            parts += [child for child in self.base.layer.children() if isinstance(child, Adapted)]
+        return parts
 
     def _serve(self, names: tuple[str, ...], x: Tensor, entrance: _Entrance) -> Tensor:
         """One choice of adapters for all rows of x."""
@@ -417,6 +425,27 @@ class Adapted(AdapterModule):
             entrance = _Entrance(self, None if samples is None else split.sorted(samples)[start:stop])
             given.append(_up(levels, part_inputs, ys[start:stop], entrance))
         return split.restored(split.unsorted(torch.cat(given)))
+
+
+def _substituted(
+    parts: Sequence[Adapted],
+    names: Sequence[tuple[str, ...]],
+    args: tuple,
+    kwargs: dict[str, Any],
+    rows: Rows | None = None,
+    segment: Segment | None = None,
+) -> Any:
+    """What the module of all parts gives while each has the named adapters in its weight."""
+    where = (segment.start, segment.stop) if segment is not None else (0, None)
+    with contextlib.ExitStack() as stack:
+        for part, here in zip(parts, names, strict=True):
+            if here:
+                changed = Adjusted(part.base, part.levels(here, rows, *where))
+                dtype = part.base.dtype
+                bias = changed.bias()
+                W = changed.weight().to(dtype)
+                stack.enter_context(part.base.substituted(W, bias if bias is None else bias.to(dtype)))
+        return parts[0].base.layer(*args, **kwargs)
 
 
 class _Entrance:

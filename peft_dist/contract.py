@@ -45,9 +45,11 @@ class Site:
             projection and `experts` a raw parameter: their W is used as a function's argument, so that an
             adapter of theirs runs by `BaseLayer.substituted` alone.
         kernel: a convolution's kernel sizes, else empty.
-        groups: of a convolution; its W has in / groups columns' worth of channels: in_ counts those.
+        groups: of a convolution; in_ counts a group's channels x kernel. A change of its weight may also be
+            wide, over all channels: (out, groups x in).
         bias: length of its bias, 0 where it has none.
         tensors: name and shape of each parameter of the layer, in its own order.
+        experts: how many matrices a raw parameter stacks; its W is then (experts, out, in). 0 for none.
     """
 
     name: str
@@ -58,6 +60,7 @@ class Site:
     groups: int = 1
     bias: int = 0
     tensors: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    experts: int = 0
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,7 @@ class Param:
         persistent: whether it is in a checkpoint. One that is not follows from the config alone: `start` fills
             it whenever the adapter gets memory, also before a load.
         is_index: int64, whatever the adapter's dtype.
+        counted: one that is not trained is a Parameter all the same, since HF PEFT counts it.
     """
 
     key: str
@@ -126,7 +130,8 @@ class BaseLayer(Protocol):
         """The layer with W (rows, in) in place of its own weight and no bias: (..., rows)."""
 
     def mix(self, M: Tensor, h: Tensor) -> Tensor:
-        """M (rows, channels) over the output channels of h: (..., rows)."""
+        """M (rows, channels) over the output channels of h: (..., rows). On a convolution with groups M may
+        be (rows, channels of a group)."""
 
     def substituted(self, W: Tensor, b: Tensor | None = None) -> AbstractContextManager[None]:
         """Within the context the layer runs with W (out, in), and with b (out,) where it is given."""
@@ -302,21 +307,80 @@ class BlockMethod(Method):
         """What the block is to give, from what it gave and what it was given. `block` is the frozen module."""
 
 
+@dataclass(frozen=True)
+class BaseSizes:
+    """What a prompt method knows of its base.
+
+    Args:
+        width: of the input embeddings.
+        num_layers, num_heads: as the base's config counts them.
+        num_kv_layers: of the stack that keeps keys and values, the decoder where there are two.
+        num_kv_heads, kv_width: heads of keys and values there, and the width of one.
+        num_stacks: 2 for an encoder and a decoder, else 1.
+    """
+
+    width: int
+    num_layers: int
+    num_heads: int
+    num_kv_layers: int
+    num_kv_heads: int
+    kv_width: int
+    num_stacks: int = 1
+
+
 class PromptMethod(Method):
-    """Adds virtual tokens before the input; changes no layer."""
+    """Adds virtual tokens before the input; changes no layer.
+
+    A config of `inference_mode` asks for the tensors of the saved form alone. `in_decoder`: whether the decoder
+    of a base that has one gets the second half of the tokens. What the method reads of a batch it finds in `p`
+    where it is given; then its tokens may differ from row to row.
+    """
 
     merges: ClassVar[bool] = False
     layers: ClassVar[frozenset[str]] = frozenset()
+    in_decoder: ClassVar[bool] = False
 
     @property
     @abstractmethod
     def num_tokens(self) -> int:
-        """How many positions it adds."""
+        """How many positions it adds to a row."""
+
+    def fit(self, sizes: BaseSizes) -> None:
+        """Takes the base's sizes into its fields; before `params`."""
+        return None
 
     @abstractmethod
     def params(self, site: Site) -> dict[str, Param]:
         """Its tensors; `site` is the input embedding (in: vocabulary, out: width)."""
 
     @abstractmethod
-    def embeds(self, p: Params) -> Tensor:
-        """The virtual tokens' embeddings (num_tokens, width)."""
+    def embeds(self, p: Params, training: bool = False) -> Tensor:
+        """The virtual tokens' embeddings (tokens, width), or (rows, tokens, width) where rows differ."""
+
+    def saved_form(self) -> PromptMethod:
+        """What a checkpoint fills: itself, or what is left of it where a network that made the tokens was not
+        saved."""
+        return self
+
+    def resume(self, p: Params) -> None:
+        """Once a checkpoint has filled what it has, and the base the rest: makes of it what is trained."""
+        return None
+
+    def constrain(self, p: Params) -> None:
+        """Brings tensors back to where they may be, in place; before each forward while training."""
+        return None
+
+    def targets(self, types: Tensor) -> tuple[Tensor, Tensor] | None:
+        """What its loss counts: (ids that the virtual tokens are to be predicted as, or -100 (tokens,);
+        weight of each position's loss (rows, tokens + T)), of the kinds of a batch's own tokens `types`
+        (rows, T). None where the base's own loss is right."""
+        return None
+
+
+class PastMethod(PromptMethod):
+    """Adds keys and values of virtual tokens to each layer's attention, instead of tokens before the
+    input."""
+
+    @abstractmethod
+    def past(self, p: Params, training: bool = False) -> Sequence[tuple[Tensor, Tensor]]:
+        """For each layer keys and values (heads, tokens, head width)."""

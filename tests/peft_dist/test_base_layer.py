@@ -99,13 +99,24 @@ def test_layers_without_a_door() -> None:
     with pytest.raises(BaseLayerError) as raised:
         door(nn.LayerNorm(4), "norm")
     assert str(raised.value) == (
-        "norm: a LayerNorm cannot be adapted; Linear, Conv1D, Embedding, Conv1d, Conv2d and Conv3d can. "
-        "Name other "
-        "layers, or train it whole by modules_to_save."
+        "norm: a LayerNorm cannot be adapted; Linear, Conv1D, Embedding, Conv1d, Conv2d, Conv3d and "
+        "MultiheadAttention can. Name other layers, or train it whole by modules_to_save."
     )
     with pytest.raises(BaseLayerError) as raised:
-        door(nn.Conv1d(4, 4, 1, groups=2), "conv")
-    assert str(raised.value) == "conv: a convolution with 2 groups; only one group can be adapted."
+        door(nn.MultiheadAttention(4, 2, kdim=3), "attn")
+    assert str(raised.value) == (
+        "attn: a MultiheadAttention with kdim or vdim unlike embed_dim keeps three projections apart; only one "
+        "whose query, key and value have the same width can be adapted. Leave it out, or train it whole by "
+        "modules_to_save."
+    )
+    layer = nn.Linear(4, 4)
+    layer.weight = nn.Parameter(torch.zeros(4, 4, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(BaseLayerError) as raised:
+        door(layer, "coded")
+    assert str(raised.value) == (
+        "coded: a Linear whose weight is stored as torch.int8. Of quantised layers only bitsandbytes' "
+        "Linear8bitLt and Linear4bit can be adapted; load the base in one of those."
+    )
 
 
 def test_padding_and_scale_of_embeddings() -> None:

@@ -1,4 +1,4 @@
-"""The one door to frozen weights: plain and ZeRO-3 partitioned ones, and weights on meta.
+"""What all doors share: facts from sizes alone, tensors gathered, a weight added to in fp32 and put back.
 
 Whether a weight is partitioned is asked at each call, since a base may be partitioned before or after its
 adapters are injected. Shapes come from the parameters' own sizes and never gather.
@@ -7,23 +7,25 @@ adapters are injected. Shapes come from the parameters' own sizes and never gath
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from peft_dist.contract import Kind, Site
 from peft_dist.errors import BaseLayerError
+from peft_dist.rows import Cut, Rows
 from peft_dist.sharding import gathered, restore_bits, stored_bits, whole_shape
-
-CONVS: dict[int, Kind] = {1: "conv1d", 2: "conv2d", 3: "conv3d"}
 
 
 class Layer:
-    """Any module with a bias or with parameters to replace; the root of the doors below.
+    """Any module with a bias or with parameters to replace; the root of all doors.
+
+    Attributes:
+        layer: the frozen module. site: its facts.
+        key, bias_key: the names of its weight and bias.
 
     Args:
         layer: the frozen module.
@@ -31,22 +33,27 @@ class Layer:
     """
 
     kind: Kind = "module"
+    key = "weight"
+    bias_key = "bias"
     # Whether the weight is used as a function's argument, so that an adapter acts by `substituted` alone.
     is_argument = False
+    # Whether the weight is stored as codes, so that it is read and changed as a whole.
+    is_quantised = False
 
     def __init__(self, layer: nn.Module, name: str) -> None:
         self.layer: Any = layer
         out, in_ = self._matrix_shape()
-        bias = getattr(layer, "bias", None)
+        bias = getattr(layer, self.bias_key, None)
         self.site = Site(
             name,
             out,
             in_,
             self.kind,
             self._kernel(),
-            getattr(layer, "groups", 1),
+            getattr(layer, "groups", 1) if self._kernel() else 1,
             whole_shape(bias).numel() if isinstance(bias, Tensor) else 0,
-            tuple((key, tuple(whole_shape(p))) for key, p in layer.named_parameters()),
+            self._tensors(),
+            self._experts(),
         )
 
     def _matrix_shape(self) -> tuple[int, int]:
@@ -54,6 +61,12 @@ class Layer:
 
     def _kernel(self) -> tuple[int, ...]:
         return ()
+
+    def _experts(self) -> int:
+        return 0
+
+    def _tensors(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
+        return tuple((key, tuple(whole_shape(p))) for key, p in self.layer.named_parameters())
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -70,6 +83,15 @@ class Layer:
         """Where its weight lives; a partitioned weight's is where it is gathered."""
         return next((p.device for p in self.layer.parameters()), torch.device("cpu"))
 
+    @property
+    def parameter(self) -> nn.Parameter | None:
+        """The Parameter that holds the weight, as it is stored; None where the layer has none."""
+        return self.layer._parameters.get(self.key)
+
+    def adopt(self) -> None:
+        """The layer gets an adapter: what must hold from now on, without changing any value that it has."""
+        return None
+
     def __call__(self, x: Tensor) -> Tensor:
         return self.layer(x)
 
@@ -82,11 +104,11 @@ class Layer:
 
     def weight(self) -> Tensor:
         """W (out, in), whole and detached; a collective if it is partitioned."""
-        return self._as_matrix(self.tensor("weight"))
+        return self._as_matrix(self.tensor(self.key))
 
     def bias(self) -> Tensor | None:
         """b (out,), whole and detached, or None; a collective if it is partitioned."""
-        return self.tensor("bias") if self.site.bias else None
+        return self.tensor(self.bias_key) if self.site.bias else None
 
     def apply(self, W: Tensor, x: Tensor) -> Tensor:
         """The layer with W (rows, in) in place of its weight, without bias: x (..., in) -> (..., rows)."""
@@ -98,11 +120,18 @@ class Layer:
         """M (rows, channels) over the channels of h: (..., channels) -> (..., rows)."""
         return F.linear(h, M)
 
+    def plus(self, W: Tensor, dW: Tensor) -> Tensor:
+        """W + dW, for any two matrices that `apply` takes."""
+        return W + dW
+
+    def cut(self, rows: Rows, length: int | None) -> Cut:
+        """How a call of the layer is taken apart by rows, where its weight is an argument."""
+        return Cut(rows, self.site, length)
+
     def add_(self, dW: Tensor) -> None:
         """Adds dW (out, in) to the weight in place, in fp32, rounded once to the weight's dtype; a
-        collective if it
-        is partitioned: rank 0's result is what every rank keeps."""
-        self._add("weight", self._as_stored(dW))
+        collective if it is partitioned: rank 0's result is what every rank keeps."""
+        self._add(self.key, self._as_stored(dW))
 
     def add_bias_(self, b: Tensor) -> None:
         """Adds b (out,) to the bias in place; a collective if it is partitioned.
@@ -114,14 +143,15 @@ class Layer:
             raise BaseLayerError(
                 f"{self.site.name}: this layer has no bias to add to. Do not merge; keep the adapter."
             )
-        self._add("bias", b)
+        self._add(self.bias_key, b)
 
-    def stored(self) -> dict[str, Tensor]:
+    def stored(self) -> dict[str, Any]:
         """A copy of the stored bits of weight and bias, as `restore_` takes them: this rank's piece of a
         partitioned parameter, so nothing is gathered."""
-        return {key: stored_bits(p) for key, p in self.layer.named_parameters(recurse=False)}
+        own = self.layer._parameters
+        return {key: stored_bits(own[key]) for key in (self.key, self.bias_key) if own.get(key) is not None}
 
-    def restore_(self, stored: dict[str, Tensor]) -> None:
+    def restore_(self, stored: Mapping[str, Any]) -> None:
         """Puts back bit for bit what `stored` returned."""
         for key, bits in stored.items():
             restore_bits(self.layer.get_parameter(key), bits)
@@ -130,11 +160,11 @@ class Layer:
     def substituted(self, W: Tensor, b: Tensor | None = None) -> Iterator[None]:
         """Within the context the layer runs with W (out, in), and b (out,) where it is given; gradients flow
         to both."""
-        taken = {"weight": self.layer._parameters.pop("weight")}
-        self.layer.weight = self._as_stored(W)
+        taken = {self.key: self.layer._parameters.pop(self.key)}
+        setattr(self.layer, self.key, self._as_stored(W))
         if b is not None and self.site.bias:
-            taken["bias"] = self.layer._parameters.pop("bias")
-            self.layer.bias = b
+            taken[self.bias_key] = self.layer._parameters.pop(self.bias_key)
+            setattr(self.layer, self.bias_key, b)
         try:
             yield
         finally:
@@ -158,123 +188,3 @@ class Layer:
 
     def _as_stored(self, matrix: Tensor) -> Tensor:
         return matrix
-
-
-class LinearLayer(Layer):
-    """nn.Linear."""
-
-    kind = "linear"
-
-    def _matrix_shape(self) -> tuple[int, int]:
-        out, in_ = whole_shape(self.layer.weight)
-        return out, in_
-
-    def apply(self, W: Tensor, x: Tensor) -> Tensor:
-        return F.linear(x, W)
-
-
-class Conv1DLayer(Layer):
-    """HF's Conv1D: a linear layer whose weight is stored (in, out)."""
-
-    kind = "linear"
-
-    def _matrix_shape(self) -> tuple[int, int]:
-        in_, out = whole_shape(self.layer.weight)
-        return out, in_
-
-    def apply(self, W: Tensor, x: Tensor) -> Tensor:
-        return F.linear(x, W)
-
-    def _as_matrix(self, stored: Tensor) -> Tensor:
-        return stored.T
-
-    def _as_stored(self, matrix: Tensor) -> Tensor:
-        return matrix.T
-
-
-class EmbeddingLayer(Layer):
-    """nn.Embedding: in is the vocabulary, out the width, the weight stored (in, out); x are token ids."""
-
-    kind = "embedding"
-
-    def _matrix_shape(self) -> tuple[int, int]:
-        in_, out = whole_shape(self.layer.weight)
-        return out, in_
-
-    def apply(self, W: Tensor, x: Tensor) -> Tensor:
-        layer = self.layer
-        y = F.embedding(
-            x, W.T, layer.padding_idx, layer.max_norm, layer.norm_type, layer.scale_grad_by_freq, layer.sparse
-        )
-        # Gemma scales what the table gives.
-        scale = getattr(layer, "embed_scale", None)
-        return y if scale is None else y * scale.to(y.dtype) if isinstance(scale, Tensor) else y * scale
-
-    def _as_matrix(self, stored: Tensor) -> Tensor:
-        return stored.T
-
-    def _as_stored(self, matrix: Tensor) -> Tensor:
-        return matrix.T
-
-
-class ConvLayer(Layer):
-    """nn.Conv1d, Conv2d and Conv3d with one group; in = channels x kernel."""
-
-    def __init__(self, layer: nn.Module, name: str) -> None:
-        if layer.groups != 1:
-            raise BaseLayerError(
-                f"{name}: a convolution with {layer.groups} groups; only one group can be adapted."
-            )
-        self.kind = CONVS[len(layer.kernel_size)]  # type: ignore[arg-type]
-        super().__init__(layer, name)
-
-    def _matrix_shape(self) -> tuple[int, int]:
-        out, *rest = whole_shape(self.layer.weight)
-        return out, torch.Size(rest).numel()
-
-    def _kernel(self) -> tuple[int, ...]:
-        return tuple(self.layer.kernel_size)
-
-    def apply(self, W: Tensor, x: Tensor) -> Tensor:
-        return self.layer._conv_forward(x, self._as_stored(W), None)
-
-    def mix(self, M: Tensor, h: Tensor) -> Tensor:
-        channels = -1 - len(self.site.kernel)
-        return F.linear(h.movedim(channels, -1), M).movedim(-1, channels)
-
-    def _as_matrix(self, stored: Tensor) -> Tensor:
-        return stored.flatten(1)
-
-    def _as_stored(self, matrix: Tensor) -> Tensor:
-        return matrix.unflatten(1, (-1, *self.site.kernel))
-
-
-DOORS: tuple[tuple[type[nn.Module], type[Layer]], ...] = (
-    (Conv1D, Conv1DLayer),
-    (nn.Linear, LinearLayer),
-    (nn.Embedding, EmbeddingLayer),
-    (nn.Conv1d, ConvLayer),
-    (nn.Conv2d, ConvLayer),
-    (nn.Conv3d, ConvLayer),
-)
-
-
-def has_door(layer: nn.Module) -> bool:
-    """Whether an adapter can change the weight of such a layer."""
-    return isinstance(layer, tuple(kind for kind, _ in DOORS))
-
-
-def door(layer: nn.Module, name: str) -> Layer:
-    """The door to the weight matrix of `layer`.
-
-    Raises:
-        BaseLayerError: a layer of this kind has no weight matrix that an adapter could change.
-    """
-    for kind, opened in DOORS:
-        if isinstance(layer, kind):
-            return opened(layer, name)
-    raise BaseLayerError(
-        f"{name}: a {type(layer).__name__} cannot be adapted; Linear, Conv1D, Embedding, Conv1d, Conv2d "
-        "and Conv3d "
-        "can. Name other layers, or train it whole by modules_to_save."
-    )
