@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ def load_base(
     dtype: torch.dtype | str = torch.float32,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    labels: Sequence[str] | None = None,
 ) -> nn.Module:
     """The base model at `path`, on the CPU, with the head of `task`.
 
@@ -43,6 +45,8 @@ def load_base(
         dtype: of the floating parameters; "auto" for the one they are stored in.
         revision: of a hub id: a branch, tag or commit.
         trust_remote_code: run the Python code that comes with the model.
+        labels: names of the classes that its head tells apart, kept in its config; a head of another size that
+            the base brings gives way to a new one. None: those of the base's own config.
 
     Raises:
         BaseModelError: it is missing, has no safetensors, is cut short, lacks weights, or its architecture is
@@ -62,6 +66,9 @@ def load_base(
         config = transformers.AutoConfig.from_pretrained(
             source, revision=revision, trust_remote_code=trust_remote_code
         )
+        if labels is not None:
+            config.id2label = dict(enumerate(labels))
+            config.label2id = {label: number for number, label in enumerate(labels)}
         model, report = auto_class.from_pretrained(
             source,
             config=config,
@@ -70,11 +77,42 @@ def load_base(
             dtype=dtype,
             use_safetensors=True,
             output_loading_info=True,
+            ignore_mismatched_sizes=labels is not None,
+            key_mapping=_renamed(auto_class, config),
         )
     except (OSError, ValueError, RuntimeError, KeyError, safetensors.SafetensorError) as error:
         raise BaseModelError(_why(path, source, error)) from error
     _check_complete(path, task, model, report)
     return model
+
+
+def load_config(path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """The config of the base at `path`, every default of its architecture filled in.
+
+    Raises:
+        BaseModelError: there is none, or its architecture is unknown here.
+    """
+    source = path if is_hub_id(path) else str(_checked_folder(path))
+    try:
+        return transformers.AutoConfig.from_pretrained(
+            source, revision=revision, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise BaseModelError(_why(path, source, error)) from error
+
+
+def _renamed(auto_class: Any, config: Any) -> dict[str, str] | None:
+    """Some classes keep the same base under another name than the language model that it was saved from:
+    `LlamaForQuestionAnswering` calls `transformer` what `LlamaForCausalLM` calls `model`."""
+    wanted = auto_class._model_mapping.get(type(config), None)
+    saved = transformers.AutoModelForCausalLM._model_mapping.get(type(config), None)
+    if wanted is None or saved is None or isinstance(wanted, tuple) or isinstance(saved, tuple):
+        return None
+    if auto_class is transformers.AutoModel or wanted.base_model_prefix == saved.base_model_prefix:
+        return None
+    if wanted.__name__ in (getattr(config, "architectures", None) or ()):
+        return None
+    return {rf"^{saved.base_model_prefix}\.": f"{wanted.base_model_prefix}."}
 
 
 def _checked_folder(path: str) -> Path:
@@ -145,7 +183,7 @@ def _why(path: str, source: str, error: Exception) -> str:
 
 def _check_complete(path: str, task: str, model: nn.Module, report: dict[str, Any]) -> None:
     """Refuses a model some of whose weights were made up because the files do not hold them."""
-    missing = sorted(report.get("missing_keys", ()))
+    missing = sorted({*report.get("missing_keys", ()), *(key for key, *_ in report.get("mismatched_keys", ()))})
     if task in _NEW_HEAD_ALLOWED:
         prefix = getattr(model, "base_model_prefix", "")
         missing = [key for key in missing if key.startswith(f"{prefix}.") or not prefix]

@@ -56,7 +56,7 @@ def rows(documents: Iterable[Document], corpus: Iterable[str]) -> list[dict]:
                     continue
                 seen.update(answers, [messages[0]["content"]])
                 found.append({"messages": messages, "document": document.name})
-    return sorted(found, key=lambda row: _hash(row["messages"][0]["content"]))
+    return sorted(found, key=lambda row: text_hash(row["messages"][0]["content"]))
 
 
 def topic_rows(documents: Iterable[Document], corpus: Iterable[str]) -> list[dict]:
@@ -84,24 +84,40 @@ def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _dialogues(entry: Entry) -> Iterator[list[dict]]:
+def sentences(entry: Entry) -> tuple[str, list[str | None]] | None:
+    """(its public name, the first sentences of its first paragraphs); None where it is private, unstable or its
+    first paragraph says nothing plain. A paragraph that is a signature is passed over."""
     name = _public(entry.name)
     if name is None or entry.name in UNSTABLE or entry.name.startswith(BELOW_UNSTABLE):
-        return
-    choices = QUESTIONS[entry.kind]
-    question = choices[_hash(entry.name) % len(choices)].format(name=name)
+        return None
     said = [_answer(paragraph) for paragraph in entry.paragraphs[:3]]
     if said and said[0] is None and len(said) > 1 and _is_signature(entry.paragraphs[0]):
         said = said[1:]
-    if not said or said[0] is None:
+    return (name, said) if said and said[0] is not None else None
+
+
+def call_signature(entry: Entry) -> str:
+    """`(iterable=None, /, **kwds)`: as one who calls it writes it."""
+    return re.sub(r"^\(\$?(self|cls|module|type)(, /)?(, )?", "(", entry.signature)
+
+
+def question(kind: str, name: str, full_name: str) -> str:
+    """It asked for by name, one way or the other."""
+    choices = QUESTIONS[kind]
+    return choices[text_hash(full_name) % len(choices)].format(name=name)
+
+
+def _dialogues(entry: Entry) -> Iterator[list[dict]]:
+    found = sentences(entry)
+    if found is None:
         return
-    messages = _turn(question, said[0])
-    if len(said) > 1 and said[1] is not None and _hash(entry.name + "?") % 4 == 0:
+    name, said = found
+    messages = _turn(question(entry.kind, name, entry.name), str(said[0]))
+    if len(said) > 1 and said[1] is not None and text_hash(entry.name + "?") % 4 == 0:
         messages += _turn(MORE, said[1])
     yield messages
-    signature = re.sub(r"^\(\$?(self|cls|module|type)(, /)?(, )?", "(", entry.signature)
-    call = f"{name}{signature}"
-    if entry.kind == "function" and "," in signature and len(call) <= 160:
+    call = f"{name}{call_signature(entry)}"
+    if entry.kind == "function" and "," in call_signature(entry) and len(call) <= 160:
         yield _turn(HOW.format(name=name), call)
 
 
@@ -140,5 +156,6 @@ def _first_sentence(text: str) -> str:
     return match[0] if match and match[0].count("(") == match[0].count(")") else text
 
 
-def _hash(text: str) -> int:
+def text_hash(text: str) -> int:
+    """A number that follows from the text alone."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")

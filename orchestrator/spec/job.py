@@ -77,15 +77,47 @@ class ModelSpec(Section):
     trust_remote_code: bool = Field(default=False, description="run code that the model's repository brings")
 
 
-DatasetType = Literal["chat", "prompt_completion", "alpaca", "text"]
+DatasetType = Literal[
+    "chat",
+    "prompt_completion",
+    "alpaca",
+    "text",
+    "classification",
+    "token-classification",
+    "qa",
+    "seq2seq",
+    "embedding",
+]
 
 DATASET_FIELDS: dict[str, tuple[str, ...]] = {
     "chat": ("field_messages",),
     "prompt_completion": ("field_prompt", "field_completion"),
     "alpaca": ("field_instruction", "field_input", "field_output"),
     "text": ("field_text",),
+    "classification": ("field_text", "field_text_pair", "field_label"),
+    "token-classification": ("field_tokens", "field_tags"),
+    "qa": ("field_question", "field_context", "field_answers"),
+    "seq2seq": ("field_source", "field_target"),
+    "embedding": ("field_anchor", "field_positive", "field_negative"),
 }
 """The columns of each dataset type, by the key that renames them."""
+
+Metric = Literal[
+    "exact_match",
+    "contains",
+    "accuracy",
+    "precision",
+    "recall",
+    "f1",
+    "chrf",
+    "rouge1",
+    "rouge2",
+    "rougeL",
+    "recall_at_1",
+    "recall_at_5",
+    "recall_at_10",
+    "mrr",
+]
 
 
 class DatasetSpec(Section):
@@ -103,9 +135,37 @@ class DatasetSpec(Section):
     field_instruction: str | None = Field(default=None, description="alpaca: the column of the instruction")
     field_input: str | None = Field(default=None, description="alpaca: the column of the input")
     field_output: str | None = Field(default=None, description="alpaca: the column of the output")
-    field_text: str | None = Field(default=None, description="text: the column of the text")
+    field_text: str | None = Field(
+        default=None, description="text and classification: the column of the text"
+    )
+    field_text_pair: str | None = Field(
+        default=None, description="classification: the column of a second text, where rows have one"
+    )
+    field_label: str | None = Field(default=None, description="classification: the column of the label")
+    field_tokens: str | None = Field(
+        default=None, description="token-classification: the column of the list of words"
+    )
+    field_tags: str | None = Field(
+        default=None, description="token-classification: the column of the list of their tags"
+    )
+    field_question: str | None = Field(default=None, description="qa: the column of the question")
+    field_context: str | None = Field(
+        default=None, description="qa: the column of the text that holds the answer"
+    )
+    field_answers: str | None = Field(
+        default=None, description="qa: the column of the answers, as SQuAD writes them"
+    )
+    field_source: str | None = Field(default=None, description="seq2seq: the column of what is read")
+    field_target: str | None = Field(default=None, description="seq2seq: the column of what is to be written")
+    field_anchor: str | None = Field(default=None, description="embedding: the column of the query")
+    field_positive: str | None = Field(
+        default=None, description="embedding: the column of the text that belongs to it"
+    )
+    field_negative: str | None = Field(
+        default=None, description="embedding: the column of one that does not, where rows have one"
+    )
 
-    @field_validator(*(name for names in DATASET_FIELDS.values() for name in names))
+    @field_validator(*dict.fromkeys(name for names in DATASET_FIELDS.values() for name in names))
     @classmethod
     def _belongs_to_the_type(cls, value: str | None, info: ValidationInfo) -> str | None:
         kind = info.data.get("type")
@@ -244,8 +304,9 @@ class EvalSpec(Section):
     """`eval`: what is measured, on which rows."""
 
     datasets: tuple[DatasetSpec, ...] = Field(default=(), description="the held-out rows where none is given")
-    metrics: tuple[Literal["exact_match", "contains"], ...] = Field(
-        default=(), description="generated, beside eval_loss"
+    metrics: tuple[Metric, ...] = Field(
+        default=(),
+        description="beside eval_loss; the task's own where none is given, for causal tasks none",
     )
     max_rows: PositiveInt | None = Field(default=None, description="evaluate at most so many rows")
     max_new_tokens: PositiveInt = Field(default=64, description="length of a generated answer")

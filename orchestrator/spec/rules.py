@@ -10,12 +10,9 @@ from peft_dist.catalog import METHODS
 
 from ..errors import closest
 from .conditions import parse_comparison
-from .job import GateSpec, JobSpec
+from .job import DeploySpec, GateSpec, JobSpec
 from .places import Path, Problem
-
-GENERATED = ("exact_match", "contains")
-ANSWERED = ("chat", "prompt_completion", "alpaca")
-"""Dataset types whose rows have an answer that can be compared with a generated one."""
+from .tasks import SERVED, TASKS, evaluated_types, measured_metrics, task_type
 
 
 def check_rules(spec: JobSpec, written: Collection[Path], warnings: list[str]) -> list[Problem]:
@@ -26,6 +23,7 @@ def check_rules(spec: JobSpec, written: Collection[Path], warnings: list[str]) -
         *_evaluation(spec),
         *_secrets(spec),
         *_task(spec),
+        *_served(spec),
     ]
     warnings += _warnings(spec, written)
     return found
@@ -65,7 +63,7 @@ def _batch(spec: JobSpec, written: Collection[Path]) -> Iterator[Problem]:
 def produced_metrics(spec: JobSpec) -> list[str]:
     """The names that a gate may use: what this run measures, of itself, of the base, of production."""
     measured = ["eval_loss"] if has_evaluation(spec) else []
-    measured += [name for name in spec.eval.metrics if has_evaluation(spec)]
+    measured += [name for name in measured_metrics(spec) if has_evaluation(spec)]
     return ["train_loss", *measured, *(f"{of}.{name}" for of in ("base", "production") for name in measured)]
 
 
@@ -112,10 +110,11 @@ def _condition(spec: JobSpec, path: Path, text: str) -> Iterator[Problem]:
 
 def _how_to_measure(spec: JobSpec, name: str, metrics: list[str]) -> str:
     bare = name.split(".")[-1]
-    if bare in (*GENERATED, "eval_loss") and not has_evaluation(spec):
+    possible = TASKS[evaluated_types(spec)[0]].metrics
+    if bare in (*possible, "eval_loss") and not has_evaluation(spec):
         return "Nothing is evaluated: set data.val_set_size above 0, or give eval.datasets."
-    if bare in GENERATED and bare not in spec.eval.metrics:
-        return f"Write eval: {{metrics: [{bare}]}}."
+    if bare in possible:
+        return f"Write eval: {{metrics: [{', '.join((*spec.eval.metrics, bare))}]}}."
     near = closest(name, metrics)
     nearest = f"Closest: '{near[0]}'. " if near else ""
     return f"{nearest}It measures: {', '.join(metrics)}."
@@ -132,14 +131,24 @@ def _evaluation(spec: JobSpec) -> Iterator[Problem]:
         )
         return
     section = "eval" if spec.eval.datasets else "data"
-    for index, dataset in enumerate(spec.eval.datasets or spec.data.datasets):
-        if dataset.type not in ANSWERED:
+    for index, kind in enumerate(evaluated_types(spec)):
+        possible = TASKS[kind].metrics
+        if not possible:
             names = ", ".join(spec.eval.metrics)
+            answered = [each for each, row in TASKS.items() if row.task == TASKS[kind].task and row.metrics]
             yield Problem(
                 (section, "datasets", index, "type"),
-                f"rows of type '{dataset.type}' have no answer to compare, as eval.metrics ({names}) must.",
-                f"Use {', '.join(ANSWERED)}, or remove eval.metrics.",
+                f"rows of type '{kind}' have no answer to compare, as eval.metrics ({names}) must.",
+                f"Use {', '.join(answered)}, or remove eval.metrics.",
             )
+            continue
+        for place, name in enumerate(spec.eval.metrics):
+            if index == 0 and name not in possible:
+                yield Problem(
+                    ("eval", "metrics", place),
+                    f"'{name}' is not measured of rows of type '{kind}'.",
+                    f"Of those: {', '.join(possible)}.",
+                )
 
 
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
@@ -163,15 +172,6 @@ def _secrets(spec: JobSpec) -> Iterator[Problem]:
             )
 
 
-TASKS: dict[str, str] = dict.fromkeys(("chat", "prompt_completion", "alpaca", "text"), "CAUSAL_LM")
-"""The task that each dataset type trains."""
-
-
-def task_type(spec: JobSpec) -> str:
-    """The PEFT task that the job's rows train."""
-    return TASKS[spec.data.datasets[0].type]
-
-
 def _task(spec: JobSpec) -> Iterator[Problem]:
     entry = METHODS.get(spec.adapter.type.upper())
     task = task_type(spec)
@@ -184,11 +184,28 @@ def _task(spec: JobSpec) -> Iterator[Problem]:
     rows = [("data", index, each) for index, each in enumerate(spec.data.datasets)]
     rows += [("eval", index, each) for index, each in enumerate(spec.eval.datasets)]
     for section, index, dataset in rows:
-        if TASKS[dataset.type] != task:
+        if TASKS[dataset.type].task != task:
             yield Problem(
                 (section, "datasets", index, "type"),
-                f"rows of type '{dataset.type}' train {TASKS[dataset.type]}, those of the first dataset {task}.",
+                f"rows of type '{dataset.type}' train {TASKS[dataset.type].task}, those of the first dataset {task}.",
                 "One job trains one task.",
+            )
+
+
+_OF_ENDPOINTS = ("endpoint", "num_replicas", "gpus_per_replica", "cpus_per_replica")
+
+
+def _served(spec: JobSpec) -> Iterator[Problem]:
+    """Where no endpoint answers for a task, `deploy` is the gate and the alias."""
+    task = task_type(spec)
+    if spec.deploy is None or task in SERVED:
+        return
+    for name in _OF_ENDPOINTS:
+        if getattr(spec.deploy, name) != DeploySpec.model_fields[name].default:
+            yield Problem(
+                ("deploy", name),
+                f"serving of {task} is not built yet: endpoints answer for {', '.join(SERVED)}.",
+                "Remove it: deploy then means the gate and the alias that a version which passes takes.",
             )
 
 
@@ -196,4 +213,5 @@ def _warnings(spec: JobSpec, written: Collection[Path]) -> Iterator[str]:
     if spec.training.max_steps and ("training", "num_epochs") in written:
         yield "training.max_steps ends the run, whatever training.num_epochs says."
     if spec.deploy and spec.deploy.gate is None:
-        yield "deploy has no gate: every version of this job is served."
+        done = "is served" if task_type(spec) in SERVED else f"becomes {spec.deploy.alias}"
+        yield f"deploy has no gate: every version of this job {done}."

@@ -4,7 +4,8 @@ import pytest
 
 from orchestrator.spec import rules
 from orchestrator.spec.load import load_job_text
-from orchestrator.spec.rules import accumulation, produced_metrics, task_type
+from orchestrator.spec.rules import accumulation, produced_metrics
+from orchestrator.spec.tasks import task_type
 from peft_dist.catalog import METHODS
 
 from .jobs import MINIMAL, refused_after_minimal, spec_of
