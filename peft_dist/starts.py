@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from peft_dist.lazy import lazy
@@ -41,3 +42,31 @@ def kaiming_uniform(t: Tensor) -> Tensor:
 def inherit(t: Tensor) -> Tensor:
     """Nothing: `start_from_base` fills it."""
     return t
+
+
+def constant(value: float):
+    """All `value`."""
+    return lambda t: t.fill_(value)
+
+
+def uniform(bound: float):
+    """Uniform between minus `bound` and `bound`."""
+    return lambda t: t.uniform_(-bound, bound)
+
+
+def gauss(std: float):
+    """Normal with this standard deviation."""
+    return lambda t: t.normal_(std=std)
+
+
+def transposed(start: Callable[[Tensor], object]):
+    """Matrices (..., columns, rows), each of which `start` fills as (rows, columns)."""
+
+    def fill(t: Tensor) -> Tensor:
+        for matrix in t.flatten(0, -3):
+            one = torch.empty_like(matrix.mT, memory_format=torch.contiguous_format)
+            start(one)
+            matrix.copy_(one.mT)
+        return t
+
+    return fill

@@ -1,0 +1,81 @@
+"""Pairs of random matrices that follow from a key alone, drawn as HF PEFT draws them: the same tensors, so that
+a checkpoint without them means the same in both libraries. On the CPU, wherever the base is.
+
+Each function returns what makes a start of the first (0) or the second (1) of its pair.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from peft_dist.lazy import lazy
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+torch = lazy("torch")
+
+Starts: TypeAlias = "Callable[[int], Callable[[Tensor], Tensor]]"
+
+
+def kaiming(key: int, first: tuple[int, int], second: tuple[int, int]) -> Starts:
+    """Two matrices of these shapes, Kaiming uniform by their columns: VeRA's."""
+
+    def draw(generator: Any) -> list[Tensor]:
+        bounds = (math.sqrt(3.0) * (math.sqrt(2.0) / math.sqrt(shape[1])) for shape in (first, second))
+        return [
+            torch.empty(shape).uniform_(-bound, bound, generator=generator)
+            for shape, bound in zip((first, second), bounds, strict=True)
+        ]
+
+    return _starts(key, draw)
+
+
+def normalised(key: int, r: int, smaller: int, larger: int, num: int) -> Starts:
+    """(r, 1, smaller) and (larger, num, r), uniform, over their standard deviations: RandLoRA's. Drawn and
+    divided in bf16."""
+
+    def uniform(generator: Any, *shape: int) -> Tensor:
+        t = torch.empty(shape, dtype=torch.bfloat16)
+        return torch.nn.init.kaiming_uniform_(t, a=math.sqrt(5), generator=generator)
+
+    def draw(generator: Any) -> list[Tensor]:
+        first = uniform(generator, r, 1, smaller)
+        second = torch.cat([uniform(generator, larger, 1, r) for _ in range(num)], dim=1)
+        return [first / first.std(), second / second.std()]
+
+    return _starts(key, draw)
+
+
+def ternary(key: int, r: int, smaller: int, larger: int, num: int, sparsity: float) -> Starts:
+    """The same shapes of -1, 0 and 1, of which a share 1 / sparsity is not 0, over their standard deviations:
+    RandLoRA's sparse ones (Li et al. 2006, very sparse random projections)."""
+
+    def draw(generator: Any) -> list[Tensor]:
+        drawn = [torch.rand(shape, generator=generator) for shape in ((r, 1, smaller), (larger, num, r))]
+        tail = 1 / (2 * sparsity)
+        signs = [(t > 1 - tail).float() - (t < tail).float() for t in drawn]
+        return [t / t.std() for t in signs]
+
+    return _starts(key, draw)
+
+
+def warn_unsaved(config: Any, names: str) -> None:
+    """Says what it means that a config does not save its projections."""
+    if not config.save_projection:
+        warnings.warn(
+            f"{type(config).__name__}.save_projection is False: {names} are not in checkpoints and are drawn "
+            f"again from projection_prng_key={config.projection_prng_key}, which another machine or version of "
+            "torch may do differently. Consider save_projection=True.",
+            stacklevel=4,
+        )
+
+
+def _starts(key: int, draw: Callable[[Any], list[Tensor]]) -> Starts:
+    def pair(which: int) -> Callable[[Tensor], Tensor]:
+        return lambda t: t.copy_(draw(torch.Generator(device="cpu").manual_seed(key))[which])
+
+    return pair
