@@ -147,11 +147,15 @@ def state_dict(
     """
     _known_adapter(model, adapter_name)
     tensors: dict[str, Tensor] = {}
+    empty = []
     for holder in holders(model, adapter_name):
-        tensors |= _saved_form(holder, _whole_tensors(holder, whole_model))
+        made, wanted = _whole_tensors(holder, whole_model), holder.module.wanted(adapter_name)
+        # A layer that was left without any rank has tensors without elements by right.
+        empty += [holder.hung(n) for n, t in made.items() if not t.numel() and 0 not in wanted[n].shape]
+        tensors |= _saved_form(holder, made)
     for key, parameter in _embeddings(model, adapter_name, save_embedding_layers).items():
         tensors[key] = _values(key, parameter)
-    empty = [key for key, value in tensors.items() if value.numel() == 0]
+        empty += [] if tensors[key].numel() else [key]
     if empty:
         raise CheckpointError(
             f"{empty[0]!r} and {len(empty) - 1} more tensors of adapter {adapter_name!r} are empty: "

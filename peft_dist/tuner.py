@@ -94,6 +94,12 @@ class BaseTuner(PooledModule):
         for name, controller in self._acting():
             controller.after_step(self.sites(name), step)
 
+    def update_and_allocate(self, global_step: int) -> None:
+        """Both of the above at once, by AdaLoRA's name in HF PEFT: after the backward, with the gradients
+        still there, before or after the optimizer's step."""
+        self.after_backward(global_step)
+        self.after_step(global_step)
+
     def add_controller(self, adapter: str) -> None:
         """Makes what acts on the adapter as a whole, where its method has such a thing."""
         config: Any = self.peft_config[adapter]
