@@ -75,7 +75,7 @@ class AdapterModule(PooledModule):
             for name, param in self.wanted(adapter).items():
                 if not own[name].is_meta:
                     param.start(own[name])
-            p = {**self._shared(adapter), **own}
+            p = {**self.shared(adapter), **own}
             if not any(t.is_meta for t in p.values()):
                 self.methods[adapter].start_from_base(p, layer)
 
@@ -117,9 +117,10 @@ class AdapterModule(PooledModule):
 
     def held(self, adapter: str) -> dict[str, Any]:
         """The adapter's tensors here and those that its layers share, by the method's names."""
-        return {**self._shared(adapter), **self.tensors(adapter)}
+        return {**self.shared(adapter), **self.tensors(adapter)}
 
-    def _shared(self, adapter: str) -> dict[str, Tensor]:
+    def shared(self, adapter: str) -> dict[str, Tensor]:
+        """The tensors that the layers of an adapter share, by the method's own names."""
         common = self._common
         if common is None or adapter not in common.adapters:
             return {}
@@ -136,6 +137,12 @@ class AdapterModule(PooledModule):
             )
         if rows is None or rows.num is None:
             return value
+        if len(value) == 1:
+            value = value.expand(rows.num, *value.shape[1:])
+        if len(value) != rows.num:
+            raise RowsError(
+                f"{name} has {len(value)} entries for {rows.num} sequences. Give one per sequence."
+            )
         return (value if rows.order is None else value[rows.order])[start:stop]
 
     def _drawn(

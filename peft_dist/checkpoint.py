@@ -238,10 +238,17 @@ def _saved_form(holder: _Holder, whole_tensors: Mapping[str, Tensor]) -> dict[st
     exported = None
     if type(holder.method).export is not Method.export:
         with torch.no_grad():
-            exported = holder.method.export(whole_tensors, _site(holder))
+            exported = holder.method.export({**_shared(holder), **whole_tensors}, _site(holder))
     if exported is None:
         exported = {saved: whole_tensors[name] for saved, name in holder.saved.items()}
     return {_join(holder.layer, saved): value for saved, value in exported.items()}
+
+
+def _shared(holder: _Holder) -> dict[str, Tensor]:
+    """What the layers of the adapter share, for a layer of it."""
+    if not isinstance(holder.module, AdapterModule):
+        return {}
+    return {name: whole(t) for name, t in holder.module.shared(holder.adapter).items()}
 
 
 def _restored(holder: _Holder, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], set[str]]:
@@ -251,10 +258,11 @@ def _restored(holder: _Holder, tensors: Mapping[str, Tensor]) -> tuple[dict[str,
         keys = {_join(holder.layer, key): name for key, name in saved.items()}
         return {name: tensors[key] for key, name in keys.items() if key in tensors}, set(keys)
     start = f"{holder.layer}." if holder.layer else ""
+    known = [param.saved or param.key for param in holder.module.wanted(holder.adapter).values()]
     mine = {
         key: value
         for key, value in tensors.items()
-        if key.startswith(start) and key[len(start) :].startswith((holder.method.prefix, *saved))
+        if key.startswith(start) and key[len(start) :].startswith((holder.method.prefix, *known))
     }
     there = holder.method.restore({key[len(start) :]: v for key, v in mine.items()}, _site(holder))
     return {saved[key]: value for key, value in there.items() if key in saved}, set(mine)

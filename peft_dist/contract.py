@@ -180,6 +180,10 @@ class Method(ABC):
         on the model, not on a layer."""
         return {}
 
+    def check_beside(self, others: Sequence[Method]) -> None:
+        """Refuses to stand on one model with `others` of its class, by an error."""
+        return None
+
     def draws(self, site: Site) -> dict[str, Draw]:
         """What chance decides while training, by the names under which its functions find it in `p`; `delta`
         goes without."""

@@ -5,6 +5,7 @@ Everything that can be refused is refused before the base is touched.
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 
 from peft_dist.adapted import Adapted, AdaptedBlock, AdapterModule, Replaced
-from peft_dist.base_layer import Layer, door, has_door
+from peft_dist.base_layer import OUT_PROJ, Layer, ParameterLayer, door, has_door, kind_of
 from peft_dist.config import PeftConfig, TargetedConfig
 from peft_dist.contract import BlockMethod, Method, ReplaceMethod
 from peft_dist.errors import AdapterError, TargetError
@@ -22,7 +23,14 @@ from peft_dist.methods.replace.modules_to_save import ModulesToSave
 from peft_dist.methods.weight.bias import BiasCopy
 from peft_dist.pool import AdapterPool, PooledModule
 from peft_dist.rows import BASE, Current
-from peft_dist.targets import HEAD_NAMES, BaseFacts, resolve, resolve_saved
+from peft_dist.targets import (
+    HEAD_NAMES,
+    READ_BY_PARENT,
+    BaseFacts,
+    resolve,
+    resolve_parameters,
+    resolve_saved,
+)
 
 
 @dataclass
@@ -59,14 +67,23 @@ class Place:
             layer = layer.base_layer
         return layer
 
-    def wrapper(self, kind: type[AdapterModule]) -> AdapterModule | None:
-        """The wrapper of this kind around the layer, where there is one."""
+    def wrapper(self, kind: type[AdapterModule], parameter: str | None = None) -> AdapterModule | None:
+        """The wrapper of this kind around the layer, or around one raw parameter of it, where there is
+        one."""
+        found = (each for each in self.wrappers() if isinstance(each, kind))
+        return next((each for each in found if _parameter_of(each) == parameter), None)
+
+    def wrappers(self) -> Iterator[AdapterModule]:
+        """The wrappers around the layer, the outermost first."""
         module: Any = self.module
         while isinstance(module, AdapterModule):
-            if isinstance(module, kind):
-                return module
+            yield module
             module = module.base_layer
-        return None
+
+
+def _parameter_of(wrapper: Any) -> str | None:
+    base = getattr(wrapper, "base", None)
+    return base.key if isinstance(base, ParameterLayer) else None
 
 
 def places(model: nn.Module) -> dict[str, Place]:
@@ -92,7 +109,10 @@ def facts_of(model: Any, found: dict[str, Place]) -> BaseFacts:
     for name, place in found.items():
         if (output is not None and place.layer is _bare(output)) or (output is None and name in HEAD_NAMES):
             heads.add(name)
-    kinds = {name: _kind(place.layer) for name, place in found.items()}
+    kinds = {
+        name: READ_BY_PARENT if isinstance(place.parent, nn.MultiheadAttention) else kind_of(place.layer)
+        for name, place in found.items()
+    }
     architecture = getattr(getattr(model, "config", None), "model_type", None)
     return BaseFacts(type(model).__name__, kinds, frozenset(heads), architecture)
 
@@ -101,14 +121,6 @@ def _bare(module: Any) -> nn.Module:
     while isinstance(module, AdapterModule):
         module = module.base_layer
     return module
-
-
-def _kind(layer: nn.Module) -> str:
-    if not has_door(layer):
-        return "module"
-    if isinstance(layer, nn.Embedding):
-        return "embedding"
-    return type(layer).__name__.lower() if isinstance(layer, nn.modules.conv._ConvNd) else "linear"
 
 
 def check_name(adapter: str, taken: Any) -> None:
@@ -131,7 +143,8 @@ def check_name(adapter: str, taken: Any) -> None:
 def adapter_dtype(base: Layer, autocast: bool) -> torch.dtype:
     """The dtype of an adapter's tensors on a layer: the layer's, or fp32 for half precision and below."""
     dtype = base.dtype
-    return torch.float32 if dtype.itemsize == 1 or (autocast and dtype.itemsize < 4) else dtype
+    below = dtype.itemsize == 1 or base.is_quantised or (autocast and dtype.itemsize < 4)
+    return torch.float32 if below else dtype
 
 
 def inject(
@@ -162,7 +175,9 @@ def inject(
     targeted = _targeted(config, found, facts)
     chosen = [*targeted, *_whole(config, found, facts)]
     chosen += _biases(config, found, {each.place.name for each in chosen})
-    # Asked once before anything is touched: a method may refuse a layer.
+    # Asked once before anything is touched: a method may refuse its neighbours, or a layer.
+    if isinstance(config, Method):
+        config.check_beside(_neighbours(config, adapters))
     shared = config.shared([each.base.site for each in targeted]) if isinstance(config, Method) else {}
     for each in chosen:
         each.method.params(each.base.site)  # type: ignore[attr-defined]
@@ -184,19 +199,20 @@ def inject(
                 adapters.common.fill(adapter)
         adapters.sites[adapter] = {}
         for each in chosen:
-            wrapper = each.place.wrapper(each.kind) or _wrap(each.place, each.kind, each.base, adapters)
+            wrapper = each.wrapper() or _wrap(each.place, each.kind, each.base, adapters)
             device = torch.device("meta") if low_cpu_mem_usage else each.base.device
             dtype = adapter_dtype(each.base, autocast_adapter_dtype)
             wrapper.add(adapter, each.method, each.base, dtype, device)
             if fills:
                 wrapper.start(adapter, each.base)
             if len(adapters.sites[adapter]) < len(targeted):
-                adapters.sites[adapter][each.place.name] = wrapper
+                adapters.sites[adapter][each.name] = wrapper
+        _leave_fast_paths(found)
     except BaseException:
         delete(model, adapter)
         forget(adapter, adapters)
         raise
-    return [each.place.name for each in targeted]
+    return [each.name for each in targeted]
 
 
 @dataclass(frozen=True)
@@ -208,6 +224,16 @@ class _Chosen:
     base: Layer
     method: Method
 
+    @property
+    def name(self) -> str:
+        """The layer's name, or the parameter's where it is on one."""
+        return self.base.site.name if isinstance(self.base, ParameterLayer) else self.place.name
+
+    def wrapper(self) -> AdapterModule | None:
+        """The wrapper that is there already."""
+        key = self.base.key if isinstance(self.base, ParameterLayer) else None
+        return self.place.wrapper(self.kind, key)
+
 
 def _targeted(config: PeftConfig, found: dict[str, Place], facts: BaseFacts) -> list[_Chosen]:
     """The layers of the method itself."""
@@ -217,10 +243,48 @@ def _targeted(config: PeftConfig, found: dict[str, Place], facts: BaseFacts) -> 
     kind = _wrapper_of(config)
     chosen = []
     for name in resolve(config, facts):
-        there = found[name].wrapper(kind)
-        base = there.base if there is not None else _door(found[name].layer, name, kind)  # type: ignore[attr-defined]
+        base = _door(found[name], kind)
         _check_kind(config, base)
         chosen.append(_Chosen(found[name], kind, base, config.at(base.site)))
+        if base.site.kind == "mha" and kind is Adapted:
+            # It reads the weight of its output projection itself; HF PEFT adapts both or none.
+            inner = found[f"{name}.{OUT_PROJ}"]
+            base = _door(inner, kind)
+            # One layer to whoever names ranks.
+            base.site = dataclasses.replace(base.site, name=name)
+            chosen.append(_Chosen(inner, kind, base, config.at(base.site)))
+    return [*chosen, *_parameters(config, found, facts, {each.place.name for each in chosen})]
+
+
+def _parameters(
+    config: PeftConfig, found: dict[str, Place], facts: BaseFacts, taken: set[str]
+) -> list[_Chosen]:
+    """The raw parameters that the method sits on: `target_parameters`."""
+    if not getattr(config, "target_parameters", None):
+        return []
+    names = [f"{name}.{key}" for name, place in found.items() for key in place.layer._parameters]
+    chosen = []
+    for name in resolve_parameters(config, dataclasses.replace(facts, parameters=names), bool(taken)):
+        place = found[name.rpartition(".")[0]]
+        key = name.rpartition(".")[2]
+        if place.name in taken or any(_parameter_of(w) is None for w in place.wrappers()):
+            raise TargetError(
+                f"target_parameters: {name!r} is a parameter of {place.name!r}, on which an adapter sits as a "
+                "layer. Name one or the other; target_modules=[] names no layer."
+            )
+        there: Any = place.wrapper(Adapted, key)
+        base = ParameterLayer(place.layer, name) if there is None else there.base
+        _check_kind(config, base)
+        assert isinstance(config, Method)
+        chosen.append(_Chosen(place, Adapted, base, config.at(base.site)))
+    for each in chosen:
+        before = {_parameter_of(wrapper) for wrapper in each.place.wrappers()}
+        now = {other.base.key for other in chosen if other.place is each.place}
+        if before and before != now:
+            raise TargetError(
+                f"target_parameters: {', '.join(sorted(now))} of {each.place.name!r}, where adapters sit on "
+                f"{', '.join(sorted(map(str, before)))}. All adapters of a module name the same parameters."
+            )
     return chosen
 
 
@@ -248,9 +312,18 @@ def _biases(config: PeftConfig, found: dict[str, Place], taken: set[str]) -> lis
     for name, place in found.items():
         inside = any(name == other or name.startswith(f"{other}.") for other in taken)
         if place.layer._parameters.get("bias") is not None and not inside:
-            base = door(place.layer, name) if has_door(place.layer) else Layer(place.layer, name)
+            there: Any = place.wrapper(Adapted)
+            made = door if has_door(place.layer) else Layer
+            base = made(place.layer, name) if there is None else there.base
             chosen.append(_Chosen(place, Adapted, base, BiasCopy()))
     return chosen
+
+
+def _neighbours(config: Method, adapters: Adapters) -> list[Any]:
+    """The methods of the adapters that are there and of its class, one for each."""
+    firsts = [(name, wrapper) for name, sites in adapters.sites.items() for wrapper in [*sites.values()][:1]]
+    methods = [wrapper.methods[name] for name, wrapper in firsts if name in wrapper.methods]
+    return [method for method in methods if type(method) is type(config)]
 
 
 def forget(adapter: str, adapters: Adapters) -> None:
@@ -266,8 +339,16 @@ def _wrapper_of(config: Method) -> type[AdapterModule]:
     return Replaced if isinstance(config, ReplaceMethod) else Adapted
 
 
-def _door(layer: nn.Module, name: str, kind: type[AdapterModule]) -> Layer:
-    return door(layer, name) if kind is Adapted else Layer(layer, name)
+def _door(place: Place, kind: type[AdapterModule]) -> Layer:
+    there: Any = place.wrapper(kind)
+    if there is not None:
+        return there.base
+    if kind is Adapted and place.wrapper(Adapted) is None and any(map(_parameter_of, place.wrappers())):
+        raise TargetError(
+            f"targets: adapters sit on parameters of {place.name!r}, so none can sit on it as a layer. Delete "
+            "them first, or name its parameters by target_parameters."
+        )
+    return door(place.layer, place.name) if kind is Adapted else Layer(place.layer, place.name)
 
 
 def _check_kind(config: Any, base: Layer) -> None:
@@ -279,7 +360,8 @@ def _check_kind(config: Any, base: Layer) -> None:
 
 
 def _wrap(place: Place, kind: type[AdapterModule], base: Layer, adapters: Adapters) -> AdapterModule:
-    made = (place.name, adapters.pool, adapters.current, base, adapters.common)
+    name = base.site.name if isinstance(base, ParameterLayer) else place.name
+    made = (name, adapters.pool, adapters.current, base, adapters.common)
     if kind is Adapted and isinstance(place.module, (Replaced, AdaptedBlock)):
         inner = Adapted(place.layer, *made)
         outer: Any = place.module
@@ -291,6 +373,20 @@ def _wrap(place: Place, kind: type[AdapterModule], base: Layer, adapters: Adapte
         place.module = wrapper
     wrapper.train(base.layer.training)
     return wrapper
+
+
+def _leave_fast_paths(found: dict[str, Place]) -> None:
+    """Torch's encoder layers have a path for inference that reads their children's weights past all
+    wrappers: not where adapters are."""
+    for place in found.values():
+        layer: Any = place.layer
+        if isinstance(layer, (nn.TransformerEncoderLayer, nn.TransformerEncoder)) and any(
+            isinstance(part, AdapterModule) for part in layer.modules()
+        ):
+            if isinstance(layer, nn.TransformerEncoder):
+                layer.use_nested_tensor = False
+            else:
+                layer.activation_relu_or_gelu = 0
 
 
 def freeze(model: nn.Module) -> None:
@@ -310,10 +406,8 @@ def freeze(model: nn.Module) -> None:
 def adapter_modules(model: nn.Module) -> Iterator[tuple[str, AdapterModule]]:
     """(name in the bare base, wrapper) of every wrapped layer."""
     for place in places(model).values():
-        module: Any = place.module
-        while isinstance(module, AdapterModule):
-            yield place.name, module
-            module = module.base_layer
+        for wrapper in place.wrappers():
+            yield wrapper._site_name, wrapper
 
 
 def remove_wrappers(model: nn.Module) -> None:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from peft_dist.errors import CheckpointError, ConfigError
 from peft_dist.lazy import lazy
 
 if TYPE_CHECKING:
@@ -72,6 +73,40 @@ def warn_unsaved(config: Any, names: str) -> None:
             "torch may do differently. Consider save_projection=True.",
             stacklevel=4,
         )
+
+
+def check_beside(config: Any, others: Sequence[Any]) -> None:
+    """Refuses another key, or another choice of what is saved, than that of adapters of the same method: HF PEFT
+    does, and its users' checkpoints rely on one pair of projections to a model."""
+    for name in ("projection_prng_key", "save_projection"):
+        for other in others:
+            if getattr(other, name) != getattr(config, name):
+                raise ConfigError(
+                    f"{type(config).__name__}.{name}: {getattr(config, name)!r}; it must be the same for all "
+                    f"adapters of a model, and one that is there has {getattr(other, name)!r}."
+                )
+
+
+def check_saved(config: Any, saved: Mapping[str, Tensor], keys: tuple[str, str]) -> Mapping[str, Tensor]:
+    """What is saved of the projections, where the config says whether they are.
+
+    Raises:
+        CheckpointError: they are absent but should be there.
+    """
+    absent = [key for key in keys if key not in saved]
+    if config.save_projection and absent:
+        raise CheckpointError(
+            f"the checkpoint lacks {absent[0]!r}, though its config has save_projection=True. Use the whole "
+            "checkpoint, or set save_projection to False to draw it again from projection_prng_key."
+        )
+    if not config.save_projection and len(absent) < len(keys):
+        warnings.warn(
+            f"the checkpoint holds {keys[0]!r}, but its config has save_projection=False: it is drawn again from "
+            "projection_prng_key. Set save_projection=True to use what is there.",
+            stacklevel=4,
+        )
+        return {key: t for key, t in saved.items() if key not in keys}
+    return saved
 
 
 def _starts(key: int, draw: Callable[[Any], list[Tensor]]) -> Starts:

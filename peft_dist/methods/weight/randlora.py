@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from peft_dist import starts
 from peft_dist.config import TargetedConfig
-from peft_dist.contract import BaseLayer, Param, Params, Site
+from peft_dist.contract import BaseLayer, Method, Param, Params, Site
 from peft_dist.errors import ConfigError
 from peft_dist.methods.weight import projections
 from peft_dist.methods.weight.bias import BiasedMethod
@@ -73,6 +73,9 @@ class RandLoraConfig(TargetedConfig, BiasedMethod):
             )
         projections.warn_unsaved(self, "the random bases")
 
+    def check_beside(self, others: Sequence[Method]) -> None:
+        projections.check_beside(self, others)
+
     @property
     def dropout(self) -> float:
         return self.randlora_dropout
@@ -124,9 +127,12 @@ class RandLoraConfig(TargetedConfig, BiasedMethod):
         return self.with_bias(base.mix(second, base.apply(first, x)), p, base)
 
     def export(self, p: Params, site: Site) -> dict[str, Tensor] | None:
+        if site.kind == "module":
+            return None
         own = {param.saved or param.key: p[name] for name, param in self.params(site).items()}
         # HF PEFT saves what is shared with each layer too.
         return {**own, "randlora_A": p["A"], "randlora_B": p["B"]} if self.save_projection else own
 
     def restore(self, saved: Mapping[str, Tensor], site: Site) -> Mapping[str, Tensor]:
-        return {key: t for key, t in saved.items() if key not in ("randlora_A", "randlora_B")}
+        is_shared = site.kind == "module"
+        return projections.check_saved(self, saved, ("randlora_A", "randlora_B")) if is_shared else saved

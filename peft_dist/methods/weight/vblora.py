@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from peft_dist import starts
 from peft_dist.config import TargetedConfig
@@ -126,7 +126,7 @@ class VBLoRAConfig(TargetedConfig, BiasedMethod):
         return self.with_bias(base.mix(B, base.apply(A, x)), p, base)
 
     def export(self, p: Params, site: Site) -> dict[str, Tensor] | None:
-        if not self.save_only_topk_weights:
+        if not self.save_only_topk_weights or site.kind == "module":
             return None
         wanted = self.params(site).items()
         saved = {param.saved or param.key: p[name] for name, param in wanted if name not in ("A", "B")}
@@ -137,7 +137,7 @@ class VBLoRAConfig(TargetedConfig, BiasedMethod):
             saved[f"vblora_logits_{name}_topk_weights"] = highest.softmax(-1)[..., :-1].contiguous()
         return saved
 
-    def _smallest_int(self) -> torch.dtype:
+    def _smallest_int(self) -> Any:
         for dtype, bits in ((torch.uint8, 8), (torch.int16, 15), (torch.int32, 31)):
             if self.num_vectors < 2**bits:
                 return dtype

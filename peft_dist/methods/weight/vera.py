@@ -6,13 +6,13 @@ takes their first columns and rows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from peft_dist import starts
 from peft_dist.config import TargetedConfig
-from peft_dist.contract import BaseLayer, Param, Params, Site
+from peft_dist.contract import BaseLayer, Method, Param, Params, Site
 from peft_dist.errors import ConfigError
 from peft_dist.methods.weight import projections
 from peft_dist.methods.weight.bias import BiasedMethod
@@ -65,6 +65,9 @@ class VeraConfig(TargetedConfig, BiasedMethod):
             raise ConfigError(f"VeraConfig.vera_dropout: {self.vera_dropout!r}; it lies in [0, 1).")
         projections.warn_unsaved(self, "vera_A and vera_B")
 
+    def check_beside(self, others: Sequence[Method]) -> None:
+        projections.check_beside(self, others)
+
     @property
     def dropout(self) -> float:
         return self.vera_dropout
@@ -94,3 +97,7 @@ class VeraConfig(TargetedConfig, BiasedMethod):
         out, in_ = base.shape
         h = base.apply(p["A"][:, :in_], x) * p["d"]
         return self.with_bias(base.mix(p["B"][:out], h) * p["b"], p, base)
+
+    def restore(self, saved: Mapping[str, Tensor], site: Site) -> Mapping[str, Tensor]:
+        is_shared = site.kind == "module"
+        return projections.check_saved(self, saved, ("vera_A", "vera_B")) if is_shared else saved
