@@ -50,9 +50,9 @@ class OwnBias:
     own_biases: ClassVar[str]
 
     def check_bias(self) -> None:
-        """Refuses a value of `bias` that is none of the three."""
+        """Refuses a value of `bias` that is none of the three; HF PEFT takes any name before `_only`."""
         allowed = ("none", "all", self.own_biases)
-        if self.bias not in allowed:
+        if self.bias not in allowed and not self.bias.endswith("_only"):
             raise ConfigError(
                 f"{type(self).__name__}.bias: {self.bias!r} is not one of {', '.join(allowed)}."
             )

@@ -1,0 +1,94 @@
+"""FourierFT: dW = s Re ifft2(F), where F (out, in) holds n trained numbers at places that a seed chose.
+
+Gao et al. 2024, arXiv:2405.03003. The places follow from the seed as in HF PEFT, so no checkpoint holds them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar
+
+from peft_dist import starts
+from peft_dist.config import TargetedConfig
+from peft_dist.contract import BaseLayer, Param, Params, Site
+from peft_dist.errors import ConfigError
+from peft_dist.lazy import lazy
+from peft_dist.methods.weight.bias import BiasedMethod
+from peft_dist.targets import by_pattern
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+torch = lazy("torch")
+
+
+@dataclass
+class FourierFTConfig(TargetedConfig, BiasedMethod):
+    """HF PEFT's FourierFTConfig.
+
+    Args:
+        n_frequency: trained numbers a layer, from 1 to out x in.
+        scaling: s.
+        random_loc_seed: of the places.
+        fan_in_fan_out: the weight is stored (in, out); known from the layer, kept for checkpoints.
+        bias: which biases are trained too: none, all, or those of the targets (fourier_only).
+        layers_to_transform: indices of the layers to adapt; all where None.
+        layers_pattern: name of the list of layers that those indices count.
+        n_frequency_pattern: other numbers, by regular expressions on the ends of layers' names.
+        init_weights: True: start at 0, which changes nothing; False: at random.
+    """
+
+    n_frequency: int = 1000
+    scaling: float = 150.0
+    random_loc_seed: int | None = 777
+    fan_in_fan_out: bool = False
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    bias: str = "none"
+    modules_to_save: list[str] | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    n_frequency_pattern: dict[str, int] | None = field(default_factory=dict)
+    init_weights: bool = False
+
+    prefix: ClassVar[str] = "fourierft_"
+    own_biases: ClassVar[str] = "fourier_only"
+    full_size: ClassVar[int] = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = "FOURIERFT"
+        self.check_layers()
+        self.check_bias()
+
+    def params(self, site: Site) -> dict[str, Param]:
+        n = by_pattern(self.n_frequency_pattern or {}, site.name, self.n_frequency)
+        check_number(type(self).__name__, n, site)
+        start = starts.zeros if self.init_weights else starts.normal
+        places = chosen_places(site.out * site.in_, n, self.random_loc_seed)
+        return {
+            "spectrum": Param("fourierft_spectrum", ("n",), (n,), start),
+            "places": Param("fourierft_places", ("n",), (n,), places, False, persistent=False, is_index=True),
+            **self.bias_params(site),
+        }
+
+    def delta(self, p: Params, base: BaseLayer) -> Tensor:
+        spectrum = p["spectrum"]
+        # There is no transform in half precision.
+        exact = spectrum.to(torch.promote_types(spectrum.dtype, torch.float32))
+        F = exact.new_zeros(base.site.out * base.site.in_).scatter(0, p["places"], exact)
+        return (torch.fft.ifft2(F.view(base.shape)).real * self.scaling).to(spectrum.dtype)
+
+
+def check_number(where: str, n: int, site: Site) -> None:
+    """Refuses a number of trained entries that a layer cannot have."""
+    if not 1 <= n <= site.out * site.in_:
+        raise ConfigError(
+            f"{where}.n_frequency: {n!r} at {site.name}; it lies between 1 and out x in = "
+            f"{site.out} x {site.in_} = {site.out * site.in_}."
+        )
+
+
+def chosen_places(size: int, n: int, seed: int | None):
+    """Fills a tensor with n different places of `size`, in the order that HF PEFT draws them."""
+    return lambda t: t.copy_(torch.randperm(size, generator=torch.Generator().manual_seed(seed))[:n])

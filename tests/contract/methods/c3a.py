@@ -1,0 +1,43 @@
+from tests.contract.case import LINEAR, Case, Field, Parity
+
+CASES = (
+    Case("C3A", "plain", {"block_size": 4}, LINEAR, is_fresh=False),
+    Case("C3A", "from zero", {"block_size": 1, "init_weights": True}, ("linear",)),
+    Case(
+        "C3A",
+        "patterns and biases",
+        {"block_size_pattern": {"target": 2}, "bias": "c3a_only", "init_weights": "gaussian"},
+        ("linear", "Conv1D"),
+        is_fresh=False,
+    ),
+    Case("C3A", "kaiming", {"block_size": 4, "init_weights": "kaiming_uniform"}, ("linear",), is_fresh=False),
+)
+
+_C3A = {"task_type": "CAUSAL_LM", "block_size": 8}
+PARITY = {
+    "c3a": Parity("llama", "C3AConfig", _C3A),
+    "c3a with patterns": Parity(
+        "llama",
+        "C3AConfig",
+        {
+            **_C3A,
+            "target_modules": ["q_proj", "up_proj", "down_proj"],
+            "block_size_pattern": {"q_proj": 16, "down_proj": 1},
+            "bias": "c3a_only",
+            "init_weights": True,
+        },
+    ),
+}
+
+FIELD_BASE = {"block_size": 8, "target_modules": ["q_proj", "v_proj"]}
+FIELDS = {
+    "block_size": (Field(4, "tensors"), Field(3, "error"), Field(0, "error")),
+    "block_size_pattern": Field({"v_proj": 4}, "tensors"),
+    "init_weights": (
+        Field(True, "start"),
+        Field("gaussian", "start"),
+        Field("kaiming_uniform", "start"),
+        Field("orthogonal", "error"),
+    ),
+    "layers_pattern": Field("layers", "error", {"target_modules": "q_proj"}),
+}
