@@ -89,6 +89,7 @@ class Param:
     saved: str | None = None
     persistent: bool = True
     is_index: bool = False
+    counted: bool = False
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,13 @@ them.
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import Parameter
 
 from peft_dist.adapted import Adapted, AdapterModule, Replaced
 from peft_dist.contract import Method, PromptMethod
@@ -199,7 +199,7 @@ def _check_finite(modules: Sequence[Adapted], names: Sequence[str]) -> None:
     for module in modules:
         dW, db = _change(module, names)
         with torch.no_grad():
-            merged = [] if dW is None else [module.base.weight() + dW]
+            merged = [] if dW is None else [module.base.plus(module.base.weight(), dW)]
             bias = module.base.bias()
             if bias is not None and db is not None:
                 merged.append(bias + db)
@@ -227,13 +227,12 @@ def _users(base: nn.Module) -> dict[int, int]:
 
 
 def _is_tied(module: Adapted, users: dict[int, int]) -> bool:
-    weight = getattr(module.base.layer, "weight", None)
-    return isinstance(weight, Parameter) and users.get(id(weight), 0) > 1
+    return users.get(id(module.base.parameter), 0) > 1
 
 
 def _check_tied(modules: Sequence[Adapted], users: dict[int, int]) -> None:
     for module in modules:
-        if _is_tied(module, users) and is_partitioned(module.base.layer.weight):
+        if _is_tied(module, users) and is_partitioned(module.base.parameter):
             raise MergeError(
                 f"{module._site_name}: its weight is tied to another layer's and partitioned by ZeRO-3; a "
                 "merge would "
@@ -246,17 +245,19 @@ def _untie(module: Adapted, users: dict[int, int]) -> None:
     """Gives a layer that shares its weight one of its own, so that a merge leaves the other layer as it
     is."""
     if _is_tied(module, users):
-        layer = module.base.layer
-        layer.__dict__[_OWN_WEIGHT] = (layer.weight,)
-        layer.weight = Parameter(layer.weight.detach().clone(), requires_grad=False)
+        layer, shared = module.base.layer, module.base.parameter
+        assert shared is not None
+        layer.__dict__[_OWN_WEIGHT] = (shared,)
+        own = copy.deepcopy(shared)
+        setattr(layer, module.base.key, own.requires_grad_(False))
 
 
 def _retie(module: Adapted) -> None:
     tied = module.base.layer.__dict__.pop(_OWN_WEIGHT, None)
     if tied is not None:
-        module.base.layer.weight = tied[0]
+        setattr(module.base.layer, module.base.key, tied[0])
         # The shared weight was never changed; what was kept of the copy must not be written into it.
-        module.__dict__[_KEPT].pop("weight")
+        module.__dict__[_KEPT].pop(module.base.key)
 
 
 def _say_untied(base: nn.Module) -> None:

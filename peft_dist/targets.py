@@ -185,12 +185,19 @@ class BaseFacts:
         layers: every module's dotted name -> what it is: `linear`, `embedding`, `conv1d`, ... or `module`.
         heads: names of output embeddings and classifier heads, which `all-linear` leaves out.
         architecture: `config.model_type`, or None.
+        parameters: dotted names of the raw parameters that `target_parameters` may mean.
     """
 
     name: str
     layers: Mapping[str, str]
     heads: frozenset[str] = field(default_factory=frozenset)
     architecture: str | None = None
+    parameters: Sequence[str] = ()
+
+
+# What a layer is whose weight the module around it reads without calling it: an adapter on it alone would do
+# nothing.
+READ_BY_PARENT = "read by its parent"
 
 
 def resolve(config: Any, facts: BaseFacts) -> list[str]:
@@ -202,6 +209,8 @@ def resolve(config: Any, facts: BaseFacts) -> list[str]:
         TargetError: they match nothing, or a module that has no weight matrix.
     """
     _fill_defaults(config, facts)
+    if not config.target_modules and getattr(config, "target_parameters", None):
+        return []
     if is_all_linear(config.target_modules):
         chosen = [name for name, kind in facts.layers.items() if kind == "linear" and name not in facts.heads]
         chosen = [name for name in chosen if not _is_left_out(config, name)]
@@ -211,9 +220,13 @@ def resolve(config: Any, facts: BaseFacts) -> list[str]:
             )
         config.target_modules = _shortest(chosen, facts)
         return chosen
-    matched = [name for name in facts.layers if name and _is_target(config, name)]
+    matched = [name for name in facts.layers if name and is_target(config, name)]
     if not matched:
         raise TargetError(_nothing_matched(config, facts))
+    inner = [name for name in matched if facts.layers[name] == READ_BY_PARENT]
+    for name in inner:
+        _refuse_inner("targets", name, matched)
+    matched = [name for name in matched if name not in inner]
     for name in matched:
         if facts.layers[name] == "module" and "module" not in config.layers:
             raise TargetError(
@@ -232,6 +245,38 @@ def resolve(config: Any, facts: BaseFacts) -> list[str]:
     return matched
 
 
+def resolve_parameters(config: Any, facts: BaseFacts, has_layers: bool) -> list[str]:
+    """Names of the raw parameters that `target_parameters` means, whole or suffixes, in the base's order.
+
+    Args:
+        has_layers: whether the config has found layers too.
+
+    Raises:
+        TargetError: they match nothing, and no layer is adapted either.
+    """
+    wanted = config.target_parameters
+    matched = [name for name in facts.parameters if ends_in(wanted, name)]
+    absent = [target for target in wanted if not any(ends_in([target], name) for name in matched)]
+    if not matched and not has_layers:
+        near = closest(absent[0].rpartition(".")[2], {n.rpartition(".")[2] for n in facts.parameters})
+        raise TargetError(
+            f"target_parameters: {', '.join(map(repr, absent))} matched no parameter of {facts.name}."
+            + (f" Similar: {near[0]!r}." if near else "")
+        )
+    _warn_of_unmatched(absent, f"parameter of {facts.name}", facts.parameters, "target_parameters")
+    return matched
+
+
+def _refuse_inner(field_name: str, name: str, chosen: Sequence[str]) -> None:
+    """Raises for a layer that does nothing by itself, unless the module around it is chosen too."""
+    parent = name.rpartition(".")[0]
+    if parent not in chosen:
+        raise TargetError(
+            f"{field_name}: {name!r} is a part of the MultiheadAttention {parent!r}, which reads its weight "
+            f"without calling it, so an adapter on it would do nothing. Name {parent!r}; that adapts both."
+        )
+
+
 def resolve_saved(names: Sequence[str] | None, facts: BaseFacts) -> list[str]:
     """Names of the modules that `modules_to_save` means: whole names or suffixes, none inside another.
 
@@ -248,6 +293,9 @@ def resolve_saved(names: Sequence[str] | None, facts: BaseFacts) -> list[str]:
                 + (f" Similar: {near[0]!r}." if near else "")
             )
         chosen += [name for name in found if name not in chosen]
+    for name in chosen:
+        if facts.layers[name] == READ_BY_PARENT:
+            _refuse_inner("modules_to_save", name, chosen)
     return [name for name in chosen if not any(name.startswith(f"{outer}.") for outer in chosen)]
 
 
@@ -285,6 +333,8 @@ def _fill_defaults(config: Any, facts: BaseFacts) -> None:
     if config.target_modules is not None:
         return
     known = DEFAULT_TARGETS.get(config.peft_type, DEFAULT_TARGETS["LORA"])
+    if facts.architecture not in known and getattr(config, "target_parameters", None):
+        return
     if facts.architecture not in known:
         raise TargetError(
             f"targets: target_modules is not given, and {facts.architecture or facts.name!r} has no usual "
@@ -298,13 +348,16 @@ def _fill_defaults(config: Any, facts: BaseFacts) -> None:
 
 
 def _is_left_out(config: Any, name: str) -> bool:
-    if config.exclude_modules and ends_in(config.exclude_modules, name):
+    excluded = getattr(config, "exclude_modules", None)
+    if excluded and ends_in(excluded, name):
         return True
     # What is trained whole is not adapted too.
-    return any(re.match(rf"(^|.*\.){saved}($|\..*)", name) for saved in config.modules_to_save or ())
+    whole = getattr(config, "modules_to_save", None) or ()
+    return any(re.match(rf"(^|.*\.){saved}($|\..*)", name) for saved in whole)
 
 
-def _is_target(config: Any, name: str) -> bool:
+def is_target(config: Any, name: str) -> bool:
+    """Whether a config whose targets are given means the layer called `name`."""
     if _is_left_out(config, name) or not ends_in(config.target_modules, name):
         return False
     wanted = getattr(config, "layers_to_transform", None)
@@ -315,7 +368,7 @@ def _is_target(config: Any, name: str) -> bool:
         or wanted == []
     ):
         return True
-    index = _layer_index(name, config.layers_pattern)
+    index = _layer_index(name, getattr(config, "layers_pattern", None))
     return index is not None and index in ([wanted] if isinstance(wanted, int) else wanted)
 
 

@@ -1,12 +1,14 @@
 """The one door to frozen weights, whatever their kind and storage: plain, quantised, ZeRO-3 partitioned, on
 meta."""
 
+from peft_dist.base_layer.attention import OUT_PROJ
 from peft_dist.base_layer.doors import door, has_door, kind_of
 from peft_dist.base_layer.experts import ParameterLayer
 from peft_dist.base_layer.layer import Layer
 from peft_dist.base_layer.linear import Conv1DLayer, EmbeddingLayer, LinearLayer
 
 __all__ = [
+    "OUT_PROJ",
     "Conv1DLayer",
     "EmbeddingLayer",
     "Layer",

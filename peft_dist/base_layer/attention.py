@@ -6,6 +6,7 @@ Its output projection is a layer of its own inside it, whose weight the attentio
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -55,16 +56,15 @@ class AttentionLayer(Layer):
         return F.linear(x, W)
 
     def cut(self, rows: Rows, length: int | None) -> Cut:
-        return AttentionCut(rows, self.site, length, self.layer.batch_first, self.layer.num_heads)
+        return AttentionCut(rows, self.site, length, 0 if self.layer.batch_first else 1, self.layer.num_heads)
 
 
+@dataclass(frozen=True)
 class AttentionCut(Cut):
-    """Calls of nn.MultiheadAttention."""
+    """Calls of nn.MultiheadAttention, whose sequences stand on `axis`."""
 
-    def __init__(self, rows: Rows, site: Any, length: int | None, batch_first: bool, num_heads: int) -> None:
-        super().__init__(rows, site, length)
-        # Past the frozen dataclass that it extends.
-        vars(self).update(_axis=0 if batch_first else 1, _num_heads=num_heads)
+    axis: int
+    num_heads: int
 
     def of(self, tree: Any, segment: Segment) -> Any:
         args, kwargs = tree
@@ -72,19 +72,19 @@ class AttentionCut(Cut):
         # Once for each tensor: the attention sees by identity that query, key and value are one.
         done: dict[int, Tensor] = {}
         for name in ("query", "key", "value"):
-            given[name] = done.setdefault(id(given[name]), self._part(given[name], self._axis, segment))
+            given[name] = done.setdefault(id(given[name]), self._part(given[name], self.axis, segment))
         mask = given.get("key_padding_mask")
         if mask is not None:
             given["key_padding_mask"] = self._part(mask, 0, segment)
         mask = given.get("attn_mask")
         if mask is not None and mask.ndim == 3:
-            per_row = mask.unflatten(0, (-1, self._num_heads))
+            per_row = mask.unflatten(0, (-1, self.num_heads))
             given["attn_mask"] = self._part(per_row, 0, segment).flatten(0, 1)
         return (), given
 
     def joined(self, parts: Sequence[Any]) -> Any:
         outputs, weights = zip(*parts, strict=True)
-        y = self._whole(outputs, self._axis)
+        y = self._whole(outputs, self.axis)
         return y, None if weights[0] is None else self._whole(weights, 0)
 
     def _part(self, t: Tensor, axis: int, segment: Segment) -> Tensor:

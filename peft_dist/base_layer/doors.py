@@ -37,12 +37,14 @@ def _door_of(kind: Any) -> type[Layer] | None:
 
 def has_door(layer: nn.Module) -> bool:
     """Whether an adapter can change the weight of such a layer."""
-    return _door_of(type(layer)) is not None
+    kind: Any = type(layer)
+    return _door_of(kind) is not None
 
 
 def kind_of(layer: Any) -> str:
     """What `Site.kind` of such a layer is."""
-    opened = _door_of(type(layer))
+    kind: Any = type(layer)
+    opened = _door_of(kind)
     if opened is None:
         return "module"
     return KINDS[len(layer.kernel_size)] if opened is ConvLayer else opened.kind
@@ -54,7 +56,8 @@ def door(layer: nn.Module, name: str) -> Layer:
     Raises:
         BaseLayerError: a layer of this kind has no weight matrix that an adapter could change.
     """
-    opened = _door_of(type(layer))
+    kind: Any = type(layer)
+    opened = _door_of(kind)
     if opened is None:
         raise BaseLayerError(
             f"{name}: a {type(layer).__name__} cannot be adapted; Linear, Conv1D, Embedding, Conv1d, Conv2d, "
