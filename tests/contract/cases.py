@@ -71,12 +71,14 @@ def adapted(case: Case, kind: str, *names: str, device: str = "cpu") -> tuple[Ba
 
 
 def disturb(module: nn.Module, seed: int = 1, size: float = 0.3) -> None:
-    """Moves every adapter tensor away from its start."""
+    """Moves every adapter tensor that is trained away from its start."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for _, wrapper in inject.adapter_modules(module):
             for name in wrapper.adapters:
-                for tensor in wrapper.tensors(name).values():
+                for key, tensor in wrapper.tensors(name).items():
+                    if not wrapper.wanted(name)[key].trainable:
+                        continue
                     tensor.add_(torch.randn(tensor.shape, generator=generator, dtype=torch.double) * size)
 
 
