@@ -12,11 +12,14 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from peft_dist.catalog import PeftType, TaskType, config_class
 from peft_dist.errors import ConfigError, suggest
 from peft_dist.lazy import lazy
+
+if TYPE_CHECKING:
+    from peft_dist.contract import BaseSizes
 
 huggingface_hub = lazy("huggingface_hub")
 
@@ -253,6 +256,66 @@ class PromptLearningConfig(PeftConfig):
     modules_to_save: list[str] | None = field(default=None)
 
     is_prompt_learning: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, rule, allowed in (
+            ("num_virtual_tokens", "a whole number of at least 1", lambda value: value >= 1),
+            ("num_transformer_submodules", "1, or 2 with a decoder's tokens", lambda value: value in (1, 2)),
+        ):
+            value = getattr(self, name)
+            if value is not None and (type(value) is not int or not allowed(value)):
+                raise ConfigError(f"{type(self).__name__}.{name}: {value!r}; it is {rule}.")
+
+    @property
+    def num_tokens(self) -> int:
+        """How many positions it adds to a row."""
+        if self.num_virtual_tokens is None:
+            raise ConfigError(
+                f"{type(self).__name__}.num_virtual_tokens: None; it is a whole number of at least 1."
+            )
+        return self.num_virtual_tokens
+
+    @property
+    def total_tokens(self) -> int:
+        """How many tokens it has in all, those of a decoder counted."""
+        return self.num_tokens * (self.num_transformer_submodules or 1)
+
+    def fit(self, sizes: BaseSizes) -> None:
+        """Takes the base's sizes into the fields that are not given.
+
+        Raises:
+            ConfigError: a field that is given is not what the base has.
+        """
+        self.num_tokens  # noqa: B018  (raises where it is not known)
+        stacks = self.num_transformer_submodules or (2 if self.task_type == "SEQ_2_SEQ_LM" else 1)
+        if stacks > sizes.num_stacks:
+            raise ConfigError(
+                f"{type(self).__name__}.num_transformer_submodules: {stacks}, which task_type "
+                f"{self.task_type} means too, but the base has one stack. Set it to 1, or take an "
+                "encoder-decoder base."
+            )
+        known = self.sizes_of(sizes)
+        for name, value in known.items():
+            given = getattr(self, name)
+            if name == "token_dim" and given not in (None, value):
+                raise ConfigError(
+                    f"{type(self).__name__}.{name}: {given!r}, but the base has {value}. Leave it out."
+                )
+        self.num_transformer_submodules = stacks
+        for name, value in known.items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+        if getattr(self, "encoder_hidden_size", 0) is None:
+            self.encoder_hidden_size = self.token_dim
+
+    def sizes_of(self, sizes: BaseSizes) -> dict[str, int]:
+        """The fields that follow from the base."""
+        return {
+            "token_dim": sizes.width,
+            "num_layers": sizes.num_layers,
+            "num_attention_heads": sizes.num_heads,
+        }
 
 
 def _from_hub(name: str, subfolder: str | None, how: dict[str, Any], path: Path) -> Path:

@@ -184,7 +184,7 @@ class PooledModule(nn.Module):
             name: _hang(self, param, adapter, _room(param, dtype, device)) for name, param in wanted.items()
         }
         self._fill_fixed(adapter)
-        self._take_in(adapter)
+        self.take_in(adapter)
 
     def fill(self, adapter: str) -> None:
         """Fills the adapter's tensors as its method starts them."""
@@ -223,9 +223,10 @@ class PooledModule(nn.Module):
                 room = torch.empty_like(old, device=device)
                 held[key] = nn.Parameter(room, old.requires_grad) if isinstance(old, nn.Parameter) else room
         self._fill_fixed(adapter)
-        self._take_in(adapter)
+        self.take_in(adapter)
 
-    def _take_in(self, adapter: str) -> None:
+    def take_in(self, adapter: str) -> None:
+        """Lets the pool see where the adapter's Parameters are now, and of which dtype."""
         trained = {name: p for name, p in self.tensors(adapter).items() if isinstance(p, nn.Parameter)}
         self._pool.take(self._site_name, self._families[adapter], adapter, trained)
 
@@ -238,13 +239,14 @@ class PooledModule(nn.Module):
         for adapter, old in before.items():
             now = {n: (p.data_ptr(), p.dtype, p.device) for n, p in self.tensors(adapter).items()}
             if now != old:
-                self._take_in(adapter)
+                self.take_in(adapter)
         return self
 
 
 def _room(param: Param, dtype: torch.dtype, device: Any) -> Tensor:
     room = torch.empty(param.shape, dtype=torch.int64 if param.is_index else dtype, device=device)
-    return nn.Parameter(room) if param.trainable else room
+    is_parameter = param.trainable or param.counted
+    return nn.Parameter(room, param.trainable) if is_parameter else room
 
 
 def _hang(module: nn.Module, param: Param, adapter: str, tensor: Tensor) -> tuple[dict[str, Any], str]:
@@ -266,8 +268,8 @@ def _hang(module: nn.Module, param: Param, adapter: str, tensor: Tensor) -> tupl
             node = node._modules[part]
     else:
         node._keys[adapter] = None
-    if not param.trainable and not param.persistent:
+    if not isinstance(tensor, nn.Parameter) and not param.persistent:
         node._non_persistent_buffers_set.add(last)
-    kept = node._parameters if param.trainable else node._buffers
+    kept = node._parameters if isinstance(tensor, nn.Parameter) else node._buffers
     kept[last] = tensor
     return kept, last

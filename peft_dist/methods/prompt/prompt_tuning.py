@@ -1,6 +1,7 @@
 """Prompt tuning: n learned embeddings before the input.
 
-Lester et al. 2021, arXiv:2104.08691.
+Lester et al. 2021, arXiv:2104.08691. On a base with an encoder and a decoder HF PEFT makes n for each, and uses
+the encoder's alone.
 """
 
 from __future__ import annotations
@@ -47,53 +48,43 @@ class PromptTuningConfig(PromptLearningConfig, PromptMethod):
     tokenizer_kwargs: dict[str, Any] | None = None
 
     prefix: ClassVar[str] = "prompt_"
-    without_effect: ClassVar[dict[str, Any]] = {}
+    starts_from: ClassVar[type[enum.StrEnum]] = PromptTuningInit
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = "PROMPT_TUNING"
-        if not isinstance(self.num_virtual_tokens, int) or self.num_virtual_tokens < 1:
-            raise ConfigError(
-                f"PromptTuningConfig.num_virtual_tokens: {self.num_virtual_tokens!r}; it is a whole "
-                "number of at least 1."
-            )
+        where = type(self).__name__
         try:
-            self.prompt_tuning_init = PromptTuningInit(self.prompt_tuning_init)
+            self.prompt_tuning_init = self.starts_from(self.prompt_tuning_init)
         except ValueError:
             raise ConfigError(
-                f"PromptTuningConfig.prompt_tuning_init: {self.prompt_tuning_init!r} is not one of "
-                f"{', '.join(PromptTuningInit.__members__)}."
+                f"{where}.prompt_tuning_init: {self.prompt_tuning_init!r} is not one of "
+                f"{', '.join(self.starts_from.__members__)}."
             ) from None
-        if self.prompt_tuning_init is PromptTuningInit.TEXT:
-            for name in ("tokenizer_name_or_path", "prompt_tuning_init_text"):
-                if not getattr(self, name):
-                    raise ConfigError(
-                        f"PromptTuningConfig.{name}: must be given when prompt_tuning_init is TEXT."
-                    )
-        if self.tokenizer_kwargs and self.prompt_tuning_init is not PromptTuningInit.TEXT:
-            raise ConfigError(
-                "PromptTuningConfig.tokenizer_kwargs: only used when prompt_tuning_init is TEXT."
-            )
-
-    @property
-    def num_tokens(self) -> int:
-        assert self.num_virtual_tokens is not None
-        return self.num_virtual_tokens
+        if self.prompt_tuning_init == "TEXT":
+            if not self.tokenizer_name_or_path:
+                raise ConfigError(
+                    f"{where}.tokenizer_name_or_path: must be given when prompt_tuning_init is TEXT."
+                )
+            if self.prompt_tuning_init_text is None:
+                raise ConfigError(
+                    f"{where}.prompt_tuning_init_text: must be given when prompt_tuning_init is TEXT."
+                )
+        elif self.tokenizer_kwargs:
+            raise ConfigError(f"{where}.tokenizer_kwargs: only used when prompt_tuning_init is TEXT.")
 
     def params(self, site: Site) -> dict[str, Param]:
-        shape = (self.num_tokens, site.out)
-        key = "prompt_encoder.embedding.weight"
+        shape, key = (self.total_tokens, site.out), "prompt_encoder.embedding.weight"
         return {"embeddings": Param(key, ("tokens", "out"), shape, starts.normal, saved="prompt_embeddings")}
 
     def start_from_base(self, p: Params, base: BaseLayer) -> None:
-        if self.prompt_tuning_init is PromptTuningInit.RANDOM:
-            return
-        table = base.weight().T
-        if self.prompt_tuning_init is PromptTuningInit.SAMPLE_VOCAB:
-            ids = torch.randint(0, table.shape[0], (self.num_virtual_tokens,))
-        else:
+        if self.prompt_tuning_init == "SAMPLE_VOCAB":
+            ids = torch.randint(0, base.site.in_, (self.total_tokens,))
+        elif self.prompt_tuning_init == "TEXT":
             ids = torch.tensor(self._text_ids())
-        p["embeddings"].copy_(table[ids.to(table.device)])
+        else:
+            return
+        p["embeddings"].copy_(of_vocabulary(base, ids))
 
     def _text_ids(self) -> list[int]:
         # A checkpoint's config must not be able to run code from a hub.
@@ -103,8 +94,14 @@ class PromptTuningConfig(PromptLearningConfig, PromptMethod):
         tokenizer = transformers.AutoTokenizer.from_pretrained(self.tokenizer_name_or_path, **arguments)
         ids = tokenizer(self.prompt_tuning_init_text)["input_ids"]
         if not ids:
-            raise ConfigError("PromptTuningConfig.prompt_tuning_init_text: has no tokens.")
-        return (ids * -(-self.num_tokens // len(ids)))[: self.num_tokens]
+            raise ConfigError(f"{type(self).__name__}.prompt_tuning_init_text: has no tokens.")
+        return (ids * -(-self.total_tokens // len(ids)))[: self.total_tokens]
 
-    def embeds(self, p: Params) -> Tensor:
+    def embeds(self, p: Params, training: bool = False) -> Tensor:
         return p["embeddings"]
+
+
+def of_vocabulary(base: BaseLayer, ids: Tensor) -> Tensor:
+    """What the input embeddings give for `ids` (tokens,): (tokens, width)."""
+    W = base.weight()
+    return base.apply(W, ids.to(W.device))
