@@ -3,6 +3,7 @@ one."""
 
 from __future__ import annotations
 
+import copy
 import importlib
 import pkgutil
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from peft_dist import inject
 from peft_dist.adapted import Adapted
+from peft_dist.pool import PooledModule
 from tests.contract import methods
 from tests.contract.case import Case
 
@@ -33,6 +35,9 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
     "conv1d": lambda: nn.Conv1d(4, 6, 3, padding=1, stride=2),
     "conv2d": lambda: nn.Conv2d(4, 6, (3, 2), padding=1, padding_mode="circular"),
     "conv3d": lambda: nn.Conv3d(4, 6, 2, dilation=2),
+    "conv1d with groups": lambda: nn.Conv1d(4, 6, 3, padding=1, groups=2),
+    "conv2d with groups": lambda: nn.Conv2d(4, 6, (3, 2), padding=1, padding_mode="reflect", groups=2),
+    "conv3d with groups": lambda: nn.Conv3d(4, 8, 2, padding="same", groups=4),
 }
 
 
@@ -41,8 +46,8 @@ def sample(kind: str, rows: int = 4) -> Tensor:
     spaces = {"conv1d": (9,), "conv2d": (7, 6), "conv3d": (5, 4, 6)}
     if kind == "embedding":
         return torch.randint(20, (rows, 5))
-    if kind in spaces:
-        return torch.randn(rows, 4, *spaces[kind], dtype=torch.double)
+    if kind[:6] in spaces:
+        return torch.randn(rows, 4, *spaces[kind[:6]], dtype=torch.double)
     return torch.randn(rows, 5, 12, dtype=torch.double)
 
 
@@ -60,13 +65,16 @@ class Base(nn.Module):
 def adapted(case: Case, kind: str, *names: str, device: str = "cpu") -> tuple[Base, inject.Adapters]:
     """A base in float64 with adapters of the case, the first of them active."""
     torch.manual_seed(0)
-    base, shared = Base(kind).double().to(device), inject.Adapters()
+    base, shared = Base(kind).double().to(device).eval(), inject.Adapters()
+    shared.common = PooledModule(shared.pool, "")
     # Conv1D starts its bias at zero, which would hide what happens to it.
     if getattr(base.target, "bias", None) is not None and device != "meta":
         nn.init.normal_(base.target.bias)
     for name in names or ("a",):
         inject.inject(base, case.config(target_modules=["target"]), name, shared)
     inject.activate(base, [(names or ("a",))[0]])
+    # One entry serves every row.
+    shared.current.batch = {name: torch.tensor([1]) for name in case.config().reads}
     return base, shared
 
 
@@ -92,11 +100,26 @@ def run_with(module: Adapted, names: list[str], x: Tensor) -> Tensor:
     layer, (dW, db) = module.base_layer, module.change(names)
     stored = {key: p.detach().clone() for key, p in layer.named_parameters()}
     with torch.no_grad():
-        if dW is not None:
+        if dW is not None and dW.shape[1] != module.base.site.in_:
+            layer, dW = ungrouped(layer), dW.view(len(dW), layer.in_channels, *layer.kernel_size)
+            layer.weight.add_(dW)
+        elif dW is not None:
             layer.weight.add_(module.base._as_stored(dW))
         if db is not None:
             layer.bias.add_(db)
         y = layer(x)
-        for key, p in layer.named_parameters():
+        for key, p in module.base_layer.named_parameters():
             p.copy_(stored[key])
     return y
+
+
+def ungrouped(layer: nn.Module) -> nn.Module:
+    """A convolution with groups as one over all channels: zero where an output saw none."""
+    rows, channels = layer.out_channels // layer.groups, layer.in_channels // layer.groups
+    wide = layer.weight.new_zeros(layer.out_channels, layer.in_channels, *layer.kernel_size)
+    for group in range(layer.groups):
+        here = slice(group * rows, (group + 1) * rows)
+        wide[here, group * channels : (group + 1) * channels] = layer.weight.detach()[here]
+    alone = copy.deepcopy(layer)
+    alone.groups, alone.weight = 1, nn.Parameter(wide)
+    return alone
