@@ -28,6 +28,7 @@ class Case:
 
 LINEAR = ("linear", "linear without bias", "Conv1D")
 CONVS = ("conv1d", "conv2d", "conv3d")
+GROUPED = ("conv1d with groups", "conv2d with groups", "conv3d with groups")
 
 
 @dataclass(frozen=True)

@@ -44,9 +44,21 @@ def test_weight_applied_is_the_layer(kind) -> None:
 @kinds
 def test_factors_applied_one_after_the_other(kind) -> None:
     base, x = opened(kind), sample(kind)
-    A = torch.randn(3, base.site.in_, dtype=torch.double)
-    B = torch.randn(base.site.out, 3, dtype=torch.double)
-    torch.testing.assert_close(base.mix(B, base.apply(A, x)), base.apply(B @ A, x))
+    groups = base.site.groups
+    A = torch.randn(4, base.site.in_, dtype=torch.double)
+    B = torch.randn(base.site.out, 4 // groups, dtype=torch.double)
+    each = torch.bmm(B.unflatten(0, (groups, -1)), A.unflatten(0, (groups, -1)))
+    torch.testing.assert_close(base.mix(B, base.apply(A, x)), base.apply(each.flatten(0, 1), x))
+
+
+def test_rows_that_groups_do_not_divide() -> None:
+    base, x = opened("conv1d with groups"), sample("conv1d with groups")
+    with pytest.raises(BaseLayerError) as raised:
+        base.apply(torch.zeros(3, base.site.in_, dtype=torch.double), x)
+    assert str(raised.value) == (
+        "name: 3 rows cannot be shared out over the 2 groups of this convolution. Choose a rank that the "
+        "groups divide, or leave the layer out."
+    )
 
 
 @kinds

@@ -5,6 +5,7 @@ Liu et al. 2022, arXiv:2205.05638.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -64,7 +65,7 @@ class IA3Config(TargetedConfig, ActivationMethod):
         start = starts.ones if self.init_ia3_weights else starts.normal
         ones = (1,) * len(site.kernel)
         if self.is_feedforward(site):
-            channels = site.in_ if not site.kernel else site.tensors[0][1][1]
+            channels = site.in_ // math.prod(site.kernel) * site.groups
             return {"l": Param("ia3_l", ("1", "in", *map(str, ones)), (1, channels, *ones), start)}
         if site.kernel:
             return {"l": Param("ia3_l", ("1", "out", *map(str, ones)), (1, site.out, *ones), start)}
@@ -83,7 +84,12 @@ class IA3Config(TargetedConfig, ActivationMethod):
         W, shift = base.weight(), p["l"].flatten() - 1
         if not self.is_feedforward(base.site):
             return shift[:, None] * W
-        return W * shift.repeat_interleave(W.shape[1] // len(shift))
+        kernel, groups = math.prod(base.site.kernel), base.site.groups
+        seen = W.shape[1] // kernel
+        if seen != len(shift):
+            # Each row of W sees the channels of its group alone.
+            shift = shift.view(groups, seen).repeat_interleave(len(W) // groups, dim=0)
+        return W * shift.repeat_interleave(kernel, dim=-1)
 
     def bias_delta(self, p: Params, base: BaseLayer) -> Tensor | None:
         if self.is_feedforward(base.site) or not base.site.bias:

@@ -39,6 +39,7 @@ VARIANTS: tuple[tuple[Callable[[LoraConfig], bool], str], ...] = (
     (lambda c: c.start == "orthogonal", "peft_dist.methods.lora.orthogonal:Orthogonal"),
     (lambda c: c.lora_bias, "peft_dist.methods.lora.bias:Biased"),
     (lambda c: c.use_dora, "peft_dist.methods.lora.dora:Dora"),
+    (lambda c: bool(c.target_parameters), "peft_dist.methods.lora.experts:Experts"),
 )
 _STARTS = ("gaussian", "eva", "olora", "pissa", "corda", "loftq", "orthogonal")
 _NITER = re.compile(r"pissa_niter_\d+")
@@ -248,10 +249,16 @@ class LoraConfig(TargetedConfig, WeightMethod):
         else:
             kernel = tuple(f"kernel_{i}" for i in range(len(site.kernel)))
             ones = (1,) * len(site.kernel)
-            channels = site.in_ // math.prod(site.kernel)
+            # A reads all channels also where the layer has groups; B then mixes each group's share of r.
+            channels = site.in_ // math.prod(site.kernel) * site.groups
+            if r % site.groups:
+                raise ConfigError(
+                    f"{type(self).__name__}.r: {r} at {site.name!r}, a convolution with {site.groups} groups; "
+                    "they must divide the rank. Choose another by rank_pattern, or leave the layer out."
+                )
             wanted = {
                 "A": Param("lora_A.weight", ("r", "in", *kernel), (r, channels, *site.kernel), a),
-                "B": Param("lora_B.weight", ("out", "r", *("1" for _ in ones)), (site.out, r, *ones), b),
+                "B": Param("lora_B.weight", ("out", "r", *("1" for _ in ones)), (site.out, r // site.groups, *ones), b),
             }
         if self.bias != "none" and site.bias:
             saved = "base_layer.bias"
@@ -263,7 +270,11 @@ class LoraConfig(TargetedConfig, WeightMethod):
             p["bias"].copy_(base.bias())  # type: ignore[arg-type]
 
     def delta(self, p: Params, base: BaseLayer) -> Tensor:
-        return self.scaling(base.site) * (p["B"].flatten(1) @ p["A"].flatten(1))
+        A, B, groups = p["A"].flatten(1), p["B"].flatten(1), base.site.groups
+        if groups == 1:
+            return self.scaling(base.site) * (B @ A)
+        each = torch.bmm(B.unflatten(0, (groups, -1)), A.unflatten(0, (groups, -1)))
+        return self.scaling(base.site) * each.flatten(0, 1)
 
     def bias_delta(self, p: Params, base: BaseLayer) -> Tensor | None:
         return p["bias"] - base.bias() if "bias" in p else None  # type: ignore[operator]

@@ -1,8 +1,8 @@
-from tests.contract.case import CONVS, LINEAR, Case, Field, Parity
+from tests.contract.case import CONVS, GROUPED, LINEAR, Case, Field, Parity
 
 CASES = (
-    Case("IA3", "output", {"feedforward_modules": []}, (*LINEAR, *CONVS)),
-    Case("IA3", "input", {"feedforward_modules": ["target"]}, (*LINEAR, *CONVS)),
+    Case("IA3", "output", {"feedforward_modules": []}, (*LINEAR, *CONVS, *GROUPED)),
+    Case("IA3", "input", {"feedforward_modules": ["target"]}, (*LINEAR, *CONVS, *GROUPED)),
     Case(
         "IA3",
         "random start",

@@ -1,7 +1,7 @@
-from tests.contract.case import CONVS, LINEAR, Case, Parity
+from tests.contract.case import CONVS, GROUPED, LINEAR, Case, Parity
 
 CASES = (
-    Case("LORA", "plain", {"r": 4}, (*LINEAR, "embedding", *CONVS)),
+    Case("LORA", "plain", {"r": 4}, (*LINEAR, "embedding", *CONVS, *GROUPED)),
     Case("LORA", "rslora", {"r": 4, "lora_alpha": 3, "use_rslora": True}, ("linear",)),
     Case("LORA", "gaussian", {"r": 4, "init_lora_weights": "gaussian"}, ("linear", "embedding")),
     Case(
@@ -67,4 +67,15 @@ PARITY = {
     "lora classifier": Parity(
         "classifier", "LoraConfig", {"r": 4, "task_type": "SEQ_CLS", "target_modules": "all-linear"}
     ),
+    "dora": Parity("llama", "LoraConfig", {**_LORA, "use_dora": True, "target_modules": "all-linear"}),
+    "dora on an embedding": Parity(
+        "llama", "LoraConfig", {**_LORA, "use_dora": True, "target_modules": ["embed_tokens", "k_proj"]}
+    ),
+    "dora on Conv1D": Parity("gpt2", "LoraConfig", {**_LORA, "use_dora": True, "fan_in_fan_out": True}),
+    "dora classifier": Parity(
+        "classifier", "LoraConfig", {"r": 4, "use_dora": True, "use_rslora": True, "task_type": "SEQ_CLS"}
+    ),
+    "lora_bias": Parity("llama", "LoraConfig", {**_LORA, "lora_bias": True}),
+    "orthogonal": Parity("llama", "LoraConfig", {**_LORA, "init_lora_weights": "orthogonal"}),
+    "gaussian": Parity("llama", "LoraConfig", {**_LORA, "init_lora_weights": "gaussian"}),
 }
