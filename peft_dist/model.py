@@ -12,13 +12,16 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from peft_dist import checkpoint, inject
+from peft_dist.catalog import METHODS, prefix_of
 from peft_dist.config import PeftConfig
 from peft_dist.contract import PromptMethod
-from peft_dist.errors import AdapterError, CheckpointError, ConfigError, suggest
+from peft_dist.errors import AdapterError, CheckpointError, ConfigError
+from peft_dist.hooks import without_hooked
 from peft_dist.prompts import PromptedModel
 from peft_dist.rows import BASE, Rows
 from peft_dist.sharding import refuse_foreign_engine
-from peft_dist.tuner import BaseTuner
+from peft_dist.tuner import BaseTuner, tuner_class
+from peft_dist.tuner_layer import BaseTunerLayer, hooked_layers
 
 
 class PeftModel(PromptedModel):
@@ -46,7 +49,7 @@ class PeftModel(PromptedModel):
         low_cpu_mem_usage: bool = False,
     ) -> None:
         super().__init__(inject.Adapters())
-        self.base_model: Any = BaseTuner(model, self.peft_config, self._adapters)
+        self.base_model: Any = BaseTuner.around(model, self.peft_config, self._adapters)
         if peft_config is None:
             inject.freeze(model)
             return
@@ -54,6 +57,11 @@ class PeftModel(PromptedModel):
         self.set_adapter(adapter_name, inference_mode=peft_config.inference_mode)
 
     # --- adapters
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """The adapters that serve rows which name none, in the order in which they act."""
+        return self.base_model.active_adapters
 
     @property
     def active_adapter(self) -> str:
@@ -86,20 +94,15 @@ class PeftModel(PromptedModel):
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Makes one adapter, or several, active; only active ones are trained, and none in
         `inference_mode`."""
-        names = self._known(adapter_name)
-        self.active_adapters = names
-        inject.activate(self.get_base_model(), names)
-        self.set_requires_grad([name for name in self.peft_config if name not in names], False)
-        self.set_requires_grad(names, not inference_mode)
+        self.base_model.set_adapter(adapter_name, inference_mode)
+        names = self.active_adapters
+        self._let_tokens_train([name for name in self.peft_config if name not in names], False)
+        self._let_tokens_train(names, not inference_mode)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Lets adapters be trained, or not, whether they are active or not."""
-        names = self._known(adapter_names)
-        inject.set_requires_grad(self.get_base_model(), names, requires_grad)
-        for holder in (self, self.base_model):
-            for name in set(names) & set(holder.adapters):
-                for key, param in holder.wanted(name).items():
-                    holder.tensors(name)[key].requires_grad_(requires_grad and param.trainable)
+        self.base_model.set_requires_grad(adapter_names, requires_grad)
+        self._let_tokens_train(self._known(adapter_names), requires_grad)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Removes an adapter and its tensors; the first of the others becomes active where none is left so.
@@ -107,33 +110,30 @@ class PeftModel(PromptedModel):
         Raises:
             AdapterError: there is none of this name, or it is merged.
         """
-        self._known(adapter_name)
-        inject.delete(self.get_base_model(), adapter_name)
-        for holder in (self, self.base_model):
-            if adapter_name in holder.adapters:
-                holder.drop(adapter_name)
-        self._adapters.sites.pop(adapter_name, None)
-        self.base_model.controllers.pop(adapter_name, None)
-        del self.peft_config[adapter_name]
-        if adapter_name in self.active_adapters:
-            left = [name for name in self.active_adapters if name != adapter_name]
-            left = left or list(self.peft_config)[:1]
-            self.active_adapters = left
-            inject.activate(self.get_base_model(), left)
+        self.base_model.delete_adapter(adapter_name)
+        if adapter_name in self.adapters:
+            self.drop(adapter_name)
+
+    def _let_tokens_train(self, names: Sequence[str], requires_grad: bool) -> None:
+        for name in set(names) & set(self.adapters):
+            for key, param in self.wanted(name).items():
+                self.tensors(name)[key].requires_grad_(requires_grad and param.trainable)
 
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """Within the context the bare base serves; merged adapters are unmerged for its time."""
         modules = [module for _, module in inject.adapter_modules(self.get_base_model())]
         before = [module.disabled for module in modules]
-        merged = next((list(module.merged_adapters) for module in modules if module.merged_adapters), [])
+        layers = (*modules, *(layer for _, layer in hooked_layers(self.get_base_model())))
+        merged = next((list(layer.merged_adapters) for layer in layers if layer.merged_adapters), [])
         if merged:
             self.base_model.unmerge_adapter()
         own, self.disabled = self.disabled, True
         for module in modules:
             module.disabled = True
         try:
-            yield
+            with without_hooked(self.get_base_model()):
+                yield
         finally:
             self.disabled = own
             for module, state in zip(modules, before, strict=True):
@@ -328,14 +328,7 @@ class PeftModel(PromptedModel):
     # --- within
 
     def _known(self, names: str | Sequence[str]) -> list[str]:
-        wanted = [names] if isinstance(names, str) else list(names)
-        for name in wanted:
-            if name not in self.peft_config:
-                raise AdapterError(
-                    f"adapter {name!r}: the model has none of this name."
-                    f"{suggest(name, self.peft_config)} It has: {', '.join(self.peft_config) or 'none'}."
-                )
-        return wanted
+        return self.base_model.known(names)
 
     def _add(
         self, name: str, config: PeftConfig, autocast: bool, low_cpu_mem_usage: bool, start: bool
@@ -350,15 +343,12 @@ class PeftModel(PromptedModel):
                 )
         if isinstance(config, PromptMethod):
             self._check_prompt(config)
-        inject.inject(
-            base,
-            config,
-            name,
-            self._adapters,
-            autocast_adapter_dtype=autocast,
-            low_cpu_mem_usage=low_cpu_mem_usage,
-            start=start,
-        )
+        self._check_together(name, config)
+        try:
+            self._put(name, config, autocast, low_cpu_mem_usage, start)
+        except BaseException:
+            self.peft_config.pop(name, None)
+            raise
         if isinstance(config, PromptMethod):
             self._add_prompt(name, config, low_cpu_mem_usage, start)
         if config.base_model_name_or_path is None:
@@ -370,9 +360,36 @@ class PeftModel(PromptedModel):
                 "base_model_class": type(base).__name__,
                 "parent_library": type(base).__module__,
             }
-        self.peft_config[name] = config
-        self.base_model.add_controller(name)
+        base.peft_config = self.peft_config
         inject.activate(base, self.active_adapters)
+
+    def _check_together(self, name: str, config: PeftConfig) -> None:
+        """A method given by hooks stands alone on a base."""
+        others = {other.peft_type for other in self.peft_config.values()} - {config.peft_type}
+        alone = [kind for kind in (config.peft_type, *others) if _has_hooks(kind)]
+        if others and alone:
+            raise ConfigError(
+                f"adapter {name!r}: {config.peft_type} cannot stand beside {', '.join(sorted(map(str, others)))}: "
+                f"{alone[0]} is given by hooks of its own. Put it on another copy of the base."
+            )
+
+    def _put(
+        self, name: str, config: PeftConfig, autocast: bool, low_cpu_mem_usage: bool, start: bool
+    ) -> None:
+        """Puts an adapter on layers; the first says which class the base stands in."""
+        base, first = self.get_base_model(), not self.peft_config
+        self.peft_config[name] = config
+        if not first or config.is_prompt_learning:
+            self.base_model.inject_adapter(base, name, autocast, low_cpu_mem_usage, start=start)
+            return
+        chosen = tuner_class(str(config.peft_type))
+        if not chosen.has_hooks():
+            self.base_model = chosen.around(base, self.peft_config, self._adapters)
+            self.base_model.inject_adapter(base, name, autocast, low_cpu_mem_usage, start=start)
+            return
+        tuner = chosen(base, self.peft_config, name, low_cpu_mem_usage=low_cpu_mem_usage)
+        tuner._cast_adapter_dtype(name, autocast)
+        self.base_model, self.peft_config, self._adapters = tuner, tuner.peft_config, tuner._adapters
 
     @contextlib.contextmanager
     def _naming(self, adapter_names: Sequence[str | None] | None) -> Iterator[None]:
@@ -382,6 +399,11 @@ class PeftModel(PromptedModel):
         rows = self._adapters.current.rows or Rows()
         with self.using(dataclasses.replace(rows, adapters=tuple(adapter_names))):
             yield
+
+
+def _has_hooks(peft_type: Any) -> bool:
+    row = METHODS.get(str(peft_type))
+    return row is not None and row.tuner is not None
 
 
 # task type -> class; filled by `tasks`.
@@ -399,17 +421,53 @@ def get_peft_model(
 ) -> PeftModel:
     """`model` with an adapter on it, of the class of the config's task; changed in place and frozen.
 
+    The config's `base_model_name_or_path` becomes the base's own name, with a warning where that is another.
+
+    Args:
+        mixed: for adapters of several methods, active together: a `PeftMixedModel`.
+        autocast_adapter_dtype: adapters on a half-precision base are fp32.
+        revision: of the base, kept in the config; with a warning where the config has another.
+        low_cpu_mem_usage: makes the adapter's tensors on meta, for values that are loaded later.
+
     Raises:
+        TaskError: a prompt method without one of the six tasks.
         ConfigError, TargetError, AdapterError: the config does not fit; the model is then as it was.
     """
-    if any(True for _ in inject.adapter_modules(model)):
+    before, peft_config.base_model_name_or_path = (
+        peft_config.base_model_name_or_path,
+        # A model made from a config alone has an empty one.
+        model.__dict__.get("name_or_path") or None,
+    )
+    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         warnings.warn(
-            "get_peft_model: the model has adapters already. Unload them first, or use add_adapter.",
+            "You are trying to modify a model with PEFT for a second time. If you want to reload the model with a "
+            "different config, make sure to call `.unload()` before.",
+            stacklevel=2,
+        )
+    if before is not None and before != peft_config.base_model_name_or_path:
+        warnings.warn(
+            f"The PEFT config's `base_model_name_or_path` was renamed from {before!r} to "
+            f"{peft_config.base_model_name_or_path!r}. Please ensure that the correct base model is loaded when "
+            "loading this checkpoint.",
             stacklevel=2,
         )
     if revision is not None:
+        if peft_config.revision not in (None, revision):
+            warnings.warn(
+                f"the config has the base's revision {peft_config.revision!r}; it is now {revision!r}.",
+                stacklevel=2,
+            )
         peft_config.revision = revision
-    chosen = TASK_CLASSES.get(MIXED if mixed else peft_config.task_type, PeftModel)
+    prefix = prefix_of(str(peft_config.peft_type)) if peft_config.peft_type in METHODS else ""
+    if prefix and adapter_name in prefix:
+        warnings.warn(
+            f"Adapter name {adapter_name!r} should not be contained in the prefix {prefix!r}: HF PEFT may "
+            "initialise such an adapter anew when it loads it.",
+            stacklevel=2,
+        )
+    if mixed:
+        return TASK_CLASSES[MIXED](model, peft_config, adapter_name)
+    chosen = TASK_CLASSES.get(peft_config.task_type, PeftModel)
     return chosen(model, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
 
 

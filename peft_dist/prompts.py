@@ -17,7 +17,7 @@ from peft_dist import inject
 from peft_dist.adapted import AdapterModule
 from peft_dist.base_layer import EmbeddingLayer, door
 from peft_dist.config import PeftConfig
-from peft_dist.errors import AdapterError, ConfigError
+from peft_dist.errors import AdapterError, ConfigError, TaskError
 from peft_dist.pool import PooledModule
 from peft_dist.sharding import is_partitioned, reach
 
@@ -35,7 +35,6 @@ class PromptedModel(PooledModule):
         super().__init__(shared.pool, PROMPTS)
         self._adapters = shared
         self.peft_config: dict[str, PeftConfig] = {}
-        self.active_adapters: list[str] = []
         self.disabled = False
 
     def get_base_model(self) -> Any:
@@ -49,7 +48,7 @@ class PromptedModel(PooledModule):
 
     def _check_prompt(self, config: Any) -> None:
         if config.task_type is None:
-            raise ConfigError(
+            raise TaskError(
                 f"{type(config).__name__}.task_type: a prompt method needs one, such as CAUSAL_LM."
             )
         if getattr(getattr(self.get_base_model(), "config", None), "is_encoder_decoder", False):

@@ -1,38 +1,227 @@
-"""A base with adapters on its layers: what `PeftModel.base_model` is. `model` is the base itself."""
+"""A base with adapters on its layers: what `PeftModel.base_model` is, and what stands on its own as `LoraModel`,
+`IA3Model` and so on. `model` is the base itself.
+
+The classes of the methods are made from the catalog when they are asked for.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import copy
+import importlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from peft_dist import inject, merge
+from peft_dist import checkpoint, hooks, inject, merge
+from peft_dist.catalog import METHODS, config_class, entry, prefix_of
 from peft_dist.config import PeftConfig
 from peft_dist.contract import Controller, Method, Params
+from peft_dist.errors import AdapterError, ConfigError, MergeError, suggest
+from peft_dist.lazy import lazy
 from peft_dist.pool import PooledModule
 from peft_dist.recompute import remember
+from peft_dist.targets import usual_targets
+from peft_dist.tuner_layer import hooked_layers, layer_class, merge_hooked, unmerge_hooked
+
+prompt_encoders = lazy("peft_dist.prompt_encoders")
 
 
-class BaseTuner(PooledModule):
+class BaseTuner(hooks.Hooks, PooledModule):
     """A base with wrapped layers. Tensors that all layers of an adapter share hang on it.
 
     Args:
-        model: the base. peft_config: adapter -> config; shared with whoever owns the adapters.
-        adapters: what its adapters share.
+        model: the base; its layers are wrapped in place.
+        peft_config: of the adapter, or adapter -> config.
+        adapter_name: of the adapter.
+        low_cpu_mem_usage: makes the adapter's tensors on meta.
+        state_dict: a saved adapter, whose names say which layers are wrapped.
+
+    Attributes:
+        targeted_module_names: the layers that the adapters' methods sit on.
     """
 
+    # The method that it is for, or None for any.
+    peft_type: ClassVar[str | None] = None
+
     def __init__(
-        self, model: nn.Module, peft_config: dict[str, PeftConfig], adapters: inject.Adapters
+        self,
+        model: nn.Module,
+        peft_config: PeftConfig | dict[str, PeftConfig],
+        adapter_name: str = "default",
+        low_cpu_mem_usage: bool = False,
+        state_dict: Mapping[str, Tensor] | None = None,
     ) -> None:
-        super().__init__(adapters.pool, "")
+        self._check_arguments(model, peft_config, adapter_name)
+        configs = {adapter_name: peft_config} if isinstance(peft_config, PeftConfig) else peft_config
+        self._open(model, configs, inject.Adapters())
+        config = configs[adapter_name]
+        inject.check_name(adapter_name, [name for name in configs if name != adapter_name])
+        self._pre_injection_hook(model, config, adapter_name)
+        self.inject_adapter(model, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage, state_dict=state_dict)
+        self._post_injection_hook(model, config, adapter_name)
+        self.set_adapter(adapter_name, inference_mode=config.inference_mode)
+        model.peft_config = self.peft_config  # type: ignore[assignment]
+
+    @classmethod
+    def around(
+        cls, model: nn.Module, peft_config: dict[str, PeftConfig], adapters: inject.Adapters
+    ) -> BaseTuner:
+        """One without adapters yet. `peft_config` and `adapters` are shared with whoever owns them."""
+        tuner = cls.__new__(cls)
+        tuner._open(model, peft_config, adapters)
+        return tuner
+
+    def _open(self, model: nn.Module, configs: dict[str, PeftConfig], adapters: inject.Adapters) -> None:
+        PooledModule.__init__(self, adapters.pool, "")
         adapters.common = self
         self.model = model
-        self.peft_config = peft_config
+        self.peft_config = configs
         self._adapters = adapters
+        self._active: list[str] = []
+        self.targeted_module_names: list[str] = []
+        self.targeted_parameter_names: list[str] = []
         self.controllers: dict[str, Controller] = {}
+
+    @classmethod
+    def _check_arguments(cls, model: Any, config: Any, adapter_name: Any) -> None:
+        usage = f"{cls.__name__}(model, config, adapter_name)"
+        if isinstance(model, PeftConfig):
+            raise TypeError(f"{usage}: the config is given first, so the arguments are swapped.")
+        if not isinstance(model, nn.Module) or not isinstance(config, (PeftConfig, dict)):
+            raise TypeError(f"{usage}: got a {type(model).__name__} and a {type(config).__name__}.")
+        if isinstance(config, dict) and adapter_name not in config:
+            raise TypeError(f"{usage}: the configs are of {', '.join(config)}, not of {adapter_name!r}.")
+        one = config[adapter_name] if isinstance(config, dict) else config
+        if cls.peft_type is not None and one.peft_type != cls.peft_type:
+            raise ConfigError(f"{usage}: {type(one).__name__} is a config of {one.peft_type}.")
+
+    # --- adapters
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: Mapping[str, Tensor] | None = None,
+        start: bool = True,
+    ) -> None:
+        """Puts the adapter whose config is in `peft_config` on the base's layers; not active yet.
+
+        Args:
+            state_dict: a saved adapter, whose names say which layers, in the place of the config.
+            start: fills the tensors; False where a checkpoint will.
+
+        Raises:
+            TargetError: its targets do not fit; the base is then as it was.
+        """
+        config: Any = self.peft_config[adapter_name]
+        names = None
+        if state_dict is not None:
+            names = hooks.hooked_names(state_dict, self.prefix or prefix_of(config.peft_type))
+        if self.has_hooks():
+            targets = hooks.inject_by_hooks(
+                self,
+                adapter_name,
+                self._adapters,
+                autocast_adapter_dtype=autocast_adapter_dtype,
+                low_cpu_mem_usage=low_cpu_mem_usage,
+                names=names,
+            )
+        else:
+            if names is not None:
+                config = copy.copy(config)
+                config.target_modules, config.exclude_modules = sorted(names), None
+            targets = inject.inject(
+                model,
+                config,
+                adapter_name,
+                self._adapters,
+                autocast_adapter_dtype=autocast_adapter_dtype,
+                low_cpu_mem_usage=low_cpu_mem_usage,
+                start=start,
+            )
+            self.add_controller(adapter_name)
+        for known, new in (
+            (self.targeted_module_names, targets),
+            (self.targeted_parameter_names, getattr(config, "target_parameters", None) or ()),
+        ):
+            known += [name for name in new if name not in known]
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """The names that serve rows which name none, in the order in which they act."""
+        return list(self._active)
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        """The active adapter's name; a list where it is not one."""
+        return self._active[0] if len(self._active) == 1 else list(self._active)
+
+    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Makes one adapter, or several, active; only active ones are trained, and none in
+        `inference_mode`.
+
+        Raises:
+            AdapterError: there is none of this name.
+        """
+        names = self.known(adapter_name)
+        self._active = names
+        inject.activate(self.model, names)
+        for _, layer in hooked_layers(self.model):
+            layer.set_adapter(list(names), inference_mode=inference_mode)
+        self.set_requires_grad([name for name in self.peft_config if name not in names], False)
+        self.set_requires_grad(names, not inference_mode)
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Lets adapters be trained, or not, whether they are active or not."""
+        names = self.known(adapter_names)
+        inject.set_requires_grad(self.model, names, requires_grad)
+        for _, layer in hooked_layers(self.model):
+            layer.set_requires_grad(names, requires_grad)
+        for name in set(names) & set(self.adapters):
+            for key, param in self.wanted(name).items():
+                self.tensors(name)[key].requires_grad_(requires_grad and param.trainable)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Removes an adapter and its tensors; the first of the others becomes active where none is left so.
+
+        Raises:
+            AdapterError: there is none of this name, or it is merged.
+        """
+        self.known(adapter_name)
+        hooks.delete_hooked(self.model, adapter_name)
+        inject.delete(self.model, adapter_name)
+        inject.forget(adapter_name, self._adapters)
+        self.controllers.pop(adapter_name, None)
+        del self.peft_config[adapter_name]
+        if adapter_name in self._active:
+            left = [name for name in self._active if name != adapter_name]
+            self._active = left or list(self.peft_config)[:1]
+            inject.activate(self.model, self._active)
+
+    def known(self, names: str | Sequence[str]) -> list[str]:
+        """The names, as a list.
+
+        Raises:
+            AdapterError: there is none of one of them; names the closest.
+        """
+        wanted = [names] if isinstance(names, str) else list(names)
+        for name in wanted:
+            if name not in self.peft_config:
+                raise AdapterError(
+                    f"adapter {name!r}: the model has none of this name."
+                    f"{suggest(name, self.peft_config)} It has: {', '.join(self.peft_config) or 'none'}."
+                )
+        return wanted
+
+    def adapter_tensors(self, adapter_name: str = "default") -> dict[str, Tensor]:
+        """Every tensor of an adapter by its name in a checkpoint."""
+        (name,) = self.known(adapter_name)
+        return checkpoint.adapter_parameters(self, name)
 
     def __getattr__(self, attribute: str) -> Any:
         try:
@@ -116,44 +305,112 @@ class BaseTuner(PooledModule):
     def _serving(self) -> list[str]:
         """The adapters that serve rows of the batch, or else the active ones."""
         rows = self._adapters.current.rows
-        named = [s.adapter for s in rows.segments] if rows is not None and rows.adapters is not None else [None]
+        named = (
+            [s.adapter for s in rows.segments] if rows is not None and rows.adapters is not None else [None]
+        )
         active = self.active_adapters if None in named else []
         return [name for name in self.peft_config if name in named or name in active]
-
-    @property
-    def active_adapters(self) -> list[str]:
-        """The names that serve rows which name none."""
-        return next((list(m.active_adapters) for _, m in inject.adapter_modules(self.model)), [])
 
     # --- merged, disabled
 
     def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
         """Adds the named adapters' changes to the base's weights in place; the active ones where none is
         named."""
-        merge.refuse_unmergeable(self.peft_config, adapter_names)
-        merge.merge(self.model, adapter_names, safe_merge)
+        names = None if adapter_names is None else self.known(adapter_names)
+        merge.refuse_unmergeable(self.peft_config, names)
+        if not merge_hooked(self.model, names, safe_merge):
+            merge.merge(self.model, names, safe_merge)
 
     def unmerge_adapter(self) -> None:
         """Takes merged adapters out of the base's weights again."""
-        merge.unmerge(self.model)
+        if not unmerge_hooked(self.model):
+            merge.unmerge(self.model)
 
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names: Sequence[str] | None = None
     ) -> nn.Module:
         """The base with the named adapters merged for good and no wrappers."""
-        merge.refuse_unmergeable(self.peft_config, adapter_names)
-        return merge.merge_and_unload(self.model, adapter_names, safe_merge)
+        names = None if adapter_names is None else self.known(adapter_names)
+        merge.refuse_unmergeable(self.peft_config, names)
+        if merge_hooked(self.model, names, safe_merge):
+            hooks.remove_hooked(self.model)
+        return self._bare(merge.merge_and_unload(self.model, names, safe_merge))
 
     def unload(self) -> nn.Module:
-        """The bare base, its weights as they were, without adapters or wrappers."""
-        return merge.unload(self.model)
+        """The bare base, its weights as they were, without adapters or wrappers.
+
+        Raises:
+            MergeError: layers of a method with hooks are merged.
+        """
+        for name, layer in hooked_layers(self.model):
+            if layer.merged:
+                raise MergeError(f"{name}: {layer.merged_adapters} are merged. Unmerge before unloading.")
+        hooks.remove_hooked(self.model)
+        return self._bare(merge.unload(self.model))
+
+    def _bare(self, base: nn.Module) -> nn.Module:
+        base.__dict__.pop("peft_config", None)
+        return base
 
     def enable_adapter_layers(self) -> None:
         """Lets adapters serve."""
         for _, module in inject.adapter_modules(self.model):
             module.disabled = False
+        for _, layer in hooked_layers(self.model):
+            layer.enable_adapters(True)
 
     def disable_adapter_layers(self) -> None:
         """Lets the bare base serve."""
         for _, module in inject.adapter_modules(self.model):
             module.disabled = True
+        for _, layer in hooked_layers(self.model):
+            layer.enable_adapters(False)
+
+
+# Methods whose class does more than sit on layers: what it is derived from beside `BaseTuner`.
+_MORE: dict[str, str] = {}
+_made: dict[str, Any] = {}
+
+
+def tuner_class(peft_type: str) -> Any:
+    """The class that stands on a base for a method: `LoraModel` for LORA. A prompt method's is what holds its
+    tokens: `PromptEmbedding`."""
+    name = str(peft_type).upper()
+    row = entry(name)
+    if row.tuner is not None:
+        return row.tuner
+    if name not in _made:
+        config = config_class(name)
+        if config.is_prompt_learning:
+            _made[name] = prompt_encoders.encoder_class(name)
+        else:
+            module, _, mixin = _MORE.get(name, "").partition(":")
+            more = (getattr(importlib.import_module(module), mixin),) if module else ()
+            title = class_name(name)
+            _made[name] = type(
+                title,
+                (*more, BaseTuner),
+                {
+                    "__doc__": f"A base with adapters of {name}.",
+                    "__module__": __name__,
+                    "peft_type": name,
+                    "prefix": prefix_of(name),
+                    "tuner_layer_cls": layer_class(f"{title.removesuffix('Model')}Layer", name),
+                    "target_module_mapping": usual_targets(name),
+                },
+            )
+    return _made[name]
+
+
+def class_name(peft_type: str) -> str:
+    """What the class that stands on a base for a method is called: that of its config, with another end."""
+    config = entry(peft_type).config
+    title = config.__name__ if isinstance(config, type) else config.partition(":")[2]
+    return title.removesuffix("Config") + "Model"
+
+
+def __getattr__(name: str) -> Any:
+    for peft_type in METHODS:
+        if name.endswith("Model") and class_name(peft_type) == name:
+            return tuner_class(peft_type)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -14,8 +14,8 @@ LAYERS = {
         {"contract", "catalog", "errors", "lazy", "linalg", "starts", "config", "folder"},
         {"base_layer", "targets", "sharding", "pool", "rows"},
         {"methods"},
-        {"adapted"},
-        {"inject", "merge", "checkpoint", "optim", "prompts"},
+        {"adapted", "tuner_layer"},
+        {"inject", "merge", "checkpoint", "optim", "hooks", "prompts"},
         {
             "model", "tuner", "recompute", "tasks", "mixed", "compat", "loading", "tuner", "registry", "status", "auto",
             "hotswap", "functional",

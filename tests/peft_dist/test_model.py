@@ -540,7 +540,7 @@ def test_injecting_without_a_class() -> None:
 def test_a_second_get_peft_model_warns() -> None:
     base = llama()
     peft_dist.get_peft_model(base, lora())
-    with pytest.warns(UserWarning, match="the model has adapters already"):
+    with pytest.warns(UserWarning, match="modify a model with PEFT for a second time"):
         peft_dist.get_peft_model(base, lora(), "other")
 
 
