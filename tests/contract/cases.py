@@ -41,31 +41,42 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-def sample(kind: str, rows: int = 4) -> Tensor:
+# Where tensors are told apart by their sizes: no factor of a method has as many elements as the weight.
+LARGE = {
+    **LAYERS,
+    "linear": lambda: nn.Linear(60, 56),
+    "linear without bias": lambda: nn.Linear(60, 56, bias=False),
+    "Conv1D": lambda: Conv1D(56, 60),
+}
+
+
+def sample(kind: str, rows: int = 4, width: int = 12) -> Tensor:
     """An input of a layer: float64, or token ids."""
     spaces = {"conv1d": (9,), "conv2d": (7, 6), "conv3d": (5, 4, 6)}
     if kind == "embedding":
         return torch.randint(20, (rows, 5))
     if kind[:6] in spaces:
         return torch.randn(rows, 4, *spaces[kind[:6]], dtype=torch.double)
-    return torch.randn(rows, 5, 12, dtype=torch.double)
+    return torch.randn(rows, 5, width, dtype=torch.double)
 
 
 class Base(nn.Module):
     """A base of one layer, called `target`."""
 
-    def __init__(self, kind: str) -> None:
+    def __init__(self, kind: str, layers: dict[str, Callable[[], nn.Module]] = LAYERS) -> None:
         super().__init__()
-        self.target = LAYERS[kind]()
+        self.target = layers[kind]()
 
     def forward(self, x: Tensor) -> Tensor:
         return self.target(x)
 
 
-def adapted(case: Case, kind: str, *names: str, device: str = "cpu") -> tuple[Base, inject.Adapters]:
+def adapted(
+    case: Case, kind: str, *names: str, device: str = "cpu", layers: dict = LAYERS
+) -> tuple[Base, inject.Adapters]:
     """A base in float64 with adapters of the case, the first of them active."""
     torch.manual_seed(0)
-    base, shared = Base(kind).double().to(device).eval(), inject.Adapters()
+    base, shared = Base(kind, layers).double().to(device).eval(), inject.Adapters()
     shared.common = PooledModule(shared.pool, "")
     # Conv1D starts its bias at zero, which would hide what happens to it.
     if getattr(base.target, "bias", None) is not None and device != "meta":

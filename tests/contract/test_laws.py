@@ -21,6 +21,7 @@ from peft_dist.rows import BASE, Rows
 from tests.contract.cases import (
     CASES,
     SITE_IDS,
+    LARGE,
     SITES,
     adapted,
     disturb,
@@ -160,8 +161,9 @@ def test_law_5_merge_in_bf16_restores_the_bits(case, kind) -> None:
     change, _ = target(base).change(["a"])
     wanted = target(base).base.plus(target(base).base.weight().double(), change).to(torch.bfloat16)
     merge.merge(base)
-    # The sum is made in fp32 and rounded once: at most one bf16 step (2^-8) from the sum made in float64.
-    torch.testing.assert_close(target(base).base.weight(), wanted, rtol=2**-8, atol=0)
+    # The sum is made in fp32 and rounded once: at most one bf16 step (up to 2^-7 of a number) from the sum made
+    # in float64.
+    torch.testing.assert_close(target(base).base.weight(), wanted, rtol=2**-7, atol=0)
     merge.unmerge(base)
     for key, p in target(base).base_layer.named_parameters():
         assert torch.equal(p, stored[key])
@@ -200,9 +202,9 @@ def test_law_9_several_active_adapters(case, kind) -> None:
 @sites
 def test_law_10_full_size(case, kind) -> None:
     """Counts the (out, in) tensors that autograd keeps for the adapter, beyond the layer's own weight."""
-    base, _ = adapted(case, kind)
+    base, _ = adapted(case, kind, layers=LARGE)
     # Three rows: no activation has as many elements as a weight.
-    wrapper, x = target(base), sample(kind, rows=3)
+    wrapper, x = target(base), sample(kind, rows=3, width=60)
     # As in the middle of a model: without it no weight is kept.
     x.requires_grad_(x.is_floating_point())
     size = wrapper.base.site.out * wrapper.base.site.in_

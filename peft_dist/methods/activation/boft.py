@@ -77,6 +77,11 @@ class BOFTConfig(TargetedConfig, OwnBias, Turning):
         if not 0 <= self.boft_dropout < 1:
             raise ConfigError(f"BOFTConfig.boft_dropout: {self.boft_dropout!r}; it lies in [0, 1).")
 
+    @property
+    def full_size_through_weight(self) -> int:  # type: ignore[override]
+        # Each factor's input but the first, what s scales, and dW.
+        return self.boft_n_butterfly_factor + 1
+
     def blocks(self, site: Site) -> tuple[int, int]:
         """(number, size) of a factor's blocks at `site`."""
         name = "boft_block_num" if self.boft_block_num else "boft_block_size"
@@ -136,7 +141,8 @@ class BOFTConfig(TargetedConfig, OwnBias, Turning):
         R, turned = self.rotation(p).mT, W
         for i in range(len(R)):
             order = butterfly(W.shape[-1], R.shape[-1], i).to(W.device)
-            turned = turn(turned[:, order.argsort()], R[i])[:, order]
+            turned = turn(turned if i == 0 else turned[:, order.argsort()], R[i])
+            turned = turned if i == 0 else turned[:, order]
         return p["s"].view(-1, 1) * turned - W
 
 
@@ -146,5 +152,3 @@ def butterfly(size: int, b: int, i: int) -> Tensor:
     if i == 0:
         return order
     return order.view(-1, b * 2**i // (b // 2) // 2, 2, b // 2).transpose(1, 2).reshape(-1)
-
-

@@ -61,7 +61,9 @@ class HRAConfig(TargetedConfig, OwnBias, Turning):
 
     def params(self, site: Site) -> dict[str, Param]:
         if not 1 <= self.r <= site.in_:
-            raise ConfigError(f"HRAConfig.r: {self.r!r} at {site.name}; it lies between 1 and in = {site.in_}.")
+            raise ConfigError(
+                f"HRAConfig.r: {self.r!r} at {site.name}; it lies between 1 and in = {site.in_}."
+            )
         start = starts.kaiming_uniform
         if self.init_weights and not self.apply_GS:
             start = pairs

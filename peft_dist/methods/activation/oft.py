@@ -117,6 +117,8 @@ class OFTConfig(TargetedConfig, OwnBias, Turning):
         if self.coft:
             with torch.no_grad():
                 Q.copy_(self._projected(Q))
+            # What the backward keeps is not the tensor that the next forward may project again.
+            Q = Q.clone()
         R = self._rotation(skew(Q))
         return kept(R, p["drawn"], self.module_dropout) if "drawn" in p else R
 

@@ -14,7 +14,10 @@ if TYPE_CHECKING:
 
 
 class Turning(ActivationMethod):
-    """A method that turns what a layer takes; `at` a convolution it acts through W."""
+    """A method that turns what a layer takes; `at` a convolution it acts through W, where its backward keeps
+    `full_size_through_weight` tensors of W's size."""
+
+    full_size_through_weight: ClassVar[int] = 1
 
     def drawn_delta(self, p: Params, base: BaseLayer) -> Tensor:
         """dW with what chance leaves out of it while training, where p holds that."""
@@ -34,7 +37,10 @@ class ThroughWeight(WeightMethod):
     method: Turning
 
     compose: ClassVar[Literal["add", "chain"]] = "chain"
-    full_size: ClassVar[int] = 1
+
+    @property
+    def full_size(self) -> int:  # type: ignore[override]
+        return self.method.full_size_through_weight
 
     @property
     def prefix(self) -> str:  # type: ignore[override]
@@ -64,4 +70,3 @@ class ThroughWeight(WeightMethod):
     def added(self, p: Params, base: BaseLayer, x: Tensor) -> Tensor:
         y, shift = base.apply(self.method.drawn_delta(p, base), x), self.bias_delta(p, base)
         return y if shift is None else y + shift.view(-1, *(1,) * len(base.site.kernel))
-

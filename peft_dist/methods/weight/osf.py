@@ -112,15 +112,10 @@ class OSFConfig(TargetedConfig, WeightMethod):
             return (gradient @ p["V_low_0"].T) @ p["V_low_0"]
         return gradient
 
-    def _factors(self, p: Params) -> tuple[Tensor, Tensor]:
-        """A (out, 2 low) and B (2 low, in) with dW = A B."""
-        A = torch.cat([p["U_low"] * p["S_low"], -p["U_low_0"] * p["S_low_0"]], 1)
-        return A, torch.cat([p["V_low"], p["V_low_0"]])
-
     def delta(self, p: Params, base: BaseLayer) -> Tensor:
-        A, B = self._factors(p)
-        return A @ B
+        start = (p["U_low_0"] * p["S_low_0"]) @ p["V_low_0"]
+        return (p["U_low"] * p["S_low"]) @ p["V_low"] - start
 
     def added(self, p: Params, base: BaseLayer, x: Tensor) -> Tensor:
-        A, B = self._factors(p)
-        return base.mix(A, base.apply(B, x))
+        y = base.mix(p["U_low"] * p["S_low"], base.apply(p["V_low"], x))
+        return y - base.mix(p["U_low_0"] * p["S_low_0"], base.apply(p["V_low_0"], x))

@@ -12,7 +12,7 @@ CASES = (
     Case(
         "BOFT",
         "three factors",
-        {"boft_block_size": 2, "boft_n_butterfly_factor": 3, "boft_dropout": 0.5},
+        {"boft_block_size": 6, "boft_n_butterfly_factor": 3},
         ("conv2d",),
     ),
     Case("BOFT", "random start", {"boft_block_size": 4, "init_weights": False}, ("linear",), is_fresh=False),

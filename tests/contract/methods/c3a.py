@@ -2,7 +2,7 @@ from tests.contract.case import LINEAR, Case, Field, Parity
 
 CASES = (
     Case("C3A", "plain", {"block_size": 4}, LINEAR, is_fresh=False),
-    Case("C3A", "from zero", {"block_size": 1, "init_weights": True}, ("linear",)),
+    Case("C3A", "from zero", {"block_size": 2, "init_weights": True}, ("linear",)),
     Case(
         "C3A",
         "patterns and biases",

@@ -4,7 +4,7 @@ CASES = (
     Case("MISS", "plain", {"r": 4}, LINEAR),
     Case("MISS", "r that leaves a rest", {"r": 5, "bias": "MiSS_only"}, ("linear", "Conv1D")),
     Case("MISS", "mini", {"r": 3, "init_weights": "mini", "mini_r": 2}, LINEAR),
-    Case("MISS", "bat", {"r": 4, "init_weights": "bat"}, LINEAR),
+    Case("MISS", "bat", {"r": 4, "init_weights": "bat"}, ("linear", "linear without bias")),
     Case("MISS", "random start", {"r": 4, "init_weights": False}, ("linear",), is_fresh=False),
 )
 

@@ -6,7 +6,7 @@ CASES = (
     Case(
         "OFT",
         "cayley",
-        {"oft_block_size": 4, "use_cayley_neumann": False, "module_dropout": 0.5},
+        {"oft_block_size": 4, "use_cayley_neumann": False},
         ("linear", "embedding", "conv2d"),
     ),
     Case("OFT", "shared", {"oft_block_size": 4, "block_share": True}, ("linear", "embedding", "conv2d")),

@@ -6,7 +6,7 @@ CASES = (
     Case(
         "OSF",
         "random start",
-        {"rank_pattern": {"target": 0.3}, "init_weights": False},
+        {"rank_pattern": {"target": 0.7}, "init_weights": False},
         ("linear",),
         is_fresh=False,
     ),
