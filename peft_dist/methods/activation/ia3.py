@@ -11,12 +11,15 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from peft_dist import starts
 from peft_dist.config import TargetedConfig
-from peft_dist.contract import ActivationMethod, BaseLayer, Param, Params, Site
+from peft_dist.contract import ActivationMethod, BaseLayer, Enter, Param, Params, Site
 from peft_dist.errors import ConfigError
+from peft_dist.lazy import lazy
 from peft_dist.targets import ends_in
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+fused = lazy("peft_dist.fused")
 
 
 @dataclass
@@ -79,6 +82,12 @@ class IA3Config(TargetedConfig, ActivationMethod):
 
     def after(self, p: Params, base: BaseLayer, y: Tensor) -> Tensor:
         return y if self.is_feedforward(base.site) else y * self._scale(p, base.site)
+
+    def forward(self, p: Params, base: BaseLayer, x: Tensor, enter: Enter) -> Tensor:
+        if frozen := fused.plain(base, x, p["l"]):
+            run = fused.scaled_input if self.is_feedforward(base.site) else fused.scaled
+            return run(x, *frozen, p["l"].flatten())
+        return super().forward(p, base, x, enter)
 
     def delta(self, p: Params, base: BaseLayer) -> Tensor:
         W, shift = base.weight(), p["l"].flatten() - 1
