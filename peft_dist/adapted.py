@@ -62,6 +62,16 @@ class AdapterModule(PooledModule):
     def start(self, adapter: str, layer: Layer) -> None:
         """Fills an adapter's tensors; a collective where its method reads a partitioned weight."""
         self._start(adapter, {name: t.detach() for name, t in self.tensors(adapter).items()}, layer)
+        self.replace_base(adapter, layer)
+
+    def replace_base(self, adapter: str, layer: Layer) -> None:
+        """Lets the adapter's method change the layer, where it does."""
+        method = self.methods[adapter]
+        if type(method).replace_base is not Method.replace_base:
+            p = self.tensors(adapter)
+            if not any(t.is_meta for t in p.values()):
+                with torch.no_grad():
+                    method.replace_base(p, layer)
 
     def complete(self, adapter: str, missing: Sequence[str], layer: Layer) -> None:
         """Fills the named tensors alone, as `start` would: a checkpoint lacked them."""
@@ -122,7 +132,9 @@ class AdapterModule(PooledModule):
     def shared(self, adapter: str) -> dict[str, Tensor]:
         """The tensors that the layers of an adapter share, by the method's own names."""
         common = self._common
-        if common is None or adapter not in common.adapters:
+        # A module that is trained whole beside an adapter shares nothing with its layers.
+        shares = type(self.methods[adapter]).shared is not Method.shared
+        if common is None or not shares or adapter not in common.adapters:
             return {}
         tensors = common.tensors(adapter)
         reach(self, tensors.values())
