@@ -13,6 +13,7 @@ LAYERS = {
     "peft_dist": [
         {"contract", "catalog", "errors", "lazy", "linalg", "starts", "config", "folder"},
         {"base_layer", "targets", "sharding", "pool", "rows"},
+        {"fused"},
         {"methods"},
         {"adapted", "tuner_layer"},
         {"inject", "merge", "checkpoint", "optim", "hooks", "prompts"},
