@@ -12,8 +12,10 @@ import peft_dist
 from peft_dist.catalog import METHODS, config_class, entry
 from peft_dist.config import PeftConfig
 from peft_dist.errors import ConfigError, TargetError
+from tests.contract.test_fields import base_values
 
-needed = {"PROMPT_TUNING": {"num_virtual_tokens": 2}}
+# BONE is gone from HF PEFT.
+THEIRS = [name for name in METHODS if name != "BONE"]
 
 
 def theirs(name: str) -> type:
@@ -30,9 +32,8 @@ def fields_of(cls: type) -> list[tuple[str, object]]:
     return [(f.name, default(f)) for f in dataclasses.fields(cls)]
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if name != "BONE"])
+@pytest.mark.parametrize("name", THEIRS)
 def test_fields_their_order_and_defaults_are_theirs(name) -> None:
-    """BONE is gone from HF PEFT."""
     mine, wanted = fields_of(config_class(name)), fields_of(theirs(name))
     assert [field for field, _ in mine] == [
         field for field, _ in wanted if field not in config_class(name).without_effect
@@ -49,9 +50,9 @@ def test_the_base_configs_fields_are_theirs() -> None:
         assert fields_of(getattr(peft_dist, cls)) == fields_of(getattr(peft, cls))
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", THEIRS)
 def test_their_file_is_read_and_ours_too(name, tmp_path) -> None:
-    values = {"task_type": "CAUSAL_LM", **needed.get(name, {})}
+    values = {"task_type": "CAUSAL_LM", **base_values(name)}
     theirs(name)(**values).save_pretrained(tmp_path)
     config = PeftConfig.from_pretrained(tmp_path)
     assert type(config) is config_class(name)
@@ -65,7 +66,7 @@ def test_their_file_is_read_and_ours_too(name, tmp_path) -> None:
 @pytest.mark.parametrize("name", METHODS)
 def test_what_is_not_supported_is_refused_by_name(name) -> None:
     for field, allowed in config_class(name).without_effect.items():
-        values = {"peft_type": name, **needed.get(name, {})}
+        values = {"peft_type": name, **base_values(name)}
         PeftConfig.from_dict({**values, field: allowed})
         with pytest.raises(ConfigError) as raised:
             PeftConfig.from_dict({**values, field: "something"})
@@ -109,9 +110,9 @@ def test_what_a_config_says_of_itself(tmp_path) -> None:
     }
     assert config.auto_mapping is None
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match="is a file. Name a directory."):
+    with pytest.raises(ConfigError, match=r"is a file\. Name a directory\."):
         config.save_pretrained(tmp_path / "file")
-    with pytest.raises(TypeError, match="unknown arguments: colour."):
+    with pytest.raises(TypeError, match=r"unknown arguments: colour\."):
         config.save_pretrained(tmp_path, colour=1)
 
 
@@ -137,7 +138,7 @@ def test_a_config_from_the_hub(tmp_path, monkeypatch) -> None:
         raise OSError("no network\nat all")
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
-    with pytest.raises(ConfigError, match="'someone/adapter' cannot be read from the hub: no network$"):
+    with pytest.raises(ConfigError, match=r"'someone/adapter' cannot be read from the hub: no network$"):
         PeftConfig.from_pretrained("someone/adapter")
 
 
@@ -163,10 +164,6 @@ ERRORS = {
         lambda: peft_dist.LoraConfig(bias="some"),
         "LoraConfig.bias: 'some' is not one of none, all, lora_only.",
     ),
-    "start": (
-        lambda: peft_dist.LoraConfig(init_lora_weights="pissa"),
-        "LoraConfig.init_lora_weights: 'pissa' is not one of True, False, 'gaussian'.",
-    ),
     "layers of a regex": (
         lambda: peft_dist.LoraConfig(target_modules="x", layers_to_transform=[1]),
         "LoraConfig.layers_to_transform: cannot be used when `target_modules` is a str.",
@@ -187,10 +184,6 @@ ERRORS = {
     "feedforward": (
         lambda: peft_dist.IA3Config(target_modules=["k"], feedforward_modules=["w"]),
         "IA3Config.feedforward_modules: 'w' is not in target_modules; it must be a subset of them.",
-    ),
-    "no tokens": (
-        lambda: peft_dist.PromptTuningConfig(),
-        "PromptTuningConfig.num_virtual_tokens: None; it is a whole number of at least 1.",
     ),
     "prompt start": (
         lambda: peft_dist.PromptTuningConfig(num_virtual_tokens=1, prompt_tuning_init="X"),
