@@ -40,12 +40,14 @@ class Parity:
         config: the config's class name in both.
         values: its fields.
         forward: more arguments of both models' forward, by name, as nested lists.
+        wrong_gradients: ends of the names of tensors whose gradient HF PEFT gets wrong.
     """
 
     base: str
     config: str
     values: dict
     forward: dict | None = None
+    wrong_gradients: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,7 @@ class RandLoraConfig(TargetedConfig, BiasedMethod):
 
     prefix: ClassVar[str] = "randlora_"
     own_biases: ClassVar[str] = "randlora_only"
-    full_size: ClassVar[int] = 3
+    full_size: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -7,11 +7,11 @@ CASES = (
     Case("DELORA", "patterns", {"rank_pattern": {"target": 2}, "lambda_pattern": {"target": 5}}, ("linear",)),
 )
 
-_DE = {"r": 3, "task_type": "CAUSAL_LM"}
+_DE = {"r": 3, "delora_lambda": 2, "task_type": "CAUSAL_LM"}
 PARITY = {
     "delora": Parity("llama", "DeloraConfig", _DE),
     "delora on all linear": Parity(
-        "llama", "DeloraConfig", {**_DE, "target_modules": "all-linear", "delora_lambda": 4}
+        "llama", "DeloraConfig", {**_DE, "target_modules": "all-linear", "delora_lambda": 1}
     ),
     "delora with patterns": Parity(
         "llama",
@@ -20,7 +20,7 @@ PARITY = {
             **_DE,
             "target_modules": ["q_proj", "down_proj"],
             "rank_pattern": {"q_proj": 2},
-            "lambda_pattern": {"down_proj": 9},
+            "lambda_pattern": {"down_proj": 3},
         },
     ),
     "delora with biases of targets": Parity("llama", "DeloraConfig", {**_DE, "bias": "delora_only"}),

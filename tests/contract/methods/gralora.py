@@ -2,7 +2,7 @@ from tests.contract.case import LINEAR, Case, Field, Parity
 
 CASES = (
     Case("GRALORA", "plain", {"r": 4, "alpha": 6}, LINEAR),
-    Case("GRALORA", "four blocks to a side", {"r": 8, "gralora_k": 4}, ("linear",)),
+    Case("GRALORA", "four blocks to a side", {"r": 4, "gralora_k": 4}, ("linear",)),
     Case("GRALORA", "one block", {"r": 3, "gralora_k": 1}, ("linear",)),
     Case("GRALORA", "hybrid", {"r": 4, "hybrid_r": 3}, LINEAR),
     Case("GRALORA", "bias", {"r": 4, "hybrid_r": 3, "bias": "gralora_only"}, ("linear", "Conv1D")),

@@ -1,6 +1,6 @@
 from tests.contract.case import LINEAR, Case, Field, Parity
 
-CONVS = ("conv1d", "conv2d")
+CONVS = ("conv1d", "conv2d", "conv1d with groups", "conv2d with groups")
 
 CASES = (
     Case("LOKR", "W2 of low rank", {"r": 1, "alpha": 3}, (*LINEAR, *CONVS)),

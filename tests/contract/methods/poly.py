@@ -1,9 +1,9 @@
 from tests.contract.case import LINEAR, Case, Field, Parity
 
 CASES = (
-    Case("POLY", "plain", {"r": 3, "n_tasks": 3}, LINEAR),
-    Case("POLY", "two splits", {"r": 3, "n_tasks": 3, "n_skills": 2, "n_splits": 2}, ("linear",)),
-    Case("POLY", "random start", {"r": 3, "n_tasks": 3, "init_weights": False}, ("linear",), is_fresh=False),
+    Case("POLY", "plain", {"r": 5, "n_tasks": 3}, LINEAR),
+    Case("POLY", "two splits", {"r": 5, "n_tasks": 3, "n_skills": 2, "n_splits": 2}, ("linear",)),
+    Case("POLY", "random start", {"r": 5, "n_tasks": 3, "init_weights": False}, ("linear",), is_fresh=False),
 )
 
 _POLY = {"r": 3, "n_tasks": 3, "task_type": "CAUSAL_LM"}

@@ -9,7 +9,7 @@ CASES = (
     Case("RANDLORA", "random start", {"r": 6, "init_weights": False}, ("linear",), is_fresh=False),
 )
 
-_RAND = {"r": 5, "randlora_alpha": 4, "task_type": "CAUSAL_LM"}
+_RAND = {"r": 5, "randlora_alpha": 2, "task_type": "CAUSAL_LM"}
 _UNEQUAL = {**_RAND, "target_modules": ["q_proj", "up_proj", "down_proj"], "projection_prng_key": 3}
 PARITY = {
     "randlora": Parity("llama", "RandLoraConfig", _RAND),

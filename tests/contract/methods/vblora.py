@@ -1,6 +1,6 @@
 from tests.contract.case import LINEAR, Case, Field, Parity
 
-_BANK = {"num_vectors": 9, "vector_length": 4, "r": 3}
+_BANK = {"num_vectors": 9, "vector_length": 4, "r": 3, "init_vector_bank_bound": 0.5}
 CASES = (
     # Logits and the bank are random from the start, as in the paper.
     Case("VBLORA", "plain", _BANK, LINEAR, is_fresh=False),
