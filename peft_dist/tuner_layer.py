@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_dist.adapted import AdapterModule
+from peft_dist.contract import Param
 
 
 class Answers(ABCMeta):
@@ -221,3 +222,49 @@ def unmerge_hooked(model: nn.Module) -> bool:
             continue
         layer.unmerge()
     return bool(layers)
+
+
+class HookedTensors:
+    """The tensors of a layer of a method with hooks, as a `PooledModule` gives those of its adapters."""
+
+    def __init__(self, layer: Any) -> None:
+        self._layer = layer
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """The adapters that have tensors here."""
+        return tuple(self._layer._all_available_adapter_names())
+
+    def tensors(self, adapter: str) -> dict[str, Any]:
+        """The adapter's tensors here, by their names without the adapter's."""
+        layer, found = self._layer, {}
+        for attribute in (*layer.adapter_layer_names, *layer.other_param_names):
+            held = getattr(layer, attribute)
+            part = held[adapter] if hasattr(held, "keys") and adapter in held else None
+            if isinstance(part, Tensor):
+                found[attribute] = part
+            elif isinstance(part, nn.Module):
+                found.update({f"{attribute}.{key}": t for key, t in part.state_dict(keep_vars=True).items()})
+        return found
+
+    def wanted(self, adapter: str) -> dict[str, Param]:
+        """What is known of each of them."""
+        return {
+            key: Param(key, (), tuple(t.shape), nn.init.zeros_, trainable=isinstance(t, nn.Parameter))
+            for key, t in self.tensors(adapter).items()
+        }
+
+    def materialise(self, adapter: str, device: Any) -> None:
+        """Gives tensors that rest on meta real memory on the base layer's device, unfilled."""
+        layer = self._layer
+        weight = next((p for p in layer.get_base_layer().parameters() if not p.is_meta), None)
+        where = device if weight is None else weight.device
+        for attribute in (*layer.adapter_layer_names, *layer.other_param_names):
+            held = getattr(layer, attribute)
+            part = held[adapter] if hasattr(held, "keys") and adapter in held else None
+            if isinstance(part, nn.Module) and any(t.is_meta for t in part.state_dict().values()):
+                part.to_empty(device=where)
+            elif isinstance(part, Tensor) and part.is_meta:
+                room = torch.empty_like(part, device=where)
+                is_trained = isinstance(part, nn.Parameter)
+                held[adapter] = nn.Parameter(room, part.requires_grad) if is_trained else room
