@@ -114,7 +114,9 @@ def facts_of(model: Any, found: dict[str, Place]) -> BaseFacts:
         for name, place in found.items()
     }
     architecture = getattr(getattr(model, "config", None), "model_type", None)
-    return BaseFacts(type(model).__name__, kinds, frozenset(heads), architecture)
+    inputs = _bare(model.get_input_embeddings()) if hasattr(model, "get_input_embeddings") else None
+    embedding = next((name for name, place in found.items() if place.layer is inputs), None)
+    return BaseFacts(type(model).__name__, kinds, frozenset(heads), architecture, embedding=embedding)
 
 
 def _bare(module: Any) -> nn.Module:
@@ -172,7 +174,7 @@ def inject(
     """
     found = places(model)
     facts = facts_of(model, found)
-    targeted = _targeted(config, found, facts)
+    targeted, tied = _without_tied(_targeted(config, found, facts), found)
     chosen = [*targeted, *_whole(config, found, facts)]
     chosen += _biases(config, found, {each.place.name for each in chosen})
     # Asked once before anything is touched: a method may refuse its neighbours, or a layer.
@@ -207,6 +209,9 @@ def inject(
                 wrapper.start(adapter, each.base)
             if len(adapters.sites[adapter]) < len(targeted):
                 adapters.sites[adapter][each.name] = wrapper
+        for each, lender in tied:
+            wrapper = each.wrapper() or _wrap(each.place, each.kind, each.base, adapters)
+            wrapper.borrow(adapter, each.method, lender.wrapper())  # type: ignore[arg-type]
         _leave_fast_paths(found)
     except BaseException:
         delete(model, adapter)
@@ -247,6 +252,11 @@ def _targeted(config: PeftConfig, found: dict[str, Place], facts: BaseFacts) -> 
         _check_kind(config, base)
         chosen.append(_Chosen(found[name], kind, base, config.at(base.site)))
         if base.site.kind == "mha" and kind is Adapted:
+            if getattr(config, "dropout", 0):
+                warnings.warn(
+                    f"targets: {name!r} reads the changed weight as a whole, so dropout has no effect on it.",
+                    stacklevel=4,
+                )
             # It reads the weight of its output projection itself; HF PEFT adapts both or none.
             inner = found[f"{name}.{OUT_PROJ}"]
             base = _door(inner, kind)
@@ -254,6 +264,25 @@ def _targeted(config: PeftConfig, found: dict[str, Place], facts: BaseFacts) -> 
             base.site = dataclasses.replace(base.site, name=name)
             chosen.append(_Chosen(inner, kind, base, config.at(base.site)))
     return [*chosen, *_parameters(config, found, facts, {each.place.name for each in chosen})]
+
+
+def _without_tied(
+    chosen: list[_Chosen], found: dict[str, Place]
+) -> tuple[list[_Chosen], list[tuple[_Chosen, _Chosen]]]:
+    """The layers of their own, and of those that share the weight of one of them, whether chosen or not, where
+    its method asks for them: (layer, the one whose tensors serve it)."""
+    tied: dict[str, tuple[_Chosen, _Chosen]] = {}
+    for each in chosen:
+        method = each.method.tied(each.base.site)
+        weight = each.place.layer._parameters.get("weight")
+        if method is None or weight is None or each.place.name in tied:
+            continue
+        for name, place in found.items():
+            if place.layer is not each.place.layer and place.layer._parameters.get("weight") is weight:
+                there = place.wrapper(each.kind)
+                base = there.base if there is not None else _door(place, each.kind)  # type: ignore[attr-defined]
+                tied[name] = _Chosen(place, each.kind, base, method), each
+    return [each for each in chosen if each.place.name not in tied], list(tied.values())
 
 
 def _parameters(

@@ -253,7 +253,8 @@ def _hang(module: nn.Module, param: Param, adapter: str, tensor: Tensor) -> tupl
     """Hangs `tensor` on `module` under the key of `param`, the adapter's name after its first part."""
     first, _, rest = param.key.partition(".")
     if first not in module._modules:
-        module.add_module(first, nn.ModuleDict() if rest else nn.ParameterDict())
+        # Past `add_module`, which takes what hangs on a wrapper inside this one for this one's.
+        module._modules[first] = nn.ModuleDict() if rest else nn.ParameterDict()
     # Into the dictionaries themselves: an adapter may be called `v1.2` or `keys`, which their doors refuse.
     node: Any = module._modules[first]
     last = adapter

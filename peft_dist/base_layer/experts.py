@@ -73,7 +73,11 @@ class TokenCut(Cut):
             raise self._refused("it is not given each token with the experts it goes to")
         if any(isinstance(value, (list, tuple, dict)) for value in given):
             raise self._refused("it is given more than tensors of tokens")
-        return super().of(tree, segment)
+
+        def here(value: Any) -> Any:
+            return self._cut(value, segment) if isinstance(value, Tensor) else value
+
+        return tuple(map(here, args)), {key: here(value) for key, value in kwargs.items()}
 
     def _cut(self, t: Tensor, segment: Segment) -> Tensor:
         if t.shape[0] == 1:

@@ -65,8 +65,11 @@ class EmbeddingLayer(Layer):
         y = F.embedding(
             x, W.T, layer.padding_idx, layer.max_norm, layer.norm_type, layer.scale_grad_by_freq, layer.sparse
         )
-        # Gemma scales what the table gives.
-        scale = getattr(layer, "embed_scale", None)
+        return self.scaled(y)
+
+    def scaled(self, y: Tensor) -> Tensor:
+        """y, a table's vectors, as the layer gives them: Gemma scales them."""
+        scale = getattr(self.layer, "embed_scale", None)
         return y if scale is None else y * scale.to(y.dtype) if isinstance(scale, Tensor) else y * scale
 
     def _as_matrix(self, stored: Tensor) -> Tensor:
