@@ -53,11 +53,19 @@ class AdapterModule(PooledModule):
         self._current = current
         # Not a submodule: it holds what the adapters of all layers share, and hangs above them.
         self.__dict__["_common"] = common
+        # Adapter -> the module whose tensors serve here too.
+        self.__dict__["_lenders"] = {}
 
     def add(self, adapter: str, method: Method, layer: Layer, dtype: torch.dtype, device: Any) -> None:
         """Makes room for an adapter's tensors, unfilled."""
         self.hold(adapter, type(method).__name__, method.params(layer.site), dtype, device)  # type: ignore[attr-defined]
         self.methods[adapter] = method
+
+    def borrow(self, adapter: str, method: Method, lender: AdapterModule) -> None:
+        """Lets an adapter act here by its tensors at `lender`, whose layer shares this one's weight."""
+        self.hold(adapter, type(method).__name__, {}, torch.float32, "cpu")
+        self.methods[adapter] = method
+        self._lenders[adapter] = lender
 
     def start(self, adapter: str, layer: Layer) -> None:
         """Fills an adapter's tensors; a collective where its method reads a partitioned weight."""
@@ -99,6 +107,7 @@ class AdapterModule(PooledModule):
             raise AdapterError(f"{self._site_name}: {adapter!r} is merged. Unmerge it before deleting it.")
         self.drop(adapter)
         del self.methods[adapter]
+        self._lenders.pop(adapter, None)
         self.active_adapters = [name for name in self.active_adapters if name != adapter]
 
     def serving(self, choice: str | None) -> tuple[str, ...]:
@@ -107,7 +116,7 @@ class AdapterModule(PooledModule):
         names = self.active_adapters if choice is None else () if choice == BASE else (choice,)
         here = tuple(name for name in names if name in self.methods)
         for name in here:
-            reach(self, self.tensors(name).values())
+            reach(self, self._lenders.get(name, self).tensors(name).values())
         return here
 
     def given(
@@ -126,8 +135,9 @@ class AdapterModule(PooledModule):
         return p
 
     def held(self, adapter: str) -> dict[str, Any]:
-        """The adapter's tensors here and those that its layers share, by the method's names."""
-        return {**self.shared(adapter), **self.tensors(adapter)}
+        """The adapter's tensors here, or where they are borrowed from, and those that its layers share, by the
+        method's names."""
+        return {**self.shared(adapter), **self._lenders.get(adapter, self).tensors(adapter)}
 
     def shared(self, adapter: str) -> dict[str, Tensor]:
         """The tensors that the layers of an adapter share, by the method's own names."""

@@ -35,6 +35,7 @@ from peft_dist.errors import AdapterError, CheckpointError, suggest
 from peft_dist.folder import FolderError, check_safetensors, is_hub_id, is_url, local_folder
 from peft_dist.pool import PooledModule
 from peft_dist.sharding import set_whole, whole, whole_shape
+from peft_dist.tuner_layer import BaseTunerLayer, HookedTensors
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLED_NAME = "adapter_model.bin"
@@ -99,6 +100,11 @@ def holders(model: nn.Module, adapter_name: str) -> list[_Holder]:
     adds_tokens = isinstance(config, PromptMethod)
     found = []
     for path, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer) and not isinstance(module, PooledModule):
+            tensors: Any = HookedTensors(module)
+            if adapter_name in tensors.adapters:
+                found.append(_Holder(tensors, path, path, None, adapter_name))
+            continue
         if not isinstance(module, PooledModule) or adapter_name not in module.adapters:
             continue
         # A wrapper inside another counts as the layer it adapts.
@@ -199,6 +205,9 @@ def load_state_dict(
             "Was it trained on another base, or with other target_modules?"
         )
     _check_shapes(adapter_name, given, tensors, embeddings, ignore_mismatched_sizes)
+    for holder in held:
+        if isinstance(holder.method, PromptMethod):
+            holder.module.take_saved_form(adapter_name)  # type: ignore[attr-defined]
     missing = []
     for holder, restored in given:
         device = _device(holder.module)
@@ -213,6 +222,8 @@ def load_state_dict(
         if derived:
             _derive(holder, derived)
         missing += [holder.hung(name) for name in absent if name not in derived]
+        if isinstance(holder.module, AdapterModule) and hasattr(holder.module, "base"):
+            holder.module.replace_base(adapter_name, holder.module.base)
     for key, parameter in embeddings.items():
         set_whole(parameter, tensors[key])
     return LoadResult(missing, [key for key in tensors if key not in used])
@@ -236,7 +247,7 @@ def _whole_tensors(holder: _Holder, whole_model: Mapping[str, Tensor] | None) ->
 
 def _saved_form(holder: _Holder, whole_tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     exported = None
-    if type(holder.method).export is not Method.export:
+    if _defines(holder.method, "export"):
         with torch.no_grad():
             exported = holder.method.export({**_shared(holder), **whole_tensors}, _site(holder))
     if exported is None:
@@ -254,7 +265,7 @@ def _shared(holder: _Holder) -> dict[str, Tensor]:
 def _restored(holder: _Holder, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], set[str]]:
     """(the holder's tensors by the method's names, the names in the file that they came from)."""
     saved = holder.saved
-    if type(holder.method).restore is Method.restore:
+    if not _defines(holder.method, "restore"):
         keys = {_join(holder.layer, key): name for key, name in saved.items()}
         return {name: tensors[key] for key, name in keys.items() if key in tensors}, set(keys)
     start = f"{holder.layer}." if holder.layer else ""
@@ -268,13 +279,17 @@ def _restored(holder: _Holder, tensors: Mapping[str, Tensor]) -> tuple[dict[str,
     return {saved[key]: value for key, value in there.items() if key in saved}, set(mine)
 
 
+def _defines(method: Any, function: str) -> bool:
+    return isinstance(method, Method) and getattr(type(method), function) is not getattr(Method, function)
+
+
 def _site(holder: _Holder) -> Site:
     base = getattr(holder.module, "base", None)
     return base.site if base is not None else Site(holder.path, 0, 0, "module")
 
 
 def _derive(holder: _Holder, names: Sequence[str]) -> None:
-    if isinstance(holder.module, AdapterModule):
+    if hasattr(type(holder.module), "complete"):
         holder.module.complete(holder.adapter, names, holder.module.base)  # type: ignore[attr-defined]
         return
     with torch.no_grad():
@@ -293,7 +308,7 @@ def _check_shapes(
     wrong = []
     num = sum(len(restored) for _, restored in given) + len(embeddings)
     for holder, restored in given:
-        own = holder.module.tensors(adapter_name)
+        own = _filled(holder)
         keys = {name: _join(holder.layer, saved) for saved, name in holder.saved.items()}
         for name, value in list(restored.items()):
             here = tuple(whole_shape(own[name]))
@@ -313,6 +328,14 @@ def _check_shapes(
         if not ignore:
             raise CheckpointError(f"{message} Its rank, targets or base differ from this model's.")
         warnings.warn(f"{message} They keep their values.", stacklevel=3)
+
+
+def _filled(holder: _Holder) -> dict[str, Tensor]:
+    """What a checkpoint is to fill, by the method's names: of a prompt method what it keeps."""
+    if not isinstance(holder.method, PromptMethod):
+        return holder.module.tensors(holder.adapter)
+    wanted = holder.method.saved_form().params(_site(holder))
+    return {name: torch.empty(param.shape, device="meta") for name, param in wanted.items()}
 
 
 def _device(module: nn.Module) -> torch.device:

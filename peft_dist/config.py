@@ -333,6 +333,8 @@ def _from_hub(name: str, subfolder: str | None, how: dict[str, Any], path: Path)
 def _plain(value: Any) -> Any:
     if isinstance(value, enum.Enum):
         return value.value
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return _plain(dataclasses.asdict(value))
     if isinstance(value, (set, frozenset)):
         return sorted(value)
     if isinstance(value, (list, tuple)):

@@ -181,6 +181,11 @@ class Method(ABC):
         on the model, not on a layer."""
         return {}
 
+    def tied(self, site: Site) -> Method | None:
+        """The method for another layer that shares the weight of the one at `site`: it has no tensors of its own
+        and finds in `p` those at `site`. None: such layers stay as they are."""
+        return None
+
     def check_beside(self, others: Sequence[Method]) -> None:
         """Refuses to stand on one model with `others` of its class, by an error."""
         return None
@@ -193,6 +198,10 @@ class Method(ABC):
     def start_from_base(self, p: Params, base: BaseLayer) -> None:
         """A start that reads the frozen layer; runs once, after every `Param.start`, without gradients. Not
         run where a checkpoint fills the tensors."""
+        return None
+
+    def replace_base(self, p: Params, base: BaseLayer) -> None:
+        """Changes the frozen layer itself, once its tensors are started or loaded: no other function may."""
         return None
 
     def gradient(self, name: str, gradient: Tensor, p: Params) -> Tensor:
@@ -375,10 +384,10 @@ class PromptMethod(Method):
         """Brings tensors back to where they may be, in place; before each forward while training."""
         return None
 
-    def targets(self, types: Tensor) -> tuple[Tensor, Tensor] | None:
-        """What its loss counts: (ids that the virtual tokens are to be predicted as, or -100 (tokens,);
-        weight of each position's loss (rows, tokens + T)), of the kinds of a batch's own tokens `types`
-        (rows, T). None where the base's own loss is right."""
+    def targets(self, labels: Tensor, p: Params) -> tuple[Tensor, Tensor] | None:
+        """What its loss counts of a batch's `labels` (rows, T): (labels with the virtual tokens' own, -100 where
+        nothing is counted; the weight of each), both (rows, tokens + T). None where the base's loss is
+        right."""
         return None
 
 

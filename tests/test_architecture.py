@@ -16,7 +16,7 @@ LAYERS = {
         {"fused"},
         {"methods"},
         {"adapted", "tuner_layer"},
-        {"inject", "merge", "checkpoint", "optim", "hooks", "prompts"},
+        {"inject", "merge", "checkpoint", "optim", "hooks", "prompts", "eva", "corda", "combine", "weighted"},
         {
             "model", "tuner", "recompute", "tasks", "mixed", "compat", "loading", "tuner", "registry", "status", "auto",
             "hotswap", "functional",

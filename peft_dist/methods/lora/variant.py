@@ -54,6 +54,9 @@ class Variant(WeightMethod):
     def start_from_base(self, p: Params, base: BaseLayer) -> None:
         self.lora.start_from_base(p, base)
 
+    def replace_base(self, p: Params, base: BaseLayer) -> None:
+        self.lora.replace_base(p, base)
+
     def delta(self, p: Params, base: BaseLayer) -> Tensor:
         return self.lora.delta(p, base)
 

@@ -5,7 +5,7 @@ the steps with its uncertainty, each triplet (a row of A, a column of B, an entr
 each step the least important triplets of all layers lose their E, as many as a budget says that falls from the
 initial total rank to the target by a cubic. A and B are held near orthogonal by a term of the loss.
 
-The divisor is init_r + 1e-5, as in HF PEFT, which also counts a tensor of the ranks among the parameters.
+The divisor is init_r + 1e-5, as in HF PEFT.
 """
 
 from __future__ import annotations
@@ -133,6 +133,10 @@ class AdaLoraConfig(LoraConfig):
             "E": Param("lora_E", ("r", "1"), (r, 1), starts.zeros if zero else starts.normal),
             "B": Param("lora_B", ("out", "r"), (site.out, r), small),
         }
+        # HF PEFT counts a tensor of the rank among the parameters.
+        wanted["num"] = Param(
+            "ranknum", ("1",), (1,), lambda t: t.fill_(self.init_r), False, persistent=False, counted=True
+        )
         own = super().params(site).get("bias")
         return wanted if own is None else {**wanted, "bias": own}
 
