@@ -111,7 +111,6 @@ class Entry:
 
 
 ALL_TASKS = tuple(task.value for task in TaskType)
-DECODER_TASKS = tuple(task for task in ALL_TASKS if task != "SEQ_2_SEQ_LM")
 
 METHODS: dict[str, Entry] = {
     "LORA": Entry(
@@ -219,12 +218,47 @@ METHODS: dict[str, Entry] = {
         True,
         "the norms' own weights (arXiv:2312.11420)",
     ),
+    "TRAINABLE_TOKENS": Entry(
+        "peft_dist.methods.replace.trainable_tokens:TrainableTokensConfig",
+        "trainable_tokens_",
+        ALL_TASKS,
+        True,
+        "chosen rows of the embedding; the others stay (HF PEFT)",
+    ),
     "PROMPT_TUNING": Entry(
         "peft_dist.methods.prompt.prompt_tuning:PromptTuningConfig",
         "prompt_",
-        DECODER_TASKS,
+        ALL_TASKS,
         False,
         "learned embeddings before the input (arXiv:2104.08691)",
+    ),
+    "MULTITASK_PROMPT_TUNING": Entry(
+        "peft_dist.methods.prompt.multitask_prompt_tuning:MultitaskPromptTuningConfig",
+        "prompt_",
+        ALL_TASKS,
+        False,
+        "a shared prompt times a low-rank matrix of each row's task (arXiv:2303.02861)",
+    ),
+    "P_TUNING": Entry(
+        "peft_dist.methods.prompt.p_tuning:PromptEncoderConfig",
+        "prompt_",
+        ALL_TASKS,
+        False,
+        "virtual tokens made by an MLP or LSTM (arXiv:2103.10385)",
+    ),
+    "PREFIX_TUNING": Entry(
+        "peft_dist.methods.prompt.prefix_tuning:PrefixTuningConfig",
+        "prompt_",
+        ALL_TASKS,
+        False,
+        "learned keys and values before each layer's own (arXiv:2101.00190)",
+    ),
+    "CPT": Entry(
+        "peft_dist.methods.prompt.cpt:CPTConfig",
+        "prompt_",
+        ("CAUSAL_LM",),
+        False,
+        "a context's tokens, each moved within a ball (arXiv:2410.17222)",
     ),
     "LOHA": Entry(
         "peft_dist.methods.weight.loha:LoHaConfig",

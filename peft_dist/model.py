@@ -178,8 +178,7 @@ class PeftModel(PromptedModel):
             if isinstance(sized, Tensor) and sized.ndim > 1:
                 self._adapters.current.length = sized.shape[1]
             if self._prompting() or self._others_may_prompt():
-                args, kwargs = (), self._prompted(self._bound(args, kwargs))
-                self._adapters.current.length = kwargs["inputs_embeds"].shape[1]
+                return self._forward_prompted(args, kwargs)
             return self.base_model(*args, **kwargs)
 
     def generate(self, *args: Any, adapter_names: Sequence[str | None] | None = None, **kwargs: Any) -> Any:

@@ -5,11 +5,22 @@ from __future__ import annotations
 import torch
 from torch import nn
 from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    BertConfig,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    BertModel,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 from transformers.utils import ModelOutput
 
@@ -71,3 +82,65 @@ class Convs(nn.Module):
 def convs() -> Convs:
     torch.manual_seed(0)
     return Convs()
+
+
+def grouped() -> LlamaForCausalLM:
+    """Keys and values of fewer heads than queries."""
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(**{**LLAMA, "hidden_size": 32, "num_attention_heads": 4, "head_dim": 6})
+    )
+
+
+def t5() -> T5ForConditionalGeneration:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2}
+    more = {"decoder_start_token_id": 0, "dropout_rate": 0, "initializer_factor": 3.0}
+    return T5ForConditionalGeneration(T5Config(**sizes, **more))
+
+
+def bart() -> BartForConditionalGeneration:
+    torch.manual_seed(0)
+    both = {"layers": 2, "ffn_dim": 24, "attention_heads": 2}
+    sizes = {f"{stack}_{name}": size for name, size in both.items() for stack in ("encoder", "decoder")}
+    quiet = {"dropout": 0.0, "init_std": 0.3, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}
+    more = {"vocab_size": 64, "d_model": 16, "max_position_embeddings": 40, "decoder_start_token_id": 2}
+    return BartForConditionalGeneration(BartConfig(**sizes, **more, **quiet, forced_eos_token_id=None))
+
+
+BERT = {
+    "vocab_size": 64,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 40,
+    "initializer_range": 0.3,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+}
+
+
+def bert() -> BertForSequenceClassification:
+    torch.manual_seed(0)
+    return BertForSequenceClassification(BertConfig(**BERT, num_labels=3))
+
+
+def roberta() -> RobertaForSequenceClassification:
+    torch.manual_seed(0)
+    return RobertaForSequenceClassification(RobertaConfig(**BERT, num_labels=3))
+
+
+def tagger() -> BertForTokenClassification:
+    torch.manual_seed(0)
+    return BertForTokenClassification(BertConfig(**BERT, num_labels=3))
+
+
+def answerer() -> BertForQuestionAnswering:
+    torch.manual_seed(0)
+    return BertForQuestionAnswering(BertConfig(**BERT))
+
+
+def features() -> BertModel:
+    torch.manual_seed(0)
+    return BertModel(BertConfig(**BERT))

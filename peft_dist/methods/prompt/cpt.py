@@ -15,7 +15,6 @@ training the delta is brought back into its ball before a forward, in its own me
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -123,29 +122,25 @@ class CPTConfig(PromptLearningConfig, PromptMethod):
         norm = delta.detach().norm(dim=1).clamp(min=radius)
         return delta * (radius / norm)[:, None]
 
-    def targets(self, types: Tensor) -> tuple[Tensor, Tensor]:
-        own = self._kinds(types)
-        labels = torch.tensor(self.cpt_token_ids, device=types.device)
-        labels = labels.where((own > 0) & (own % 4 == 0), -100)
-        shifted = types + own.max() * (types > 0)
-        kinds = torch.cat([own.to(types.dtype).expand(len(types), -1), shifted], dim=1)
+    def targets(self, labels: Tensor, p: Params) -> tuple[Tensor, Tensor]:
+        own = self._kinds(labels)
+        types = p.get("input_type_mask", torch.full_like(labels, 4)).to(labels)
+        kinds = torch.cat([own.expand(len(labels), -1), types + own.max() * (types > 0)], dim=1)
         is_answer = (kinds > 0) & (kinds % 4 == 0)
+        context = torch.tensor(self.cpt_token_ids, device=labels.device).expand(len(labels), -1)
         weights = is_answer.to(torch.float32)
         if self.opt_weighted_loss_type == "decay":
             for row, each in enumerate(kinds):
                 answers = each[is_answer[row]].unique()
-                # Among the row's answers, how many are younger.
+                # How many of the row's answers are younger.
                 age = len(answers) - 1 - torch.searchsorted(answers, each[is_answer[row]])
                 weights[row, is_answer[row]] = self.opt_loss_decay_factor ** age.to(weights.dtype)  # type: ignore[operator]
-        return labels, weights
+        return torch.cat([context, labels], dim=1).masked_fill(~is_answer, -100), weights
 
     def export(self, p: Params, site: Site) -> dict[str, Tensor]:
         return {"prompt_embeddings": self.embeds(p)}
 
-    def restore(self, saved: Mapping[str, Tensor], site: Site) -> Mapping[str, Tensor]:
-        # Into the delta for now: `resume` takes the context from it, once the base has given that.
-        return saved
-
     def resume(self, p: Params) -> None:
+        # A checkpoint holds the sum of both, and has filled the delta with it.
         if "delta" in p:
             p["delta"].sub_(p["context"])

@@ -133,9 +133,13 @@ class MultitaskPromptTuningConfig(PromptTuningConfig):
             return p["embeddings"]
         tasks = p["task_ids"]
         if tasks.is_floating_point() or tasks.ndim != 1:
-            raise RowsError(f"task_ids: {tuple(tasks.shape)} of {tasks.dtype}; they are whole numbers, one a row.")
+            raise RowsError(
+                f"task_ids: {tuple(tasks.shape)} of {tasks.dtype}; they are whole numbers, one a row."
+            )
         if len(tasks) and not 0 <= int(tasks.min()) <= int(tasks.max()) < self.num_tasks:  # type: ignore[operator]
-            raise RowsError(f"task_ids: {tasks.tolist()}, but the adapter has {self.num_tasks} tasks, from 0.")
+            raise RowsError(
+                f"task_ids: {tasks.tolist()}, but the adapter has {self.num_tasks} tasks, from 0."
+            )
         return p["embeddings"] * (p["prefix_task_cols"][tasks] @ p["prefix_task_rows"][tasks])
 
 

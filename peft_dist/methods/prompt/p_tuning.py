@@ -75,7 +75,9 @@ class PromptEncoderConfig(PromptLearningConfig, PromptMethod):
         if not self.inference_mode:
             if self.encoder_reparameterization_type == "LSTM":
                 made |= _lstm(site.out, hidden, self.encoder_num_layers)
-                made |= _linear("mlp_head.0", 2 * hidden, 2 * hidden) | _linear("mlp_head.2", 2 * hidden, site.out)
+                made |= _linear("mlp_head.0", 2 * hidden, 2 * hidden) | _linear(
+                    "mlp_head.2", 2 * hidden, site.out
+                )
             else:
                 if self.encoder_num_layers != 2:
                     warnings.warn(

@@ -48,7 +48,9 @@ class PrefixTuningConfig(PromptLearningConfig, PastMethod):
         super().__post_init__()
         self.peft_type = "PREFIX_TUNING"
         if self.init_weights not in (None, "zero"):
-            raise ConfigError(f"PrefixTuningConfig.init_weights: {self.init_weights!r}; it is 'zero' or None.")
+            raise ConfigError(
+                f"PrefixTuningConfig.init_weights: {self.init_weights!r}; it is 'zero' or None."
+            )
 
     def sizes_of(self, sizes: BaseSizes) -> dict[str, int]:
         return {
@@ -105,7 +107,9 @@ class PrefixTuningConfig(PromptLearningConfig, PastMethod):
 
 
 def _table(shape: tuple[int, int], start) -> Param:
-    return Param("prompt_encoder.embedding.weight", ("tokens", "width"), shape, start, saved="prompt_embeddings")
+    return Param(
+        "prompt_encoder.embedding.weight", ("tokens", "width"), shape, start, saved="prompt_embeddings"
+    )
 
 
 def _within(bound: float):
