@@ -1,3 +1,7 @@
+import pytest
+
+import peft_dist
+from tests.contract import bases
 from tests.contract.case import LINEAR, Case, Field, Parity
 
 CASES = (
@@ -21,6 +25,15 @@ PARITY = {
     "gralora classifier": Parity("classifier", "GraloraConfig", {"r": 4, "task_type": "SEQ_CLS"}),
 }
 
+
+def pattern_of_layers() -> None:
+    """HF PEFT allows it alone, without effect; beside indices it says which list they count."""
+    peft_dist.GraloraConfig(layers_pattern="layers")
+    config = peft_dist.GraloraConfig(target_modules=["q_proj"], layers_to_transform=[1], layers_pattern="h")
+    with pytest.raises(ValueError, match="layers_to_transform"):
+        peft_dist.get_peft_model(bases.llama(), config)
+
+
 FIELD_BASE = {"target_modules": ["q_proj", "v_proj"], "r": 4}
 FIELDS = {
     "r": (Field(6, "tensors"), Field(0, "error"), Field(5, "error")),
@@ -29,5 +42,5 @@ FIELDS = {
     "gralora_dropout": (Field(0.5, "training"), Field(1.0, "error")),
     "gralora_k": (Field(4, "tensors"), Field(0, "error"), Field(3, "error", {"r": 6})),
     "init_weights": Field(False, "start"),
-    "layers_pattern": Field("h", "error", {"layers_to_transform": [1]}),
+    "layers_pattern": pattern_of_layers,
 }

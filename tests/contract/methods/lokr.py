@@ -39,12 +39,14 @@ PARITY = {
     "lokr on convolutions": Parity("convs", "LoKrConfig", _CONVS),
     "lokr on convolutions, whole": Parity("convs", "LoKrConfig", {**_CONVS, "r": 8}),
     "lokr on convolutions, both": Parity("convs", "LoKrConfig", {**_CONVS, "decompose_both": True}),
-    "lokr with decomposed kernels": Parity("convs", "LoKrConfig", {**_CONVS, "use_effective_conv2d": True}),
+    "lokr with decomposed kernels": Parity(
+        "convs", "LoKrConfig", {**_CONVS, "r": 2, "decompose_factor": 1, "use_effective_conv2d": True}
+    ),
 }
 
 FIELD_BASE = {"target_modules": ["q_proj", "v_proj"], "r": 1}
 FIELDS = {
-    "r": (Field(2, "tensors"), Field(0, "error")),
+    "r": (Field(1, "tensors"), Field(0, "error")),
     "alpha": Field(3, "output"),
     "rank_pattern": (Field({"q_proj": 3}, "tensors"), Field({"q_proj": 0}, "error")),
     "alpha_pattern": Field({"q_proj": 3}, "output"),

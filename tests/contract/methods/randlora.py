@@ -1,3 +1,7 @@
+import pytest
+
+import peft_dist
+from tests.contract import bases
 from tests.contract.case import LINEAR, Case, Field, Parity
 
 # Of the sizes of the laws' layers, 12 and 8, two bases of rank 6 make a factor of a weight's size, (12, 8).
@@ -24,6 +28,15 @@ PARITY = {
     "randlora with a random start": Parity("llama", "RandLoraConfig", {**_RAND, "init_weights": False}),
 }
 
+
+def pattern_of_layers() -> None:
+    """HF PEFT allows it alone, without effect; beside indices it says which list they count."""
+    peft_dist.RandLoraConfig(layers_pattern="layers")
+    config = peft_dist.RandLoraConfig(target_modules=["q_proj"], layers_to_transform=[1], layers_pattern="h")
+    with pytest.raises(ValueError, match="layers_to_transform"):
+        peft_dist.get_peft_model(bases.llama(), config)
+
+
 FIELD_BASE = {"target_modules": ["q_proj", "v_proj"], "r": 5, "randlora_alpha": 4}
 FIELDS = {
     "r": (Field(3, "tensors"), Field(0, "error")),
@@ -34,5 +47,5 @@ FIELDS = {
     "randlora_dropout": (Field(0.5, "training"), Field(1.0, "error")),
     "randlora_alpha": Field(3, "output"),
     "init_weights": Field(False, "start"),
-    "layers_pattern": Field("h", "error", {"layers_to_transform": [1]}),
+    "layers_pattern": pattern_of_layers,
 }
