@@ -212,7 +212,7 @@ def inject(
         for each, lender in tied:
             wrapper = each.wrapper() or _wrap(each.place, each.kind, each.base, adapters)
             wrapper.borrow(adapter, each.method, lender.wrapper())  # type: ignore[arg-type]
-        _leave_fast_paths(found)
+        _leave_fast_paths(model, found)
     except BaseException:
         delete(model, adapter)
         forget(adapter, adapters)
@@ -404,11 +404,11 @@ def _wrap(place: Place, kind: type[AdapterModule], base: Layer, adapters: Adapte
     return wrapper
 
 
-def _leave_fast_paths(found: dict[str, Place]) -> None:
+def _leave_fast_paths(model: nn.Module, found: dict[str, Place]) -> None:
     """Torch's encoder layers have a path for inference that reads their children's weights past all
     wrappers: not where adapters are."""
-    for place in found.values():
-        layer: Any = place.layer
+    layer: Any
+    for layer in (model, *(place.layer for place in found.values())):
         if isinstance(layer, (nn.TransformerEncoderLayer, nn.TransformerEncoder)) and any(
             isinstance(part, AdapterModule) for part in layer.modules()
         ):
