@@ -116,7 +116,7 @@ class AdapterModule(PooledModule):
         names = self.active_adapters if choice is None else () if choice == BASE else (choice,)
         here = tuple(name for name in names if name in self.methods)
         for name in here:
-            reach(self, self._lenders.get(name, self).tensors(name).values())
+            reach(self, self.tensors(name).values())
         return here
 
     def given(
@@ -135,12 +135,16 @@ class AdapterModule(PooledModule):
         return p
 
     def held(self, adapter: str) -> dict[str, Any]:
-        """The adapter's tensors here, or where they are borrowed from, and those that its layers share, by the
-        method's names."""
-        return {**self.shared(adapter), **self._lenders.get(adapter, self).tensors(adapter)}
+        """The adapter's tensors here and those that its layers share, by the method's names."""
+        return {**self.shared(adapter), **self.tensors(adapter)}
 
     def shared(self, adapter: str) -> dict[str, Tensor]:
-        """The tensors that the layers of an adapter share, by the method's own names."""
+        """The tensors that the layers of an adapter share, or that are borrowed here from one of them, by the
+        method's own names."""
+        if adapter in self._lenders:
+            lent = self._lenders[adapter].tensors(adapter)
+            reach(self, lent.values())
+            return lent
         common = self._common
         # A module that is trained whole beside an adapter shares nothing with its layers.
         shares = type(self.methods[adapter]).shared is not Method.shared

@@ -33,6 +33,7 @@ from peft_dist.config import CONFIG_NAME, PeftConfig
 from peft_dist.contract import Method, PromptMethod, Site
 from peft_dist.errors import AdapterError, CheckpointError, suggest
 from peft_dist.folder import FolderError, check_safetensors, is_hub_id, is_url, local_folder
+from peft_dist.methods.replace.trainable_tokens import TokenRows
 from peft_dist.pool import PooledModule
 from peft_dist.sharding import set_whole, whole, whole_shape
 from peft_dist.tuner_layer import BaseTunerLayer, HookedTensors
@@ -270,10 +271,12 @@ def _restored(holder: _Holder, tensors: Mapping[str, Tensor]) -> tuple[dict[str,
         return {name: tensors[key] for key, name in keys.items() if key in tensors}, set(keys)
     start = f"{holder.layer}." if holder.layer else ""
     known = [param.saved or param.key for param in holder.module.wanted(holder.adapter).values()]
+    # HF PEFT wraps a layer that shares another's weight twice where both are targets.
+    names = (holder.method.prefix, f"base_layer.{holder.method.prefix}", *known)
     mine = {
         key: value
         for key, value in tensors.items()
-        if key.startswith(start) and key[len(start) :].startswith((holder.method.prefix, *known))
+        if key.startswith(start) and key[len(start) :].startswith(names)
     }
     there = holder.method.restore({key[len(start) :]: v for key, v in mine.items()}, _site(holder))
     return {saved[key]: value for key, value in there.items() if key in saved}, set(mine)
@@ -402,6 +405,7 @@ def _embeddings(model: nn.Module, adapter_name: str, wish: bool | Literal["auto"
         if isinstance(module, PooledModule)
         and adapter_name in module.adapters
         and path.rpartition(".")[2] in _EMBEDDING_NAMES
+        and not _trains_rows(module, adapter_name)
     }
     targeted = {key: parameter for key, parameter in embeddings.items() if key in adapted}
     if targeted:
@@ -409,6 +413,11 @@ def _embeddings(model: nn.Module, adapter_name: str, wish: bool | Literal["auto"
     if wish is True or _is_resized(model, adapter_name):
         return embeddings
     return {}
+
+
+def _trains_rows(module: Any, adapter_name: str) -> bool:
+    """Whether all that the adapter has on an embedding is rows of it, so that a file need not hold the rest."""
+    return isinstance(getattr(module, "methods", {}).get(adapter_name), TokenRows)
 
 
 def _is_resized(model: nn.Module, adapter_name: str) -> bool:

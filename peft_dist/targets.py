@@ -186,6 +186,7 @@ class BaseFacts:
         heads: names of output embeddings and classifier heads, which `all-linear` leaves out.
         architecture: `config.model_type`, or None.
         parameters: dotted names of the raw parameters that `target_parameters` may mean.
+        embedding: name of the input embedding, or None.
     """
 
     name: str
@@ -193,6 +194,7 @@ class BaseFacts:
     heads: frozenset[str] = field(default_factory=frozenset)
     architecture: str | None = None
     parameters: Sequence[str] = ()
+    embedding: str | None = None
 
 
 # What a layer is whose weight the module around it reads without calling it: an adapter on it alone would do
@@ -332,7 +334,13 @@ def by_pattern(pattern: Mapping[str, Any], name: str, default: Any) -> Any:
 def _fill_defaults(config: Any, facts: BaseFacts) -> None:
     if config.target_modules is not None:
         return
+    if config.peft_type == "TRAINABLE_TOKENS" and facts.embedding is not None:
+        config.target_modules = facts.embedding
+        return
     known = DEFAULT_TARGETS.get(config.peft_type, DEFAULT_TARGETS["LORA"])
+    if config.peft_type == "OSF" and facts.architecture not in known:
+        config.target_modules = ALL_LINEAR
+        return
     if facts.architecture not in known and getattr(config, "target_parameters", None):
         return
     if facts.architecture not in known:

@@ -41,6 +41,7 @@ class Parity:
         values: its fields.
         forward: more arguments of both models' forward, by name, as nested lists.
         wrong_gradients: ends of the names of tensors whose gradient HF PEFT gets wrong.
+        own_tensors: parts of the names of tensors that our files hold besides HF PEFT's.
     """
 
     base: str
@@ -48,6 +49,7 @@ class Parity:
     values: dict
     forward: dict | None = None
     wrong_gradients: tuple[str, ...] = ()
+    own_tensors: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ from peft_dist.contract import WeightMethod
 from peft_dist.rows import BASE, Rows
 from tests.contract.cases import (
     CASES,
-    SITE_IDS,
     LARGE,
+    SITE_IDS,
     SITES,
     adapted,
     disturb,

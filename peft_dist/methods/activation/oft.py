@@ -128,7 +128,7 @@ class OFTConfig(TargetedConfig, OwnBias, Turning):
         return torch.where(size <= eps, Q, eps * Q / size)
 
     def _rotation(self, Q: Tensor) -> Tensor:
-        I = torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device)  # noqa: E741
+        I = torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device)
         if not self.use_cayley_neumann:
             return cayley(Q)
         # I + 2 Q + 2 Q^2 + ... + Q^n; HF PEFT's series of four terms is the one of three.
@@ -180,7 +180,7 @@ def skew(Q: Tensor) -> Tensor:
 def cayley(Q: Tensor) -> Tensor:
     """(I - Q)(I + Q)^-1 (n, b, b) of skew Q."""
     exact = Q.to(torch.promote_types(Q.dtype, torch.float32))
-    I = torch.eye(Q.shape[-1], dtype=exact.dtype, device=Q.device)  # noqa: E741
+    I = torch.eye(Q.shape[-1], dtype=exact.dtype, device=Q.device)
     return torch.linalg.solve(I + exact, (I - exact).expand(exact.shape), left=False).to(Q.dtype)
 
 
@@ -188,7 +188,7 @@ def kept(R: Tensor, drawn: Tensor, share: float) -> Tensor:
     """R (blocks, b, b) with a share of its blocks, rounded down, replaced by I: those of the smallest draws."""
     num, left_out = int(share * len(drawn)), torch.zeros_like(drawn, dtype=torch.bool)
     left_out[drawn.topk(num, largest=False)[1]] = True
-    I = torch.eye(R.shape[-1], dtype=R.dtype, device=R.device)  # noqa: E741
+    I = torch.eye(R.shape[-1], dtype=R.dtype, device=R.device)
     return torch.where(left_out[:, None, None], I, R)
 
 

@@ -14,7 +14,7 @@ CASES = (
 
 _CAUSAL = {"task_type": "CAUSAL_LM"}
 PARITY = {
-    "osf": Parity("llama", "OSFConfig", _CAUSAL),
+    "osf": Parity("llama", "OSFConfig", _CAUSAL, own_tensors=("osf_start.",)),
     "osf of ranks": Parity(
         "llama",
         "OSFConfig",
@@ -24,6 +24,7 @@ PARITY = {
             "rank_pattern": {"q_proj": 3, "down": 0.9},
             "target_modules": ["q_proj", "up_proj", "down_proj"],
         },
+        own_tensors=("osf_start.",),
     ),
 }
 

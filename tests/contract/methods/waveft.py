@@ -43,7 +43,7 @@ PARITY = {
                 "bias": "waveft_only",
             },
         )
-        for family in ("db2", "db7", "db10", "sym2", "sym9", "coif1", "coif5")
+        for family in ("db2", "db7", "db10", "sym2", "sym9", "coif1", "coif3")
     },
 }
 
