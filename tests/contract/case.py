@@ -7,8 +7,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+import peft_dist
 from peft_dist.catalog import config_class
 from peft_dist.config import PeftConfig
+from tests.contract import bases
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,13 @@ class Case:
 
     def config(self, **more) -> PeftConfig:
         return config_class(self.method)(**{**self.values, **more})
+
+
+def tensors_of(method: str, **values) -> dict[str, tuple[int, ...]]:
+    """Names and shapes in a checkpoint of an adapter of `method` on a small Llama. For fields whose default is too
+    large for it."""
+    model = peft_dist.get_peft_model(bases.llama(), config_class(method)(**values))
+    return {key: tuple(t.shape) for key, t in peft_dist.get_peft_model_state_dict(model).items()}
 
 
 LINEAR = ("linear", "linear without bias", "Conv1D")

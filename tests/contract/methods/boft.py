@@ -1,4 +1,4 @@
-from tests.contract.case import CONVS, LINEAR, Case, Field, Parity
+from tests.contract.case import CONVS, LINEAR, Case, Field, Parity, tensors_of
 
 CASES = (
     Case("BOFT", "plain", {"boft_block_size": 4}, (*LINEAR, *CONVS)),
@@ -34,10 +34,17 @@ PARITY = {
     ),
 }
 
+
+def _boft_block_num() -> None:
+    given = {"target_modules": ["q_proj", "v_proj"], "boft_block_size": 0}
+    few, more = (tensors_of("BOFT", boft_block_num=value, **given) for value in (2, 4))
+    assert few.keys() == more.keys() and few != more
+
+
 FIELD_BASE = {"boft_block_size": 4, "target_modules": ["q_proj", "v_proj"]}
 FIELDS = {
     "boft_block_size": (Field(8, "tensors"), Field(3, "error"), Field(0, "error")),
-    "boft_block_num": (Field(2, "tensors", {"boft_block_size": 0}), Field(4, "error")),
+    "boft_block_num": (_boft_block_num, Field(4, "error")),
     "boft_n_butterfly_factor": (Field(2, "tensors"), Field(0, "error"), Field(4, "error")),
     "boft_dropout": (Field(0.5, "training"), Field(1.0, "error")),
     "init_weights": (Field(False, "start"), Field("zero", "error")),

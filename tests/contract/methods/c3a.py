@@ -1,4 +1,4 @@
-from tests.contract.case import LINEAR, Case, Field, Parity
+from tests.contract.case import LINEAR, Case, Field, Parity, tensors_of
 
 CASES = (
     Case("C3A", "plain", {"block_size": 4}, LINEAR, is_fresh=False),
@@ -41,9 +41,16 @@ PARITY = {
     ),
 }
 
+
+def _block_size() -> None:
+    given = {"target_modules": ["q_proj", "v_proj"]}
+    few, more = (tensors_of("C3A", block_size=value, **given) for value in (8, 4))
+    assert few.keys() == more.keys() and few != more
+
+
 FIELD_BASE = {"block_size": 8, "target_modules": ["q_proj", "v_proj"]}
 FIELDS = {
-    "block_size": (Field(4, "tensors"), Field(3, "error"), Field(0, "error")),
+    "block_size": (_block_size, Field(3, "error"), Field(0, "error")),
     "block_size_pattern": Field({"v_proj": 4}, "tensors"),
     "init_weights": (
         Field(True, "start"),

@@ -31,7 +31,11 @@ PARITY = {
 
 FIELD_BASE = {"n_frequency": 30, "target_modules": ["q_proj", "v_proj"]}
 FIELDS = {
-    "n_frequency": (Field(31, "tensors"), Field(0, "error"), Field(257, "error")),
+    "n_frequency": (
+        Field(31, "tensors", {"target_modules": ["lm_head"]}),
+        Field(0, "error"),
+        Field(257, "error"),
+    ),
     "scaling": Field(100.0, "output"),
     "random_loc_seed": Field(3, "output"),
     "n_frequency_pattern": Field({"v_proj": 4}, "tensors"),

@@ -1,4 +1,4 @@
-from tests.contract.case import LINEAR, Case, Field, Parity
+from tests.contract.case import LINEAR, Case, Field, Parity, tensors_of
 
 CASES = (
     Case("MISS", "plain", {"r": 4}, LINEAR),
@@ -22,10 +22,17 @@ PARITY = {
     ),
 }
 
+
+def _r() -> None:
+    given = {"target_modules": ["q_proj", "v_proj"]}
+    few, more = (tensors_of("MISS", r=value, **given) for value in (4, 8))
+    assert few.keys() == more.keys() and few != more
+
+
 FIELD_BASE = {"r": 4, "target_modules": ["q_proj", "v_proj"]}
 FIELDS = {
     "r": (
-        Field(8, "tensors"),
+        _r,
         Field(0, "error"),
         Field(17, "error"),
         Field(5, "error", {"init_weights": "bat"}),

@@ -1,4 +1,4 @@
-from tests.contract.case import CONVS, LINEAR, Case, Field, Parity
+from tests.contract.case import CONVS, LINEAR, Case, Field, Parity, tensors_of
 
 CASES = (
     Case("OFT", "plain", {"oft_block_size": 4}, (*LINEAR, "embedding", *CONVS)),
@@ -41,9 +41,16 @@ PARITY = {
     },
 }
 
+
+def _r() -> None:
+    given = {"target_modules": ["q_proj", "v_proj"], "oft_block_size": 0}
+    few, more = (tensors_of("OFT", r=value, **given) for value in (2, 4))
+    assert few.keys() == more.keys() and few != more
+
+
 FIELD_BASE = {"oft_block_size": 4, "target_modules": ["q_proj", "v_proj"]}
 FIELDS = {
-    "r": (Field(8, "tensors", {"oft_block_size": 0}), Field(2, "error")),
+    "r": (_r, Field(2, "error")),
     "oft_block_size": (Field(8, "tensors"), Field(0, "error")),
     "module_dropout": (Field(0.5, "training"), Field(1.0, "error")),
     "init_weights": (Field(False, "start"), Field("zero", "error")),

@@ -1,3 +1,4 @@
+from peft_dist import OSFConfig, PeftConfig
 from tests.contract.case import LINEAR, Case, Field, Parity
 
 CASES = (
@@ -28,6 +29,13 @@ PARITY = {
     ),
 }
 
+
+def _target_svd_config(tmp_path) -> None:
+    """HF PEFT reads it nowhere; it stays in the file."""
+    OSFConfig(target_svd_config={"lin0.weight": 8}).save_pretrained(tmp_path)
+    assert PeftConfig.from_pretrained(tmp_path).target_svd_config == {"lin0.weight": 8}
+
+
 FIELDS = {
     "effective_rank": (
         Field(3, "tensors"),
@@ -37,5 +45,5 @@ FIELDS = {
     ),
     "rank_pattern": Field({"v_proj": 4}, "tensors"),
     "init_weights": Field(False, "start"),
-    "target_svd_config": lambda: None,
+    "target_svd_config": _target_svd_config,
 }

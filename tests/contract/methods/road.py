@@ -18,6 +18,11 @@ PARITY = {
 FIELD_BASE = {"group_size": 8, "target_modules": ["q_proj", "v_proj"]}
 FIELDS = {
     "variant": (Field("road_2", "tensors"), Field("road_4", "tensors"), Field("road_3", "error")),
-    "group_size": (Field(4, "output"), Field(3, "error"), Field(0, "error"), Field(6, "error")),
+    "group_size": (
+        Field(4, "output", {"target_modules": ["lm_head"]}),
+        Field(3, "error"),
+        Field(0, "error"),
+        Field(6, "error"),
+    ),
     "init_weights": Field(False, "start"),
 }

@@ -1,4 +1,4 @@
-from tests.contract.case import LINEAR, Case, Field, Parity
+from tests.contract.case import LINEAR, Case, Field, Parity, tensors_of
 
 CASES = (
     Case("SHIRA", "plain", {"r": 2}, LINEAR),
@@ -19,9 +19,16 @@ PARITY = {
     ),
 }
 
+
+def _r() -> None:
+    given = {"target_modules": ["q_proj", "v_proj"]}
+    few, more = (tensors_of("SHIRA", r=value, **given) for value in (3, 4))
+    assert few.keys() == more.keys() and few != more
+
+
 FIELD_BASE = {"r": 3, "target_modules": ["q_proj", "v_proj"]}
 FIELDS = {
-    "r": (Field(4, "tensors"), Field(0, "error"), Field(9, "error")),
+    "r": (_r, Field(0, "error"), Field(9, "error")),
     "mask_type": Field("mine", "error"),
     "random_seed": Field(3, "start"),
     "init_weights": Field(False, "start"),

@@ -1,4 +1,4 @@
-from tests.contract.case import Case, Field, Parity
+from tests.contract.case import Case, Field, Parity, tensors_of
 
 CASES = (
     Case("TRAINABLE_TOKENS", "plain", {"token_indices": [3, 7, 0]}, ("embedding", "linear", "Conv1D")),
@@ -23,11 +23,19 @@ PARITY = {
     "trainable tokens of tied weights": Parity("gpt2", "TrainableTokensConfig", _TOKENS),
 }
 
+
+def _token_indices() -> None:
+    given = {}
+    few, more = (
+        tensors_of("TRAINABLE_TOKENS", token_indices=value, **given) for value in ([5, 2], [5, 2, 3])
+    )
+    assert few.keys() == more.keys() and few != more
+
+
 FIELD_BASE = {"token_indices": [5, 2, 3, 17, 40, 41, 42, 43, 44, 45]}
 FIELDS = {
     "token_indices": (
-        Field([5, 2], "tensors"),
-        Field([5, 2, 3, 17, 40, 41, 42, 43, 44, 55], "start"),
+        _token_indices,
         Field([64], "error"),
         Field([], "error"),
         Field([1, 1], "error"),

@@ -1,4 +1,4 @@
-from tests.contract.case import LINEAR, Case, Field, Parity
+from tests.contract.case import LINEAR, Case, Field, Parity, tensors_of
 
 CASES = (
     Case("WAVEFT", "plain", {"n_frequency": 20}, LINEAR),
@@ -47,9 +47,16 @@ PARITY = {
     },
 }
 
+
+def _n_frequency() -> None:
+    given = {"target_modules": ["q_proj", "v_proj"]}
+    few, more = (tensors_of("WAVEFT", n_frequency=value, **given) for value in (30, 31))
+    assert few.keys() == more.keys() and few != more
+
+
 FIELD_BASE = {"n_frequency": 30, "target_modules": ["q_proj", "up_proj"]}
 FIELDS = {
-    "n_frequency": (Field(31, "tensors"), Field(0, "error"), Field(385, "error")),
+    "n_frequency": (_n_frequency, Field(0, "error"), Field(385, "error")),
     "scaling": Field(100.0, "output"),
     "wavelet_family": (Field("db2", "output"), Field("db39", "error")),
     "use_idwt": Field(False, "output"),
