@@ -175,7 +175,7 @@ class PromptedModel(PooledModule):
                 raise
 
     def _refuse_recomputation(self, what: str) -> None:
-        if getattr(self.get_base_model(), "is_gradient_checkpointing", False):
+        if any(getattr(m, "gradient_checkpointing", False) for m in self.get_base_model().modules()):
             raise ConfigError(
                 f"{what}: does not work with gradient checkpointing, under which layers keep no keys and "
                 "values. Call gradient_checkpointing_disable() on the base, or use another prompt method."

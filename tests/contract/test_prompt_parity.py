@@ -28,8 +28,9 @@ PROMPTS: dict[str, Parity] = {
     ).items()
 }
 each = pytest.mark.parametrize("name", PROMPTS)
-# HF PEFT leaves labels of tokens and places of answers where they are: docs/differences.md.
-MISPLACED = {"prompt of tokens' classes", "prompt of answers"}
+# HF PEFT leaves labels of tokens and places of answers where they are, and counts nothing of a context without an
+# answer: docs/differences.md.
+MISPLACED = {"prompt of tokens' classes", "prompt of answers", "cpt of one token"}
 
 
 def make(name: str, library, **more):
@@ -164,10 +165,11 @@ def test_generation_is_theirs(name, tmp_path) -> None:
     how = {"attention_mask": torch.ones_like(ids), "do_sample": False, "pad_token_id": 0}
     if "task_ids" in (PROMPTS[name].forward or {}):
         how["task_ids"] = torch.tensor([2, 1])
-    for more in (
-        {"max_new_tokens": 6},
-        {"num_beams": 2, "max_new_tokens": 4},
-        {"max_new_tokens": 5, "use_cache": False},
-    ):
+    if name in ("multitask on T5", "multitask on BART"):
+        # HF PEFT leaves the decoder's tokens out when it generates: test_prompts.py says what is right.
+        return
+    for more in ({"max_new_tokens": 6}, {"max_length": 12}, {"num_beams": 2, "max_new_tokens": 4}):
         wanted = theirs.generate(input_ids=ids, **how, **more)
         assert torch.equal(ours.generate(input_ids=ids, **how, **more), wanted), more
+        # Without a cache HF PEFT takes a prefix for what it has read: the same tokens are due.
+        assert torch.equal(ours.generate(input_ids=ids, **how, **more, use_cache=False), wanted), more

@@ -10,7 +10,8 @@ ones less.
 
 Blau et al. 2024, arXiv:2410.17222. Where HF PEFT projects by giving the parameter other memory within each
 forward, and adds to the batch's `input_type_mask` in place, here a forward in evaluation changes nothing; while
-training the delta is brought back into its ball before a forward, in its own memory.
+training the delta is brought back into its ball before a forward, in its own memory. HF PEFT counts the batch's
+text on from the context's largest kind, which makes answers of a context that does not end in one something else.
 """
 
 from __future__ import annotations
@@ -100,7 +101,7 @@ class CPTConfig(PromptLearningConfig, PromptMethod):
             return p["embeddings"]
         delta = p["delta"] * self._moves(p["delta"])
         # The gradient passes the projection as it is, as of a projected step.
-        return p["context"] + delta + (self._projected(delta) - delta).detach()
+        return p["context"] + self._projected(delta).detach() + (delta - delta.detach())
 
     def constrain(self, p: Params) -> None:
         if "delta" in p:
@@ -125,7 +126,9 @@ class CPTConfig(PromptLearningConfig, PromptMethod):
     def targets(self, labels: Tensor, p: Params) -> tuple[Tensor, Tensor]:
         own = self._kinds(labels)
         types = p.get("input_type_mask", torch.full_like(labels, 4)).to(labels)
-        kinds = torch.cat([own.expand(len(labels), -1), types + own.max() * (types > 0)], dim=1)
+        # The batch's own text is an example more than the context has.
+        before = -(-int(own.max()) // 4) * 4
+        kinds = torch.cat([own.expand(len(labels), -1), types + before * (types > 0)], dim=1)
         is_answer = (kinds > 0) & (kinds % 4 == 0)
         context = torch.tensor(self.cpt_token_ids, device=labels.device).expand(len(labels), -1)
         weights = is_answer.to(torch.float32)
