@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_dist import checkpoint, hooks, inject, merge
-from peft_dist.catalog import METHODS, config_class, entry, prefix_of
+from peft_dist.catalog import METHODS, class_name, config_class, entry, prefix_of
 from peft_dist.config import PeftConfig
 from peft_dist.contract import Controller, Method, Params
 from peft_dist.errors import AdapterError, ConfigError, MergeError, suggest
@@ -368,7 +368,11 @@ class BaseTuner(hooks.Hooks, PooledModule):
 
 
 # Methods whose class does more than sit on layers: what it is derived from beside `BaseTuner`.
-_MORE: dict[str, str] = {}
+_MORE: dict[str, str] = {
+    "LORA": "peft_dist.weighted:WeightedLora",
+    "IA3": "peft_dist.weighted:WeightedIA3",
+    "ADALORA": "peft_dist.weighted:NoWeighted",
+}
 _made: dict[str, Any] = {}
 
 
@@ -395,18 +399,11 @@ def tuner_class(peft_type: str) -> Any:
                     "__module__": __name__,
                     "peft_type": name,
                     "prefix": prefix_of(name),
-                    "tuner_layer_cls": layer_class(f"{title.removesuffix('Model')}Layer", name),
+                    "tuner_layer_cls": layer_class(name),
                     "target_module_mapping": usual_targets(name),
                 },
             )
     return _made[name]
-
-
-def class_name(peft_type: str) -> str:
-    """What the class that stands on a base for a method is called: that of its config, with another end."""
-    config = entry(peft_type).config
-    title = config.__name__ if isinstance(config, type) else config.partition(":")[2]
-    return title.removesuffix("Config") + "Model"
 
 
 def __getattr__(name: str) -> Any:

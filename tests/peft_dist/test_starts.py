@@ -107,7 +107,7 @@ def test_fast_pissa_saves_its_random_directions(tmp_path) -> None:
 def test_olora_on_conv1d() -> None:
     """HF PEFT decomposes the stored, transposed weight: the factors do not fit a layer that is not square."""
     config = {"r": 4, "init_lora_weights": "olora", "fan_in_fan_out": True, "target_modules": ["c_attn"]}
-    with pytest.raises(RuntimeError, match="mat1 and mat2|size of tensor"):
+    with pytest.raises(RuntimeError, match=r"mat1 and mat2|size of tensor"):
         peft.get_peft_model(bases.gpt2(), peft.LoraConfig(**config))(input_ids=IDS)
     ours = peft_dist.get_peft_model(bases.gpt2(), peft_dist.LoraConfig(**config))
     close(logits(ours), logits(bases.gpt2()))

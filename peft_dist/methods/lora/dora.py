@@ -56,6 +56,9 @@ class Dora(Variant):
         W = base.weight().to(change.dtype)
         return self.factor(p, base)[:, None] * (W + change) - W
 
+    def factors(self, p: Params, site: Site) -> tuple[Tensor, Tensor] | None:
+        return None
+
     def added(self, p: Params, base: BaseLayer, x: Tensor) -> Tensor:
         plain = base.apply(base.weight().to(p["m"].dtype), x)
         return self._stretched(p, base, x, plain)

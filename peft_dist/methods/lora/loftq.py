@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from peft_dist.contract import BaseLayer, Param, Params, Site
 from peft_dist import starts
+from peft_dist.contract import BaseLayer, Param, Params, Site
 from peft_dist.errors import ConfigError
 from peft_dist.lazy import lazy
 from peft_dist.methods.lora.variant import Variant, linear_alone

@@ -48,6 +48,9 @@ class Variant(WeightMethod):
     def dropout(self) -> float:
         return self.lora.dropout
 
+    def facts(self, site: Site) -> dict[str, Any]:
+        return self.lora.facts(site)
+
     def params(self, site: Site) -> dict[str, Param]:
         return self.lora.params(site)
 
@@ -59,6 +62,10 @@ class Variant(WeightMethod):
 
     def delta(self, p: Params, base: BaseLayer) -> Tensor:
         return self.lora.delta(p, base)
+
+    def factors(self, p: Params, site: Site) -> tuple[Tensor, Tensor] | None:
+        """(B (out, k), A (k, in)) with dW = B A; None where dW is no product of such."""
+        return self.lora.factors(p, site)
 
     def bias_delta(self, p: Params, base: BaseLayer) -> Tensor | None:
         return self.lora.bias_delta(p, base)
@@ -139,6 +146,9 @@ class Residual(Variant):
 
     def delta(self, p: Params, base: BaseLayer) -> Tensor:
         return super().delta(self.widened(p), base)
+
+    def factors(self, p: Params, site: Site) -> tuple[Tensor, Tensor] | None:
+        return super().factors(self.widened(p), site)
 
     def added(self, p: Params, base: BaseLayer, x: Tensor) -> Tensor:
         return super().added(self.widened(p), base, x)

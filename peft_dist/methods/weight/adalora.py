@@ -143,6 +143,9 @@ class AdaLoraConfig(LoraConfig):
     def delta(self, p: Params, base: BaseLayer) -> Tensor:
         return self.scaling(base.site) * (p["B"] @ (p["A"] * p["E"]))
 
+    def factors(self, p: Params, site: Site) -> tuple[Tensor, Tensor] | None:
+        return super().factors(self._as_lora(p), site)
+
     def added(self, p: Params, base: BaseLayer, x: Tensor) -> Tensor:
         return super().added(self._as_lora(p), base, x)
 

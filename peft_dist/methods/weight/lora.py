@@ -235,6 +235,17 @@ class LoraConfig(TargetedConfig, WeightMethod):
         r, alpha = self.rank(site), by_pattern(self.alpha_pattern or {}, site.name, self.lora_alpha)
         return alpha / math.sqrt(r) if self.use_rslora else alpha / r
 
+    def facts(self, site: Site) -> dict[str, Any]:
+        dropout = torch.nn.Dropout(self.lora_dropout) if self.lora_dropout else torch.nn.Identity()
+        return {
+            "r": self.rank(site),
+            "lora_alpha": by_pattern(self.alpha_pattern, site.name, self.lora_alpha),
+            "scaling": self.scaling(site),
+            "lora_dropout": dropout,
+            "use_rslora": self.use_rslora,
+            "use_dora": self.use_dora,
+        }
+
     def params(self, site: Site) -> dict[str, Param]:
         r, zero = self.rank(site), self.init_lora_weights is not False
         a = starts.gaussian(r) if self.start == "gaussian" else starts.kaiming_uniform
@@ -275,6 +286,12 @@ class LoraConfig(TargetedConfig, WeightMethod):
             return self.scaling(base.site) * (B @ A)
         each = torch.bmm(B.unflatten(0, (groups, -1)), A.unflatten(0, (groups, -1)))
         return self.scaling(base.site) * each.flatten(0, 1)
+
+    def factors(self, p: Params, site: Site) -> tuple[Tensor, Tensor] | None:
+        """(B (out, k), A (k, in)) with dW = B A; None where dW is no product of such."""
+        if site.groups > 1:
+            return None
+        return self.scaling(site) * p["B"].flatten(1), p["A"].flatten(1)
 
     def bias_delta(self, p: Params, base: BaseLayer) -> Tensor | None:
         return p["bias"] - base.bias() if "bias" in p else None  # type: ignore[operator]
