@@ -17,6 +17,7 @@ _NAMES = {
     "peft_dist.methods.activation.ia3": ("IA3Config",),
     "peft_dist.methods.activation.oft": ("OFTConfig",),
     "peft_dist.methods.activation.road": ("RoadConfig",),
+    "peft_dist.methods.block.adaption_prompt": ("AdaptionPromptConfig",),
     "peft_dist.methods.prompt.cpt": ("CPTConfig",),
     "peft_dist.methods.prompt.multitask_prompt_tuning": (
         "MultitaskPromptTuningConfig",

@@ -253,6 +253,13 @@ METHODS: dict[str, Entry] = {
         False,
         "learned keys and values before each layer's own (arXiv:2101.00190)",
     ),
+    "ADAPTION_PROMPT": Entry(
+        "peft_dist.methods.block.adaption_prompt:AdaptionPromptConfig",
+        "adaption_",
+        ALL_TASKS,
+        False,
+        "learned tokens behind a gate in the last attention modules (arXiv:2303.16199)",
+    ),
     "CPT": Entry(
         "peft_dist.methods.prompt.cpt:CPTConfig",
         "prompt_",
@@ -348,6 +355,13 @@ def config_class(peft_type: str) -> Any:
 def prefix_of(peft_type: str) -> str:
     """What the names of the method's tensors in a checkpoint start with."""
     return entry(peft_type).prefix or config_class(peft_type).prefix
+
+
+def class_name(peft_type: str) -> str:
+    """What the class that stands on a base for a method is called: that of its config, with another end."""
+    config = entry(peft_type).config
+    title = config.__name__ if isinstance(config, type) else config.partition(":")[2]
+    return title.removesuffix("Config") + "Model"
 
 
 def is_free(name: str) -> bool:

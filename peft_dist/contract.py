@@ -220,6 +220,10 @@ class Method(ABC):
         """The saved form by name relative to the layer, where it is not the tensors themselves, else None."""
         return None
 
+    def facts(self, site: Site) -> dict[str, Any]:
+        """What programs read of a layer with it, by HF PEFT's names of a layer's attributes: r, scaling, ..."""
+        return {}
+
     def restore(self, saved: Mapping[str, Tensor], site: Site) -> Mapping[str, Tensor]:
         """The tensors by `Param.saved` or `key` from a checkpoint's, by name relative to the layer: undoes
         `export`, and reads older forms."""
@@ -311,6 +315,11 @@ class BlockMethod(Method):
 
     merges: ClassVar[bool] = False
     layers: ClassVar[frozenset[str]] = frozenset({"module"})
+
+    def blocks(self, names: Sequence[str], architecture: str | None) -> Sequence[str] | None:
+        """The blocks that it sits on, of a base's modules by their names in order; None for those that its
+        targets mean."""
+        return None
 
     @abstractmethod
     def params(self, site: Site) -> dict[str, Param]:

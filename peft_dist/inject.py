@@ -247,7 +247,8 @@ def _targeted(config: PeftConfig, found: dict[str, Place], facts: BaseFacts) -> 
     assert isinstance(config, Method)
     kind = _wrapper_of(config)
     chosen = []
-    for name in resolve(config, facts):
+    blocks = config.blocks(list(facts.layers), facts.architecture) if isinstance(config, BlockMethod) else None
+    for name in resolve(config, facts) if blocks is None else blocks:
         base = _door(found[name], kind)
         _check_kind(config, base)
         chosen.append(_Chosen(found[name], kind, base, config.at(base.site)))

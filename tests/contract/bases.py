@@ -17,6 +17,8 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
+    MistralConfig,
+    MistralForCausalLM,
     RobertaConfig,
     RobertaForSequenceClassification,
     T5Config,
@@ -90,6 +92,11 @@ def grouped() -> LlamaForCausalLM:
     return LlamaForCausalLM(
         LlamaConfig(**{**LLAMA, "hidden_size": 32, "num_attention_heads": 4, "head_dim": 6})
     )
+
+
+def mistral() -> MistralForCausalLM:
+    torch.manual_seed(0)
+    return MistralForCausalLM(MistralConfig(**{**LLAMA, "num_attention_heads": 4, "head_dim": 4}))
 
 
 def t5() -> T5ForConditionalGeneration:
