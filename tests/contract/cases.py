@@ -47,6 +47,7 @@ LARGE = {
     "linear": lambda: nn.Linear(60, 56),
     "linear without bias": lambda: nn.Linear(60, 56, bias=False),
     "Conv1D": lambda: Conv1D(56, 60),
+    "conv2d": lambda: nn.Conv2d(4, 10, (3, 2)),
 }
 
 
