@@ -79,10 +79,11 @@ class HRAConfig(TargetedConfig, OwnBias, Turning):
         u = p["u"].to(torch.promote_types(p["u"].dtype, torch.float32))
         if self.apply_GS:
             U = torch.linalg.qr(u)[0]
-            return U, 2 * U.T
+            return U.to(p["u"].dtype), (2 * U.T).to(p["u"].dtype)
         U = u / u.norm(dim=0)
         half = torch.eye(U.shape[1], dtype=U.dtype, device=U.device) / 2
-        return U, torch.linalg.solve_triangular(half + (U.T @ U).triu(1), U.T, upper=True)
+        V = torch.linalg.solve_triangular(half + (U.T @ U).triu(1), U.T, upper=True)
+        return U.to(p["u"].dtype), V.to(p["u"].dtype)
 
     def before(self, p: Params, base: BaseLayer, x: Tensor) -> Tensor:
         U, V = self._product(p)
