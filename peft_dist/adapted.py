@@ -27,12 +27,13 @@ from peft_dist.contract import (
     WeightMethod,
 )
 from peft_dist.errors import AdapterError, RowsError
+from peft_dist.layer_api import LayerApi
 from peft_dist.pool import AdapterPool, PooledModule
 from peft_dist.rows import BASE, Current, Cut, Rows, Segment, Split, drop, stream, uniform
 from peft_dist.sharding import is_partitioned, reach, whole_shape
 
 
-class AdapterModule(PooledModule):
+class AdapterModule(LayerApi, PooledModule):
     """What the wrappers below share: whose adapters are here, and which serve.
 
     Attributes:
@@ -252,7 +253,10 @@ class Adapted(AdapterModule):
 
     Attributes:
         base_layer: the frozen layer. base: its door.
+        casts: whether inputs are cast to the adapters' dtype; false where hooks of another library do it.
     """
+
+    casts = True
 
     def __init__(
         self,
@@ -283,7 +287,12 @@ class Adapted(AdapterModule):
             return super().__getattr__(attribute)
         except AttributeError:
             # in_features, num_embeddings and the like: models read them from their layers.
-            return getattr(super().__getattr__("base_layer"), attribute)
+            layer = super().__getattr__("base_layer")
+            if hasattr(layer, attribute) or attribute.startswith("_"):
+                return getattr(layer, attribute)
+            if found := self._facts(attribute):
+                return found
+            return getattr(layer, attribute)
 
     def levels(
         self, names: Sequence[str], rows: Rows | None = None, start: int = 0, stop: int | None = None
@@ -376,7 +385,7 @@ class Adapted(AdapterModule):
             return self.base_layer(x)
         if len(names) == 1:
             method, p = self.methods[names[0]], self.given(names[0])
-            if _dtype_of(p, x) == x.dtype:
+            if _dtype_of(p, x) == x.dtype or not self.casts:
                 return method.forward(p, self.base, x, entrance.of(method, p))
             framed = _Framed(self.base, x.dtype)
             return method.forward(p, framed, x, entrance.of(method, p)).to(framed.given)
@@ -492,11 +501,12 @@ class _Entrance:
 
     def of(self, method: SiteMethod, p: Params) -> Callable[[Tensor], Tensor]:
         dtype = _dtype_of(p)
+        casts = self.module.casts
 
         def enter(x: Tensor) -> Tensor:
             if not x.is_floating_point():
                 return x
-            x = x.to(dtype)
+            x = x.to(dtype) if casts else x
             if not self.drops(method):
                 return x
             if self.samples is None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_dist.adapted import AdapterModule
+from peft_dist.catalog import class_name
 from peft_dist.contract import Param
 
 
@@ -167,28 +168,88 @@ class BaseTunerLayer(metaclass=Answers):
             raise ValueError(f"adapter_names: {len(names)} names for {len(x)} rows. Name one for each.")
 
 
-def layer_class(
-    name: str, peft_type: str, of: tuple[type, ...] = (), bases: tuple[type, ...] = (BaseTunerLayer,)
-) -> type:
-    """A class that layers with adapters of a method are instances of.
+# What HF PEFT calls the class of a layer, by the kind of layer underneath, where that is not the kind's own name.
+_NAMES: dict[str, dict[str, str]] = {
+    "ADALORA": {"Linear": "SVDLinear", "Conv2d": "SVDConv2d"},
+    "C3A": {"Linear": "C3ALinear"},
+    "DELORA": {"Linear": "DeloraLinear"},
+    "FOURIERFT": {"Linear": "FourierFTLinear"},
+    "HRA": {"Linear": "HRALinear", "Conv2d": "HRAConv2d"},
+    "MISS": {"Linear": "MissLinear"},
+    "BONE": {"Linear": "BoneLinear"},
+    "WAVEFT": {"Linear": "WaveFTLinear"},
+}
+# Methods whose every layer is of one class.
+_ONE_CLASS = {"LN_TUNING": "LNTuningLayer", "TRAINABLE_TOKENS": "TrainableTokensLayer"}
+# Methods that have a class of their own for 8-bit and for 4-bit layers.
+_OWN_QUANTISED = frozenset({"LORA", "ADALORA", "IA3", "ROAD", "RANDLORA"})
+_KINDS = (
+    "Linear",
+    "Embedding",
+    "Conv1d",
+    "Conv2d",
+    "Conv3d",
+    "MultiheadAttention",
+    "ParamWrapper",
+    "Linear8bitLt",
+    "Linear4bit",
+)
+_made: dict[tuple[str, str], Any] = {}
 
-    Args:
-        of: what the layer underneath is; any where empty.
-        bases: classes that such a layer is an instance of too.
+
+def layer_class(peft_type: str, name: str | None = None) -> Any:
+    """The class that layers with adapters of a method are instances of: of any kind where no name is given, else
+    of the kind that HF PEFT calls so.
+
+    Raises:
+        AttributeError: there is no class of this name.
     """
+    title = f"{class_name(peft_type).removesuffix('Model')}Layer"
+    name = name or title
+    if (peft_type, name) not in _made:
+        kinds = [kind for kind in _KINDS if _called(peft_type, kind) == name]
+        if not kinds and name != title:
+            raise AttributeError(f"{peft_type} has no layer class {name!r}")
+        wanted = {peft_type, "ADALORA"} if peft_type == "LORA" and name == title else {peft_type}
 
-    def stands_for(module: AdapterModule) -> bool:
-        if peft_type not in peft_types(module):
-            return False
-        return not of or isinstance(_underneath(module), of)
+        def stands_for(module: AdapterModule) -> bool:
+            return bool(peft_types(module) & wanted) and (not kinds or _kind(module, peft_type) in kinds)
 
-    return type(name, bases, {"stands_for": staticmethod(stands_for), "__module__": __name__})
+        bases: tuple[Any, ...] = (BaseTunerLayer,) if name == title else (layer_class(peft_type),)
+        if peft_type == "ADALORA" and name == title:
+            bases = (layer_class("LORA"),)
+        _made[peft_type, name] = type(bases[0])(
+            name, bases, {"stands_for": staticmethod(stands_for), "__module__": __name__}
+        )
+    return _made[peft_type, name]
 
 
-def _underneath(module: Any) -> Any:
-    while isinstance(module, AdapterModule):
-        module = module.base_layer
-    return module
+def layer_title(module: Any) -> str:
+    """What HF PEFT calls a layer: `lora.Linear`."""
+    found = sorted(peft_types(module)) if isinstance(module, AdapterModule) else []
+    if not isinstance(module, AdapterModule):
+        return repr(module).partition("(")[0]
+    if not found:
+        return "ModulesToSaveWrapper"
+    name = _called(found[0], _kind(module, found[0]))
+    return name if found[0] in ("IA3", "TRAINABLE_TOKENS") else f"{found[0].lower()}.{name}"
+
+
+def _called(peft_type: str, kind: str) -> str:
+    return _ONE_CLASS.get(peft_type) or _NAMES.get(peft_type, {}).get(kind, kind)
+
+
+def _kind(module: AdapterModule, peft_type: str) -> str:
+    base: Any = getattr(module, "base", None)
+    if base is not None and base.site.kind == "experts":
+        return "ParamWrapper"
+    layer: Any = module
+    while isinstance(layer, AdapterModule):
+        layer = layer.base_layer
+    name = type(layer).__name__
+    if name in ("Linear8bitLt", "Linear4bit"):
+        return name if peft_type in _OWN_QUANTISED else "Linear"
+    return next((kind for kind in _KINDS[1:7] if isinstance(layer, getattr(nn, kind, ()))), "Linear")
 
 
 def tuner_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:

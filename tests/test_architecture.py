@@ -12,14 +12,14 @@ ROOT = Path(__file__).parent.parent
 LAYERS = {
     "peft_dist": [
         {"contract", "catalog", "errors", "lazy", "linalg", "starts", "config", "folder"},
-        {"base_layer", "targets", "sharding", "pool", "rows"},
+        {"base_layer", "targets", "sharding", "pool", "rows", "layer_api"},
         {"fused"},
         {"methods"},
         {"adapted", "tuner_layer"},
-        {"inject", "merge", "checkpoint", "optim", "hooks", "prompts", "eva", "corda", "combine", "weighted"},
+        {"inject", "merge", "checkpoint", "optim", "hooks", "prompts", "eva", "corda", "combine", "weighted", "convert"},
         {
-            "model", "tuner", "recompute", "tasks", "mixed", "compat", "loading", "tuner", "registry", "status", "auto",
-            "hotswap", "functional",
+            "model", "tuner", "recompute", "tasks", "mixed", "compat", "loading", "registry", "status", "auto",
+            "signatures", "scaling", "hotswap", "functional", "kbit",
         },
         {"__init__"},
     ],

@@ -239,7 +239,7 @@ class LoraConfig(TargetedConfig, WeightMethod):
         dropout = torch.nn.Dropout(self.lora_dropout) if self.lora_dropout else torch.nn.Identity()
         return {
             "r": self.rank(site),
-            "lora_alpha": by_pattern(self.alpha_pattern, site.name, self.lora_alpha),
+            "lora_alpha": by_pattern(self.alpha_pattern or {}, site.name, self.lora_alpha),
             "scaling": self.scaling(site),
             "lora_dropout": dropout,
             "use_rslora": self.use_rslora,
