@@ -8,9 +8,11 @@ from typing import Any
 _NAMES = {
     "peft_dist.catalog": ("PeftType", "TaskType"),
     "peft_dist.config": ("PeftConfig", "PromptLearningConfig", "get_peft_config"),
+    "peft_dist.convert": ("convert_to_lora", "save_as_lora"),
     "peft_dist.corda": ("preprocess_corda",),
     "peft_dist.eva": ("get_eva_state_dict", "initialize_lora_eva_weights"),
     "peft_dist.errors": ("PeftDistError",),
+    "peft_dist.kbit": ("prepare_model_for_int8_training", "prepare_model_for_kbit_training"),
     "peft_dist.loading": ("load_base",),
     "peft_dist.methods.activation.boft": ("BOFTConfig",),
     "peft_dist.methods.activation.hra": ("HRAConfig",),

@@ -15,7 +15,7 @@ import re
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -443,6 +443,7 @@ def save(
     save_embedding_layers: bool | Literal["auto"] = "auto",
     is_main_process: bool | None = None,
     whole_model: Mapping[str, Tensor] | None = None,
+    convert: Callable[[PeftConfig, dict[str, Tensor]], tuple[PeftConfig, dict[str, Tensor]]] | None = None,
 ) -> None:
     """Writes adapters to a directory or fsspec URL, from which HF PEFT and `read` load them.
 
@@ -452,6 +453,7 @@ def save(
 
     Args:
         is_main_process: whether this process writes; by default rank 0 of the default group does.
+        convert: makes of a config and its tensors what is written in their place.
 
     Raises:
         AdapterError: an adapter that is not there.
@@ -467,6 +469,8 @@ def save(
         tensors = state_dict(model, name, whole_model, save_embedding_layers)
         if writes:
             config = copy.copy(model.peft_config[name])
+            if convert is not None:
+                config, tensors = convert(config, tensors)
             config.inference_mode = True
             target = os.fspath(directory) if name == DEFAULT_ADAPTER else f"{os.fspath(directory)}/{name}"
             _write(target, config, tensors)

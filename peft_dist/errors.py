@@ -58,6 +58,10 @@ class MergeError(PeftDistError, ValueError):
     """An adapter that cannot be merged or unmerged, or not now."""
 
 
+class ConversionError(PeftDistError, TypeError):
+    """An adapter that cannot be said in another method's form."""
+
+
 class BaseModelError(PeftDistError, OSError):
     """A base model that is missing, damaged, unknown, or not allowed to load."""
 

@@ -11,7 +11,8 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from peft_dist import checkpoint, inject
+from peft_dist import checkpoint, convert, inject
+from peft_dist.base_layer import num_elements
 from peft_dist.catalog import METHODS, prefix_of
 from peft_dist.config import PeftConfig
 from peft_dist.contract import PromptMethod
@@ -202,18 +203,24 @@ class PeftModel(PromptedModel):
         save_directory: str | Path,
         safe_serialization: bool = True,
         selected_adapters: Any = None,
+        *,
+        path_initial_model_for_weight_conversion: str | Path | None = None,
         **kwargs: Any,
     ) -> None:
         """Writes complete HF PEFT directories: the adapter `default` into the directory itself, others into
         folders of their names. To be called on all ranks; rank 0 writes.
 
         Args:
+            path_initial_model_for_weight_conversion: of the adapter as it started from the base's own directions;
+                a plain LoRA of twice the rank is written, for the base as it is.
             kwargs: `save_embedding_layers` and `is_main_process`, as in `checkpoint.save`.
         """
         if not safe_serialization:
             raise ConfigError(
                 "save_pretrained: safe_serialization=False would write a pickle; only safetensors are."
             )
+        if path_initial_model_for_weight_conversion is not None:
+            kwargs["convert"] = convert.to_plain(path_initial_model_for_weight_conversion)
         checkpoint.save(self, save_directory, selected_adapters, **kwargs)
 
     @classmethod
@@ -304,8 +311,9 @@ class PeftModel(PromptedModel):
     # --- counts
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """(elements that are trained, all elements), partitioned ones counted whole."""
-        sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in self.parameters()]
+        """(elements that are trained, all elements): partitioned ones counted whole, packed 4-bit ones two to
+        a byte."""
+        sizes = [(num_elements(p), p.requires_grad) for p in self.parameters()]
         return sum(size for size, trained in sizes if trained), sum(size for size, _ in sizes)
 
     def print_trainable_parameters(self) -> None:
