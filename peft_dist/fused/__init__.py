@@ -1,0 +1,27 @@
+"""Layers with an adapter as one node of the autograd graph: cheaper paths to what methods define.
+
+One node keeps only what its backward reads, adds in place, and knows that the weight is frozen. `plain` says
+where that may be done; everywhere else a method runs the layer itself, so that hooks see it. Differentiating
+twice is refused by torch.
+"""
+
+from peft_dist.fused.changed import by_delta, changed, changed_by_kronecker, hadamard
+from peft_dist.fused.low_rank import low_rank, reflected, stretched
+from peft_dist.fused.plain import plain
+from peft_dist.fused.scaled import scaled, scaled_input
+from peft_dist.fused.turned import cayley_series, turned
+
+__all__ = [
+    "by_delta",
+    "cayley_series",
+    "changed",
+    "changed_by_kronecker",
+    "hadamard",
+    "low_rank",
+    "plain",
+    "reflected",
+    "scaled",
+    "scaled_input",
+    "stretched",
+    "turned",
+]

@@ -1,0 +1,118 @@
+"""A frozen layer and a change of low rank: LoRA and VeRA, DoRA, HRA."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from peft_dist.fused.plain import flat, linear
+from peft_dist.fused.scaled import sum_of_products
+
+
+def low_rank(
+    x: Tensor, entered: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scaling: float
+) -> Tensor:
+    """x W^T + b + s (entered A^T) B^T; `entered` may be x itself."""
+    return _LowRank.apply(x, entered, W, b, A, B, scaling)
+
+
+class _LowRank(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, entered: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scaling: float
+    ) -> Tensor:
+        rows = flat(x)
+        taken = rows if entered is x else flat(entered)
+        # The small product first: it fetches x for the large one.
+        h = torch.mm(taken, A.T)
+        y = linear(rows, W, b).addmm_(h, B.T, alpha=scaling)
+        ctx.save_for_backward(taken, h, W, A, B)
+        ctx.scaling, ctx.shape, ctx.is_same = scaling, x.shape, entered is x
+        return y.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        taken, h, W, A, B = ctx.saved_tensors
+        s, wanted, g = ctx.scaling, ctx.needs_input_grad, flat(gradient)
+        g_x = g_entered = None
+        u = torch.mm(g, B)
+        # beta = 0: the first argument lends its shape alone.
+        g_B = torch.addmm(B, g.T, h, beta=0, alpha=s) if wanted[5] else None
+        if wanted[0]:
+            g_x = torch.mm(g, W)
+            if ctx.is_same:
+                g_x.addmm_(u, A, alpha=s)
+            g_x = g_x.view(ctx.shape)
+        if wanted[1] and not ctx.is_same:
+            g_entered = torch.mm(u, A).mul_(s).view(ctx.shape)
+        g_A = torch.addmm(A, u.T, taken, beta=0, alpha=s) if wanted[4] else None
+        return g_x, g_entered, None, None, g_A, g_B, None
+
+
+def stretched(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, m: Tensor, scaling: float) -> Tensor:
+    """m / |W + s B A| * (x (W + s B A)^T) + b, where the lengths of the rows are constants for the gradient."""
+    return _Stretched.apply(x, W, b, A, B, m, scaling)
+
+
+class _Stretched(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, m: Tensor, scaling: float
+    ) -> Tensor:
+        rows = flat(x)
+        V = torch.addmm(W, B, A, alpha=scaling)
+        length = V.norm(dim=1)
+        y = torch.mm(rows, V.T)
+        ctx.save_for_backward(rows, y, W, A, B, m, length)
+        ctx.scaling, ctx.shape = scaling, x.shape
+        given = y * (m / length)
+        return (given if b is None else given.add_(b)).view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        rows, y, W, A, B, m, length = ctx.saved_tensors
+        s, wanted, g = ctx.scaling, ctx.needs_input_grad, flat(gradient)
+        g_x = g_A = g_B = None
+        g_m = sum_of_products(g, y).div_(length) if wanted[5] else None
+        g = g * (m / length)
+        u = torch.mm(g, B)
+        if wanted[4]:
+            g_B = torch.addmm(B, g.T, torch.mm(rows, A.T), beta=0, alpha=s)
+        if wanted[0]:
+            g_x = torch.mm(g, W).addmm_(u, A, alpha=s).view(ctx.shape)
+        if wanted[3]:
+            g_A = torch.addmm(A, u.T, rows, beta=0, alpha=s)
+        return g_x, None, None, g_A, g_B, g_m, None
+
+
+def reflected(x: Tensor, W: Tensor, b: Tensor | None, U: Tensor, V: Tensor) -> Tensor:
+    """(x - (x V^T) U^T) W^T + b, for U (in, r) and V (r, in)."""
+    return _Reflected.apply(x, W, b, U, V)
+
+
+class _Reflected(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, U: Tensor, V: Tensor) -> Tensor:
+        rows = flat(x)
+        h = torch.mm(rows, V.T)
+        y = linear(rows, W, b).addmm_(h, torch.mm(W, U).T, alpha=-1)
+        ctx.save_for_backward(rows, h, W, U, V)
+        ctx.shape = x.shape
+        return y.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        rows, h, W, U, V = ctx.saved_tensors
+        wanted = ctx.needs_input_grad
+        g = torch.mm(flat(gradient), W)
+        u = torch.mm(g, U)
+        g_U = torch.addmm(U, g.T, h, beta=0, alpha=-1) if wanted[3] else None
+        g_V = torch.addmm(V, u.T, rows, beta=0, alpha=-1) if wanted[4] else None
+        g_x = g.addmm_(u, V, alpha=-1).view(ctx.shape) if wanted[0] else None
+        return g_x, None, None, g_U, g_V

@@ -1,0 +1,55 @@
+"""Where a layer may be computed without being called."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from peft_dist.base_layer import Conv1DLayer, LinearLayer
+from peft_dist.contract import BaseLayer
+
+_DOORS, _LAYERS = (LinearLayer, Conv1DLayer), (nn.Linear, Conv1D)
+
+
+def plain(base: BaseLayer, x: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor | None] | None:
+    """(W, b) themselves, where the layer may be computed without being called; else None.
+
+    That is a frozen, whole, unquantised linear layer that nobody hooks into, in the dtype of x and of the
+    adapter's `tensors`, outside of autocast, compilation and functional transforms.
+    """
+    if type(base) not in _DOORS:
+        return None
+    layer = base.layer  # type: ignore[attr-defined]
+    weight, bias = layer._parameters.get("weight"), layer._parameters.get("bias")
+    if (
+        type(layer) not in _LAYERS
+        or "forward" in layer.__dict__
+        or layer._forward_pre_hooks
+        or layer._forward_hooks
+        or layer._backward_pre_hooks
+        or layer._backward_hooks
+        or type(weight) is not nn.Parameter
+        or weight.requires_grad
+        or hasattr(weight, "ds_id")
+        or x.dtype != weight.dtype
+        or any(t.dtype != x.dtype for t in tensors)
+        or x.ndim < 2
+        or (bias is not None and bias.requires_grad)
+        or torch.is_autocast_enabled(x.device.type)
+        or torch.compiler.is_compiling()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or nn.modules.module._has_any_global_hook()
+    ):
+        return None
+    return (weight if type(layer) is nn.Linear else weight.T), bias
+
+
+def linear(rows: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
+    """rows (n, in) -> (n, out)."""
+    return torch.mm(rows, W.T) if b is None else torch.addmm(b, rows, W.T)
+
+
+def flat(x: Tensor) -> Tensor:
+    """x (..., channels) as (rows, channels)."""
+    return x.reshape(-1, x.shape[-1])

@@ -1,0 +1,68 @@
+"""A frozen layer whose input or output channels are scaled: IA3."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from peft_dist.fused.plain import flat, linear
+
+
+def scaled(x: Tensor, W: Tensor, b: Tensor | None, scale: Tensor) -> Tensor:
+    """scale * (x W^T + b)."""
+    return _Scaled.apply(x, W, b, scale)
+
+
+class _Scaled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, scale: Tensor) -> Tensor:
+        y = linear(flat(x), W, b)
+        ctx.save_for_backward(y, W, scale)
+        ctx.shape = x.shape
+        return (y * scale).view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        y, W, scale = ctx.saved_tensors
+        g = flat(gradient)
+        g_scale = sum_of_products(g, y) if ctx.needs_input_grad[3] else None
+        g_x = torch.mm(g * scale, W).view(ctx.shape) if ctx.needs_input_grad[0] else None
+        return g_x, None, None, g_scale
+
+
+def scaled_input(x: Tensor, W: Tensor, b: Tensor | None, scale: Tensor) -> Tensor:
+    """(scale * x) W^T + b."""
+    return _ScaledInput.apply(x, W, b, scale)
+
+
+class _ScaledInput(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, scale: Tensor) -> Tensor:
+        rows = flat(x)
+        ctx.save_for_backward(rows, W, scale)
+        ctx.shape = x.shape
+        return linear(rows * scale, W, b).view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        rows, W, scale = ctx.saved_tensors
+        g = torch.mm(flat(gradient), W)
+        g_scale = sum_of_products(rows, g) if ctx.needs_input_grad[3] else None
+        g_x = g.mul_(scale).view(ctx.shape) if ctx.needs_input_grad[0] else None
+        return g_x, None, None, g_scale
+
+
+def sum_of_products(a: Tensor, b: Tensor) -> Tensor:
+    """The sum over rows of a * b."""
+    if a.device.type != "cpu" or a.dtype not in (torch.float32, torch.float64) or not len(a):
+        return (a * b).sum(0)
+    # The gradient of a layer norm's scale is this sum, taken in one pass, where the mean is 0 and the
+    # deviation 1.
+    zeros, ones = a.new_zeros(len(a), 1), a.new_ones(len(a), 1)
+    like, mask = a[0], (False, True, False)
+    return torch.ops.aten.native_layer_norm_backward(a, b, like.shape, zeros, ones, like, None, mask)[1]
