@@ -26,6 +26,7 @@ huggingface_hub = lazy("huggingface_hub")
 CONFIG_NAME = "adapter_config.json"
 # The version of HF PEFT whose files are written.
 PEFT_VERSION = "0.21.2"
+MIN_EXPECTED_CONFIG_KEYS = frozenset({"peft_type"})
 
 
 @dataclass
@@ -116,9 +117,15 @@ class PeftConfig:
                 "kept when it is saved. A newer version may have written them.",
                 stacklevel=2,
             )
+        chosen.check_age(values)
         config = chosen(**kept)
         config.unknown.update(unknown)
         return config
+
+    @classmethod
+    def check_age(cls, values: Mapping[str, Any]) -> None:
+        """Refuses what a version wrote whose tensors mean something else, or warns of it."""
+        return None
 
     @classmethod
     def from_peft_type(cls, **values: Any) -> PeftConfig:
@@ -164,7 +171,7 @@ class PeftConfig:
         if not path.is_file() and not where.exists():
             path = _from_hub(str(pretrained_model_name_or_path), subfolder, kwargs, path)
         values = cls.from_json_file(path)
-        if "peft_type" not in values:
+        if not MIN_EXPECTED_CONFIG_KEYS <= values.keys():
             raise ConfigError(f"{path}: has no peft_type, so it is no adapter's config.")
         return cls.from_dict(values)
 
@@ -192,6 +199,10 @@ class PeftConfig:
 def get_peft_config(config_dict: Mapping[str, Any]) -> PeftConfig:
     """The config that a dictionary describes, of the class that its `peft_type` names."""
     return PeftConfig.from_dict(config_dict)
+
+
+# HF PEFT's name of the same base.
+PeftConfigMixin = PeftConfig
 
 
 class TargetedConfig(PeftConfig):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from peft_dist import starts
 from peft_dist.config import TargetedConfig
-from peft_dist.contract import BaseLayer, Param, Params, Site
+from peft_dist.contract import BaseLayer, Enter, Param, Params, Site
 from peft_dist.errors import ConfigError
 from peft_dist.lazy import lazy
 from peft_dist.methods.activation.turning import Turning
@@ -23,7 +23,7 @@ from peft_dist.methods.weight.bias import OwnBias
 if TYPE_CHECKING:
     from torch import Tensor
 
-torch = lazy("torch")
+torch, fused = lazy("torch"), lazy("peft_dist.fused")
 
 
 @dataclass
@@ -92,6 +92,12 @@ class HRAConfig(TargetedConfig, OwnBias, Turning):
 
     def after(self, p: Params, base: BaseLayer, y: Tensor) -> Tensor:
         return self.with_bias(y, p, base)
+
+    def forward(self, p: Params, base: BaseLayer, x: Tensor, enter: Enter) -> Tensor:
+        frozen = fused.exactly(base, x, p["u"])
+        if not frozen:
+            return super().forward(p, base, x, enter)
+        return self.with_bias(fused.reflected(x, *frozen, *self._product(p)), p, base)
 
     def drawn_delta(self, p: Params, base: BaseLayer) -> Tensor:
         U, V = self._product(p)

@@ -11,13 +11,15 @@ while training, as in the paper; HF PEFT makes the layer for it and never calls 
 from __future__ import annotations
 
 import math
+import re
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from peft_dist import starts
 from peft_dist.config import TargetedConfig
-from peft_dist.contract import BaseLayer, Draw, Param, Params, Site
+from peft_dist.contract import BaseLayer, Draw, Enter, Param, Params, Site
 from peft_dist.errors import ConfigError
 from peft_dist.lazy import lazy
 from peft_dist.methods.activation.turning import Turning
@@ -26,7 +28,7 @@ from peft_dist.methods.weight.bias import OwnBias
 if TYPE_CHECKING:
     from torch import Tensor
 
-torch = lazy("torch")
+torch, fused = lazy("torch"), lazy("peft_dist.fused")
 
 
 @dataclass
@@ -87,6 +89,22 @@ class OFTConfig(TargetedConfig, OwnBias, Turning):
         if not 0 <= self.module_dropout < 1:
             raise ConfigError(f"OFTConfig.module_dropout: {self.module_dropout!r}; it lies in [0, 1).")
 
+    @classmethod
+    def check_age(cls, values: Mapping[str, Any]) -> None:
+        if "oft_block_size" not in values and "r" in values:
+            raise ConfigError(
+                "OFTConfig.oft_block_size: the file has none, so a version of HF PEFT before 0.14 wrote it, whose "
+                "tensors mean something else. Train the adapter again."
+            )
+        number = re.match(r"(\d+)\.(\d+)", str(values.get("peft_version") or "0.0"))
+        is_old = number is None or (int(number[1]), int(number[2])) < (0, 18)
+        if values.get("use_cayley_neumann") and is_old:
+            warnings.warn(
+                "OFTConfig.use_cayley_neumann: HF PEFT before 0.18 had another series; the adapter may say "
+                "something else here. Train it again.",
+                stacklevel=4,
+            )
+
     def block_size(self, site: Site) -> int:
         """b at `site`: what is asked for, or what divides and is nearest to it."""
         size = turned_size(site)
@@ -135,6 +153,8 @@ class OFTConfig(TargetedConfig, OwnBias, Turning):
         n = max(self.num_cayley_neumann_terms - 1, 3)
         if self.num_cayley_neumann_terms < 3:
             return (I + 2 * Q if self.num_cayley_neumann_terms == 2 else I + 0 * Q).expand(Q.shape)
+        if n == 4:
+            return fused.cayley_series(Q)
         R, power = I + 2 * Q, Q
         for _ in range(n - 2):
             power = power @ Q
@@ -146,6 +166,14 @@ class OFTConfig(TargetedConfig, OwnBias, Turning):
 
     def after(self, p: Params, base: BaseLayer, y: Tensor) -> Tensor:
         y = turn(y, self.rotation(p)) if base.site.kind == "embedding" else y
+        return self.with_bias(y, p, base)
+
+    def forward(self, p: Params, base: BaseLayer, x: Tensor, enter: Enter) -> Tensor:
+        frozen = fused.plain(base, x, p["Q"])
+        if not frozen:
+            return super().forward(p, base, x, enter)
+        R = self.rotation(p)
+        y = fused.turned(x, *frozen, R.expand(base.site.in_ // R.shape[-1], -1, -1))
         return self.with_bias(y, p, base)
 
     def drawn_delta(self, p: Params, base: BaseLayer) -> Tensor:

@@ -36,6 +36,7 @@ class TokenRows(WeightMethod):
 
     def params(self, site: Site) -> dict[str, Param]:
         tokens, (vocabulary, width) = self.token_indices, table(site)
+        check_tokens("token_indices", tokens)
         wrong = [token for token in tokens if not 0 <= token < vocabulary]
         if wrong:
             raise ConfigError(
@@ -154,4 +155,5 @@ class TrainableTokensConfig(TargetedConfig, TokenRows):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = "TRAINABLE_TOKENS"
-        check_tokens("TrainableTokensConfig.token_indices", self.token_indices)
+        if self.token_indices:
+            check_tokens("TrainableTokensConfig.token_indices", self.token_indices)
