@@ -7,7 +7,7 @@ twice is refused by torch.
 
 from peft_dist.fused.changed import by_delta, changed, changed_by_kronecker, hadamard
 from peft_dist.fused.low_rank import low_rank, reflected, stretched
-from peft_dist.fused.plain import plain
+from peft_dist.fused.plain import exactly, plain
 from peft_dist.fused.scaled import scaled, scaled_input
 from peft_dist.fused.turned import cayley_series, turned
 
@@ -16,6 +16,7 @@ __all__ = [
     "cayley_series",
     "changed",
     "changed_by_kronecker",
+    "exactly",
     "hadamard",
     "low_rank",
     "plain",

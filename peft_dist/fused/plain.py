@@ -45,6 +45,11 @@ def plain(base: BaseLayer, x: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor 
     return (weight if type(layer) is nn.Linear else weight.T), bias
 
 
+def exactly(base: BaseLayer, x: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor | None] | None:
+    """`plain` where a sum of the weight and a small change keeps the change: not in half precision."""
+    return plain(base, x, *tensors) if x.dtype in (torch.float32, torch.float64) else None
+
+
 def linear(rows: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
     """rows (n, in) -> (n, out)."""
     return torch.mm(rows, W.T) if b is None else torch.addmm(b, rows, W.T)

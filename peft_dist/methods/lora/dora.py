@@ -14,12 +14,12 @@ from peft_dist import starts
 from peft_dist.contract import BaseLayer, Enter, Param, Params, Site
 from peft_dist.lazy import lazy
 from peft_dist.methods.lora.variant import Variant
-from peft_dist.methods.weight.lora import per_channel
+from peft_dist.methods.weight.lora import LoraConfig, per_channel
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-torch = lazy("torch")
+torch, fused = lazy("torch"), lazy("peft_dist.fused")
 
 LENGTHS = "lora_magnitude_vector"
 
@@ -64,7 +64,12 @@ class Dora(Variant):
         return self._stretched(p, base, x, plain)
 
     def forward(self, p: Params, base: BaseLayer, x: Tensor, enter: Enter) -> Tensor:
-        y, entered = base(x), enter(x)
+        entered = enter(x)
+        if type(self.lora) is LoraConfig and "bias" not in p and entered is x:
+            if frozen := fused.exactly(base, x, *p.values()):
+                s = self.lora.scaling(base.site)
+                return fused.stretched(x, *frozen, p["A"], p["B"], p["m"].flatten(), s)
+        y = base(x)
         if entered is not x and self.dropout:
             return y + self.added(p, base, entered)
         # Nothing was dropped: what the layer gave serves again.

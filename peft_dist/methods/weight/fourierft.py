@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from peft_dist import starts
 from peft_dist.config import TargetedConfig
-from peft_dist.contract import BaseLayer, Param, Params, Site
+from peft_dist.contract import BaseLayer, Enter, Param, Params, Site
 from peft_dist.errors import ConfigError
 from peft_dist.lazy import lazy
 from peft_dist.methods.weight.bias import BiasedMethod
@@ -19,7 +19,7 @@ from peft_dist.targets import by_pattern
 if TYPE_CHECKING:
     from torch import Tensor
 
-torch = lazy("torch")
+torch, fused = lazy("torch"), lazy("peft_dist.fused")
 
 
 @dataclass
@@ -76,8 +76,25 @@ class FourierFTConfig(TargetedConfig, BiasedMethod):
         spectrum = p["spectrum"]
         # There is no transform in half precision.
         exact = spectrum.to(torch.promote_types(spectrum.dtype, torch.float32))
-        F = exact.new_zeros(base.site.out * base.site.in_).scatter(0, p["places"], exact)
-        return (torch.fft.ifft2(F.view(base.shape)).real * self.scaling).to(spectrum.dtype)
+        dW = real_transform(exact * self.scaling, p["places"], *base.shape)
+        return dW.to(spectrum.dtype)
+
+    def forward(self, p: Params, base: BaseLayer, x: Tensor, enter: Enter) -> Tensor:
+        return fused.by_delta(self, p, base, x, enter)
+
+
+def real_transform(values: Tensor, places: Tensor, out: int, in_: int) -> Tensor:
+    """Re ifft2 of a matrix (out, in) with `values` at `places`. It is the transform of F and its conjugate
+    mirror image, halved, of which the first in // 2 + 1 columns say all."""
+    width = in_ // 2 + 1
+    u, v = places // in_, places % in_
+    is_right = v >= width
+    u, v = torch.where(is_right, -u % out, u), torch.where(is_right, in_ - v, v)
+    # The first column, and the middle one of an even number, hold both an entry and its mirror image.
+    is_own = (v == 0) | (2 * v == in_)
+    halves = torch.cat([values, values * is_own]) / 2
+    F = values.new_zeros(out * width).index_add(0, torch.cat([u * width + v, -u % out * width + v]), halves)
+    return torch.fft.irfft2(F.view(out, width), s=(out, in_))
 
 
 def check_number(where: str, n: int, site: Site) -> None:

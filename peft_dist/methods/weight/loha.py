@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, ClassVar
 
 from peft_dist import starts
 from peft_dist.config import TargetedConfig
-from peft_dist.contract import BaseLayer, Param, Params, Site
+from peft_dist.contract import BaseLayer, Enter, Param, Params, Site
 from peft_dist.lazy import lazy
 from peft_dist.methods.weight.lycoris import LycorisMethod
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-torch = lazy("torch")
+torch, fused = lazy("torch"), lazy("peft_dist.fused")
 
 
 @dataclass
@@ -54,7 +54,7 @@ class LoHaConfig(TargetedConfig, LycorisMethod):
     modules_to_save: list[str] | None = None
 
     prefix: ClassVar[str] = "hada_"
-    full_size: ClassVar[int] = 3
+    full_size: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -79,11 +79,22 @@ class LoHaConfig(TargetedConfig, LycorisMethod):
     def delta(self, p: Params, base: BaseLayer) -> Tensor:
         s = self.scaling(base.site)
         if not self.is_tensor(base.site):
-            return (s * p["A1"] @ p["B1"]) * (p["A2"] @ p["B2"])
-        first, second = (
-            torch.einsum("ijkl,io,jc->ockl", p[f"T{i}"], p[f"A{i}"], p[f"B{i}"]).flatten(1) for i in (1, 2)
-        )
-        return s * first * second
+            return fused.hadamard(p["A1"], p["B1"], p["A2"], p["B2"], s)
+        factors = [p[f"{name}{i}"] for i in (1, 2) for name in ("T", "A", "B")]
+        # The backward makes both products again.
+        return s * torch.utils.checkpoint.checkpoint(_product, *factors, use_reentrant=False)
+
+    def forward(self, p: Params, base: BaseLayer, x: Tensor, enter: Enter) -> Tensor:
+        if self.is_thinned(p):
+            return super().forward(p, base, x, enter)
+        return fused.by_delta(self, p, base, x, enter)
 
     def added(self, p: Params, base: BaseLayer, x: Tensor) -> Tensor:
         return self.thinned(base.apply(self.delta(p, base), x), p, base.site)
+
+
+def _product(T1: Tensor, A1: Tensor, B1: Tensor, T2: Tensor, A2: Tensor, B2: Tensor) -> Tensor:
+    first, second = (
+        torch.einsum("ijkl,io,jc->ockl", T, A, B).flatten(1) for T, A, B in ((T1, A1, B1), (T2, A2, B2))
+    )
+    return first * second

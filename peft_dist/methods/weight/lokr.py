@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from peft_dist import starts
 from peft_dist.config import TargetedConfig
-from peft_dist.contract import BaseLayer, Param, Params, Site
+from peft_dist.contract import BaseLayer, Enter, Param, Params, Site
 from peft_dist.errors import ConfigError
 from peft_dist.lazy import lazy
 from peft_dist.methods.weight.lycoris import LycorisMethod
@@ -22,7 +22,7 @@ from peft_dist.methods.weight.lycoris import LycorisMethod
 if TYPE_CHECKING:
     from torch import Tensor
 
-torch = lazy("torch")
+torch, fused = lazy("torch"), lazy("peft_dist.fused")
 
 
 @dataclass
@@ -122,6 +122,12 @@ class LoKrConfig(TargetedConfig, LycorisMethod):
         if base.site.kind == "conv1d" and "W2" in p:
             return torch.kron(first, p["W2"]).reshape(base.site.out, -1)
         return torch.kron(first, second)
+
+    def forward(self, p: Params, base: BaseLayer, x: Tensor, enter: Enter) -> Tensor:
+        frozen = None if self.is_thinned(p) else fused.exactly(base, x, *p.values())
+        if not frozen:
+            return super().forward(p, base, x, enter)
+        return fused.changed_by_kronecker(x, *frozen, *self.pair(p, base.site))
 
     def added(self, p: Params, base: BaseLayer, x: Tensor) -> Tensor:
         y = base.apply(self.delta(p, base), x)

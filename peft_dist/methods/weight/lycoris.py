@@ -61,6 +61,10 @@ class LycorisMethod(WeightMethod):
         wanted = {"rows_kept": Draw((site.out,))} if self.rank_dropout else {}
         return {**wanted, "kept": Draw((1,))} if self.module_dropout else wanted
 
+    def is_thinned(self, p: Params) -> bool:
+        """Whether chance leaves something out."""
+        return "rows_kept" in p or "kept" in p
+
     def thinned(self, y: Tensor, p: Params, site: Site, is_rescaled: bool = True) -> Tensor:
         """y, what dW adds, without what chance leaves out; the rest of the rows rescaled to the same mean."""
         if "rows_kept" in p:

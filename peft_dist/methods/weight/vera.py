@@ -12,13 +12,16 @@ from typing import TYPE_CHECKING, ClassVar
 
 from peft_dist import starts
 from peft_dist.config import TargetedConfig
-from peft_dist.contract import BaseLayer, Method, Param, Params, Site
+from peft_dist.contract import BaseLayer, Enter, Method, Param, Params, Site
 from peft_dist.errors import ConfigError
+from peft_dist.lazy import lazy
 from peft_dist.methods.weight import projections
 from peft_dist.methods.weight.bias import BiasedMethod
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+fused = lazy("peft_dist.fused")
 
 
 @dataclass
@@ -97,6 +100,14 @@ class VeraConfig(TargetedConfig, BiasedMethod):
         out, in_ = base.shape
         h = base.apply(p["A"][:, :in_], x) * p["d"]
         return self.with_bias(base.mix(p["B"][:out], h) * p["b"], p, base)
+
+    def forward(self, p: Params, base: BaseLayer, x: Tensor, enter: Enter) -> Tensor:
+        frozen = fused.plain(base, x, p["b"], p["d"])
+        if not frozen:
+            return super().forward(p, base, x, enter)
+        out, in_ = base.shape
+        B = p["b"][:, None] * p["B"][:out] * p["d"]
+        return self.with_bias(fused.low_rank(x, enter(x), *frozen, p["A"][:, :in_], B, 1.0), p, base)
 
     def restore(self, saved: Mapping[str, Tensor], site: Site) -> Mapping[str, Tensor]:
         is_shared = site.kind == "module"
