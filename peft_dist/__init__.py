@@ -5,8 +5,20 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from peft_dist import compat
+
 _NAMES = {
+    "peft_dist.auto": (
+        "AutoPeftModel",
+        "AutoPeftModelForCausalLM",
+        "AutoPeftModelForFeatureExtraction",
+        "AutoPeftModelForQuestionAnswering",
+        "AutoPeftModelForSeq2SeqLM",
+        "AutoPeftModelForSequenceClassification",
+        "AutoPeftModelForTokenClassification",
+    ),
     "peft_dist.catalog": ("PeftType", "TaskType"),
+    "peft_dist.compat": ("install",),
     "peft_dist.config": ("PeftConfig", "PromptLearningConfig", "get_peft_config"),
     "peft_dist.convert": ("convert_to_lora", "save_as_lora"),
     "peft_dist.corda": ("preprocess_corda",),
@@ -66,8 +78,8 @@ _NAMES = {
         "register_peft_method",
     ),
     "peft_dist.rows": ("Rows",),
+    "peft_dist.status": ("get_layer_status", "get_model_status"),
     "peft_dist.tasks": (
-        "AutoPeftModelForCausalLM",
         "PeftModelForCausalLM",
         "PeftModelForFeatureExtraction",
         "PeftModelForQuestionAnswering",
@@ -75,21 +87,26 @@ _NAMES = {
         "PeftModelForSequenceClassification",
         "PeftModelForTokenClassification",
     ),
+    "peft_dist.tuner": ("BaseTuner",),
 }
 _HOMES = {name: module for module, names in _NAMES.items() for name in names}
 # The classes of the tasks register themselves with the model's file when they are imported.
 _WITH_TASKS = frozenset({"PeftModel", "get_peft_model"})
 
-__all__ = sorted(_HOMES)
+__all__ = sorted({*_HOMES, *compat.TOP})
+compat.enter()
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'peft_dist' has no attribute {name!r}")
     if name in _WITH_TASKS:
         importlib.import_module("peft_dist.tasks")
         importlib.import_module("peft_dist.mixed")
-    value = getattr(importlib.import_module(_HOMES[name]), name)
+    if name in _HOMES:
+        value = getattr(importlib.import_module(_HOMES[name]), name)
+    elif name in compat.PATHS:
+        value = importlib.import_module(f"peft_dist.{name}")
+    else:
+        value = compat.at_top(name)
     globals()[name] = value
     return value
 

@@ -15,7 +15,15 @@ import torch
 from torch import nn
 
 from peft_dist.adapted import Adapted, AdaptedBlock, AdapterModule, Replaced
-from peft_dist.base_layer import OUT_PROJ, Layer, ParameterLayer, door, has_door, kind_of
+from peft_dist.base_layer import (
+    OUT_PROJ,
+    Layer,
+    ParameterLayer,
+    adopt_quantised,
+    door,
+    has_door,
+    kind_of,
+)
 from peft_dist.config import PeftConfig, TargetedConfig
 from peft_dist.contract import BlockMethod, Method, ReplaceMethod
 from peft_dist.errors import AdapterError, TargetError
@@ -189,6 +197,7 @@ def inject(
             "hold. Use get_peft_model."
         )
     freeze(model)
+    adopt_quantised(place.layer for place in found.values())
     fills = start and not low_cpu_mem_usage
     try:
         if shared:
@@ -247,7 +256,9 @@ def _targeted(config: PeftConfig, found: dict[str, Place], facts: BaseFacts) -> 
     assert isinstance(config, Method)
     kind = _wrapper_of(config)
     chosen = []
-    blocks = config.blocks(list(facts.layers), facts.architecture) if isinstance(config, BlockMethod) else None
+    blocks = (
+        config.blocks(list(facts.layers), facts.architecture) if isinstance(config, BlockMethod) else None
+    )
     for name in resolve(config, facts) if blocks is None else blocks:
         base = _door(found[name], kind)
         _check_kind(config, base)

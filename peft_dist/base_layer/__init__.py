@@ -2,10 +2,11 @@
 meta."""
 
 from peft_dist.base_layer.attention import OUT_PROJ
-from peft_dist.base_layer.doors import door, has_door, kind_of
+from peft_dist.base_layer.doors import adopt_quantised, door, has_door, kind_of
 from peft_dist.base_layer.experts import ParameterLayer
 from peft_dist.base_layer.layer import Layer
 from peft_dist.base_layer.linear import Conv1DLayer, EmbeddingLayer, LinearLayer
+from peft_dist.base_layer.quantised import num_elements
 
 __all__ = [
     "OUT_PROJ",
@@ -14,7 +15,9 @@ __all__ = [
     "Layer",
     "LinearLayer",
     "ParameterLayer",
+    "adopt_quantised",
     "door",
     "has_door",
     "kind_of",
+    "num_elements",
 ]

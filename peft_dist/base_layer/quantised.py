@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from peft_dist.base_layer.layer import Layer
 from peft_dist.lazy import lazy
-from peft_dist.sharding import gathered
+from peft_dist.sharding import gathered, whole_shape
 
 bitsandbytes = lazy("bitsandbytes")
 
@@ -40,6 +40,14 @@ def is_4bit(kind: type[nn.Module]) -> bool:
 
 def _is_named(kind: type, name: str) -> bool:
     return any(k.__name__ == name and k.__module__.startswith("bitsandbytes.") for k in kind.__mro__)
+
+
+def num_elements(parameter: Any) -> int:
+    """How many numbers a parameter stands for: a partitioned one's all, two for each byte of a packed 4-bit
+    one."""
+    stored = whole_shape(parameter).numel()
+    is_packed = type(parameter).__name__ == "Params4bit" and parameter.bnb_quantized
+    return stored * 2 * parameter.element_size() if is_packed else stored
 
 
 class QuantisedLayer(Layer):
