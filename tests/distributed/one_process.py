@@ -18,7 +18,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from peft_dist import IA3Config, LoraConfig, PromptTuningConfig, Rows, get_peft_model
+from peft_dist import (
+    DeloraConfig,
+    GraloraConfig,
+    IA3Config,
+    LoHaConfig,
+    LoKrConfig,
+    LoraConfig,
+    PolyConfig,
+    PromptTuningConfig,
+    RandLoraConfig,
+    Rows,
+    VBLoRAConfig,
+    VeraConfig,
+    get_peft_model,
+)
 from peft_dist.config import PeftConfig
 from peft_dist.model import PeftModel
 from peft_dist.optim import AdapterOptimizer, Hyper
@@ -27,6 +41,9 @@ from peft_dist.sharding import elements_at_rest, partition_base
 VOCAB, LENGTH, MICRO_BATCHES, PER_MICRO_BATCH, STEPS, SEED = 32, 9, 2, 4, 3, 11
 ZERO3 = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
 HYPER = Hyper(1e-3, weight_decay=0.01, max_grad_norm=1.0)
+
+SOME: dict[str, Any] = {"target_modules": ["q_proj", "v_proj", "down_proj"], "task_type": "CAUSAL_LM"}
+NUM_TASKS = 3
 
 # Every method of the catalog, with a start that reads the base where it has one.
 METHODS: dict[str, Callable[[], PeftConfig]] = {
@@ -45,6 +62,14 @@ METHODS: dict[str, Callable[[], PeftConfig]] = {
     "PROMPT_TUNING": lambda: PromptTuningConfig(
         num_virtual_tokens=3, prompt_tuning_init="SAMPLE_VOCAB", task_type="CAUSAL_LM"
     ),
+    "LOHA": lambda: LoHaConfig(r=3, rank_dropout=0.2, **SOME),
+    "LOKR": lambda: LoKrConfig(r=1, module_dropout=0.3, **SOME),
+    "VERA": lambda: VeraConfig(r=5, vera_dropout=0.1, **SOME),
+    "RANDLORA": lambda: RandLoraConfig(r=5, randlora_alpha=2, save_projection=False, **SOME),
+    "VBLORA": lambda: VBLoRAConfig(r=2, num_vectors=9, vector_length=8, **SOME),
+    "GRALORA": lambda: GraloraConfig(r=4, hybrid_r=2, gralora_dropout=0.1, **SOME),
+    "DELORA": lambda: DeloraConfig(r=3, **SOME),
+    "POLY": lambda: PolyConfig(r=3, n_tasks=NUM_TASKS, n_splits=2, **SOME),
 }
 
 
@@ -155,7 +180,8 @@ def train(
             ids, labels, indices = batch(step, micro)
             names = None if choose is None else [choose(int(i) % PER_MICRO_BATCH) for i in indices]
             with model.using(Rows(adapters=names, samples=indices, seed=SEED, step=step)):
-                logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+                more = read(model, indices)
+                logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), **more).logits
                 loss = token_loss_sum(logits, labels) / num_target_tokens(step)
                 loss.backward()
             loss_sum += loss.detach()
@@ -175,6 +201,12 @@ def train(
     return report
 
 
+def read(model: PeftModel, indices: Tensor) -> dict[str, Tensor]:
+    """What the model's adapters read of the samples with these indices."""
+    names = {name for config in model.peft_config.values() for name in getattr(config, "reads", ())}
+    return dict.fromkeys(names, indices % NUM_TASKS)
+
+
 def evaluate(model: PeftModel) -> Tensor:
     """Logits of one batch that every rank sees whole."""
     generator = torch.Generator().manual_seed(99)
@@ -182,7 +214,7 @@ def evaluate(model: PeftModel) -> Tensor:
     was_training = model.training
     model.eval()
     with torch.no_grad():
-        logits = model(input_ids=ids).logits
+        logits = model(input_ids=ids, **read(model, torch.arange(2))).logits
     model.train(was_training)
     return logits.clone()
 
