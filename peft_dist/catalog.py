@@ -364,6 +364,28 @@ def class_name(peft_type: str) -> str:
     return title.removesuffix("Config") + "Model"
 
 
+# What has no layers of its own to share with others, or decides over them all.
+_ALONE = frozenset(
+    {
+        "PROMPT_TUNING",
+        "MULTITASK_PROMPT_TUNING",
+        "P_TUNING",
+        "PREFIX_TUNING",
+        "CPT",
+        "ADAPTION_PROMPT",
+        "XLORA",
+        "POLY",
+        "OSF",
+    }
+)
+
+
+def mixes(peft_type: str) -> bool:
+    """Whether adapters of the method can stand beside others' in a `PeftMixedModel`."""
+    name = str(peft_type).upper()
+    return entry(name).mixes and name not in _ALONE
+
+
 def is_free(name: str) -> bool:
     """Whether no method is called so, or only an entry point that was not read yet."""
     return name not in METHODS or METHODS[name].summary == _NOT_READ

@@ -17,6 +17,7 @@ from peft_dist.catalog import (
     TaskType,
     config_class,
     is_free,
+    mixes,
     prefix_of,
 )
 from peft_dist.config import PeftConfig
@@ -123,7 +124,7 @@ def _types() -> list[str]:
 
 
 def _mixing() -> list[str]:
-    return [PeftType[name] for name, row in METHODS.items() if row.mixes]
+    return [PeftType[name] for name in METHODS if mixes(name)]
 
 
 PEFT_TYPE_TO_CONFIG_MAPPING = Column(config_class, _types)

@@ -1,0 +1,16 @@
+"""HF PEFT's tables of usual targets, by the names of methods."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft_dist.catalog import PeftType
+from peft_dist.targets import DEFAULT_FEEDFORWARD, usual_targets
+
+TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING = DEFAULT_FEEDFORWARD
+
+
+def __getattr__(name: str) -> Any:
+    if name in PeftType.__members__:
+        return {key: t if isinstance(t, str) else list(t) for key, t in usual_targets(name).items()}
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
