@@ -171,7 +171,7 @@ class PeftConfig:
         if not path.is_file() and not where.exists():
             path = _from_hub(str(pretrained_model_name_or_path), subfolder, kwargs, path)
         values = cls.from_json_file(path)
-        if not MIN_EXPECTED_CONFIG_KEYS <= values.keys():
+        if not values.keys() >= MIN_EXPECTED_CONFIG_KEYS:
             raise ConfigError(f"{path}: has no peft_type, so it is no adapter's config.")
         return cls.from_dict(values)
 

@@ -21,7 +21,7 @@ _TUNERS = {
     "ln_tuning": "config layer model",
     "loha": "config layer model",
     "lokr": "config layer model",
-    "lora": _words(
+    "lora": (
         "aqlm arrow awq bnb config conversion corda dora eetq eva gptq hqq inc intruders layer loraga model "
         "monteclora te torchao tp_layer variants velora"
     ),
@@ -81,18 +81,18 @@ LAYERS_IN = frozenset(folder for folder, names in _TUNERS.items() if "layer" in 
 
 _TARGETS = {
     f"TRANSFORMERS_MODELS_TO_{name.replace('_', '')}_TARGET_MODULES_MAPPING": f"peft_dist.compat.targets:{name}"
-    for name in (
+    for name in _words(
         "ADALORA BOFT C3A DELORA FOURIERFT GRALORA HRA IA3 LN_TUNING LOHA LOKR LORA MISS OFT OSF POLY RANDLORA ROAD "
         "SHIRA VBLORA VERA WAVEFT"
-    ).split()
+    )
 }
 _MODELS = {
     name: f"peft_dist.tuner:{name}"
-    for name in (
+    for name in _words(
         "AdaLoraModel AdaptionPromptModel BOFTModel BoneModel C3AModel DeloraModel FourierFTModel GraloraModel "
-        "HRAModel IA3Model LNTuningModel LoHaModel LoKrModel LoraModel MissModel OFTModel OSFModel PolyModel RandLoraModel "
-        "RoadModel ShiraModel TrainableTokensModel VBLoRAModel VeraModel WaveFTModel XLoraModel"
-    ).split()
+        "HRAModel IA3Model LNTuningModel LoHaModel LoKrModel LoraModel MissModel OFTModel OSFModel PolyModel "
+        "RandLoraModel RoadModel ShiraModel TrainableTokensModel VBLoRAModel VeraModel WaveFTModel XLoraModel"
+    )
 }
 
 
@@ -161,19 +161,21 @@ PUBLIC: dict[str, str] = {
 _LATER = "this package does not have it. Leave it out, or train with HF PEFT and convert the adapter to LoRA there."
 # Names that programs import and that say so when they are used.
 REFUSED = dict.fromkeys(
-    (
+    _words(
         "ArrowConfig BdLoraConfig KasaConfig LoraGAConfig MontecloraConfig VeloraConfig create_arrow_model "
         "preprocess_loraga create_lorafa_optimizer create_riemannian_optimizer"
-    ).split(),
+    ),
     _LATER,
 )
 # Of those, the names that `import peft` has itself.
 TOP = frozenset(
-    (
-        "NoMatchingPeftModuleError PeftError PeftWarning TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING "
-        "__version__ bloom_model_postprocess_past_key_value cast_mixed_precision_params find_kappa_target_modules "
-        "get_base_model_state_dict load_peft_weights set_base_model_state_dict shift_tokens_right "
-    )
-    + list(_MODELS)
-    + [name for name in REFUSED if not name.endswith("_optimizer")]
+    [
+        *_words(
+            "NoMatchingPeftModuleError PeftError PeftWarning __version__ bloom_model_postprocess_past_key_value "
+            "cast_mixed_precision_params find_kappa_target_modules get_base_model_state_dict load_peft_weights "
+            "set_base_model_state_dict shift_tokens_right TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING"
+        ),
+        *_MODELS,
+        *(name for name in REFUSED if not name.endswith("_optimizer")),
+    ]
 )
