@@ -82,6 +82,7 @@ class PromptedModel(PooledModule):
         self.peft_config: dict[str, PeftConfig] = {}
         self.disabled = False
         self.methods: dict[str, PromptMethod] = {}
+        self._rows_of_each = 1
 
     def get_base_model(self) -> Any:
         """The base itself, with its wrapped layers in it."""
@@ -231,9 +232,9 @@ class PromptedModel(PooledModule):
             value = self._adapters.current.batch.get(key)
             if value is None:
                 continue
-            if len(names) % len(value):
-                raise RowsError(f"{key}: {len(value)} entries for {len(names)} sequences. Give one for each.")
             # Under beam search each sequence has several rows.
+            if len(names) not in (len(value), len(value) * self._rows_of_each):
+                raise RowsError(f"{key}: {len(value)} entries for {len(names)} sequences. Give one for each.")
             p[key] = value.repeat_interleave(len(names) // len(value), 0)[mine]
         return p
 
@@ -268,6 +269,21 @@ class PromptedModel(PooledModule):
                 used[name] = used.get(name, 0) + 1
             rows.append(row)
         return _Block(torch.stack(rows), on_device, longest)
+
+    def _counts(
+        self, names: Sequence[str | None], device: Any, decoder: bool = False
+    ) -> tuple[_Block, _Block]:
+        """How many virtual tokens rows have before their own, and how many in the past; in the decoder if
+        asked."""
+        before, behind = [0] * len(names), [0] * len(names)
+        for row, name in enumerate(names):
+            method = self.methods[name] if name is not None else None
+            if isinstance(method, PastMethod):
+                behind[row] = method.num_tokens
+            elif method is not None and (not decoder or _is_in_decoder(method)):
+                before[row] = method.num_tokens
+        made = [_Block(None, torch.tensor(n, device=device), max(n, default=0)) for n in (before, behind)]
+        return made[0], made[1]
 
     def _past(self, names: Sequence[str | None], device: torch.device) -> tuple[_Block, list]:
         """(how many virtual tokens the rows have in the past, for each layer keys and values (B, heads,
@@ -381,10 +397,19 @@ class PromptedModel(PooledModule):
         if inputs.get("token_type_ids") is not None:
             inputs["token_type_ids"] = F.pad(inputs["token_type_ids"], (longest, 0))
         if self._has_token_labels(inputs.get("labels"), (num_rows, own)):
-            inputs["labels"] = F.pad(inputs["labels"], (longest, 0), value=-100)
+            inputs["labels"] = self._labelled(inputs["labels"], block)
         for name in ("start_positions", "end_positions"):
             if inputs.get(name) is not None:
                 inputs[name] = inputs[name] + longest
+
+    def _labelled(self, labels: Tensor, block: _Block) -> Tensor:
+        """Labels with those of virtual tokens, of which there are none; (B, longest + T)."""
+        labels = F.pad(labels, (block.longest, 0), value=-100)
+        if self.task_type == "CAUSAL_LM":
+            # Nothing stands before a row's first token where it has no virtual ones, so nothing predicts it.
+            first = torch.arange(labels.shape[1], device=labels.device) == block.longest
+            labels = labels.masked_fill((block.counts.to(labels.device) == 0)[:, None] & first, -100)
+        return labels
 
     def _moved(self, inputs: dict[str, Any], block: _Block, behind: _Block) -> tuple[Tensor, int] | None:
         """Moves rows along their positions to where the base wants them, and puts the mask of the past before;
@@ -416,17 +441,9 @@ class PromptedModel(PooledModule):
 
     def _continued(self, names: list[str | None], inputs: dict[str, Any]) -> dict[str, Any]:
         """Arguments of a step whose cache holds the rows' virtual tokens already."""
-        counts = {True: [0] * len(names), False: [0] * len(names)}
-        for row, name in enumerate(names):
-            if name is not None:
-                method = self.methods[name]
-                counts[isinstance(method, PastMethod)][row] = method.num_tokens
         like = inputs.get("inputs_embeds")
         like = inputs["input_ids"] if like is None else like
-        behind, block = (
-            _Block(None, torch.tensor(counts[kind], device=like.device), max(counts[kind]))
-            for kind in (True, False)
-        )
+        block, behind = self._counts(names, like.device)
         mask = _plain_mask(inputs, "attention_mask")
         uneven = block.is_uneven or behind.is_uneven
         own = inputs["past_key_values"].get_seq_length() - block.longest - behind.longest + like.shape[1]
@@ -513,10 +530,8 @@ class PromptedModel(PooledModule):
                 own[name] = counted, mine
         if not own:
             return None
-        longest = max(
-            self.methods[n].num_tokens for n in names if n and not isinstance(self.methods[n], PastMethod)
-        )
-        whole = F.pad(labels, (longest, 0), value=-100)
+        whole = self._labelled(labels, self._counts(names, labels.device)[0])
+        longest = whole.shape[1] - labels.shape[1]
         weights = torch.ones(whole.shape, device=labels.device)
         for (theirs, weight), mine in own.values():
             fewer = longest + labels.shape[1] - theirs.shape[1]
@@ -630,18 +645,16 @@ class PromptedModel(PooledModule):
         raise ConfigError("the decoder has no input. Give labels, or decoder_input_ids.")
 
     def _decoder_continued(self, names: list[str | None], inputs: dict[str, Any]) -> dict[str, Any]:
-        counts = [0 if n is None else self._num_in_decoder(self.methods[n]) for n in names]
-        block = _Block(None, torch.tensor(counts, device=self.base.device), max(counts))
+        block, behind = self._counts(names, self.base.device, decoder=True)
         mask = _plain_mask(inputs, "decoder_attention_mask")
-        if mask is None and block.is_uneven:
-            own = inputs["past_key_values"].get_seq_length() - block.longest + self._decoders_length(inputs)
+        if mask is None and (block.is_uneven or behind.is_uneven):
+            virtual = block.longest + behind.longest
+            own = inputs["past_key_values"].get_seq_length() - virtual + self._decoders_length(inputs)
             mask = torch.ones(len(names), own, dtype=torch.long, device=block.counts.device)
         if mask is not None:
-            inputs["decoder_attention_mask"] = torch.cat([block.shown.to(mask), mask], dim=1)
+            parts = [behind.shown.to(mask), block.shown.to(mask), mask]
+            inputs["decoder_attention_mask"] = torch.cat(parts, dim=1)
         return inputs
-
-    def _num_in_decoder(self, method: PromptMethod) -> int:
-        return method.num_tokens if isinstance(method, PastMethod) or _is_in_decoder(method) else 0
 
     def _refuse_uneven(self, uneven: bool) -> None:
         base = self.get_base_model()
@@ -671,7 +684,7 @@ class PromptedModel(PooledModule):
             if rows is not None and rows.adapters is not None and expansion > 1:
                 expanded = tuple(name for name in rows.adapters for _ in range(expansion))
                 within.enter_context(self.using(dataclasses.replace(rows, adapters=expanded)))  # type: ignore[attr-defined]
-            within.enter_context(self._steps_changed(base))
+            within.enter_context(self._steps_changed(base, expansion))
             return base.generate(*args, **kwargs)
 
     def _rows_each(self, kwargs: dict[str, Any]) -> int:
@@ -704,7 +717,7 @@ class PromptedModel(PooledModule):
         return input_ids.ne(pad).long()
 
     @contextlib.contextmanager
-    def _steps_changed(self, base: Any) -> Iterator[None]:
+    def _steps_changed(self, base: Any, rows_of_each: int) -> Iterator[None]:
         """Within the context each step of the base's generate gets its virtual tokens."""
         original = base.prepare_inputs_for_generation
 
@@ -728,9 +741,11 @@ class PromptedModel(PooledModule):
             return self._prompt_decoder(names, inputs, steps=True)[0]
 
         base.prepare_inputs_for_generation = prepare
+        self._rows_of_each = rows_of_each
         try:
             yield
         finally:
+            self._rows_of_each = 1
             del base.prepare_inputs_for_generation
 
 

@@ -271,6 +271,8 @@ def test_prompts_of_different_lengths_in_one_batch() -> None:
         )
     # Only the rows' own labels count: the loss is what the shown logits say.
     targets = torch.cat([labels.new_full((4, 5), -100), labels], dim=1)[:, 1:]
+    # Nothing stands before the first token of a row without virtual ones.
+    targets[2, 4] = -100
     wanted = nn.functional.cross_entropy(got.logits[:, :-1].flatten(0, 1), targets.flatten())
     torch.testing.assert_close(got.loss, wanted)
 
@@ -499,8 +501,9 @@ def test_an_encoder_decoder_base() -> None:
         wanted.append(model(input_ids=IDS[row : row + 1], labels=labels[row : row + 1]).logits)
     got = model(input_ids=IDS, labels=labels, adapter_names=list("abba")).logits
     torch.testing.assert_close(got, torch.cat(wanted), rtol=1e-4, atol=1e-4)
-    with pytest.raises(ConfigError, match="not supported on an encoder-decoder base"):
-        model.add_adapter("p", peft_dist.PromptTuningConfig(num_virtual_tokens=2, task_type="SEQ_2_SEQ_LM"))
+    model.add_adapter("p", peft_dist.PromptTuningConfig(num_virtual_tokens=2, task_type="SEQ_2_SEQ_LM"))
+    prompted = model(input_ids=IDS, labels=labels, adapter_names=["p", "b", "b", "a"]).logits
+    torch.testing.assert_close(prompted[1:], torch.cat(wanted[1:]), rtol=1e-4, atol=1e-4)
 
 
 def test_prompts_need_a_task_and_embeddings() -> None:

@@ -130,7 +130,10 @@ class MultitaskPromptTuningConfig(PromptTuningConfig):
 
     def embeds(self, p: Params, training: bool = False) -> Tensor:
         if "task_ids" not in p:
-            return p["embeddings"]
+            raise RowsError(
+                "task_ids: MultitaskPromptTuningConfig needs one for each sequence. Pass task_ids=... to the "
+                "model's forward or generate."
+            )
         tasks = p["task_ids"]
         if tasks.is_floating_point() or tasks.ndim != 1:
             raise RowsError(
