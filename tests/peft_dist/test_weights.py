@@ -318,6 +318,24 @@ def test_bat_on_a_layer_that_stores_its_weight_the_other_way_round() -> None:
     torch.testing.assert_close(base(x), x @ W.T + b)
 
 
+def test_each_miss_adapter_is_its_own_variant() -> None:
+    """HF PEFT goes by the variant of the layer's first adapter."""
+    x, given = torch.randn(3, 12), []
+    for library in (peft_dist, peft):
+        model = library.get_peft_model(linear(), library.MissConfig(r=4, target_modules=["0"]))
+        model.add_adapter("b", library.MissConfig(r=4, init_weights="mini", mini_r=2, target_modules=["0"]))
+        model.set_adapter("b")
+        disturb(model)
+        try:
+            given.append(model(x) - linear()(x))
+        except RuntimeError as error:
+            given.append(str(error))
+    block = torch.randn(4, 2, generator=torch.Generator().manual_seed(7)) * 0.2
+    wanted = x.unflatten(-1, (3, 4)).sum(-2) @ block.repeat(1, 4)
+    torch.testing.assert_close(given[0], wanted)
+    assert "must match" in given[1]
+
+
 def _conv1d() -> nn.Module:
     torch.manual_seed(0)
     return Conv1D(8, 12)
