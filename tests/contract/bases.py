@@ -19,6 +19,10 @@ from transformers import (
     LlamaForSequenceClassification,
     MistralConfig,
     MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
     RobertaConfig,
     RobertaForSequenceClassification,
     T5Config,
@@ -99,6 +103,20 @@ def mistral() -> MistralForCausalLM:
     return MistralForCausalLM(MistralConfig(**{**LLAMA, "num_attention_heads": 4, "head_dim": 4}))
 
 
+EXPERTS = {"num_experts_per_tok": 2, "router_aux_loss_coef": 0.0}
+
+
+def mixtral() -> MixtralForCausalLM:
+    torch.manual_seed(0)
+    return MixtralForCausalLM(MixtralConfig(**LLAMA, **EXPERTS, num_local_experts=4))
+
+
+def qwen2_moe() -> Qwen2MoeForCausalLM:
+    torch.manual_seed(0)
+    sizes = {"num_experts": 4, "moe_intermediate_size": 12, "shared_expert_intermediate_size": 20}
+    return Qwen2MoeForCausalLM(Qwen2MoeConfig(**LLAMA, **EXPERTS, **sizes))
+
+
 def t5() -> T5ForConditionalGeneration:
     torch.manual_seed(0)
     sizes = {"vocab_size": 64, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2}
@@ -151,3 +169,9 @@ def answerer() -> BertForQuestionAnswering:
 def features() -> BertModel:
     torch.manual_seed(0)
     return BertModel(BertConfig(**BERT))
+
+
+def tied_llama() -> LlamaForCausalLM:
+    """Its head shares the embedding's weight."""
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**LLAMA, tie_word_embeddings=True))

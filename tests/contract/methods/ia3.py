@@ -14,6 +14,11 @@ CASES = (
 
 _CAUSAL = {"task_type": "CAUSAL_LM"}
 PARITY = {
+    "ia3 on convolutions": Parity(
+        "convs",
+        "IA3Config",
+        {"target_modules": ["stem", "depth", "point"], "feedforward_modules": ["depth"]},
+    ),
     "ia3": Parity("llama", "IA3Config", _CAUSAL),
     "ia3 on Conv1D": Parity("gpt2", "IA3Config", {**_CAUSAL, "fan_in_fan_out": True}),
     "ia3 of names": Parity(

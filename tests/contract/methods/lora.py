@@ -31,6 +31,24 @@ _Q = {**_LORA, "target_modules": ["q_proj"]}
 PARITY = {
     "lora": Parity("llama", "LoraConfig", _LORA),
     "lora on all linear": Parity("llama", "LoraConfig", {**_LORA, "target_modules": "all-linear"}),
+    "lora on experts": Parity(
+        "mixtral",
+        "LoraConfig",
+        {
+            **_LORA,
+            "target_modules": ["q_proj"],
+            "target_parameters": ["experts.gate_up_proj", "mlp.experts.down_proj"],
+            "rank_pattern": {r"layers\.0\.mlp\.experts\.down_proj": 2},
+        },
+    ),
+    "lora on experts alone": Parity(
+        "qwen2_moe",
+        "LoraConfig",
+        {**_LORA, "target_modules": [], "target_parameters": ["experts.down_proj", "mlp.gate.weight"]},
+    ),
+    "lora on convolutions": Parity(
+        "convs", "LoraConfig", {"r": 6, "target_modules": ["stem", "depth", "point", "wave", "narrow"]}
+    ),
     "lora without a task": Parity("llama", "LoraConfig", {"r": 4, "target_modules": ["o_proj"]}),
     "lora by regex": Parity(
         "llama", "LoraConfig", {**_LORA, "target_modules": r".*layers\.1\..*(up|down)_proj"}
@@ -78,4 +96,20 @@ PARITY = {
     "lora_bias": Parity("llama", "LoraConfig", {**_LORA, "lora_bias": True}),
     "orthogonal": Parity("llama", "LoraConfig", {**_LORA, "init_lora_weights": "orthogonal"}),
     "gaussian": Parity("llama", "LoraConfig", {**_LORA, "init_lora_weights": "gaussian"}),
+    "tokens beside lora": Parity(
+        "llama", "LoraConfig", {**_LORA, "trainable_token_indices": [3, 5, 40]}
+    ),
+    "tokens of a tied embedding": Parity(
+        "tied_llama", "LoraConfig", {**_LORA, "trainable_token_indices": {"embed_tokens": [3, 5, 40]}}
+    ),
+    "tied embeddings": Parity(
+        "tied_llama",
+        "LoraConfig",
+        {**_LORA, "target_modules": ["embed_tokens", "q_proj"], "ensure_weight_tying": True},
+    ),
+    "a tied embedding trained whole": Parity(
+        "tied_llama",
+        "LoraConfig",
+        {**_LORA, "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+    ),
 }
