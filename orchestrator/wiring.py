@@ -211,21 +211,9 @@ def inspect_rows(spec: JobSpec, rows: int) -> Inspection:
 
 def evaluate(spec: JobSpec, adapter_dir: str) -> dict[str, float]:
     """Metrics over the rows of `eval.datasets`, in this process: the adapter's, and `base.NAME`."""
-    import torch
+    from .train.measure import measure_adapter
 
-    from peft_dist.loading import load_base
-
-    from .train.data import load_examples
-    from .train.evaluate import evaluate_adapter
-    from .train.tokenizer import load_tokenizer
-
-    tokenizer = load_tokenizer(spec.model)
-    base = load_base(spec.model.base_model, revision=spec.model.revision, dtype=torch.float32)
-    rows = load_examples(spec, tokenizer, max_len=None).evaluation
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    bare = evaluate_adapter(base, tokenizer, None, rows, spec.eval, device=device)
-    adapted = evaluate_adapter(base, tokenizer, adapter_dir, rows, spec.eval, device=device)
-    return adapted | {f"base.{name}": value for name, value in bare.items()}
+    return measure_adapter(spec, adapter_dir)
 
 
 @contextmanager

@@ -157,9 +157,13 @@ class AdapterOptimizer:
         self._is_reduced = False
 
     @torch.no_grad()
-    def reduce(self) -> None:
+    def reduce(self, keep_whole: bool = False) -> None:
         """Sums the gradients over the ranks; a collective. At stage 2 and 3 only a tensor's owner keeps the
         sum.
+
+        Args:
+            keep_whole: every rank keeps every sum, at any stage, for what looks at all gradients of an adapter
+                before the step.
 
         Raises:
             OptimizerError: gradients were reduced already and neither stepped nor zeroed since.
@@ -180,7 +184,7 @@ class AdapterOptimizer:
         for tensor, flag in zip(tensors, flags.tolist(), strict=True):
             tensor.has_grad = bool(flag)
         used = [t for t in tensors if t.has_grad]
-        if self.stage < 2:
+        if self.stage < 2 or keep_whole:
             for bucket in _buckets(used):
                 self._sum(bucket, owner=None)
         else:

@@ -12,7 +12,8 @@ import time
 from pathlib import Path
 
 import torch
-from base import ROLES, save
+from base import END, ROLES, save
+from tokenizers import processors
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, T5Config, T5ForConditionalGeneration
 
 SEED = 11
@@ -48,6 +49,16 @@ def new_model(tokenizer) -> T5ForConditionalGeneration:
         dtype="float32",
     )
     return T5ForConditionalGeneration(config)
+
+
+def text_tokenizer(folder: Path):
+    """tiny-llama's tokenizer without chats; it ends every text and begins none, as T5's do."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = None
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"$A {END}", pair=f"$A {END} $B:1 {END}:1", special_tokens=[(END, tokenizer.eos_token_id)]
+    )
+    return tokenizer
 
 
 def pieces(texts: list[str], tokenizer) -> tuple[torch.Tensor, torch.Tensor]:
@@ -125,8 +136,7 @@ def build(texts: list[str], folder: Path, tokenizer_folder: Path) -> float:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
     aside = folder.with_name(f".{folder.name}.{os.getpid()}")
     aside.mkdir(parents=True)
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
-    tokenizer.chat_template = None
+    tokenizer = text_tokenizer(tokenizer_folder)
     data, held_out = pieces(texts, tokenizer)
     model = new_model(tokenizer)
     print(f"encoder-decoder: {model.num_parameters():,} parameters, {data.numel():,} tokens to train on")

@@ -18,8 +18,6 @@ PER_KIND = 420
 """Rows of a class, at most: nine of ten would be functions."""
 MOST = 900
 """Rows of a file, at most."""
-IN_CONTEXT = 4
-"""Definitions in the context of a question."""
 _TOKEN = re.compile(r"\w+|[^\w\s]")
 
 
@@ -92,26 +90,42 @@ def tagged(name: str, signature: str) -> tuple[list[str], list[str]]:
 
 
 def qa(found: list[Said]) -> list[dict]:
-    """SQuAD's columns: some definitions, a question for one of them, its sentence as the answer."""
+    """SQuAD's columns: a signature and what it does, and a question whose answer is a part of that."""
     rows = []
-    for first in range(0, min(len(found), IN_CONTEXT * MOST) - IN_CONTEXT + 1, IN_CONTEXT):
-        group = found[first : first + IN_CONTEXT]
-        context = "\n".join(f"{said.name}: {said.sentence}" for said in group)
-        asked = group[text_hash(context) % len(group)]
-        answers = {"text": [asked.sentence], "answer_start": [context.index(asked.sentence)]}
-        rows.append({
-            "question": asked.question, "context": context, "answers": answers, "document": asked.document,
-        })  # fmt: skip
-    return rows
+    for said in found:
+        if said.kind != "function" or len(said.name + said.signature) > 160 or "." not in said.name:
+            continue
+        tokens, tags = tagged(said.name, said.signature)
+        owner, _, name = said.name.rpartition(".")
+        context = f"{said.name}{said.signature}: {said.sentence}"
+        answers = [
+            ("What does it do?", said.sentence, context.rindex(said.sentence)),
+            ("Where is it?", owner, 0),
+            ("What is its name?", name, len(owner) + 1),
+        ]
+        if "B-PARAM" in tags:
+            first = tokens[tags.index("B-PARAM")]
+            begin = re.search(rf"\b{first}\b", context[len(said.name) :])
+            answers.append(("What does it take first?", first, len(said.name) + (begin.start() if begin else 0)))
+        question, text, start = answers[text_hash(said.name + "?") % len(answers)]
+        answer = {"text": [text], "answer_start": [start]}
+        rows.append({"question": question, "context": context, "answers": answer, "document": said.document})
+    return rows[:MOST]
 
 
 def seq2seq(found: list[Said]) -> list[dict]:
-    """`{"source": sentence, "target": the words of the function's name}`."""
+    """`{"source": signature, "target": a sentence that names what the function takes}`."""
     rows = []
     for said in found:
-        words = " ".join(re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|\d+", said.name.split(".")[-1])).lower()
-        if said.kind == "function" and words:
-            rows.append({"source": said.sentence, "target": words, "document": said.document})
+        if said.kind != "function" or len(said.name + said.signature) > 120:
+            continue
+        tokens, tags = tagged(said.name, said.signature)
+        taken = [token for token, tag in zip(tokens, tags, strict=True) if tag == "B-PARAM"]
+        if taken:
+            *most, last = taken
+            listed = f"{', '.join(most)} and {last}" if most else last
+            target = f"{said.name.split('.')[-1]} takes {listed}."
+            rows.append({"source": said.name + said.signature, "target": target, "document": said.document})
     return rows[:MOST]
 
 

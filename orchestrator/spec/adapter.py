@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import itertools
 import json
 import re
 import typing
+import warnings
 from enum import Enum
 from typing import Any
 
@@ -63,13 +65,18 @@ def method_fields(kind: str) -> dict[str, MethodField]:
     found = {}
     for each in dataclasses.fields(config):
         if each.name in names:
-            help_ = str(each.metadata.get("help") or described.get(each.name, "")).strip()
+            said = each.metadata.get("help") or described.get(each.name) or f"as in HF PEFT's {config.__name__}"
+            help_ = str(said).strip()
             own = tuple(alias for alias, name in aliases.items() if name == each.name)
-            found[each.name] = MethodField(each.name, hints.get(each.name, Any), _default(each), help_, own)
+            default = _default(each, config)
+            found[each.name] = MethodField(each.name, hints.get(each.name, Any), default, help_, own)
     return found
 
 
-_ARGUMENTS = re.compile(r"^ {4}([a-z_0-9]+(?:, [a-z_0-9]+)*): (.*?)(?=^ {4}[a-z_0-9]|\Z)", re.M | re.S)
+_NAMES = r"[A-Za-z_0-9]+(?:, [A-Za-z_0-9]+)*"
+_ARGUMENTS = re.compile(rf"^ {{4}}({_NAMES}): (.*?)(?=^ {{4}}\w|\Z)", re.M | re.S)
+_BESIDE = re.compile(rf"(?<=[.]) (?=({_NAMES}): )")
+"""Several on one line: `init_r: rank of every layer. tinit: steps before ...`."""
 
 
 def _described(config: type) -> dict[str, str]:
@@ -78,9 +85,16 @@ def _described(config: type) -> dict[str, str]:
     for each in config.__mro__:
         _, _, arguments = inspect.cleandoc(each.__doc__ or "").partition("Args:\n")
         for names, text in _ARGUMENTS.findall(arguments):
-            for name in names.split(", "):
-                found.setdefault(name, " ".join(text.split()))
+            for part in _separate(f"{names}: {' '.join(text.split())}"):
+                names, _, text = part.partition(": ")
+                for name in names.split(", "):
+                    found.setdefault(name, text)
     return found
+
+
+def _separate(text: str) -> list[str]:
+    cuts = [0, *(match.end() for match in _BESIDE.finditer(text)), len(text)]
+    return [text[start:end].strip() for start, end in itertools.pairwise(cuts)]
 
 
 def _hints(config: type) -> dict[str, Any]:
@@ -90,8 +104,8 @@ def _hints(config: type) -> dict[str, Any]:
         return {}
 
 
-def _default(each: dataclasses.Field) -> Any:
-    if each.name == "target_modules":
+def _default(each: dataclasses.Field, config: type) -> Any:
+    if each.name == "target_modules" and "linear" in getattr(config, "layers", ()):
         return "all-linear"
     if each.default is not dataclasses.MISSING:
         return each.default.value if isinstance(each.default, Enum) else each.default
@@ -236,17 +250,30 @@ def _ask_the_method(
 ) -> list[Problem]:
     """Makes the config, whose own rules (`__post_init__`) raise ValueError."""
     fields = {name: value for name, value in section.items() if name not in OURS}
-    missing = [name for name, each in known.items() if each.default is MISSING and name not in fields]
+    needed = [name for name, each in known.items() if each.default is MISSING or _is_needed(kind, name)]
+    missing = [name for name in needed if name not in fields]
     if missing:
         return [
-            Problem(("adapter", name), f"is required by {kind} and not given.", known[name].help)
+            Problem(("adapter", name), f"is required by {kind} and not given.", f"It is {known[name].help}")
             for name in missing
         ]
     try:
-        config_class(kind.upper())(**_with_defaults(fields, known))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # told when the adapter is made
+            config_class(kind.upper())(**_with_defaults(fields, known, ENDLESS), task_type="CAUSAL_LM")
     except (ValueError, TypeError) as error:
         return [_rule_of_the_method(_sentence(str(error)), fields)]
     return []
+
+
+def _is_needed(kind: str, name: str) -> bool:
+    """Of a prompt method, the number of its tokens; CPT's are those of its text."""
+    config: Any = config_class(kind.upper())
+    return name == "num_virtual_tokens" and config.is_prompt_learning and "cpt_token_ids" not in _fields(kind)
+
+
+def _fields(kind: str) -> set[str]:
+    return {each.name for each in dataclasses.fields(config_class(kind.upper()))}
 
 
 _OWN_PLACE = re.compile(r"^\w+Config\.(\w+)[^:]*: ")
@@ -274,27 +301,53 @@ def _sentence(message: str) -> str:
     return message if message.endswith((".", "?", ")")) else f"{message}."
 
 
-def _with_defaults(fields: dict[str, Any], known: dict[str, MethodField]) -> dict[str, Any]:
-    return {"target_modules": "all-linear", **fields} if "target_modules" in known else dict(fields)
+ENDLESS = 2**31
+"""The steps of a run whose number is not known yet."""
 
 
-def peft_config(spec: AdapterSpec, task_type: str = "CAUSAL_LM") -> dict[str, Any]:
+def _with_defaults(
+    fields: dict[str, Any], known: dict[str, MethodField], total_steps: int
+) -> dict[str, Any]:
+    """The fields as given, over what a job fills in by itself: the targets, and the number of its steps."""
+    found: dict[str, Any] = {"target_modules": "all-linear"} if _targets_by_default(known) else {}
+    if "total_step" in known and fields.get("total_step") is None:
+        fields = {**fields, "total_step": total_steps}
+    return {**found, **fields}
+
+
+def _targets_by_default(known: dict[str, MethodField]) -> bool:
+    return "target_modules" in known and known["target_modules"].default == "all-linear"
+
+
+def peft_config(
+    spec: AdapterSpec, task_type: str = "CAUSAL_LM", *, total_steps: int = ENDLESS
+) -> dict[str, Any]:
     """Arguments of `config_class(spec.type)`: the fields as given, our default targets, and the task.
+
+    Args:
+        total_steps: of the run, for methods that plan over all of them (AdaLoRA's `total_step`).
 
     Raises:
         SpecError: the method or a field does not exist, a value is of another type, a rule of the method is broken.
     """
-    kind = spec.type.lower().replace("-", "_")
-    tree = Tree("adapter", {"adapter": {"type": kind, **spec.fields}})
-    if problems := check_adapter(tree):
-        problem = problems[0]
-        raise SpecError(problem.problem, where=".".join(map(str, problem.path)), hint=problem.hint)
-    fields = {name: value for name, value in tree.values["adapter"].items() if name != "type"}
-    return {**_with_defaults(fields, method_fields(kind)), "task_type": task_type}
+    known = method_fields(_kind(spec))
+    return {**_with_defaults(_checked(spec), known, total_steps), "task_type": task_type}
 
 
 def resolved_fields(spec: AdapterSpec) -> dict[str, Any]:
     """Every field of the method, defaults filled in, as plain values."""
-    known = method_fields(spec.type)
-    given = {name: value for name, value in peft_config(spec).items() if name != "task_type"}
-    return {name: given.get(name, each.default) for name, each in known.items()}
+    given = _checked(spec)
+    return {name: given.get(name, each.default) for name, each in method_fields(_kind(spec)).items()}
+
+
+def _kind(spec: AdapterSpec) -> str:
+    return spec.type.lower().replace("-", "_")
+
+
+def _checked(spec: AdapterSpec) -> dict[str, Any]:
+    """The fields as given, under the config's own names."""
+    tree = Tree("adapter", {"adapter": {"type": _kind(spec), **spec.fields}})
+    if problems := check_adapter(tree):
+        problem = problems[0]
+        raise SpecError(problem.problem, where=".".join(map(str, problem.path)), hint=problem.hint)
+    return {name: value for name, value in tree.values["adapter"].items() if name != "type"}

@@ -78,6 +78,11 @@ def _list_of_names(value: Any) -> Any:
     return [name.strip() for name in value.split(",")] if isinstance(value, str) else value
 
 
+def _pissa(value: Any) -> Any:
+    """LLaMA-Factory says whether; we say which start."""
+    return "pissa" if value is True else True if value is False else value
+
+
 def _all_linear(value: Any) -> Any:
     if value is True:
         return "all-linear"
@@ -199,6 +204,8 @@ ROWS: tuple[Alias, ...] = (
     *_maps("adapter.fan_in_fan_out", "lora_fan_in_fan_out"),
     *_maps("adapter.bias", "lora_bias"),
     *_maps("adapter.use_rslora", "use_rslora", "peft_use_rslora"),
+    *_maps("adapter.use_dora", "use_dora", "peft_use_dora"),
+    *_maps("adapter.init_lora_weights", "pissa_init", change=_pissa),
     *_maps("adapter.init_lora_weights", "peft_init_lora_weights", "init_lora_weights"),
     *_maps("adapter.layers_to_transform", "peft_layers_to_transform"),
     *_maps("adapter.layers_pattern", "peft_layers_pattern"),

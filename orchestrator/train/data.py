@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from orchestrator.errors import DataError
 from orchestrator.spec.job import DatasetSpec, JobSpec
+from orchestrator.spec.tasks import TASKS
 
-from .records import records
-from .render import Example, render
 from .sources import read_rows
 from .split import held_out, repeats
+from .task_ids import TaskNumbers, task_numbers
+from .tasks import BY_TYPE, Facts, Row, task_class
 
 LONGEST_DEFAULT = 2048
 """Tokens a row, where neither the spec nor the base says less."""
@@ -44,6 +45,9 @@ class DataReport:
     """Rows whose content had been read before."""
     kept_from_training: int
     """Rows of the training data that are also evaluation rows, and so are not trained on."""
+    task: str = "CAUSAL_LM"
+    labels: tuple[str, ...] = ()
+    """The classes that the rows name, in the order of the head's outputs."""
 
     @property
     def dropped(self) -> int:
@@ -58,8 +62,11 @@ class DataReport:
         """One line for people; what did not happen is not mentioned."""
         parts = [
             f"{self.train_rows} rows to train on, {self.evaluation_rows} to evaluate",
-            f"{self.trained_tokens} trained tokens of {self.train_tokens}",
+            self._tokens(),
         ]
+        if self.labels:
+            more = ", ..." if len(self.labels) > 10 else ""
+            parts.append(f"{len(self.labels)} labels ({', '.join(self.labels[:10])}{more})")
         counts = {
             f"cut to {self.sequence_len} tokens": self.truncated,
             "dropped as too long": self.dropped_overlong,
@@ -69,15 +76,25 @@ class DataReport:
         }
         return ", ".join(parts + [f"{count} {what}" for what, count in counts.items() if count])
 
+    def _tokens(self) -> str:
+        what = {
+            "CAUSAL_LM": f"{self.trained_tokens} trained tokens of {self.train_tokens}",
+            "SEQ_2_SEQ_LM": f"{self.trained_tokens} trained tokens after {self.train_tokens}",
+            "TOKEN_CLS": f"{self.trained_tokens} tagged words in {self.train_tokens} tokens",
+        }
+        return what.get(self.task, f"{self.train_tokens} tokens")
+
 
 @dataclass(frozen=True)
 class Examples:
     """Both sides, rendered. Training examples stand in the order of their files, repeated by weight;
     evaluation examples once each."""
 
-    train: list[Example]
-    evaluation: list[Example]
+    train: list[Any]
+    evaluation: list[Any]
     report: DataReport
+    facts: Facts = Facts()
+    """What all training rows together say, such as the labels that there are."""
 
 
 def load_examples(spec: JobSpec, tokenizer: Any, *, max_len: int | None) -> Examples:
@@ -94,14 +111,15 @@ def load_examples(spec: JobSpec, tokenizer: Any, *, max_len: int | None) -> Exam
     """
     sequence_len = allowed_length(spec, max_len)
     account = _Account(sequence_len, spec.data.overlong)
+    numbers = task_numbers(spec.adapter)
     sets = [
-        (dataset, account.kept(_rendered(dataset, tokenizer, account), dataset))
-        for dataset in spec.data.datasets
+        (dataset, account.kept(_rendered(dataset, tokenizer, account, number, numbers), dataset))
+        for number, dataset in enumerate(spec.data.datasets)
     ]
     given = [
         e
-        for dataset in spec.eval.datasets
-        for e in account.kept(_rendered(dataset, tokenizer, account), dataset)
+        for number, dataset in enumerate(spec.eval.datasets)
+        for e in account.kept(_rendered(dataset, tokenizer, account, number, numbers), dataset)
     ]
     every = [example for _, found in sets for example in found]
     if not every:
@@ -127,7 +145,27 @@ def load_examples(spec: JobSpec, tokenizer: Any, *, max_len: int | None) -> Exam
         )
     evaluation = _first_of_each(candidates, spec.eval.max_rows)
     shared = sum(example.row_hash in outside for example in every) if spec.eval.datasets else 0
-    return Examples(train, evaluation, account.report(train, evaluation, shared))
+    facts = task_class(spec).facts(every)
+    if spec.eval.datasets:
+        task_class(spec)(tokenizer, facts).check(evaluation)
+    report = account.report(train, evaluation, shared)
+    task = TASKS[spec.data.datasets[0].type].task
+    return Examples(train, evaluation, replace(report, task=task, labels=facts.labels), facts)
+
+
+def load_evaluation(
+    dataset: DatasetSpec, spec: JobSpec, tokenizer: Any, *, max_len: int | None
+) -> list[Any]:
+    """The rows of one dataset alone, to measure an adapter that is there already: none is trained on.
+
+    Raises:
+        DataError: as `load_examples`.
+    """
+    account = _Account(allowed_length(spec, max_len), spec.data.overlong)
+    found = account.kept(_rendered(dataset, tokenizer, account, 0, task_numbers(spec.adapter)), dataset)
+    if not found:
+        raise account.nothing_left()
+    return _first_of_each(found, spec.eval.max_rows)
 
 
 def allowed_length(spec: JobSpec, max_len: int | None) -> int:
@@ -145,21 +183,30 @@ def allowed_length(spec: JobSpec, max_len: int | None) -> int:
     return wanted
 
 
-def _rendered(dataset: DatasetSpec, tokenizer: Any, account: _Account) -> Iterable[Example]:
-    rows = 0
+def _rendered(
+    dataset: DatasetSpec, tokenizer: Any, account: _Account, number: int, numbers: TaskNumbers | None
+) -> Iterable[Row]:
+    """The dataset's rows in their order, each with the number of its task where the method learns several."""
+    task = BY_TYPE[dataset.type]
+    read = 0
+    task_ids: deque[int] = deque()
 
-    def counted():
-        nonlocal rows
-        for rows, row in enumerate(read_rows(dataset), start=1):  # noqa: B007
-            yield row
+    def contents() -> Iterable[Any]:
+        nonlocal read
+        for read, row in enumerate(read_rows(dataset), start=1):  # noqa: B007
+            if numbers is not None:
+                task_ids.append(numbers.of(row, number))
+            yield task.read(row, dataset)
 
-    yield from render(records(counted(), dataset), tokenizer, account.sequence_len)
-    account.rows[dataset.path] += rows
-    if not rows:
+    rendered: Any
+    for rendered in task.render(contents(), tokenizer, account.sequence_len):
+        yield replace(rendered, task_id=task_ids.popleft()) if task_ids else rendered
+    account.rows[dataset.path] += read
+    if not read:
         raise DataError("holds no row.", where=dataset.path, hint="Each dataset needs at least one row.")
 
 
-def _first_of_each(candidates: Sequence[Example], max_rows: int | None) -> list[Example]:
+def _first_of_each(candidates: Sequence[Any], max_rows: int | None) -> list[Any]:
     """One example per content; of more than `max_rows`, those with the smallest hashes."""
     distinct = {example.row_hash: example for example in reversed(candidates)}
     chosen = set(sorted(distinct)[:max_rows])
@@ -175,10 +222,10 @@ class _Account:
         self.seen: set[str] = set()
         self.truncated = self.dropped_overlong = self.without_answer = self.duplicates = self.longest = 0
 
-    def kept(self, found: Iterable[Example], dataset: DatasetSpec) -> list[Example]:
+    def kept(self, found: Iterable[Row], dataset: DatasetSpec) -> list[Row]:
         """The examples that may be used; raises DataError for an overlong one where the spec says so."""
         kept = []
-        too_long: list[Example] = []
+        too_long: list[Row] = []
         for example in found:
             self.duplicates += example.row_hash in self.seen
             self.seen.add(example.row_hash)
@@ -210,7 +257,7 @@ class _Account:
             hint="Look at them with `raypeft inspect`; check data.datasets[].type and data.sequence_len.",
         )
 
-    def report(self, train: list[Example], evaluation: list[Example], kept_from_training: int) -> DataReport:
+    def report(self, train: list[Any], evaluation: list[Any], kept_from_training: int) -> DataReport:
         """The account once both sides are known."""
         return DataReport(
             sequence_len=self.sequence_len,

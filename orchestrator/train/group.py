@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -41,6 +42,25 @@ class Group:
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(total)
         return total.tolist()
+
+    def gather_plain(self, value: Any) -> list[Any]:
+        """Each rank's plain value, by rank: strings, numbers, lists of them."""
+        if self.size == 1:
+            return [value]
+        everyone: list[Any] = [None] * self.size
+        dist.all_gather_object(everyone, value)
+        return everyone
+
+    def gather_rows(self, rows: torch.Tensor) -> list[torch.Tensor]:
+        """Each rank's (n, ...) tensor, by rank; n may differ, the rest may not."""
+        if self.size == 1:
+            return [rows]
+        counts = [int(count) for (count,) in self.gather([len(rows)])]
+        padded = rows.new_zeros(max(counts), *rows.shape[1:])
+        padded[: len(rows)] = rows
+        everyone = [torch.empty_like(padded) for _ in counts]
+        dist.all_gather(everyone, padded.contiguous())
+        return [one[:count] for one, count in zip(everyone, counts, strict=True)]
 
     def any(self, flag: bool) -> bool:
         """Whether any rank says so; all ranks get the same answer."""

@@ -15,7 +15,7 @@ from orchestrator.model_folder import model_folder
 from orchestrator.spec.job import JobSpec
 
 from .data import DataReport, load_examples
-from .render import IGNORED, Example
+from .tasks import Row
 from .tokenizer import load_tokenizer
 
 TRAINED, READ = "bold green", "dim"
@@ -40,6 +40,8 @@ class InspectedRow:
     tokens: tuple[Token, ...]
     prompt_len: int
     full_length: int
+    note: str = ""
+    """What else is told of it, such as its label."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,7 @@ class Inspection:
                     "row_hash": row.row_hash,
                     "prompt_len": row.prompt_len,
                     "full_length": row.full_length,
+                    "note": row.note,
                     "tokens": [{"text": token.text, "trained": token.trained} for token in row.tokens],
                 }
                 for row in self.rows
@@ -94,6 +97,7 @@ class Inspection:
             head = f"row {number}  {row.where}  {len(row.tokens)} tokens, {trained} trained"
             if row.full_length > len(row.tokens):
                 head += f", cut from {row.full_length}"
+            head += f"  {row.note}" * bool(row.note)
             console.print(Text(head, style="bold"), soft_wrap=True)
             console.print(_shown(row, marked), soft_wrap=True)
             console.print()
@@ -171,15 +175,16 @@ def histogram(lengths: list[int]) -> tuple[Bin, ...]:
     )
 
 
-def _row(example: Example, tokenizer: Any) -> InspectedRow:
-    texts = token_texts(example.input_ids, tokenizer)
-    trained = [label != IGNORED for label in example.labels]
+def _row(example: Row, tokenizer: Any) -> InspectedRow:
+    outline = example.outline()
+    texts = token_texts(outline.ids, tokenizer)
     return InspectedRow(
         where=example.where,
         row_hash=example.row_hash,
-        tokens=tuple(Token(text, flag) for text, flag in zip(texts, trained, strict=True)),
-        prompt_len=example.prompt_len,
+        tokens=tuple(Token(text, flag) for text, flag in zip(texts, outline.trained, strict=True)),
+        prompt_len=outline.prompt_len,
         full_length=example.full_length,
+        note=outline.note,
     )
 
 

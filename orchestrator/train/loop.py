@@ -1,7 +1,7 @@
 """The training loop of one worker: steps, evaluations and checkpoints, with or without other ranks.
 
-One step is one global batch: its loss is the sum over the target tokens of all ranks and micro-batches,
-divided by their number. Everything that a step depends on is in the model, the optimizer's states and
+One step is one global batch: its loss is the sum over the targets of all ranks and micro-batches, divided by
+their number, and what a method adds to it by itself. Everything that a step depends on is in the model, the optimizer's states and
 `Position`.
 """
 
@@ -19,16 +19,17 @@ from torch import Tensor, nn
 from orchestrator.errors import TrainingError
 from orchestrator.runner import TrainRequest
 from peft_dist.optim import AdapterOptimizer
-from peft_dist.rows import Rows
 
-from .batches import StepBatch, collate, num_steps, steps
+from .batches import StepBatch, num_steps, steps
 from .checkpoint import Position, prune, write_checkpoint
-from .data import Example
-from .evaluate import ADAPTER, Evaluation, Stopped, pad_id
+from .controllers import Controllers
+from .evaluate import ADAPTER, Evaluation, Stopped
 from .events import Reporter
 from .group import Group
-from .loss import IGNORED, LossScale, num_targets, target_loss
+from .loss import LossScale
+from .raw_tensors import raw_tensors
 from .schedule import evaluates_at, learning_rate, saves_at
+from .tasks import Step, Task
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,10 @@ class Training:
     """A run in progress on this rank.
 
     Args:
+        task: what the rows are to the model.
         examples: the training rows, the same on every rank.
         position: where to start; step 0 for a fresh run.
+        save_adapter: writes the adapter into a directory; a collective.
         reporter: rank 0's way to the driver, with the request to stop; None elsewhere.
     """
 
@@ -55,19 +58,21 @@ class Training:
         request: TrainRequest,
         model: nn.Module,
         optimizer: AdapterOptimizer,
-        tokenizer: Any,
-        examples: Sequence[Example],
+        task: Task,
+        examples: Sequence[Any],
         evaluation: Evaluation,
         group: Group,
         position: Position,
         *,
+        save_adapter: Callable[[str], None],
         precision: str = "fp32",
         reporter: Reporter | None = None,
     ) -> None:
         self.request, self.spec, self.plan = request, request.spec, request.plan
-        self.model, self.optimizer, self.tokenizer = model, optimizer, tokenizer
+        self.model, self.optimizer, self.task = model, optimizer, task
+        self.controllers = Controllers(model)
         self.examples, self.evaluation, self.group = examples, evaluation, group
-        self.position, self.reporter = position, reporter
+        self.position, self.reporter, self.save_adapter = position, reporter, save_adapter
         self.saved_step = position.step
         self.scale = LossScale(precision == "fp16")
         if self.scale.enabled and position.step:
@@ -120,24 +125,24 @@ class Training:
         step = batch.step + 1
         torch.manual_seed(_mixed(self.spec.training.seed, step, self.group.rank))
         parts = [[self.examples[row] for row in rows] for rows in batch.micro]
-        tensors = [self._tensors(part) if part else self._silent() for part in parts]
+        batches = [
+            self.task.collate(part, samples) if part else self.task.silent(self.examples[0])
+            for part, samples in zip(parts, batch.samples, strict=True)
+        ]
         targets, tokens = self.group.sum(
             [
-                float(sum(num_targets(one["labels"]) for one in tensors)),
+                float(sum(one.targets for one in batches)),
                 float(sum(len(example.input_ids) for part in parts for example in part)),
             ]
         )
-        samples = [numbers or [0] for numbers in batch.samples]
         self.optimizer.set_learning_rate(ADAPTER, learning_rate(step, self.total_steps, self.spec.training))
         self.optimizer.zero_grad()
-        mine = sum(
-            self._backward(one, numbers, step, targets) for one, numbers in zip(tensors, samples, strict=True)
-        )
+        this = Step(self.model, self.group, self.spec.training.seed, step, targets, self.scale.value)
+        mine = self.task.backward(this, [one.to(self.group.device) for one in batches])
         loss = self.group.sum([mine])[0] / max(1.0, targets)
         if not math.isfinite(loss):
             raise self._not_finite("loss", loss, step)
-        self.optimizer.reduce()
-        norm = self.optimizer.step(self.scale.value)[ADAPTER]
+        norm = self._update(step)
         overflowed = not math.isfinite(norm)
         self.scale.update(overflowed)
         if overflowed and (not self.scale.enabled or self.scale.is_exhausted):
@@ -157,11 +162,11 @@ class Training:
         """Commits a checkpoint of this step and prunes older ones."""
         if self.saved_step == self.position.step:
             return
-        state = self.optimizer.whole_state()
+        state = self.optimizer.whole_state() | self.controllers.state() | raw_tensors(self.model, ADAPTER)
         url = write_checkpoint(
             self.request.run_dir,
             replace(self.position, loss_scale=self.scale.value, scale_good_steps=self.scale.good_steps),
-            self.model.save_pretrained,  # type: ignore[arg-type]
+            self.save_adapter,
             state if self.group.is_first else None,
         )
         if self.group.is_first:
@@ -184,25 +189,21 @@ class Training:
             start_step=self.position.step,
         )
 
-    def _backward(self, tensors: dict[str, Tensor], samples: list[int], step: int, targets: float) -> float:
-        """Adds one micro-batch's gradients; returns its summed loss."""
-        rows = Rows(samples=torch.tensor(samples), seed=self.spec.training.seed, step=step)
-        with self.model.using(rows):  # type: ignore[operator]
-            out = self.model(input_ids=tensors["input_ids"], attention_mask=tensors["attention_mask"])
-            loss = target_loss(out.logits, tensors["labels"])
-            (loss * (self.scale.value / max(1.0, targets))).backward()
-        return float(loss.detach())
-
-    def _tensors(self, rows: Sequence[Example]) -> dict[str, Tensor]:
-        return {
-            key: value.to(self.group.device) for key, value in collate(rows, pad_id(self.tokenizer)).items()
-        }
-
-    def _silent(self) -> dict[str, Tensor]:
-        """A row without targets: a rank that has nothing to do in a short last batch takes part all the
-        same."""
-        tensors = self._tensors(self.examples[:1])
-        return tensors | {"labels": torch.full_like(tensors["labels"], IGNORED)}
+    def _update(self, step: int) -> float:
+        """Sums the gradients over the ranks and steps; returns their norm, which is not finite where nothing was
+        changed."""
+        extra = self.model.extra_loss()  # type: ignore[operator]
+        if extra is not None:  # of the model, not of its rows: each rank brings its part
+            (extra * (self.scale.value / self.group.size)).backward()
+        self.optimizer.reduce(keep_whole=self.controllers.are_there)
+        scale = self.scale.value
+        if self.controllers.are_there:
+            self.controllers.after_backward(step, scale)
+            scale = 1.0
+        norm = self.optimizer.step(scale)[ADAPTER]
+        if math.isfinite(norm):
+            self.controllers.after_step(step)
+        return norm
 
     def _advance(self, batch: StepBatch, outcome: StepOutcome) -> None:
         self.position = replace(

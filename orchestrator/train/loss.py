@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-IGNORED = -100
-"""A label that is no target."""
+from .outline import IGNORED
+
 
 
 def num_targets(labels: Tensor) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from orchestrator.errors import ModelError, SpecError
 from orchestrator.runner import TrainRequest
 from orchestrator.spec.adapter import peft_config
 from orchestrator.spec.job import JobSpec
+from orchestrator.spec.tasks import task_type
 from peft_dist.catalog import config_class
 from peft_dist.errors import PeftDistError
 from peft_dist.loading import load_base
@@ -26,13 +27,22 @@ from .group import Group
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def load_frozen_base(spec: JobSpec, precision: str, device: str) -> nn.Module:
-    """The base in the run's dtype on the worker's device, its own dropout silent unless `base_dropout`."""
+def load_frozen_base(
+    spec: JobSpec, precision: str, device: str, *, labels: Sequence[str] | None = None
+) -> nn.Module:
+    """The base in the run's dtype on the worker's device, its own dropout silent unless `base_dropout`.
+
+    Args:
+        labels: of a head that tells them apart; a new head is the same on every rank and attempt.
+    """
+    torch.manual_seed(spec.training.seed)
     base = load_base(
         spec.model.base_model,
+        task=task_type(spec),
         dtype=DTYPES[precision],
         revision=spec.model.revision,
         trust_remote_code=spec.model.trust_remote_code,
+        labels=labels,
     )
     if not spec.training.base_dropout:
         silence_dropout(base)
@@ -52,10 +62,13 @@ def silence_dropout(base: nn.Module) -> None:
                 setattr(owner, name, 0.0)
 
 
-def build_model(request: TrainRequest, base: nn.Module, group: Group, init_from: Path | None) -> nn.Module:
+def build_model(
+    request: TrainRequest, base: nn.Module, group: Group, init_from: Path | None, total_steps: int
+) -> nn.Module:
     """The base with the run's adapter, in train mode, gradient checkpointing and ZeRO-3 as planned.
 
     Args:
+        total_steps: of the run, for methods that have a schedule of their own.
         init_from: a local adapter directory to train on from; None: a fresh adapter, the same on every rank.
 
     Raises:
@@ -64,7 +77,7 @@ def build_model(request: TrainRequest, base: nn.Module, group: Group, init_from:
     """
     spec = request.spec
     torch.manual_seed(spec.training.seed)
-    model = _fresh(spec, base) if init_from is None else _continued(spec, base, init_from)
+    model = _fresh(spec, base, total_steps) if init_from is None else _continued(spec, base, init_from)
     model.to(group.device)
     model.train()
     num_parameters = sum(parameter.numel() for parameter in base.parameters())
@@ -83,9 +96,10 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def _fresh(spec: JobSpec, base: nn.Module) -> nn.Module:
-    config = config_class(spec.adapter.type.upper())(**peft_config(spec.adapter))
+def _fresh(spec: JobSpec, base: nn.Module, total_steps: int) -> nn.Module:
+    fields = peft_config(spec.adapter, task_type(spec), total_steps=total_steps)
     try:
+        config = config_class(spec.adapter.type.upper())(**fields)
         return peft_dist.get_peft_model(base, config, adapter_name=ADAPTER)
     except PeftDistError as error:
         raise SpecError(str(error), where="adapter") from error

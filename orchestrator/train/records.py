@@ -1,4 +1,5 @@
-"""Rows of any dataset type -> records: the columns picked, checked and brought into one of three forms.
+"""Rows of the causal dataset types -> records: the columns picked, checked and brought into one of three forms.
+Other tasks read theirs (`tasks/`) through `present` and `text_in`.
 
 `chat` and the ShareGPT spelling become messages; `prompt_completion` and `alpaca` a prompt with its answer;
 `text` an answer without a prompt. A record's hash is over that content alone: neither its place, nor other
@@ -55,44 +56,48 @@ class Record:
 def records(rows: Iterable[SourceRow], dataset: DatasetSpec) -> Iterator[Record]:
     """Yields a record for each row, in order; raises DataError naming the row that does not fit
     `dataset.type`."""
-    to_record = TYPES[dataset.type]
     for row in rows:
-        yield to_record(row, dataset)
+        yield record(row, dataset)
+
+
+def record(row: SourceRow, dataset: DatasetSpec) -> Record:
+    """Likewise for one row."""
+    return TYPES[dataset.type](row, dataset)
 
 
 def _chat(row: SourceRow, dataset: DatasetSpec) -> Record:
     if dataset.field_messages:
-        name = _present(row, "messages", dataset.field_messages, dataset)
+        name = present(row, "messages", dataset.field_messages, dataset)
     else:
         name = (
             "conversations" if "messages" not in row.values and "conversations" in row.values else "messages"
         )
-        _present(row, "messages", name, dataset)
+        present(row, "messages", name, dataset)
     messages = tuple(_messages(row.values[name], name, row.where))
-    return Record(row.where, _hash("chat", [[m["role"], m["content"]] for m in messages]), messages=messages)
+    return Record(row.where, hash_of("chat", [[m["role"], m["content"]] for m in messages]), messages=messages)
 
 
 def _prompt_completion(row: SourceRow, dataset: DatasetSpec) -> Record:
-    prompt = _text(row, "prompt", dataset.field_prompt, dataset)
-    answer = _text(row, "completion", dataset.field_completion, dataset)
-    return Record(row.where, _hash("pair", [prompt, answer]), prompt=prompt, answer=answer)
+    prompt = text_in(row, "prompt", dataset.field_prompt, dataset)
+    answer = text_in(row, "completion", dataset.field_completion, dataset)
+    return Record(row.where, hash_of("pair", [prompt, answer]), prompt=prompt, answer=answer)
 
 
 def _alpaca(row: SourceRow, dataset: DatasetSpec) -> Record:
-    instruction = _text(row, "instruction", dataset.field_instruction, dataset)
-    answer = _text(row, "output", dataset.field_output, dataset)
+    instruction = text_in(row, "instruction", dataset.field_instruction, dataset)
+    answer = text_in(row, "output", dataset.field_output, dataset)
     given = ""
     if dataset.field_input or row.values.get("input") is not None:
-        given = _text(row, "input", dataset.field_input, dataset, none_is_empty=True)
+        given = text_in(row, "input", dataset.field_input, dataset, none_is_empty=True)
     template = ALPACA_WITH_INPUT if given.strip() else ALPACA
     prompt = template.replace("{instruction}", instruction, 1)
     prompt = given.join(prompt.rsplit("{input}", 1)) if given.strip() else prompt
-    return Record(row.where, _hash("alpaca", [instruction, given, answer]), prompt=prompt, answer=answer)
+    return Record(row.where, hash_of("alpaca", [instruction, given, answer]), prompt=prompt, answer=answer)
 
 
 def _plain(row: SourceRow, dataset: DatasetSpec) -> Record:
-    text = _text(row, "text", dataset.field_text, dataset)
-    return Record(row.where, _hash("text", text), answer=text)
+    text = text_in(row, "text", dataset.field_text, dataset)
+    return Record(row.where, hash_of("text", text), answer=text)
 
 
 TYPES: dict[str, Callable[[SourceRow, DatasetSpec], Record]] = {
@@ -107,11 +112,17 @@ COLUMNS = {
     "chat": ({"messages"}, {"conversations"}),
     "prompt_completion": ({"prompt", "completion"},),
     "alpaca": ({"instruction", "output"},),
+    "classification": ({"text", "label"},),
+    "token-classification": ({"tokens", "tags"},),
+    "qa": ({"question", "context", "answers"},),
+    "seq2seq": ({"source", "target"},),
+    "embedding": ({"anchor", "positive"},),
     "text": ({"text"},),
 }
+"""The columns that each type cannot do without, in the order in which they are recognised."""
 
 
-def _present(row: SourceRow, role: str, name: str, dataset: DatasetSpec) -> str:
+def present(row: SourceRow, role: str, name: str, dataset: DatasetSpec) -> str:
     """`name`, where the row has that column."""
     if name in row.values:
         return name
@@ -130,15 +141,16 @@ def _present(row: SourceRow, role: str, name: str, dataset: DatasetSpec) -> str:
     )
 
 
-def _text(
-    row: SourceRow, role: str, override: str | None, dataset: DatasetSpec, *, none_is_empty=False
+def text_in(
+    row: SourceRow, role: str, override: str | None, dataset: DatasetSpec, *, none_is_empty: bool = False
 ) -> str:
-    name = _present(row, role, override or role, dataset)
+    """The text in the column `role`, or in `override` where the dataset names another; numbers as text."""
+    name = present(row, role, override or role, dataset)
     value = row.values[name]
     if value is None and none_is_empty:
         return ""
     if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise DataError(f"column {name!r} holds {_kind(value)}; it must be a text.", where=row.where)
+        raise DataError(f"column {name!r} holds {kind_of(value)}; it must be a text.", where=row.where)
     return value if isinstance(value, str) else str(value)
 
 
@@ -149,7 +161,7 @@ def _messages(value: Any, column: str, where: str) -> Iterator[Message]:
         except ValueError:
             raise _malformed(where, f"column {column!r} is a text that is not JSON") from None
     if not isinstance(value, list | tuple):
-        raise _malformed(where, f"column {column!r} holds {_kind(value)}")
+        raise _malformed(where, f"column {column!r} holds {kind_of(value)}")
     if not value:
         raise _malformed(where, f"column {column!r} is an empty list")
     for number, message in enumerate(value, start=1):
@@ -158,7 +170,7 @@ def _messages(value: Any, column: str, where: str) -> Iterator[Message]:
 
 def _message(message: Any, which: str, where: str) -> Message:
     if not isinstance(message, dict):
-        raise _malformed(where, f"{which} is {_kind(message)}")
+        raise _malformed(where, f"{which} is {kind_of(message)}")
     role = message.get("role", message.get("from"))
     content = message.get("content", message.get("value"))
     if role is None or content is None:
@@ -174,7 +186,7 @@ def _message(message: Any, which: str, where: str) -> Message:
     if isinstance(content, list):
         content = _joined(content, which, where)
     if not isinstance(content, str):
-        raise _malformed(where, f"{which} has {_kind(content)} for its content")
+        raise _malformed(where, f"{which} has {kind_of(content)} for its content")
     return {"role": ROLES[role.lower()], "content": content}
 
 
@@ -199,13 +211,15 @@ def _malformed(where: str, problem: str) -> DataError:
     )
 
 
-def _kind(value: Any) -> str:
+def kind_of(value: Any) -> str:
+    """`a list`, `an int`, `nothing (null)`."""
     if value is None:
         return "nothing (null)"
     name = type(value).__name__
     return f"an {name}" if name[0] in "aeiou" else f"a {name}"
 
 
-def _hash(kind: str, content: Any) -> str:
+def hash_of(kind: str, content: Any) -> str:
+    """sha256 over a row's content, hexadecimal."""
     text = json.dumps([kind, content], ensure_ascii=False, separators=(",", ":"))
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()

@@ -19,10 +19,9 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from orchestrator.chat_template import ensure_chat_template
 from orchestrator.errors import DataError
 
+from .outline import IGNORED, Outline
 from .records import Message, Record
 
-IGNORED = -100
-"""The label of a token that is not trained."""
 BATCH = 512
 Span = tuple[int, int]
 
@@ -43,6 +42,7 @@ class Example:
     where: str = ""
     full_length: int = 0
     """Tokens before truncation."""
+    task_id: int = 0
 
     @property
     def num_targets(self) -> int:
@@ -53,6 +53,10 @@ class Example:
     def is_truncated(self) -> bool:
         """Whether tokens were cut off at the end."""
         return self.full_length > len(self.input_ids)
+
+    def outline(self) -> Outline:
+        """What `raypeft inspect` shows of it."""
+        return Outline(self.input_ids, [label != IGNORED for label in self.labels], prompt_len=self.prompt_len)
 
 
 def render(records: Iterable[Record], tokenizer: Any, sequence_len: int) -> Iterator[Example]:

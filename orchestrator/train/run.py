@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,17 +12,25 @@ from orchestrator import objects
 from orchestrator.chat_template import NO_TEMPLATE
 from orchestrator.errors import ModelError, TrainingError
 from orchestrator.runner import TrainRequest
+from orchestrator.spec.tasks import measured_metrics
 from peft_dist.errors import BaseModelError, PeftDistError
+from peft_dist.loading import load_config
 from peft_dist.optim import AdapterOptimizer, Hyper
 
+from . import raw_tensors
+from .batches import num_steps
 from .checkpoint import MANIFEST, Checkpoint, Position, at_step, local_copy, newest_good, seal
-from .data import Example, Examples, load_examples
+from .controllers import without_controllers
+from .data import Examples, load_examples
 from .evaluate import ADAPTER, Evaluation, Stopped, compare
 from .events import Reporter
 from .group import Group
 from .inspection import max_positions
 from .loop import Training
 from .model import build_model, load_frozen_base, trainable
+from .task_file import check_labels, read_task_file, write_task_file
+from .task_ids import task_numbers
+from .tasks import Row, task_class
 from .tokenizer import load_tokenizer
 
 
@@ -62,11 +70,12 @@ def train(
         raise TrainingError(str(error), where=f"run {request.run_id}") from error
 
 
-def question_of(rows: Sequence[Example]) -> str | None:
-    """The question of the first row: its last user message, or its prompt; None for plain text."""
-    if not rows:
+def question_of(rows: Sequence[Any]) -> str | None:
+    """The question of the first row: its last user message, or its prompt; None for plain text and for rows of
+    other tasks."""
+    prompt = getattr(rows[0], "prompt", None) if rows else None
+    if prompt is None:
         return None
-    prompt = rows[0].prompt
     if isinstance(prompt, str):
         return prompt or None
     asked = [message["content"] for message in prompt if message["role"] == "user"]
@@ -83,24 +92,48 @@ class _Run:
         self.precision, self.reporter, self.scratch = precision, reporter, scratch
         self.tokenizer = load_tokenizer(self.spec.model)
         has_template = bool(self.tokenizer.chat_template)
-        base = load_frozen_base(self.spec, precision, group.device)
-        positions = max_positions(base.config.to_dict(), self.spec)  # type: ignore[union-attr,operator]
+        model = self.spec.model
+        config = load_config(
+            model.base_model, revision=model.revision, trust_remote_code=model.trust_remote_code
+        )
+        positions = max_positions(config.to_dict(), self.spec)
         self.examples: Examples = load_examples(self.spec, self.tokenizer, max_len=positions)
         self._emit("state", state="starting", message=self.examples.report.sentence())
         if not has_template and any(each.type == "chat" for each in self.spec.data.datasets):
             self._emit("warning", message=NO_TEMPLATE)
+        kind = task_class(self.spec)
+        labels = self.examples.facts.labels if kind.has_labels else None
+        base = load_frozen_base(self.spec, precision, group.device, labels=labels)
         checkpoint = self._newest()
-        self.model = build_model(request, base, group, self._source(checkpoint))
+        state = checkpoint.optimizer_state() if checkpoint else {}
+        is_raw = raw_tensors.are_in(state)
+        source = None if is_raw else self._source(checkpoint)
+        self.model = build_model(request, base, group, source, self._total_steps())
+        if is_raw:
+            raw_tensors.restore(self.model, state)
+        self.task = kind(
+            self.tokenizer, self.examples.facts, takes_task_ids=task_numbers(self.spec.adapter) is not None
+        )
         self.evaluation = Evaluation(
             rows=self.examples.evaluation,
-            tokenizer=self.tokenizer,
+            task=self.task,
             batch_size=request.plan.micro_batch_size,
             group=group,
             spec=self.spec.eval,
+            metrics=measured_metrics(self.spec),
             is_sharded=request.plan.zero_stage == 3 and group.is_distributed,
             should_stop=lambda: reporter is not None and reporter.stop_requested,
         )
-        self.training = self._training(checkpoint)
+        self.training = self._training(checkpoint, state)
+
+    def _total_steps(self) -> int:
+        training = self.spec.training
+        return num_steps(
+            len(self.examples.train),
+            epochs=training.num_epochs,
+            max_steps=training.max_steps,
+            global_batch_size=self.request.plan.global_batch_size,
+        )
 
     def finish(self) -> RunEnd:
         """Trains, evaluates and leaves the final adapter in the run's folder."""
@@ -124,7 +157,7 @@ class _Run:
             question=question_of(self.evaluation.used),
         )
 
-    def _training(self, checkpoint: Checkpoint | None) -> Training:
+    def _training(self, checkpoint: Checkpoint | None, state: dict[str, Any]) -> Training:
         spec = self.spec.training
         optimizer = AdapterOptimizer(stage=self.request.plan.zero_stage)  # type: ignore[arg-type]
         hyper = Hyper(
@@ -135,20 +168,28 @@ class _Run:
         )
         optimizer.add(ADAPTER, trainable(self.model), hyper)
         if checkpoint is not None:
-            optimizer.load_whole_state(checkpoint.optimizer_state())
+            optimizer.load_whole_state(without_controllers(raw_tensors.without(state)))
         position = checkpoint.position if checkpoint else Position(step=0, epoch=0, seed=spec.seed)
-        return Training(
+        training = Training(
             self.request,
             self.model,
             optimizer,
-            self.tokenizer,
+            self.task,
             self.examples.train,
             self.evaluation,
             self.group,
             position,
+            save_adapter=self._save_adapter,
             precision=self.precision,
             reporter=self.reporter,
         )
+        training.controllers.load_state(state)
+        return training
+
+    def _save_adapter(self, folder: str) -> None:
+        self.model.save_pretrained(folder)  # type: ignore[operator]
+        if self.group.is_first:
+            write_task_file(Path(folder), self.spec, self.examples.facts)
 
     def _newest(self) -> Checkpoint | None:
         """The checkpoint to go on from, chosen and verified by rank 0, read by all."""
@@ -168,7 +209,9 @@ class _Run:
             return checkpoint.adapter_dir
         if self.request.init_from is None:
             return None
-        return local_copy(self.request.init_from, self.scratch / "init_from")
+        folder = local_copy(self.request.init_from, self.scratch / "init_from")
+        check_labels(folder, self.examples.facts, f"adapter.init_from: {self.spec.adapter.init_from}")
+        return folder
 
     def _measure(self) -> dict[str, float]:
         """All metrics of the run: the adapter's own, `base.*`, and those of the adapters to compare with."""
@@ -179,13 +222,20 @@ class _Run:
         self._emit("state", state="evaluating", message=self._evaluating())
         known = position.metrics.get("eval_loss") if position.evaluated_at == position.step else None
         found |= self.evaluation.measure(self.model, known)
-        others = {
-            label: str(local_copy(url, self.scratch / f"compare-{label}"))
-            for label, url in self.request.compare.items()
-        }
-        found |= compare(self.evaluation, self.model, others)
+        found |= compare(self.evaluation, self.model, dict(self._comparable()))
         self._emit("eval", step=position.step, metrics=found)
         return found
+
+    def _comparable(self) -> Iterator[tuple[str, str]]:
+        """Label and local folder of each adapter to compare with; one of other labels has no common measure."""
+        for label, url in self.request.compare.items():
+            folder = local_copy(url, self.scratch / f"compare-{label}")
+            other = read_task_file(folder)
+            if other is not None and other.facts.labels != self.examples.facts.labels:
+                message = f"the {label} version tells other labels apart and is not compared with"
+                self._emit("warning", message=message)
+                continue
+            yield label, str(folder)
 
     def _evaluating(self) -> str:
         models = ["the adapter", "the bare base", *self.request.compare]
@@ -194,14 +244,14 @@ class _Run:
     def _save_final(self) -> str:
         url = objects.join(self.request.run_dir, "final")
         folder = self.scratch / "final"
-        self.model.save_pretrained(str(folder))  # type: ignore[operator]
+        self._save_adapter(str(folder))
         if self.group.is_first:
             seal(folder, step=self.training.position.step)
             objects.delete_tree(url)
             objects.put_tree(folder, url, manifest=MANIFEST)
         return url
 
-    def _write_hashes(self, name: str, rows: Iterable[Example]) -> str:
+    def _write_hashes(self, name: str, rows: Iterable[Row]) -> str:
         url = objects.join(self.request.run_dir, name)
         if self.group.is_first:
             objects.write(url, "".join(f"{row.row_hash}\n" for row in rows).encode())

@@ -9,7 +9,7 @@ from orchestrator.spec.adapter import MethodField, method_fields, method_names, 
 from orchestrator.spec.job import AdapterSpec
 from peft_dist.catalog import config_class
 
-from .jobs import refused_after_minimal, spec_of
+from .jobs import NEEDED, refused_after_minimal, spec_of
 
 
 @pytest.mark.parametrize(
@@ -30,9 +30,12 @@ from .jobs import refused_after_minimal, spec_of
                                 "of layers, one regular expression over whole names, `\"all-linear\"`, or None for the "
                                 "architecture's usual ones."),
         ("{base_model_name_or_path: x}", "adapter.base_model_name_or_path: is filled in by itself. Remove it."),
-        ("{use_dora: true}", "adapter.use_dora: this version does not have it yet. Remove it."),
-        ("{type: prompt_tuning}", "adapter.num_virtual_tokens: is not given; it is a whole number of at "
-                                  "least 1."),
+        ("{use_dora: maybe}", "adapter.use_dora: 'maybe' is not true or false."),
+        ("{type: prompt_tuning}", "adapter.num_virtual_tokens: is required by prompt_tuning and not given. It is how "
+                                  "many, at least 1."),
+        ("{type: adalora, target_r: 0}", "adapter.target_r: 0; it is a whole number of at least 1."),
+        ("{type: adalora, tinit: 10, total_step: 10}", "adapter.tinit: 10 of 10 steps with tfinal 0 leave none in "
+                                                       "which the budget falls."),
         ("{layers_to_transform: [0]}", "adapter.layers_to_transform: cannot be used when `target_modules` is a str. "
          "The default is all-linear: write target_modules as a list, such as [q_proj, v_proj]."),
         ("{type: ia3, r: 8}", "adapter.r: ia3 has no such field."),
@@ -87,11 +90,19 @@ def test_every_field_of_every_method_has_words_and_a_default_of_its_type(kind):
 
 @pytest.mark.parametrize("kind", method_names())
 def test_resolved_fields_make_the_same_config(kind):
-    own = {"num_virtual_tokens": 4} if kind == "prompt_tuning" else {}
-    resolved = resolved_fields(AdapterSpec(type=kind, **own))
-    assert config_class(kind.upper())(**resolved) == config_class(kind.upper())(
-        **{**peft_config(AdapterSpec(type=kind, **own)), "task_type": None}
-    )
+    spec = AdapterSpec(type=kind, **NEEDED.get(kind, {}))
+    resolved = resolved_fields(spec)
+    again = {name: value for name, value in resolved.items() if value is not None}
+    made = config_class(kind.upper())(**peft_config(spec))
+    assert made == config_class(kind.upper())(**peft_config(AdapterSpec(type=kind, **again)))
+    assert set(resolved) == set(method_fields(kind))
+
+
+def test_the_steps_of_a_run_are_filled_in_where_a_method_plans_over_them():
+    spec = AdapterSpec(type="adalora")
+    assert peft_config(spec, total_steps=30)["total_step"] == 30
+    assert resolved_fields(spec)["total_step"] is None
+    assert peft_config(AdapterSpec(type="adalora", total_step=7), total_steps=30)["total_step"] == 7
 
 
 def test_aliases_follow_the_method_s_names():

@@ -69,7 +69,7 @@ def test_places_give_line_and_column():
          "jobs/x.yaml:3 register.alias: '3' is not an alias: NAME@3 means a version. Begin with a letter."),
         ("retry: {start_timeout: soon}",
          "jobs/x.yaml:3 retry.start_timeout: 'soon' is not a duration. Write seconds, or 90s, 10m, 2h, 1h30m, 1d."),
-        ("eval: {metrics: [f1]}", "jobs/x.yaml:3 eval.metrics.0: 'f1' is not one of exact_match, contains."),
+        ("eval: {metrics: [f1]}", "jobs/x.yaml:3 eval.metrics.0: 'f1' is not measured of rows of type 'chat'. Of those: exact_match, contains."),
         ("format: 2", "jobs/x.yaml:3 format: format 2 was written by a newer raypeft; this one reads up to format 1. "
                       "Upgrade: pip install -U raypeft"),
     ],
@@ -168,7 +168,7 @@ def test_overrides():
         ("data.datasets.x=1", "--set data.datasets.x: data.datasets is a list of 1; 'x' is no index. "
                               "Write --set data.datasets.0=..."),
         ("data.datasets.0.type=foo",
-         "--set data.datasets.0.type: 'foo' is not one of chat, prompt_completion, alpaca, text."),
+         "--set data.datasets.0.type: 'foo' is not one of chat, prompt_completion, alpaca, text, classification, token-classification, qa, seq2seq, embedding."),
         ("extends=x", "--set extends: a file extends; an override cannot. Write it in the file."),
     ],
 )  # fmt: skip

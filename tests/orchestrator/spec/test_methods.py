@@ -19,4 +19,4 @@ def test_rows_tell_what_a_method_is():
 
 def test_rows_are_json():
     rows = json.loads(json.dumps([row.to_dict() for row in method_rows()]))
-    assert rows[0]["fields"][0]["name"] == "target_modules"
+    assert rows[0]["name"] == "lora" and rows[0]["fields"][0]["name"] == "r"

@@ -15,7 +15,6 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from orchestrator.errors import DataError, ModelError, SpecError, TrainingError
-from orchestrator.train import loop
 from orchestrator.train.batches import collate, steps
 from orchestrator.train.checkpoint import damage_of, steps_in
 from orchestrator.train.data import load_examples
@@ -24,6 +23,7 @@ from orchestrator.train.group import Group
 from orchestrator.train.model import silence_dropout
 from orchestrator.train.run import train
 from orchestrator.train.schedule import learning_rate
+from orchestrator.train.tasks import causal
 from peft_dist.loading import load_base
 
 from .tiny import job, plan, request, save_base
@@ -198,14 +198,14 @@ def test_training_on_from_an_adapter(tmp_path):
 
 def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path, monkeypatch):
     spec = job(tmp_path, training={"save_steps": 3})
-    real = loop.target_loss
+    real = causal.target_loss
 
     def spoilt(logits, labels):
         spoilt.calls += 1
         return real(logits, labels) * (float("nan") if spoilt.calls > 4 else 1.0)
 
     spoilt.calls = 0
-    monkeypatch.setattr(loop, "target_loss", spoilt)
+    monkeypatch.setattr(causal, "target_loss", spoilt)
     with pytest.raises(TrainingError) as stopped:
         train(request(tmp_path, spec))
     assert str(stopped.value) == (
@@ -254,8 +254,9 @@ def test_evaluating_a_stored_adapter(tmp_path):
     base = load_base(spec.model.base_model)
     tokenizer = AutoTokenizer.from_pretrained(spec.model.base_model)
     rows = load_examples(spec, tokenizer, max_len=128).evaluation
-    found = evaluate_adapter(base, tokenizer, end.adapter_dir, rows, spec.eval, batch_size=2)
-    bare = evaluate_adapter(base, tokenizer, None, rows, spec.eval, batch_size=2)
+    task = causal.CausalLM(tokenizer)
+    found = evaluate_adapter(base, task, end.adapter_dir, rows, spec.eval, batch_size=2)
+    bare = evaluate_adapter(base, task, None, rows, spec.eval, batch_size=2)
     assert found["eval_loss"] == end.metrics["eval_loss"]
     assert bare["eval_loss"] == end.metrics["base.eval_loss"]
 
@@ -280,6 +281,6 @@ def test_generated_answers_are_those_of_one_row_alone(tmp_path):
     base = load_base(spec.model.base_model).eval()
     tokenizer = AutoTokenizer.from_pretrained(spec.model.base_model)
     rows = load_examples(spec, tokenizer, max_len=128).evaluation
-    many = Evaluation(rows, tokenizer, 5, Group(), spec.eval)._generate(base, rows)
-    one = [Evaluation(rows, tokenizer, 1, Group(), spec.eval)._generate(base, [row])[0] for row in rows]
-    assert many == one
+    task = causal.CausalLM(tokenizer)
+    many = Evaluation(rows, task, 5, Group(), spec.eval).answers(base, rows)
+    assert many == Evaluation(rows, task, 1, Group(), spec.eval).answers(base, rows)

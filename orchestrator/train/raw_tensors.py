@@ -1,0 +1,50 @@
+"""The trained tensors as they are, in checkpoints of methods whose saved form is not enough to go on from.
+
+What `save_pretrained` writes is for those who use the adapter: AdaLoRA leaves out what its budget has pruned so far,
+VB-LoRA may keep only its largest weights, OSF the change of a weight. A run goes on with the tensors themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peft_dist.contract import Method
+
+_PREFIX = "tensor/"
+
+
+def raw_tensors(model: nn.Module, adapter: str) -> dict[str, Tensor]:
+    """Every trained tensor by its name in the model, where the adapter's method has a saved form of its own or acts
+    on the adapter as a whole; else nothing."""
+    owner: Any = model
+    config = owner.peft_config[adapter]
+    exports = isinstance(config, Method) and type(config).export is not Method.export
+    if not exports and adapter not in getattr(owner.base_model, "controllers", {}):
+        return {}
+    return {
+        f"{_PREFIX}{name}": parameter.detach()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+def are_in(state: Mapping[str, Tensor]) -> bool:
+    """Whether a checkpoint has them."""
+    return any(name.startswith(_PREFIX) for name in state)
+
+
+def restore(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Takes them back into a model with a fresh adapter of the same config."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if (saved := state.get(f"{_PREFIX}{name}")) is not None:
+                parameter.copy_(saved)
+
+
+def without(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The other tensors of a checkpoint."""
+    return {name: tensor for name, tensor in state.items() if not name.startswith(_PREFIX)}

@@ -1,0 +1,75 @@
+"""CAUSAL_LM: chats, prompts with answers, plain texts. A target is a trained token."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from orchestrator.errors import DataError
+from orchestrator.spec.job import DatasetSpec, EvalSpec
+
+from ..batches import collate
+from ..loss import num_targets, target_loss
+from ..records import Record, record
+from ..render import Example, render
+from ..sources import SourceRow
+from .generation import continuations
+from .task import Answering, Batch, Task, pad_id
+
+
+class CausalLM(Task):
+    """Next-token prediction of the answers."""
+
+    name = "CAUSAL_LM"
+    is_language = True
+
+    @classmethod
+    def read(cls, row: SourceRow, dataset: DatasetSpec) -> Record:
+        return record(row, dataset)
+
+    @classmethod
+    def render(cls, records: Iterable[Record], tokenizer: Any, sequence_len: int) -> Iterator[Example]:
+        return render(records, tokenizer, sequence_len)
+
+    def collate(self, rows: Sequence[Example], samples: Sequence[int]) -> Batch:
+        tensors = collate(rows, pad_id(self.tokenizer))
+        labels = tensors.pop("labels")
+        inputs = {**tensors, **self.task_ids(rows)}
+        return Batch(inputs, {"labels": labels}, list(samples), num_targets(labels))
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        return target_loss(model(**batch.inputs).logits, batch.labels["labels"])
+
+    def answerable(
+        self, rows: Sequence[Example], names: Sequence[str], spec: EvalSpec
+    ) -> Sequence[Example]:
+        asked = [row for row in rows if row.prompt_len > 0 and row.answer.strip()]
+        if not asked:
+            raise DataError(
+                f"{', '.join(names)}: none of the {len(rows)} evaluation rows has a prompt "
+                "and an answer to compare with.",
+                where="eval.metrics",
+                hint="Generated metrics need rows of type chat, prompt_completion or alpaca.",
+            )
+        return asked
+
+    def answers(self, model: nn.Module, rows: Sequence[Example], how: Answering) -> list[str]:
+        prompts = [row.input_ids[: row.prompt_len] for row in rows]
+        return continuations(model, prompts, how, self.task_ids(rows))
+
+    def metrics(
+        self, rows: Sequence[Example], answers: Sequence[str], names: Sequence[str]
+    ) -> dict[str, float]:
+        return matches([row.answer for row in rows], answers, names)
+
+
+def matches(wanted: Sequence[str], given: Sequence[str], names: Sequence[str]) -> dict[str, float]:
+    """`exact_match` and `contains`, those that are named: shares of the answers, blanks around them aside."""
+    pairs = [(right.strip(), text) for right, text in zip(wanted, given, strict=True)]
+    hits = {
+        "exact_match": [text == right for right, text in pairs],
+        "contains": [right in text for right, text in pairs],
+    }
+    return {name: sum(hits[name]) / len(pairs) for name in names if name in hits}
