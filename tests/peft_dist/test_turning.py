@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import warnings
 
+import bitsandbytes as bnb
 import peft
 import pytest
 import torch
@@ -161,6 +162,19 @@ def test_hra_with_gram_schmidt_starts_at_directions_of_their_own() -> None:
         u = next(p for name, p in model.named_parameters() if "hra_u" in name)
         ranks.append(int(torch.linalg.matrix_rank(u.detach())))
     assert ranks == [4, 2]
+
+
+def test_hra_on_an_8_bit_layer_reads_its_weight() -> None:
+    """HF PEFT reflects the stored codes, whole numbers up to 127, and says nothing."""
+    x, wrong = torch.randn(3, 12), []
+    for library in (peft_dist, peft):
+        torch.manual_seed(0)
+        base = nn.Sequential(bnb.nn.Linear8bitLt(12, 8, has_fp16_weights=False, bias=False)).to("cpu")
+        W = bnb.functional.int8_vectorwise_dequant(base[0].weight.data, base[0].weight.SCB)
+        model = library.get_peft_model(base, library.HRAConfig(r=4, target_modules=["0"]))
+        wrong.append((model(x) - x @ W.T).abs().max().item())
+    # A new adapter changes nothing; x is rounded to 127 steps too.
+    assert wrong[0] < 0.05 and wrong[1] > 10
 
 
 @pytest.mark.parametrize(
