@@ -8,6 +8,7 @@ whether the forward is a recomputation under gradient checkpointing.
 from __future__ import annotations
 
 import functools
+import re
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -78,6 +79,11 @@ class Rows:
             RowsError: x is none of these; names the site.
         """
         num = self.num
+        if num is not None and _is_routed(site.name) and (x.ndim < 3 or x.shape[0] != num):
+            raise RowsError(
+                f"{site.name}: an expert is given the tokens that a router sent to it, and rows cannot tell "
+                "whose they are. Run one adapter at a time, or leave the experts out."
+            )
         if num is None or x.shape[0] == num:
             return Split(self, x, None)
         if x.shape[0] == 1:
@@ -89,6 +95,13 @@ class Rows:
             + (f" of {length} positions" if length else "")
             + ". Rows cannot tell which adapter serves which part of it; run one adapter at a time."
         )
+
+
+@functools.lru_cache(maxsize=4096)
+def _is_routed(name: str) -> bool:
+    """Whether it is one of a list of experts, or in one: however many tokens it gets, their number says
+    nothing."""
+    return re.search(r"(^|\.)\w*experts?\w*\.(.*\.)?\d+(\.|$)", name) is not None
 
 
 def _sorted_segments(adapters: Sequence[str | None]) -> tuple[list[int] | None, tuple[Segment, ...]]:
