@@ -227,7 +227,16 @@ def load_state_dict(
             holder.module.replace_base(adapter_name, holder.module.base)
     for key, parameter in embeddings.items():
         set_whole(parameter, tensors[key])
-    return LoadResult(missing, [key for key in tensors if key not in used])
+    return LoadResult(missing, [key for key in tensors if key not in used and not _is_again(key, used)])
+
+
+def _is_again(key: str, used: set[str]) -> bool:
+    """Whether it is a bias that HF PEFT writes a second and third time: with `bias: all`, of a module that is
+    trained whole."""
+    return any(
+        key.endswith(".bias") and key.replace(f".{part}.", ".") in used and f".{part}." in key
+        for part in ("modules_to_save", "original_module")
+    )
 
 
 def _whole_tensors(holder: _Holder, whole_model: Mapping[str, Tensor] | None) -> dict[str, Tensor]:

@@ -400,3 +400,20 @@ def test_an_adapter_injected_without_a_class_around_it_is_read_and_filled() -> N
 def test_a_copied_directory_loads(saved: Path, tmp_path: Path) -> None:
     shutil.copytree(saved, tmp_path / "copy")
     assert checkpoint.read(tmp_path / "copy").tensors.keys() == checkpoint.read(saved).tensors.keys()
+
+
+def test_a_bias_that_hf_peft_writes_three_times_is_read_once(tmp_path: Path) -> None:
+    """With `bias: all` and a head of its own HF PEFT saves the head's bias under three names."""
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    values = {"r": 2, "target_modules": ["query"], "bias": "all", "task_type": "SEQ_CLS"}
+    config = BertConfig(vocab_size=32, num_labels=3, **sizes)
+    base = BertForSequenceClassification(config)
+    theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**values)).eval()
+    with torch.no_grad():
+        for p in theirs.parameters():
+            p.add_(0.1 * torch.randn_like(p)) if p.requires_grad else None
+    theirs.save_pretrained(tmp_path)
+    assert sum("classifier" in key for key in load_file(tmp_path / "adapter_model.safetensors")) == 4
+    ours = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
+    ids = torch.arange(1, 9).view(2, 4)
+    torch.testing.assert_close(ours(ids).logits, theirs(ids).logits, rtol=1e-5, atol=1e-5)
