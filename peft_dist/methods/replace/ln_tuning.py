@@ -20,7 +20,7 @@ class LNTuningConfig(TargetedConfig, ReplaceMethod):
 
     target_modules: list[str] | str | None = None
     exclude_modules: list[str] | str | None = None
-    modules_to_save: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
 
     prefix: ClassVar[str] = "ln_tuning_"
 

@@ -3,11 +3,15 @@ base's."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from peft_dist import starts
 from peft_dist.contract import BaseLayer, Param, Params, ReplaceMethod, Site
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -31,3 +35,20 @@ class ModulesToSave(ReplaceMethod):
     def start_from_base(self, p: Params, base: BaseLayer) -> None:
         for name, tensor in p.items():
             tensor.copy_(base.tensor(name))
+
+
+@dataclass(frozen=True)
+class SameModule(ReplaceMethod):
+    """On a module that shares the weight of one that is trained whole: the same copy."""
+
+    prefix: ClassVar[str] = ""
+
+    def params(self, site: Site) -> dict[str, Param]:
+        return {}
+
+    def export(self, p: Params, site: Site) -> dict[str, Tensor]:
+        return {name: tensor.clone() for name, tensor in p.items()}
+
+    def restore(self, saved: Mapping[str, Tensor], site: Site) -> Mapping[str, Tensor]:
+        # Saved here too, as HF PEFT does; read where it is the other's.
+        return {}

@@ -31,7 +31,7 @@ class TokenRows(WeightMethod):
     token_indices: Sequence[int]
     init_weights: bool
 
-    def tied(self, site: Site) -> TokenRows:
+    def tied(self, site: Site) -> TokenRows | None:
         return SameRows(self.token_indices)
 
     def params(self, site: Site) -> dict[str, Param]:
@@ -110,7 +110,7 @@ class SameRows(TokenRows):
     """On a layer that shares the embedding's weight: the embedding's own vectors, so no tensors."""
 
     token_indices: Sequence[int]
-    init_weights: ClassVar[bool] = True
+    init_weights: bool = True
 
     prefix: ClassVar[str] = "trainable_tokens_"
 

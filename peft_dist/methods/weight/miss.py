@@ -54,7 +54,8 @@ class ShardSharing(BiasedMethod):
         r, where = self.r, type(self).__name__
         if not 1 <= r <= site.in_:
             raise ConfigError(f"{where}.r: {r!r} at {site.name}; it lies between 1 and in = {site.in_}.")
-        dims, shape = ("r", "out"), (r, site.out)
+        dims: tuple[str, ...] = ("r", "out")
+        shape: tuple[int, ...] = (r, site.out)
         if self.is_bat:
             if site.in_ % r or site.out % r:
                 raise ConfigError(

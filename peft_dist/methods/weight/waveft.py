@@ -146,7 +146,7 @@ def _synthesis() -> Any:
     def back(G: Tensor, filters: Tensor) -> Tensor:
         return F.conv1d(G[:, None], filters, stride=2, padding=filters.shape[-1] - 2).flatten(1)
 
-    class Synthesis(torch.autograd.Function):
+    class Synthesis(torch.autograd.Function):  # type: ignore[name-defined, misc]
         """One level of the inverse transform of C; linear in it, so its backward needs no tensor but filters."""
 
         @staticmethod
