@@ -346,7 +346,8 @@ class Adapted(AdapterModule):
             names = choices[0][0] if choices else self.serving(None)
             if not names:
                 return self.base_layer(x)
-            if rows.samples is None or not self.training:
+            drops = self.training and any(self.methods[name].dropout for name in names)
+            if rows.samples is None or not drops:
                 return self._serve(names, x, _Entrance(self))
             split = rows.of(self.base.site, x, self._current.length)
             return split.restored(self._serve(names, split.x, _Entrance(self, rows.samples)))
@@ -630,7 +631,7 @@ class Replaced(AdapterModule):
     def _run(self, names: tuple[str, ...], args: tuple, kwargs: dict[str, Any]) -> Any:
         if not names:
             return self.original_module(*args, **kwargs)
-        p = self.tensors(names[-1])
+        p = self.held(names[-1])
         dtype = next(iter(p.values())).dtype
         wanted = [a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() else a for a in args]
         buffers = dict(self.base.layer.named_buffers())
