@@ -267,6 +267,8 @@ class PromptLearningConfig(PeftConfig):
     modules_to_save: list[str] | None = field(default=None)
 
     is_prompt_learning: ClassVar[bool] = True
+    # Fields that must be what the base has.
+    of_the_base: ClassVar[frozenset[str]] = frozenset({"token_dim"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -309,7 +311,7 @@ class PromptLearningConfig(PeftConfig):
         known = self.sizes_of(sizes)
         for name, value in known.items():
             given = getattr(self, name)
-            if name == "token_dim" and given not in (None, value):
+            if name in self.of_the_base and given not in (None, value):
                 raise ConfigError(
                     f"{type(self).__name__}.{name}: {given!r}, but the base has {value}. Leave it out."
                 )

@@ -65,15 +65,23 @@ class AdaptionPromptConfig(TargetedConfig, BlockMethod):
         found = [name for name in names if name.endswith(f".{self.target_modules}")]
         if len(found) < self.adapter_layers:  # type: ignore[operator]
             raise TargetError(
-                f"AdaptionPromptConfig.adapter_layers: {self.adapter_layers}, but the base has {len(found)} modules "
-                f"{self.target_modules!r}."
+                f"AdaptionPromptConfig.adapter_layers: {self.adapter_layers}, but {len(found)} modules are what "
+                f"target_modules {self.target_modules!r} says."
             )
         return found[-self.adapter_layers :]  # type: ignore[operator]
 
     def params(self, site: Site) -> dict[str, Param]:
         shapes = dict(site.tensors)
         # A Linear's weight is stored (out, in), HF's Conv1D's (in, out).
-        hidden = shapes["q_proj.weight"][1] if "q_proj.weight" in shapes else shapes["c_attn.weight"][0]
+        if "q_proj.weight" in shapes:
+            hidden = shapes["q_proj.weight"][1]
+        elif "c_attn.weight" in shapes:
+            hidden = shapes["c_attn.weight"][0]
+        else:
+            raise TargetError(
+                f"AdaptionPromptConfig.target_modules: {site.name!r} is no attention module with projections of "
+                "its own. Name those that are."
+            )
         assert self.adapter_len is not None
         shape = (1, self.adapter_len, hidden)
         return {

@@ -43,6 +43,7 @@ class PrefixTuningConfig(PromptLearningConfig, PastMethod):
     prefix_projection: bool = False
 
     prefix: ClassVar[str] = "prompt_"
+    of_the_base: ClassVar[frozenset[str]] = frozenset({"token_dim", "num_attention_heads"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -53,6 +54,13 @@ class PrefixTuningConfig(PromptLearningConfig, PastMethod):
             )
 
     def sizes_of(self, sizes: BaseSizes) -> dict[str, int]:
+        if not sizes.num_kv_layers or not sizes.num_kv_heads or not sizes.kv_width:
+            raise ConfigError("PrefixTuningConfig: the base's config does not say its layers and heads.")
+        if self.num_layers is not None and self.num_layers < sizes.num_kv_layers:
+            raise ConfigError(
+                f"PrefixTuningConfig.num_layers: {self.num_layers}, but the base has {sizes.num_kv_layers}. "
+                "Leave it out."
+            )
         return {
             "token_dim": sizes.num_kv_heads * sizes.kv_width,
             "num_layers": sizes.num_kv_layers,

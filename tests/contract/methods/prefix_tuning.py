@@ -1,4 +1,8 @@
-from tests.contract.case import Case, Parity
+import peft_dist
+from peft_dist import PrefixTuningConfig
+from tests.contract import bases
+from tests.contract.case import Case, Field, Parity
+from tests.contract.vocabularies import counted
 
 _FOUR = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 4}
 _PROJECTED = {**_FOUR, "prefix_projection": True, "encoder_hidden_size": 8}
@@ -24,4 +28,33 @@ PROMPTS = {
     "prefix on T5": Parity("t5", "PrefixTuningConfig", _PAIR),
     "prefix by an MLP on T5": Parity("t5", "PrefixTuningConfig", {**_PROJECTED, "task_type": "SEQ_2_SEQ_LM"}),
     "prefix on BART": Parity("bart", "PrefixTuningConfig", _PAIR),
+}
+
+_GIVEN = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 3}
+_PAIRED = {"task_type": "SEQ_2_SEQ_LM"}
+
+
+def _made_by(**values) -> set[str]:
+    model = peft_dist.get_peft_model(bases.llama(), PrefixTuningConfig(**_GIVEN, **values))
+    return {f"{n} {tuple(p.shape)}" for n, p in model.named_parameters() if n.startswith("prompt_encoder")}
+
+
+def _projected() -> None:
+    plain, mlp = _made_by(), _made_by(prefix_projection=True)
+    assert plain != mlp != _made_by(prefix_projection=True, encoder_hidden_size=5)
+
+
+FIELDS = {
+    "num_virtual_tokens": lambda: counted(PrefixTuningConfig),
+    "token_dim": Field(99, "error"),
+    "num_transformer_submodules": (
+        Field(1, "output", _PAIRED, base="t5"),
+        Field(2, "error"),
+        Field(3, "error", _PAIRED, base="t5"),
+    ),
+    "num_layers": Field(1, "error"),
+    "num_attention_heads": Field(3, "error"),
+    "init_weights": (Field("zero", "start"), Field("one", "error")),
+    "encoder_hidden_size": _projected,
+    "prefix_projection": _projected,
 }
