@@ -26,15 +26,18 @@ from peft_dist.base_layer import (
 )
 from peft_dist.config import PeftConfig, TargetedConfig
 from peft_dist.contract import BlockMethod, Method, ReplaceMethod
-from peft_dist.errors import AdapterError, TargetError
-from peft_dist.methods.replace.modules_to_save import ModulesToSave
+from peft_dist.errors import AdapterError, ConfigError, TargetError
+from peft_dist.methods.lora.tokens import RowsBeside
+from peft_dist.methods.replace.modules_to_save import ModulesToSave, SameModule
 from peft_dist.methods.weight.bias import BiasCopy
 from peft_dist.pool import AdapterPool, PooledModule
+from peft_dist.replicate import replicate
 from peft_dist.rows import BASE, Current
 from peft_dist.targets import (
     HEAD_NAMES,
     READ_BY_PARENT,
     BaseFacts,
+    ends_in,
     resolve,
     resolve_parameters,
     resolve_saved,
@@ -180,10 +183,33 @@ def inject(
         TargetError: targets match nothing, or a layer that cannot be adapted.
         AdapterError: its layers share tensors, and nothing is there to hold them.
     """
+    ranges = getattr(config, "layer_replication", None)
+    if ranges is None:
+        return _inject(model, config, adapter, adapters, autocast_adapter_dtype, low_cpu_mem_usage, start)
+    undo = replicate(model, ranges, any(True for _ in adapter_modules(model)))
+    try:
+        return _inject(model, config, adapter, adapters, autocast_adapter_dtype, low_cpu_mem_usage, start)
+    except BaseException:
+        undo()
+        raise
+
+
+def _inject(
+    model: nn.Module,
+    config: PeftConfig,
+    adapter: str,
+    adapters: Adapters,
+    autocast_adapter_dtype: bool,
+    low_cpu_mem_usage: bool,
+    start: bool,
+) -> list[str]:
     found = places(model)
     facts = facts_of(model, found)
     targeted, tied = _without_tied(_targeted(config, found, facts), found)
-    chosen = [*targeted, *_whole(config, found, facts)]
+    whole, tied_whole = _whole(config, found, facts)
+    rows, tied_rows = _without_tied(_token_rows(config, found, facts, [*targeted, *whole]), found)
+    tied += [*tied_whole, *tied_rows]
+    chosen = [*targeted, *whole, *rows]
     chosen += _biases(config, found, {each.place.name for each in chosen})
     # Asked once before anything is touched: a method may refuse its neighbours, or a layer.
     if isinstance(config, Method):
@@ -259,7 +285,8 @@ def _targeted(config: PeftConfig, found: dict[str, Place], facts: BaseFacts) -> 
     blocks = (
         config.blocks(list(facts.layers), facts.architecture) if isinstance(config, BlockMethod) else None
     )
-    for name in resolve(config, facts) if blocks is None else blocks:
+    names = _tying(config, resolve(config, facts), found, facts) if blocks is None else blocks
+    for name in names:
         base = _door(found[name], kind)
         _check_kind(config, base)
         chosen.append(_Chosen(found[name], kind, base, config.at(base.site)))
@@ -329,10 +356,13 @@ def _parameters(
     return chosen
 
 
-def _whole(config: PeftConfig, found: dict[str, Place], facts: BaseFacts) -> list[_Chosen]:
-    """The modules that are trained whole: `modules_to_save`."""
-    chosen = []
-    for name in resolve_saved(getattr(config, "modules_to_save", None), facts):
+def _whole(
+    config: PeftConfig, found: dict[str, Place], facts: BaseFacts
+) -> tuple[list[_Chosen], list[tuple[_Chosen, _Chosen]]]:
+    """The modules that are trained whole, `modules_to_save`, and those that are tied to one of them."""
+    chosen, tied = [], []
+    names = resolve_saved(getattr(config, "modules_to_save", None), facts)
+    for name in _tying(config, names, found, facts):
         layer = found[name].layer
         if any(isinstance(part, AdapterModule) for part in layer.modules()):
             raise TargetError(
@@ -342,7 +372,85 @@ def _whole(config: PeftConfig, found: dict[str, Place], facts: BaseFacts) -> lis
             warnings.warn(f"modules_to_save: buffers of {name!r} stay the base's.", stacklevel=4)
         if any(True for _ in layer.parameters()):
             chosen.append(_Chosen(found[name], Replaced, Layer(layer, name), ModulesToSave()))
+        if getattr(config, "ensure_weight_tying", False) and name == facts.embedding:
+            for other in _sharing(found, name):
+                place = found[other]
+                tied.append((_Chosen(place, Replaced, Layer(place.layer, other), SameModule()), chosen[-1]))
+    return chosen, tied
+
+
+def _sharing(found: dict[str, Place], name: str | None) -> list[str]:
+    """The other layers that share the weight of a layer."""
+    weight = None if name is None else found[name].layer._parameters.get("weight")
+    return [
+        other
+        for other, place in found.items()
+        if weight is not None and other != name and place.layer._parameters.get("weight") is weight
+    ]
+
+
+def _tying(config: Any, names: list[str], found: dict[str, Place], facts: BaseFacts) -> list[str]:
+    """`names`, with the input embedding in the place of layers that share its weight, where the config ties
+    their adapters."""
+    others = _sharing(found, facts.embedding)
+    if not getattr(config, "ensure_weight_tying", False) or not {*others} & {*names}:
+        return names
+    wanted = {facts.embedding, *names} - {*others}
+    return [name for name in facts.layers if name in wanted]
+
+
+def _token_rows(
+    config: Any, found: dict[str, Place], facts: BaseFacts, taken: list[_Chosen]
+) -> list[_Chosen]:
+    """The embeddings some of whose rows are trained beside the adapter: `trainable_token_indices`."""
+    given = getattr(config, "trainable_token_indices", None)
+    others = _sharing(found, facts.embedding)
+    _say_untied(config, facts, others, taken, given)
+    if given is None:
+        return []
+    if not isinstance(given, dict):
+        given = {facts.embedding or "embed_tokens": given}
+    wanted: dict[str, list[int]] = {}
+    for target, tokens in given.items():
+        names = [name for name in facts.layers if ends_in([target], name)]
+        if not names:
+            raise TargetError(f"trainable_token_indices: {target!r} matched no layer of {facts.name}.")
+        wanted |= dict.fromkeys(names, tokens)
+    tied = [name for name in wanted if name in (facts.embedding, *others)]
+    agree = all(list(wanted[name]) == list(wanted[tied[0]]) for name in tied)
+    if not agree and config.ensure_weight_tying:
+        raise ConfigError(
+            f"trainable_token_indices: {', '.join(tied)} share one weight, and their tokens differ. Name the same "
+            "ones, or leave ensure_weight_tying out."
+        )
+    chosen = []
+    for name, tokens in wanted.items():
+        for each in taken:
+            if each.place.name == name:
+                field_name = "modules_to_save" if each.kind is Replaced else "target_modules"
+                raise ConfigError(
+                    f"trainable_token_indices: {name!r} is among {field_name} already. Name it in one of them."
+                )
+        base = _door(found[name], Adapted)
+        method = RowsBeside(tuple(tokens), ties=agree and name == facts.embedding)
+        _check_kind_of(base, method.layers, "trainable_token_indices")
+        chosen.append(_Chosen(found[name], Adapted, base, method))
     return chosen
+
+
+def _say_untied(config: Any, facts: BaseFacts, others: list[str], taken: list[_Chosen], rows: Any) -> None:
+    if not getattr(config, "ensure_weight_tying", False):
+        return
+    if not others:
+        warnings.warn(
+            f"ensure_weight_tying: no layer of {facts.name} shares the input embedding's weight; it has no effect.",
+            stacklevel=4,
+        )
+    elif rows is None and not any(each.place.name == facts.embedding for each in taken):
+        warnings.warn(
+            "ensure_weight_tying: the adapter is on no layer that shares its weight; it has no effect.",
+            stacklevel=4,
+        )
 
 
 def _biases(config: PeftConfig, found: dict[str, Place], taken: set[str]) -> list[_Chosen]:
@@ -393,10 +501,14 @@ def _door(place: Place, kind: type[AdapterModule]) -> Layer:
 
 
 def _check_kind(config: Any, base: Layer) -> None:
-    if base.site.kind not in config.layers and "module" not in config.layers:
+    _check_kind_of(base, config.layers, config.peft_type)
+
+
+def _check_kind_of(base: Layer, layers: frozenset[str], what: str) -> None:
+    if base.site.kind not in layers and "module" not in layers:
         raise TargetError(
-            f"targets: {base.site.name!r} is a {type(base.layer).__name__}; {config.peft_type} sits on "
-            f"{', '.join(sorted(config.layers))}. Leave it out, or choose another method for it."
+            f"targets: {base.site.name!r} is a {type(base.layer).__name__}; {what} sits on "
+            f"{', '.join(sorted(layers))}. Leave it out, or choose another method for it."
         )
 
 

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = {
     "peft_dist": [
         {"contract", "catalog", "errors", "lazy", "linalg", "starts", "config", "folder"},
-        {"base_layer", "targets", "sharding", "pool", "rows", "layer_api"},
+        {"base_layer", "targets", "sharding", "pool", "rows", "replicate", "layer_api"},
         {"fused"},
         {"methods"},
         {"adapted", "tuner_layer"},

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from peft_dist import starts
-from peft_dist.contract import BaseLayer, Enter, Param, Params, Site, WeightMethod
+from peft_dist.contract import BaseLayer, Enter, Method, Param, Params, Site, WeightMethod
 from peft_dist.errors import ConfigError, TargetError
 from peft_dist.lazy import lazy
 
@@ -53,6 +53,9 @@ class Variant(WeightMethod):
 
     def params(self, site: Site) -> dict[str, Param]:
         return self.lora.params(site)
+
+    def tied(self, site: Site) -> Method | None:
+        return self.lora.tied(site)
 
     def start_from_base(self, p: Params, base: BaseLayer) -> None:
         self.lora.start_from_base(p, base)

@@ -22,6 +22,7 @@ from peft_dist.contract import BaseLayer, Enter, Param, Params, Site, WeightMeth
 from peft_dist.errors import ConfigError, suggest
 from peft_dist.lazy import lazy
 from peft_dist.methods.lora.settings import CordaConfig, EvaConfig, LoftQConfig, LoraRuntimeConfig, nested
+from peft_dist.methods.replace.trainable_tokens import check_tokens
 from peft_dist.targets import by_pattern
 
 if TYPE_CHECKING:
@@ -158,6 +159,12 @@ class LoraConfig(TargetedConfig, WeightMethod):
 
     def _check_layers(self) -> None:
         where = type(self).__name__
+        if self.trainable_token_indices is not None:
+            given = self.trainable_token_indices
+            for name, tokens in given.items() if isinstance(given, dict) else [(None, given)]:
+                check_tokens(
+                    f"{where}.trainable_token_indices" + (f"[{name!r}]" if name else ""), tokens
+                )
         if isinstance(self.target_parameters, str):
             raise ConfigError(
                 f"{where}.target_parameters: {self.target_parameters!r}; it is a list of names, or None."
@@ -204,6 +211,10 @@ class LoraConfig(TargetedConfig, WeightMethod):
             raise ConfigError(
                 f"LoraConfig.lora_bias: goes with init_lora_weights True or False, not {start!r}."
             )
+        if self.ensure_weight_tying and self.use_dora:
+            raise ConfigError(
+                "LoraConfig.ensure_weight_tying: does not go with use_dora, whose lengths are those of one layer."
+            )
         if self.lora_bias and self.use_dora:
             raise ConfigError("LoraConfig.lora_bias: does not go with use_dora. Choose one.")
 
@@ -225,6 +236,11 @@ class LoraConfig(TargetedConfig, WeightMethod):
     @property
     def dropout(self) -> float:
         return self.lora_dropout
+
+    def tied(self, site: Site) -> WeightMethod | None:
+        if not self.ensure_weight_tying or site.kind != "embedding":
+            return None
+        return importlib.import_module("peft_dist.methods.lora.tied").Tied(self, site)
 
     def rank(self, site: Site) -> int:
         """r at `site`."""

@@ -96,16 +96,9 @@ PARITY = {
     "lora_bias": Parity("llama", "LoraConfig", {**_LORA, "lora_bias": True}),
     "orthogonal": Parity("llama", "LoraConfig", {**_LORA, "init_lora_weights": "orthogonal"}),
     "gaussian": Parity("llama", "LoraConfig", {**_LORA, "init_lora_weights": "gaussian"}),
-    "tokens beside lora": Parity(
-        "llama", "LoraConfig", {**_LORA, "trainable_token_indices": [3, 5, 40]}
-    ),
+    "tokens beside lora": Parity("llama", "LoraConfig", {**_LORA, "trainable_token_indices": [3, 5, 40]}),
     "tokens of a tied embedding": Parity(
         "tied_llama", "LoraConfig", {**_LORA, "trainable_token_indices": {"embed_tokens": [3, 5, 40]}}
-    ),
-    "tied embeddings": Parity(
-        "tied_llama",
-        "LoraConfig",
-        {**_LORA, "target_modules": ["embed_tokens", "q_proj"], "ensure_weight_tying": True},
     ),
     "a tied embedding trained whole": Parity(
         "tied_llama",
