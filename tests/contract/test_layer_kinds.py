@@ -271,3 +271,19 @@ def test_tokens_sent_to_an_expert_that_is_a_layer() -> None:
     model.set_adapter("other")
     torch.testing.assert_close(got, model(x))
     assert (got - model(x, adapter_names=[BASE, BASE])).abs().max() > 1e-2
+
+
+def test_inference_in_torchs_encoder_layers() -> None:
+    """Without gradients torch runs the whole layer by one call on its parts' weights, past HF PEFT's adapters."""
+    torch.manual_seed(0)
+    encoder = nn.Sequential(nn.TransformerEncoderLayer(12, 2, 16, batch_first=True, dropout=0.0)).eval()
+    x = torch.randn(2, 5, 12)
+    config = {"r": 4, "target_modules": ["0.linear1"], "init_lora_weights": False}
+    theirs = peft.get_peft_model(copy.deepcopy(encoder), peft.LoraConfig(**config)).eval()
+    ours = peft_dist.get_peft_model(copy.deepcopy(encoder), peft_dist.LoraConfig(**config)).eval()
+    with torch.no_grad():
+        plain = encoder(x)
+        torch.testing.assert_close(theirs(x), plain, rtol=1e-5, atol=1e-5)
+        inferred = ours(x)
+    torch.testing.assert_close(inferred, ours(x), rtol=1e-5, atol=1e-5)
+    assert (inferred - plain).abs().max() > 1e-2

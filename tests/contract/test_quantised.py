@@ -12,6 +12,7 @@ import copy
 import logging
 
 import bitsandbytes as bnb
+import peft
 import pytest
 import torch
 import torch.nn.functional as F
@@ -362,3 +363,21 @@ def test_all_linear_finds_quantised_layers() -> None:
     base = nn.ModuleDict({name: make(12, 8) for name, make in STORAGES.items()})
     inject.inject(base, LoraConfig(r=2, target_modules="all-linear"), "a", inject.Adapters())
     assert all(isinstance(layer, Adapted) for layer in base.values())
+
+
+@pytest.mark.skipif(
+    not bnb.functional.has_avx512bf16(), reason="bitsandbytes repacks on CPUs with AVX512-BF16 alone"
+)
+def test_evaluating_in_between_under_hf_peft() -> None:
+    """There the weight is another one from the first evaluation on, and cannot be merged into any more."""
+    torch.manual_seed(0)
+    base = nn.Sequential(linear_4bit(64, 64)).to("cpu")
+    config = {"target_modules": ["0"], "init_lora_weights": False}
+    theirs = peft.get_peft_model(base, peft.LoraConfig(**config))
+    x = torch.randn(3, 64)
+    trained = theirs.train()(x)
+    with torch.no_grad():
+        theirs.eval()(x)
+    assert (theirs.train()(x) - trained).abs().max() > 1e-3
+    with pytest.raises(RuntimeError, match="must match the size"):
+        theirs.merge_adapter()
