@@ -206,6 +206,7 @@ def load_state_dict(
             "Was it trained on another base, or with other target_modules?"
         )
     _check_shapes(adapter_name, given, tensors, embeddings, ignore_mismatched_sizes)
+    _check_finite(adapter_name, tensors, used)
     for holder in held:
         if isinstance(holder.method, PromptMethod):
             holder.module.take_saved_form(adapter_name)  # type: ignore[attr-defined]
@@ -307,6 +308,16 @@ def _derive(holder: _Holder, names: Sequence[str]) -> None:
     with torch.no_grad():
         for name in names:
             holder.module.wanted(holder.adapter)[name].start(holder.module.tensors(holder.adapter)[name])
+
+
+def _check_finite(adapter_name: str, tensors: Mapping[str, Tensor], names: Iterable[str]) -> None:
+    for key in names:
+        value = tensors.get(key)
+        if value is not None and value.is_floating_point() and not value.isfinite().all():
+            raise CheckpointError(
+                f"adapter {adapter_name!r}: {key!r} has NaN or infinite values. Its training failed; take an "
+                "earlier checkpoint."
+            )
 
 
 def _check_shapes(

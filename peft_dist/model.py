@@ -202,18 +202,24 @@ class PeftModel(PromptedModel):
         self,
         save_directory: str | Path,
         safe_serialization: bool = True,
-        selected_adapters: Any = None,
-        *,
+        selected_adapters: Sequence[str] | None = None,
+        save_embedding_layers: bool | Literal["auto"] = "auto",
+        is_main_process: bool | None = None,
         path_initial_model_for_weight_conversion: str | Path | None = None,
+        *,
+        state_dict: Mapping[str, Tensor] | None = None,
         **kwargs: Any,
     ) -> None:
         """Writes complete HF PEFT directories: the adapter `default` into the directory itself, others into
         folders of their names. To be called on all ranks; rank 0 writes.
 
         Args:
+            save_embedding_layers: add the base's embeddings; "auto" where an adapter sits on them, or where the
+                vocabulary was resized.
+            is_main_process: whether this process writes; by default rank 0 of the default group does.
             path_initial_model_for_weight_conversion: of the adapter as it started from the base's own directions;
                 a plain LoRA of twice the rank is written, for the base as it is.
-            kwargs: `save_embedding_layers` and `is_main_process`, as in `checkpoint.save`.
+            state_dict: the whole model's, where another library has gathered it.
         """
         if not safe_serialization:
             raise ConfigError(
@@ -221,7 +227,15 @@ class PeftModel(PromptedModel):
             )
         if path_initial_model_for_weight_conversion is not None:
             kwargs["convert"] = convert.to_plain(path_initial_model_for_weight_conversion)
-        checkpoint.save(self, save_directory, selected_adapters, **kwargs)
+        checkpoint.save(
+            self,
+            save_directory,
+            selected_adapters,
+            save_embedding_layers=save_embedding_layers,
+            is_main_process=is_main_process,
+            whole_model=state_dict,
+            **kwargs,
+        )
 
     @classmethod
     def from_pretrained(
@@ -247,10 +261,11 @@ class PeftModel(PromptedModel):
         saved = checkpoint.read(model_id, **kwargs)
         config = config or saved.config
         chosen = TASK_CLASSES.get(config.task_type, PeftModel) if cls is PeftModel else cls
-        peft_model = chosen(model, None)
-        peft_model._load(
-            saved.tensors, config, adapter_name, is_trainable, autocast_adapter_dtype, low_cpu_mem_usage
-        )
+        with as_it_was(model):
+            peft_model = chosen(model, None)
+            peft_model._load(
+                saved.tensors, config, adapter_name, is_trainable, autocast_adapter_dtype, low_cpu_mem_usage
+            )
         return peft_model
 
     def load_adapter(
@@ -258,22 +273,50 @@ class PeftModel(PromptedModel):
         model_id: str | Path,
         adapter_name: str,
         is_trainable: bool = False,
+        torch_device: str | None = None,
         autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
         low_cpu_mem_usage: bool = False,
         **kwargs: Any,
-    ) -> None:
-        """Adds the adapter that a directory, an fsspec URL or a hub id holds; active if it is the first.
+    ) -> checkpoint.LoadResult:
+        """Adds the adapter that a directory, an fsspec URL or a hub id holds; active if it is the first. Into an
+        adapter of this name that the model has, with the same settings, its values are put.
 
         Args:
+            torch_device: where the tensors are read to; they end on their layers' device.
+            ephemeral_gpu_offload: as in `LoraRuntimeConfig`.
             kwargs: `revision`, `subfolder`, `token`, `key_mapping`, as in `checkpoint.read`.
 
         Raises:
-            ConfigError, TargetError, CheckpointError: it does not fit; the model is as it was.
+            AdapterError: the model has another adapter of this name. ConfigError, TargetError, CheckpointError:
+                it does not fit. The model is as it was.
         """
         saved = checkpoint.read(model_id, **kwargs)
-        self._load(
+        if ephemeral_gpu_offload and hasattr(saved.config, "runtime_config"):
+            saved.config.runtime_config.ephemeral_gpu_offload = True
+        if adapter_name in self.peft_config:
+            return self._refill(saved.tensors, saved.config, adapter_name, is_trainable)
+        return self._load(
             saved.tensors, saved.config, adapter_name, is_trainable, autocast_adapter_dtype, low_cpu_mem_usage
         )
+
+    def _refill(
+        self, tensors: dict[str, Tensor], config: PeftConfig, name: str, is_trainable: bool
+    ) -> checkpoint.LoadResult:
+        here, there = self.peft_config[name].to_dict(), config.to_dict()
+        for key in _OF_NO_ACCOUNT:
+            here.pop(key, None), there.pop(key, None)
+        other = [key for key in here if _unordered(here[key]) != _unordered(there.get(key))]
+        if other:
+            raise AdapterError(
+                f"adapter {name!r}: the model has one of this name with another {other[0]}: {here[other[0]]!r}, not "
+                f"{there.get(other[0])!r}. Delete it first, or choose another name."
+            )
+        result = checkpoint.load_state_dict(self, tensors, name)
+        _check_all_met(name, result)
+        if not is_trainable and self.training:
+            self.eval()
+        return result
 
     def _load(
         self,
@@ -283,21 +326,12 @@ class PeftModel(PromptedModel):
         is_trainable: bool,
         autocast_adapter_dtype: bool,
         low_cpu_mem_usage: bool,
-    ) -> None:
+    ) -> checkpoint.LoadResult:
         config.inference_mode = not is_trainable
         self._add(name, config, autocast_adapter_dtype, low_cpu_mem_usage, start=False)
         try:
             result = checkpoint.load_state_dict(self, tensors, name)
-            for what, keys in (
-                ("lacks", result.missing_keys),
-                ("has, unknown here,", result.unexpected_keys),
-            ):
-                if keys:
-                    raise CheckpointError(
-                        f"adapter {name!r}: the checkpoint {what} {len(keys)} tensors, the first "
-                        f"{keys[0]!r}. It belongs "
-                        "to another base or to other targets."
-                    )
+            _check_all_met(name, result)
         except BaseException:
             self.delete_adapter(name)
             raise
@@ -307,6 +341,7 @@ class PeftModel(PromptedModel):
             self.set_requires_grad(name, is_trainable and name in self.active_adapters)
         if not is_trainable and self.training:
             self.eval()
+        return result
 
     # --- counts
 
@@ -408,6 +443,46 @@ class PeftModel(PromptedModel):
             yield
 
 
+# What may differ between two adapters that are one: where they come from, and whether they are trained.
+_OF_NO_ACCOUNT = (
+    "inference_mode",
+    "peft_version",
+    "base_model_name_or_path",
+    "revision",
+    "auto_mapping",
+    "task_type",
+)
+
+
+def _unordered(value: Any) -> Any:
+    return sorted(value) if isinstance(value, list) and all(isinstance(v, str) for v in value) else value
+
+
+def _check_all_met(name: str, result: checkpoint.LoadResult) -> None:
+    for what, keys in (("lacks", result.missing_keys), ("has, unknown here,", result.unexpected_keys)):
+        if keys:
+            raise CheckpointError(
+                f"adapter {name!r}: the checkpoint {what} {len(keys)} tensors, the first {keys[0]!r}. It belongs to "
+                "another base or to other targets."
+            )
+
+
+@contextlib.contextmanager
+def as_it_was(model: nn.Module) -> Iterator[None]:
+    """Where the body fails, the base's parameters are trained, or not, as before, and so is its mode."""
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    training, config = model.training, model.__dict__.get("peft_config")
+    try:
+        yield
+    except BaseException:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+        model.train(training)
+        if config is None:
+            model.__dict__.pop("peft_config", None)
+        raise
+
+
 def _has_hooks(peft_type: Any) -> bool:
     row = METHODS.get(str(peft_type))
     return row is not None and row.tuner is not None
@@ -472,10 +547,11 @@ def get_peft_model(
             "initialise such an adapter anew when it loads it.",
             stacklevel=2,
         )
-    if mixed:
-        return TASK_CLASSES[MIXED](model, peft_config, adapter_name)
-    chosen = TASK_CLASSES.get(peft_config.task_type, PeftModel)
-    return chosen(model, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+    with as_it_was(model):
+        if mixed:
+            return TASK_CLASSES[MIXED](model, peft_config, adapter_name)
+        chosen = TASK_CLASSES.get(peft_config.task_type, PeftModel)
+        return chosen(model, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
 
 
 # The key of the class that `mixed=True` asks for.
