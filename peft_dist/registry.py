@@ -58,7 +58,7 @@ def register_peft_method(
         raise ConfigError(f"register_peft_method: {name!r}; a name is of lower case.")
     if name.upper() not in PeftType.__members__:
         raise ConfigError(
-            f"register_peft_method: PeftType has no {name.upper()!r}.{suggest(name.upper(), PeftType)} "
+            f"register_peft_method: PeftType has no {name.upper()!r}.{suggest(name.upper(), PeftType.__members__)} "
             f"Add it first: PeftType.extend({name.upper()!r})."
         )
     chosen = f"{name}_" if prefix is None else prefix

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import os
 import pkgutil
 from collections.abc import Callable
 
@@ -18,11 +19,12 @@ from peft_dist.pool import PooledModule
 from tests.contract import methods
 from tests.contract.case import Case
 
-CASES = tuple(
-    case
-    for found in sorted(pkgutil.iter_modules(methods.__path__), key=lambda module: module.name)
-    for case in importlib.import_module(f"{methods.__name__}.{found.name}").CASES
-)
+# Methods of other packages name a module with their own cases in this variable.
+FILES = [
+    *(f"{methods.__name__}.{name}" for name in sorted(m.name for m in pkgutil.iter_modules(methods.__path__))),
+    *filter(None, os.environ.get("PEFT_DIST_CASES", "").split(",")),
+]
+CASES = tuple(case for name in FILES for case in importlib.import_module(name).CASES)
 
 SITES = [(case, kind) for case in CASES for kind in case.kinds]
 SITE_IDS = [f"{case.method}-{case.label}-{kind}".replace(" ", "_") for case, kind in SITES]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from peft_dist import inject, merge
 from peft_dist.adapted import Adapted, Adjusted
-from peft_dist.catalog import METHODS, config_class, entry
+from peft_dist.catalog import METHODS, config_class, prefix_of
 from peft_dist.config import PeftConfig
 from peft_dist.contract import WeightMethod
 from peft_dist.rows import BASE, Rows
@@ -171,12 +171,13 @@ def test_law_5_merge_in_bf16_restores_the_bits(case, kind) -> None:
 
 @cases
 def test_law_6_configs_survive_pickle_and_dictionaries(case) -> None:
-    more = {} if case.method == "PROMPT_TUNING" else {"target_modules": ["target"]}
+    is_prompt = config_class(case.method).is_prompt_learning
+    more = {} if is_prompt else {"target_modules": ["target"]}
     config = case.config(**more)
     assert pickle.loads(pickle.dumps(config)) == config
     assert PeftConfig.from_dict(config.to_dict()) == config
     assert isinstance(config, config_class(case.method.lower()))
-    assert config.prefix == entry(case.method).prefix
+    assert config.prefix == prefix_of(case.method)
 
 
 @sites

@@ -49,3 +49,131 @@ def test_the_list_holds_all_that_they_make_public() -> None:
             mapped = name.startswith("TRANSFORMERS_MODELS_TO_") and name.split("_")[3].lower() in folders
             if name not in foreign and not mapped and name != "compose_cartridge_adapters":
                 assert (path, name) in listed
+
+
+CLASSES = sorted(
+    {
+        (path, name)
+        for path, name in (line for line in LINES if len(line) == 2)
+        if path.startswith("tuners.") and (path.endswith(".layer") or name == "BaseTunerLayer")
+        and isinstance(getattr(importlib.import_module(f"peft.{path}"), name), type)
+    }
+    | {("utils.other", "ModulesToSaveWrapper"), ("utils.other", "AuxiliaryTrainingWrapper")}
+)  # fmt: skip
+ON_LAYERS = [
+    name
+    for name in METHODS
+    if name not in ("BONE", "ADAPTION_PROMPT", "XLORA") and not config_class(name).is_prompt_learning
+]
+
+
+def instances(model, library: str) -> dict[tuple[str, str], set[str]]:
+    """Class -> names of the modules that are instances of it."""
+    found = {}
+    for path, name in CLASSES:
+        cls = getattr(importlib.import_module(f"{library}.{path}"), name)
+        names = {key for key, module in model.get_base_model().named_modules() if isinstance(module, cls)}
+        if names:
+            found[path, name] = names
+    return found
+
+
+def both(name: str, base: str = "llama", **more):
+    values = {**base_values(name), **more}
+    theirs = peft.get_peft_model(
+        getattr(bases, base)(), peft.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(name)](**values)
+    )
+    return peft_dist.get_peft_model(getattr(bases, base)(), config_class(name)(**values)), theirs
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ON_LAYERS)
+def test_isinstance_answers_as_theirs(name) -> None:
+    more = {} if name in ("TRAINABLE_TOKENS", "OSF") else {"modules_to_save": ["lm_head"]}
+    ours, theirs = both(name, **more)
+    assert instances(ours, "peft_dist") == instances(theirs, "peft")
+    assert type(ours.base_model).__name__ == type(theirs.base_model).__name__
+    assert isinstance(ours.base_model, getattr(peft_dist, type(theirs.base_model).__name__))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_isinstance_on_other_kinds_of_layers() -> None:
+    for name in ("LORA", "IA3", "LOHA", "OFT"):
+        targets = ["0", "1", "2"] if name in ("LORA", "OFT") else ["1", "2"]
+        values = {"target_modules": targets, **({"feedforward_modules": []} if name == "IA3" else {})}
+
+        def base():
+            return torch.nn.Sequential(
+                torch.nn.Embedding(6, 32), torch.nn.Linear(32, 32), torch.nn.Conv2d(32, 32, 1)
+            )
+
+        ours = peft_dist.get_peft_model(base(), config_class(name)(**values))
+        theirs = peft.get_peft_model(base(), peft.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(name)](**values))
+        assert instances(ours, "peft_dist") == instances(theirs, "peft"), name
+    assert TheirLayer is not peft_dist.tuners.tuners_utils.BaseTunerLayer
+
+
+def test_a_class_derived_from_a_layers_stands_for_itself() -> None:
+    LoraLayer = peft_dist.tuners.lora.LoraLayer
+
+    class Mine(torch.nn.Module, LoraLayer):
+        pass
+
+    model = peft_dist.get_peft_model(bases.llama(), peft_dist.LoraConfig(target_modules=["q_proj"]))
+    layer = model.get_base_model().model.layers[0].self_attn.q_proj
+    assert isinstance(layer, LoraLayer) and not isinstance(layer, Mine) and isinstance(Mine(), LoraLayer)
+
+
+def test_attributes_of_a_layer_are_theirs() -> None:
+    values = {"r": 3, "lora_alpha": 6, "lora_dropout": 0.1, "target_modules": ["q_proj"], "rank_pattern": {}}
+    ours, theirs = both("LORA", **values)
+    mine, other = (m.get_base_model().model.layers[0].self_attn.q_proj for m in (ours, theirs))
+    for name in (
+        "r", "lora_alpha", "scaling", "active_adapters", "active_adapter", "merged", "merged_adapters",
+        "disable_adapters", "in_features", "out_features", "use_dora", "use_rslora",
+    ):  # fmt: skip
+        if name not in ("use_dora", "use_rslora", "active_adapter"):
+            assert getattr(mine, name) == getattr(other, name), name
+        assert hasattr(mine, name)
+    assert mine.use_dora == {"default": False} and mine.active_adapter == ["default"]
+    assert type(mine.lora_dropout["default"]) is type(other.lora_dropout["default"])
+    assert torch.equal(mine.weight, other.weight) and torch.equal(mine.bias, other.bias)
+    assert mine.lora_A["default"].weight.shape == other.lora_A["default"].weight.shape
+    assert mine.get_base_layer() is mine.base_layer and type(mine.get_base_layer()) is torch.nn.Linear
+    with torch.no_grad():
+        mine.lora_B["default"].weight.normal_()
+    change = mine.lora_B["default"].weight @ mine.lora_A["default"].weight * 2
+    torch.testing.assert_close(mine.get_delta_weight("default"), change)
+    x, stored = torch.randn(2, 16), mine.base_layer.weight.clone()
+    mine.eval()
+    y = mine(x)
+    mine.merge(safe_merge=True)
+    assert mine.merged and mine.merged_adapters == ["default"]
+    torch.testing.assert_close(mine.base_layer.weight, stored + change)
+    torch.testing.assert_close(mine(x), y)
+    mine.unmerge()
+    assert not mine.merged and torch.equal(mine.base_layer.weight, stored)
+    mine.set_adapter([])
+    assert not mine.lora_A["default"].weight.requires_grad
+    torch.testing.assert_close(mine(x), mine.base_layer(x))
+    mine.set_adapter("default")
+    mine.enable_adapters(False)
+    assert mine.disable_adapters
+    torch.testing.assert_close(mine(x), mine.base_layer(x))
+    with pytest.raises(AttributeError):
+        _ = mine.no_such_thing
+
+
+def test_what_is_not_here_says_so_when_used() -> None:
+    from peft_dist.tuners.lora.config import LoraGAConfig
+
+    assert LoraGAConfig is peft_dist.LoraGAConfig
+    for made in (lambda: LoraGAConfig(), lambda: peft_dist.create_arrow_model("x")):
+        with pytest.raises(ConfigError, match="this package does not have it"):
+            made()
+    with pytest.raises(ImportError):
+        importlib.import_module("peft_dist.tuners.nothing")
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = peft_dist.tuners.lora.nothing
+    assert json.dumps(peft_dist.utils.peft_types.PeftType.LORA) == '"LORA"'
+    assert not any(isinstance(m, AdapterModule) for m in bases.llama().modules())

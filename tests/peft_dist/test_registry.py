@@ -39,6 +39,7 @@ class OuterConfig(TargetedConfig, WeightMethod):
     size: float = 1.0
 
     prefix: ClassVar[str] = "outer_"
+    full_size: ClassVar[int] = 1
 
     def __post_init__(self):
         super().__post_init__()
@@ -55,7 +56,7 @@ class OuterConfig(TargetedConfig, WeightMethod):
 '''
 
 # By hooks, in the words of a program for HF PEFT: y + s(x) with a trained scale of the output.
-HOOKS = '''
+HOOKS = """
 from dataclasses import dataclass, field
 
 import torch
@@ -146,10 +147,10 @@ def register():
     register_peft_method(
         name="gain", config_cls=GainConfig, model_cls=GainModel, prefix="gain_", is_mixed_compatible=False
     )
-'''
+"""
 
 # What each of them is put through. `Config` and `NAME` come first.
-PROGRAM = '''
+PROGRAM = """
 import json, sys, warnings
 import torch
 import peft_dist as peft
@@ -205,7 +206,7 @@ alone = peft.PEFT_TYPE_TO_TUNER_MAPPING[NAME](bases.llama(), Config(target_modul
 torch.testing.assert_close(alone(ids).logits, bare)
 assert {k: v for k, v in [(n, p.requires_grad) for n, p in alone.named_parameters()] if v}
 print("all is well")
-'''
+"""
 
 
 def package(folder: Path, name: str, text: str, entry_point: str | None = None) -> dict[str, str]:
@@ -254,7 +255,8 @@ def test_a_method_of_another_package_registered_by_a_call(kind, tmp_path) -> Non
 
 @pytest.mark.slow  # 10 s: a process of its own that imports torch and transformers
 @pytest.mark.parametrize(
-    ("kind", "point"), [("contract", "outer = own_method:OuterConfig"), ("hooks", "gain = own_method:register")]
+    ("kind", "point"),
+    [("contract", "outer = own_method:OuterConfig"), ("hooks", "gain = own_method:register")],
 )
 def test_a_method_of_another_package_found_by_its_entry_point(kind, point, tmp_path) -> None:
     text, _ = BY_CALL[kind]
@@ -286,15 +288,16 @@ def test_all_laws_run_on_a_method_of_another_package(tmp_path) -> None:
 @pytest.mark.slow  # 10 s: a process of its own
 def test_a_yaml_job_knows_the_method(tmp_path) -> None:
     environment = package(tmp_path, "own_method", CONTRACT, "outer = own_method:OuterConfig")
-    code = """
-    from orchestrator.spec.adapter import AdapterSpec
-    from orchestrator.spec.methods import *
-    from peft_dist.catalog import METHODS, config_class
-    import sys
-    assert "OUTER" in METHODS and config_class("outer").__name__ == "OuterConfig"
-    print("all is well")
-    """
-    assert run(code, environment, ROOT) == "all is well\n"
+    job = (
+        (ROOT / "jobs" / "quickstart.yaml")
+        .read_text()
+        .replace("{type: lora, r: 8}", "{type: outer, size: 0.5}")
+    )
+    (tmp_path / "job.yaml").write_text(job)
+    command = [sys.executable, "-m", "orchestrator", "validate", str(tmp_path / "job.yaml"), "--resolved"]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "type: outer" in done.stdout and "size: 0.5" in done.stdout
 
 
 @pytest.fixture
@@ -328,7 +331,11 @@ class Plain(PeftConfig):
 
 
 REFUSED = {
-    "underscore": ({"name": "my_method_"}, ConfigError, "'my_method_'; a name does not end in an underscore."),
+    "underscore": (
+        {"name": "my_method_"},
+        ConfigError,
+        "'my_method_'; a name does not end in an underscore.",
+    ),
     "capitals": ({"name": "My_method"}, ConfigError, "'My_method'; a name is of lower case."),
     "unknown": (
         {"name": "my_methods"},
@@ -346,7 +353,11 @@ REFUSED = {
         ConfigError,
         "the prefix is 'mine_', but Method.prefix is 'my_method_'. They are to be the same.",
     ),
-    "no config": ({"config_cls": int}, ConfigError, "config_cls is <class 'int'>, no subclass of PeftConfig."),
+    "no config": (
+        {"config_cls": int},
+        ConfigError,
+        "config_cls is <class 'int'>, no subclass of PeftConfig.",
+    ),
     "no method": (
         {"config_cls": Plain},
         ConfigError,
@@ -360,7 +371,8 @@ REFUSED = {
 def test_what_is_refused_changes_no_mapping(case, restored) -> None:
     peft_dist.PeftType.extend("MY_METHOD")
     mappings = [
-        getattr(peft_dist, f"PEFT_TYPE_TO_{kind}_MAPPING") for kind in ("CONFIG", "PREFIX", "TUNER", "MIXED_MODEL")
+        getattr(peft_dist, f"PEFT_TYPE_TO_{kind}_MAPPING")
+        for kind in ("CONFIG", "PREFIX", "TUNER", "MIXED_MODEL")
     ]
     before = [list(mapping) for mapping in mappings]
     more, error, message = REFUSED[case]
