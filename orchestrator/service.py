@@ -21,11 +21,12 @@ from .lineage import Lineage, count_trained_on, row_hashes
 from .objects import get_tree, read
 from .plan import Plan, make_plan
 from .plan.model_sizes import read_sizes
-from .plan.row_lengths import longest_row
+from .plan.row_lengths import row_facts
 from .registry import AdapterVersion, Registry
 from .runner import Event, Runner, TrainOutcome, TrainRequest
 from .spec.canonical import canonical_hash, resolved_yaml
 from .spec.job import DeploySpec, JobSpec
+from .spec.tasks import SERVED, task_type
 from .store import Run, RunStore
 
 OnEvent = Callable[[Event], None]
@@ -138,7 +139,7 @@ def plan_job(spec: JobSpec, environment: Environment) -> Plan:
     facts = environment.facts()
     if facts is not None:
         check_storage(spec, environment.cluster, facts)
-    return make_plan(spec, facts, sizes, longest_row(spec))
+    return make_plan(spec, facts, sizes, row_facts(spec))
 
 
 class StopRequest:
@@ -294,6 +295,8 @@ class _Attempt:
         if version.lineage.gate_passed is False and not self.force:
             message = f"{version.ref} is registered, not deployed: the gate refused it"
             return self._settle("registered, refused by the gate", message, version)
+        if task_type(self.spec) not in SERVED:
+            return self._promote(version, self.spec.deploy.alias)
         self._say("deploying", f"deploying {version.ref}")
         model = self.spec.model
         deployment = self.environment.open_endpoints().deploy(
@@ -305,6 +308,14 @@ class _Attempt:
         return self._settle(
             state, f"{version.ref} is {state}: the cluster has no room yet", version, deployment
         )
+
+    def _promote(self, version: AdapterVersion, alias: str) -> RunResult:
+        """What a deployment is for a task that no endpoint answers for yet: the alias alone."""
+        self.environment.registry.set_alias(self.name, version.version, alias)
+        message = (
+            f"{version.ref} is {self.name}@{alias}, not served: endpoints answer for {', '.join(SERVED)} adapters"
+        )
+        return self._settle("registered, not deployed", message, version)
 
     @property
     def name(self) -> str:

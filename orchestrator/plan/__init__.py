@@ -13,10 +13,13 @@ from ..spec.deepspeed_keys import zero_stage
 from ..spec.job import JobSpec
 from ..spec.places import Tree, raise_all
 from ..spec.rules import accumulation, check_rules
+from ..spec.tasks import TASKS, task_type
 from .adapter_sizes import AdapterSizes, adapter_sizes
 from .memory import Memory, Step, estimate, is_known
 from .model_sizes import ModelSizes
 from .placement import check_placement, gpu_memory, memory_shortage
+from .row_lengths import RowFacts
+from .task_heads import with_head
 
 __all__ = ["Memory", "Plan", "make_plan"]
 
@@ -70,14 +73,14 @@ class Plan:
 
 
 def make_plan(
-    spec: JobSpec, cluster: ClusterFacts | None, sizes: ModelSizes | None, longest: int | None = None
+    spec: JobSpec, cluster: ClusterFacts | None, sizes: ModelSizes | None, rows: RowFacts = RowFacts()
 ) -> Plan:
     """The plan of a job.
 
     Args:
         cluster: None where it does not answer or was not asked.
         sizes: of the base; None where they could not be read.
-        longest: tokens of the longest row (`row_lengths.longest_row`); None where it is not known.
+        rows: what is known of the job's rows (`row_lengths.row_facts`).
 
     Raises:
         SpecError: sizes that do not divide, a DeepSpeed key that contradicts the job, targets that match nothing.
@@ -92,10 +95,17 @@ def make_plan(
         check_placement(spec, bundle, cluster)
     steps, batch = accumulation(spec)
     length = sequence_len(spec, sizes)
-    if longest is not None and longest < length:
-        notes.append(f"The longest row has about {longest} tokens, of {length} that are allowed.")
-        length = longest
-    adapter = adapter_sizes(spec.adapter, sizes) if sizes else None
+    if rows.longest is not None and rows.longest < length:
+        notes.append(f"The longest row has about {rows.longest} tokens, of {length} that are allowed.")
+        length = rows.longest
+    task = task_type(spec)
+    adapter = adapter_sizes(spec.adapter, sizes, task, rows.labels) if sizes else None
+    if sizes is not None:
+        sizes = with_head(sizes, task, rows.labels)
+        if adapter is None:
+            notes.append(f"Memory is not estimated: the tensors of {spec.adapter.type} are not known here.")
+        if task in ("SEQ_CLS", "TOKEN_CLS") and rows.labels is None:
+            notes.append("How many labels the rows have is not known: the head on top is not counted.")
     memory = _memory(spec, bundle, sizes, adapter, length, notes)
     shortage = memory_shortage(spec, bundle, cluster, memory.total) if cluster and memory else None
     fits = _fits(bundle, cluster, memory, shortage, notes)
@@ -152,8 +162,9 @@ def _memory(
     length: int,
     notes: list[str],
 ) -> Memory | None:
-    if sizes is None or adapter is None:
+    if sizes is None:
         notes.append("The base's sizes are not known: memory is not estimated.")
+    if sizes is None or adapter is None:
         return None
     if not is_known(sizes):
         notes.append(f"Memory is not estimated: the activations of {sizes.architecture} are not known.")
@@ -170,12 +181,18 @@ def _memory(
                 spec.training.gradient_checkpointing, on_gpu=on_gpu, num_parameters=sizes.parameters
             ),
             flash=on_gpu,
+            texts=_TEXTS.get(spec.data.datasets[0].type, 1),
+            has_vocabulary=TASKS[spec.data.datasets[0].type].task in ("CAUSAL_LM", "SEQ_2_SEQ_LM"),
         ),
         stage=zero_stage(spec.deepspeed),
         num_workers=spec.resources.num_workers,
         optimizer=spec.training.optimizer,
         framework=FRAMEWORK_GPU if on_gpu else FRAMEWORK_CPU,
     )
+
+
+_TEXTS = {"embedding": 3}
+"""Sequences of a row at most, where it is more than one."""
 
 
 def _compute_bytes(precision: str, on_gpu: bool) -> int:

@@ -9,7 +9,9 @@ V vocabulary; every number below is elements for each token of one layer:
     mlp              3 I     the gate before and after its nonlinearity, and up
     adapted layers   each layer's input once, where sites share it; each site's own copy where it is dropped out or
                      cast; the ranks between the adapter's tensors
-    loss             4 T V at its backward: logits, log-probabilities and two gradients, in float32
+    loss             4 T V at its backward: logits, log-probabilities and two gradients, in float32; nothing worth
+                     counting where a task's head tells a few labels apart
+    whole weights    those as large as W that a method keeps until the backward (`full_size`), once a layer
 
 With gradient checkpointing a layer keeps its input alone, and one layer at a time keeps everything.
 """
@@ -54,11 +56,15 @@ class Step:
     """Whether gradient checkpointing is on."""
     flash: bool = False
     """Whether the attention kernel takes fewer kv heads than heads as they are."""
+    texts: int = 1
+    """Sequences of a row."""
+    has_vocabulary: bool = True
+    """Whether the head gives a value for each token of the vocabulary."""
 
     @property
     def tokens(self) -> int:
         """Tokens of a forward."""
-        return self.rows * self.length
+        return self.rows * self.texts * self.length
 
 
 @dataclass(frozen=True)
@@ -105,7 +111,7 @@ def estimate(
     sharded = max(adapter.largest * FP32, -(-own // num_workers))
     return Memory(
         base=_base(sizes, step, stage, num_workers),
-        adapter=own,
+        adapter=own + adapter.frozen * FP32,
         gradients=own,  # each rank computes all of them; stage 2 frees them after the reduction, past the peak
         optimizer=states * (sharded if stage >= 1 else own),
         activations=activations(sizes, adapter, step),
@@ -128,16 +134,17 @@ def _gathered(sizes: ModelSizes) -> int:
 
 def activations(sizes: ModelSizes, adapter: AdapterSizes, step: Step) -> int:
     """Bytes that a forward keeps for its backward, and those of the backward at the peak."""
-    tokens = step.rows * (step.length + adapter.virtual_tokens)
+    tokens = step.rows * step.texts * (step.length + adapter.virtual_tokens)
     layer = _layer(sizes, adapter, step) * tokens
     residual = sizes.hidden * step.compute_bytes * tokens
-    logits = sizes.vocab * tokens
+    logits = sizes.vocab * tokens if step.has_vocabulary else 0
     loss = logits * step.compute_bytes + 3 * logits * FP32
     backward = logits * step.compute_bytes + _backward(sizes, step) * tokens
+    whole = adapter.full_size * sum(site.in_ * site.out for site in adapter.sites) * FP32
     if step.recomputes:
         kept = sizes.layers * residual
-        return kept + max(loss, backward + layer)
-    return sizes.layers * layer + residual + max(loss, backward)
+        return kept + max(loss, backward + layer + whole // max(1, sizes.layers))
+    return sizes.layers * layer + residual + max(loss, backward) + whole
 
 
 def _layer(sizes: ModelSizes, adapter: AdapterSizes, step: Step) -> int:

@@ -26,11 +26,13 @@ _NAMES = {
     "intermediate": ("intermediate_size", "n_inner", "ffn_dim", "d_ff"),
     "vocab": ("vocab_size",),
     "max_positions": ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"),
+    "decoder_layers": ("num_decoder_layers", "decoder_layers"),
+    "kv_width": ("head_dim", "d_kv"),
 }
 """Our word -> the words of configs."""
 
-_EMBEDDINGS = ("embed", "wte", "wpe", "shared", "token_type")
-_OUTPUTS = ("lm_head", "embed_out", "output_projection", "score", "classifier", "cls")
+_EMBEDDINGS = ("embed", "wte", "wpe", "shared", "token_type", "relative_attention_bias")
+_OUTPUTS = ("lm_head", "embed_out", "output_projection", "score", "classifier", "qa_outputs", "cls")
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,11 @@ class ModelSizes:
     """The config's, by which a method's usual targets are found."""
     tensors: Mapping[str, tuple[int, ...]] = field(default_factory=dict, repr=False)
     """Name -> shape of every stored tensor."""
+    is_encoder_decoder: bool = False
+    decoder_layers: int = 0
+    """Where the config counts them apart."""
+    kv_width: int = 0
+    """Elements of one head of keys, where the config says so."""
 
     @property
     def head_dim(self) -> int:
@@ -72,7 +79,7 @@ class ModelSizes:
 
     @property
     def module_kinds(self) -> dict[str, str]:
-        """Module name -> `linear`, `embedding` or `module`, for all modules that the stored tensors imply."""
+        """Module name -> `linear`, `embedding`, `conv2d` and its like or `module`, for all modules that the stored tensors imply."""
         kinds: dict[str, str] = {}
         for name, shape in self.tensors.items():
             module, _, last = name.rpartition(".")
@@ -81,6 +88,8 @@ class ModelSizes:
                 kinds.setdefault(".".join(parts[:size]), "module")
             if last == "weight" and len(shape) == 2:
                 kinds[module] = "embedding" if _is_embedding(module) else "linear"
+            elif last == "weight" and len(shape) in (3, 4, 5):
+                kinds[module] = f"conv{len(shape) - 2}d"
             else:
                 kinds.setdefault(module, "module")
         if self.tied and "lm_head" not in kinds:
@@ -145,6 +154,9 @@ def sizes_of(config: Mapping[str, Any], tensors: Mapping[str, tuple[str, tuple[i
         stored_bytes=sum(elements[name] * _BITS.get(dtype, 32) // 8 for name, (dtype, _) in tensors.items()),
         model_type=str(config.get("model_type", "")),
         tensors={name: shape for name, (_, shape) in tensors.items()},
+        is_encoder_decoder=bool(config.get("is_encoder_decoder", False)),
+        decoder_layers=found["decoder_layers"],
+        kv_width=found["kv_width"],
     )
 
 

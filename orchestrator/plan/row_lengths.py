@@ -1,4 +1,5 @@
-"""How long a job's rows are, without torch: the longest rows of local JSONL files, by the base's own tokenizer.
+"""How long a job's rows are, and how many labels they name, without torch: from local JSONL files, by the base's own
+tokenizer.
 
 For the plan's memory alone. What a row becomes in full is the work of `train.render`.
 """
@@ -10,6 +11,7 @@ import heapq
 import json
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,44 @@ _COLUMNS = {
     "prompt_completion": ("prompt", "completion"),
     "alpaca": ("instruction", "input", "output"),
     "text": ("text",),
+    "classification": ("text", "text_pair"),
+    "token-classification": ("tokens",),
+    "qa": ("question", "context"),
+    "seq2seq": ("source", "target"),
+    "embedding": ("anchor", "positive", "negative"),
 }
+_SEPARATE = ("seq2seq", "embedding")
+"""Types whose texts are sequences of their own."""
+_LABELS = {"classification": "label", "token-classification": "tags"}
+
+
+@dataclass(frozen=True)
+class RowFacts:
+    """What is known of the rows; None of what is not."""
+
+    longest: int | None = None
+    """Tokens of the longest training row."""
+    labels: int | None = None
+    """How many labels the rows name."""
+
+
+def row_facts(spec: JobSpec) -> RowFacts:
+    """Reads the job's local files; says nothing of others."""
+    return RowFacts(longest_row(spec), num_labels(spec))
+
+
+def num_labels(spec: JobSpec) -> int | None:
+    """How many labels the rows name; None for other tasks, and where the data is not at hand."""
+    found: set[str] = set()
+    try:
+        for dataset in spec.data.datasets:
+            column = getattr(dataset, f"field_{_LABELS[dataset.type]}") or _LABELS[dataset.type]
+            for line in _lines(_local_files(dataset)):
+                value = json.loads(line)[column]
+                found |= set(map(str, value)) if isinstance(value, list) else {str(value)}
+    except (OSError, ValueError, KeyError, TypeError):  # reported by whoever needs it
+        return None
+    return len(found) or None
 
 
 def longest_row(spec: JobSpec) -> int | None:
@@ -50,12 +89,16 @@ def longest_row(spec: JobSpec) -> int | None:
 
 
 def _longest_lines(dataset: DatasetSpec) -> list[bytes]:
+    return heapq.nlargest(_LONGEST_READ, _lines(_local_files(dataset)), key=len)
+
+
+def _local_files(dataset: DatasetSpec) -> list[Path]:
     paths = [Path(name) for name in glob.glob(os.path.expanduser(dataset.path))]
     if not paths or any(path.suffix not in (".jsonl", ".ndjson") for path in paths):
         raise OSError(dataset.path)
     if sum(path.stat().st_size for path in paths) > _MOST_BYTES:
         raise OSError(dataset.path)
-    return heapq.nlargest(_LONGEST_READ, _lines(paths), key=len)
+    return paths
 
 
 def _lines(paths: list[Path]) -> Iterator[bytes]:
@@ -65,11 +108,15 @@ def _lines(paths: list[Path]) -> Iterator[bytes]:
 
 
 def _tokens(encoder: Tokenizer, dataset: DatasetSpec, row: dict[str, Any]) -> int:
-    renamed = [getattr(dataset, name) for name in DATASET_FIELDS[dataset.type]]
+    kept = [name for name in DATASET_FIELDS[dataset.type] if name not in ("field_label", "field_tags", "field_answers")]
+    renamed = [getattr(dataset, name) for name in kept]
     columns = [name for name in renamed if name] or list(_COLUMNS[dataset.type])
     columns += [name for name in _COLUMNS[dataset.type] if name in row]
     texts = [text for column in dict.fromkeys(columns) if column in row for text in _texts(row[column])]
-    return sum(len(encoder.encode(text, add_special_tokens=False).ids) + _TEMPLATE_TOKENS for text in texts)
+    if dataset.type == "token-classification":
+        texts = [" ".join(texts)]
+    lengths = [len(encoder.encode(text, add_special_tokens=False).ids) + _TEMPLATE_TOKENS for text in texts]
+    return max(lengths) if dataset.type in _SEPARATE else sum(lengths)
 
 
 def _texts(value: Any) -> Iterator[str]:

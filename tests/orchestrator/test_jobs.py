@@ -29,4 +29,8 @@ def test_it_is_planned(path, monkeypatch):
     plan = api.plan(path)
     rows = plan.num_workers * plan.micro_batch_size * plan.gradient_accumulation_steps
     assert rows == plan.global_batch_size and plan.adapter_parameters
-    assert plan.memory is not None and plan.memory.total > plan.memory.base > 0
+    if plan.memory is None:  # the activations of an encoder-decoder are not counted, and the plan says so
+        assert path.name == "seq2seq.yaml"
+        assert "Memory is not estimated: the activations of T5ForConditionalGeneration are not known." in plan.notes
+    else:
+        assert plan.memory.total > plan.memory.base > 0

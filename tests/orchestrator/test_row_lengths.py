@@ -3,7 +3,7 @@ import json
 import pytest
 
 from orchestrator.plan import make_plan
-from orchestrator.plan.row_lengths import longest_row
+from orchestrator.plan.row_lengths import RowFacts, longest_row, num_labels
 
 from .spec.jobs import spec_of
 from .test_plan import ONE, llama
@@ -24,6 +24,12 @@ def rows(path, *values):
         ("alpaca", {"instruction": "a", "output": "b"}, {"instruction": "a b " * 50, "output": "c"}),
         ("chat", {"messages": [{"role": "user", "content": "a"}]},
          {"conversations": [{"from": "human", "value": "a b " * 50}]}),
+        ("classification", {"text": "a", "label": "x"}, {"text": "a b " * 50, "label": "x"}),
+        ("token-classification", {"tokens": ["a"], "tags": ["O"]}, {"tokens": ["a", "b"] * 50, "tags": ["O"] * 100}),
+        ("qa", {"question": "a", "context": "b", "answers": []},
+         {"question": "a", "context": "a b " * 50, "answers": {"text": [], "answer_start": []}}),
+        ("seq2seq", {"source": "a", "target": "b"}, {"source": "a b " * 50, "target": "b"}),
+        ("embedding", {"anchor": "a", "positive": "b"}, {"anchor": "a", "positive": "a b " * 50}),
     ],
 )  # fmt: skip
 def test_the_longest_row_of_each_type(tmp_path, kind, short, long):
@@ -33,6 +39,16 @@ def test_the_longest_row_of_each_type(tmp_path, kind, short, long):
 
     assert length(short) < 25 < 90 < length(short, long, short) < 250
     assert length(long) == length(short, long)
+
+
+def test_labels_are_counted_for_the_head(tmp_path):
+    path = rows(tmp_path / "rows.jsonl", {"text": "a", "kind": 1}, {"text": "b", "kind": "x"}, {"text": "c", "kind": 1})
+    job = f"data.datasets=[{{path: {path}, type: classification, field_label: kind}}]"
+    assert num_labels(spec_of(overrides=[BASE, job])) == 2
+    assert num_labels(spec_of(overrides=[BASE, job.replace("kind", "nope")])) is None
+    tagged = rows(tmp_path / "tags.jsonl", {"tokens": ["a", "b"], "tags": ["O", "B-X"]})
+    assert num_labels(spec_of(overrides=[f"data.datasets=[{{path: {tagged}, type: token-classification}}]"])) == 2
+    assert num_labels(spec_of()) is None
 
 
 @pytest.mark.parametrize("path", ["nowhere.jsonl", "s3://bucket/x.jsonl", "jobs/quickstart.yaml"])
@@ -48,10 +64,10 @@ def test_damaged_rows_and_unknown_tokenizers_are_left_to_others(tmp_path):
 
 
 def test_the_plan_counts_memory_by_the_longest_row():
-    plan = make_plan(spec_of(), ONE, llama(), 40)
+    plan = make_plan(spec_of(), ONE, llama(), RowFacts(40))
     assert (
         plan.sequence_len == 40
         and "The longest row has about 40 tokens, of 512 that are allowed." in plan.notes
     )
     assert plan.memory.activations < make_plan(spec_of(), ONE, llama()).memory.activations / 10
-    assert make_plan(spec_of(), ONE, llama(), 4000).sequence_len == 512
+    assert make_plan(spec_of(), ONE, llama(), RowFacts(4000)).sequence_len == 512

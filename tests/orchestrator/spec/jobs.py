@@ -7,10 +7,13 @@ from orchestrator.spec.load import load_job_text
 
 NEEDED = {
     **dict.fromkeys(("prompt_tuning", "multitask_prompt_tuning", "p_tuning", "prefix_tuning"), {"num_virtual_tokens": 4}),
+    "c3a": {"block_size": 32},
+    "vblora": {"vector_length": 32, "num_vectors": 64},
+    "adaption_prompt": {"adapter_len": 4, "adapter_layers": 2},
     "trainable_tokens": {"token_indices": [3, 5]},
     "cpt": {"cpt_token_ids": [3, 4, 5, 6], "cpt_mask": [1, 1, 1, 1], "cpt_tokens_type_mask": [1, 2, 3, 4]},
 }
-"""Fields that a method does not do without."""
+"""Fields that a method does not do without, or not on a base whose layers are 64 wide."""
 
 MINIMAL = "model: {base_model: b}\ndata: {datasets: [{path: a.jsonl}]}\n"
 
