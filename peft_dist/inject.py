@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,7 +25,7 @@ from peft_dist.base_layer import (
     kind_of,
 )
 from peft_dist.config import PeftConfig, TargetedConfig
-from peft_dist.contract import BlockMethod, Method, ReplaceMethod
+from peft_dist.contract import BlockMethod, Method, Param, ReplaceMethod, Site
 from peft_dist.errors import AdapterError, ConfigError, TargetError
 from peft_dist.methods.lora.tokens import RowsBeside
 from peft_dist.methods.replace.modules_to_save import ModulesToSave, SameModule
@@ -216,7 +216,8 @@ def _inject(
         config.check_beside(_neighbours(config, adapters))
     shared = config.shared([each.base.site for each in targeted]) if isinstance(config, Method) else {}
     for each in chosen:
-        each.method.params(each.base.site)  # type: ignore[attr-defined]
+        wanted = each.method.params(each.base.site)  # type: ignore[attr-defined]
+        _check_ranks(config, each.base.site, wanted)
     if shared and adapters.common is None:
         raise AdapterError(
             f"adapter {adapter!r}: the layers of {config.peft_type} share tensors, which a bare base cannot "
@@ -510,6 +511,21 @@ def _check_kind_of(base: Layer, layers: frozenset[str], what: str) -> None:
             f"targets: {base.site.name!r} is a {type(base.layer).__name__}; {what} sits on "
             f"{', '.join(sorted(layers))}. Leave it out, or choose another method for it."
         )
+
+
+def _check_ranks(config: Any, site: Site, wanted: Mapping[str, Param]) -> None:
+    """Refuses factors of a higher rank than a matrix of either of the layer's sizes can have."""
+    sizes = (site.out, site.in_ * site.groups)
+    for param in wanted.values():
+        if not any(dim.split(" / ")[0] in ("in", "out") for dim in param.dims):
+            continue
+        for dim, length in zip(param.dims, param.shape, strict=True):
+            r = length if dim == "r" else length // max(1, site.experts) if " x " in dim else 0
+            if r > max(sizes):
+                raise ConfigError(
+                    f"{config.peft_type}: a rank of {r} at {site.name!r}, whose weight is {sizes[0]} x "
+                    f"{sizes[1]}. A rank over {min(sizes)} adds nothing there; choose a smaller one."
+                )
 
 
 def _wrap(place: Place, kind: type[AdapterModule], base: Layer, adapters: Adapters) -> AdapterModule:
