@@ -65,13 +65,13 @@ def added_by(model: nn.Module, x: Tensor) -> Tensor:
 @pytest.mark.parametrize("name", LYCORIS)
 def test_rank_dropout_leaves_out_rows_of_the_update_for_all_of_a_batch(name) -> None:
     more = {"rank_dropout_scale": True} if name == "LoKrConfig" else {}
-    model = one(peft_dist, name, nn.Linear(12, 400), rank_dropout=0.25, **more)
-    x = torch.randn(3, 2, 12)
+    model = one(peft_dist, name, nn.Linear(12, 400), rank_dropout=0.25, **more).double()
+    x = torch.randn(3, 2, 12, dtype=torch.double)
     whole = added_by(model.eval(), x)
     thinned = added_by(model.train(), x)
     kept = (thinned / whole).flatten(0, 1)
     # One choice for all rows of a batch; what stays is rescaled to the same mean.
-    factor = kept.max()
+    factor = kept.median()
     assert (((kept - factor).abs() < 1e-2) | (kept.abs() < 1e-2)).all()
     rows = kept[0] > 0.5
     assert factor.item() == pytest.approx(400 / rows.sum().item(), rel=1e-3)
@@ -105,7 +105,7 @@ def test_module_dropout_leaves_out_the_whole_update_of_a_layer(name) -> None:
     # 300 draws at 0.25: a standard deviation is 7.5, and the bounds are four of them.
     assert 45 < without < 105
     whole = added_by(model.eval(), x)
-    assert all(torch.equal(y, whole) or not y.any() for y in outputs)
+    assert all(torch.allclose(y, whole, atol=1e-5) or not y.any() for y in outputs)
 
 
 @pytest.mark.parametrize("name", LYCORIS)

@@ -13,7 +13,7 @@ from peft_dist import starts
 from peft_dist.config import TargetedConfig
 from peft_dist.contract import BaseLayer, Param, Params, Site
 from peft_dist.errors import ConfigError
-from peft_dist.methods.weight.bias import BiasedMethod
+from peft_dist.methods.weight.low_rank import LowRankMethod
 from peft_dist.targets import by_pattern
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class DeloraConfig(TargetedConfig, BiasedMethod):
+class DeloraConfig(TargetedConfig, LowRankMethod):
     """HF PEFT's DeloraConfig.
 
     Args:
@@ -83,14 +83,7 @@ class DeloraConfig(TargetedConfig, BiasedMethod):
         super().start_from_base(p, base)
         p["norms"].copy_(base.weight().norm(dim=0))
 
-    def weights(self, p: Params) -> Tensor:
-        """(r,): what each rank counts. A vanishing row or column counts as one of norm 1e-4."""
-        A, B = p["A"].norm(dim=1).clamp(min=1e-4), p["B"].norm(dim=0).clamp(min=1e-4)
-        return p["lambda"] / len(A) / (A * B)
-
-    def delta(self, p: Params, base: BaseLayer) -> Tensor:
-        return (p["B"] * self.weights(p)) @ p["A"] * p["norms"]
-
-    def added(self, p: Params, base: BaseLayer, x: Tensor) -> Tensor:
-        h = base.apply(p["A"] * p["norms"], x) * self.weights(p)
-        return self.with_bias(base.mix(p["B"], h), p, base)
+    def pair(self, p: Params, site: Site) -> tuple[Tensor, Tensor]:
+        # A vanishing row of A or column of B counts as one of norm 1e-4.
+        norms = p["A"].norm(dim=1).clamp(min=1e-4) * p["B"].norm(dim=0).clamp(min=1e-4)
+        return p["A"] * p["norms"], p["B"] * (p["lambda"] / len(norms) / norms)

@@ -14,17 +14,20 @@ from typing import TYPE_CHECKING, ClassVar
 
 from peft_dist import starts
 from peft_dist.config import TargetedConfig
-from peft_dist.contract import BaseLayer, Method, Param, Params, Site
+from peft_dist.contract import BaseLayer, Enter, Method, Param, Params, Site
 from peft_dist.errors import ConfigError
+from peft_dist.lazy import lazy
 from peft_dist.methods.weight import projections
-from peft_dist.methods.weight.bias import BiasedMethod
+from peft_dist.methods.weight.low_rank import LowRankMethod
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+fused = lazy("peft_dist.fused")
+
 
 @dataclass
-class RandLoraConfig(TargetedConfig, BiasedMethod):
+class RandLoraConfig(TargetedConfig, LowRankMethod):
     """HF PEFT's RandLoraConfig.
 
     Args:
@@ -109,22 +112,19 @@ class RandLoraConfig(TargetedConfig, BiasedMethod):
             **self.bias_params(site),
         }
 
-    def factors(self, p: Params, base: BaseLayer) -> tuple[Tensor, Tensor]:
-        """(r n, in) and (out, r n), whose product is dW."""
-        smaller, larger = sorted(base.shape)
+    def pair(self, p: Params, site: Site) -> tuple[Tensor, Tensor]:
+        smaller, larger = sorted((site.out, site.in_))
         num = p["gamma"].shape[0]
         first = self.randlora_alpha / self.r * p["lambda"]
-        small = first[:, :, None] * p["gamma"] * p["A"][..., :smaller]
+        small = (first[:, :, None] * p["gamma"] * p["A"][..., :smaller]).flatten(0, 1)
         large = p["B"][:larger].flatten(1)[:, : num * self.r]
-        return (small.flatten(0, 1), large) if smaller == base.shape[1] else (large.T, small.flatten(0, 1).T)
+        return (small, large) if smaller == site.in_ else (large.T, small.T)
 
-    def delta(self, p: Params, base: BaseLayer) -> Tensor:
-        first, second = self.factors(p, base)
-        return second @ first
-
-    def added(self, p: Params, base: BaseLayer, x: Tensor) -> Tensor:
-        first, second = self.factors(p, base)
-        return self.with_bias(base.mix(second, base.apply(first, x)), p, base)
+    def forward(self, p: Params, base: BaseLayer, x: Tensor, enter: Enter) -> Tensor:
+        out, in_ = base.shape
+        # With a rank this high one sum with W costs less than two products for each row of x.
+        is_cheaper = x.numel() // in_ > out * in_ / (out + in_)
+        return fused.by_delta(self, p, base, x, enter) if is_cheaper else super().forward(p, base, x, enter)
 
     def export(self, p: Params, site: Site) -> dict[str, Tensor] | None:
         if site.kind == "module":

@@ -13,19 +13,19 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from peft_dist import starts
 from peft_dist.config import TargetedConfig
-from peft_dist.contract import BaseLayer, Param, Params, Site
+from peft_dist.contract import Param, Params, Site
 from peft_dist.errors import AdapterError, BaseLayerError, ConfigError
 from peft_dist.lazy import lazy
-from peft_dist.methods.weight.bias import BiasedMethod
+from peft_dist.methods.weight.low_rank import LowRankMethod
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-torch = lazy("torch")
+torch, F = lazy("torch"), lazy("torch.nn.functional")
 
 
 @dataclass
-class VBLoRAConfig(TargetedConfig, BiasedMethod):
+class VBLoRAConfig(TargetedConfig, LowRankMethod):
     """HF PEFT's VBLoRAConfig.
 
     Args:
@@ -102,7 +102,6 @@ class VBLoRAConfig(TargetedConfig, BiasedMethod):
         }
 
     def pair(self, p: Params, site: Site) -> tuple[Tensor, Tensor]:
-        """A (r, in) and B (out, r)."""
         is_trained = self.save_only_topk_weights and torch.is_grad_enabled() and p["A"].requires_grad
         if is_trained and p["A"][0, 0].isinf().any():
             raise AdapterError(
@@ -114,16 +113,9 @@ class VBLoRAConfig(TargetedConfig, BiasedMethod):
 
     def pieces(self, logits: Tensor, bank: Tensor) -> Tensor:
         """(..., length): the mixture of bank vectors that logits (..., vectors) mean."""
-        highest, indices = logits.topk(self.topk, dim=-1)
-        return torch.einsum("...k,...kb->...b", highest.softmax(-1), bank[indices])
-
-    def delta(self, p: Params, base: BaseLayer) -> Tensor:
-        A, B = self.pair(p, base.site)
-        return B @ A
-
-    def added(self, p: Params, base: BaseLayer, x: Tensor) -> Tensor:
-        A, B = self.pair(p, base.site)
-        return self.with_bias(base.mix(B, base.apply(A, x)), p, base)
+        highest, indices = logits.flatten(0, -2).topk(self.topk, dim=-1)
+        mixed = F.embedding_bag(indices, bank, per_sample_weights=highest.softmax(-1), mode="sum")
+        return mixed.view(*logits.shape[:-1], -1)
 
     def export(self, p: Params, site: Site) -> dict[str, Tensor] | None:
         if not self.save_only_topk_weights or site.kind == "module":

@@ -12,20 +12,17 @@ from typing import TYPE_CHECKING, ClassVar
 
 from peft_dist import starts
 from peft_dist.config import TargetedConfig
-from peft_dist.contract import BaseLayer, Enter, Method, Param, Params, Site
+from peft_dist.contract import Method, Param, Params, Site
 from peft_dist.errors import ConfigError
-from peft_dist.lazy import lazy
 from peft_dist.methods.weight import projections
-from peft_dist.methods.weight.bias import BiasedMethod
+from peft_dist.methods.weight.low_rank import LowRankMethod
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-fused = lazy("peft_dist.fused")
-
 
 @dataclass
-class VeraConfig(TargetedConfig, BiasedMethod):
+class VeraConfig(TargetedConfig, LowRankMethod):
     """HF PEFT's VeraConfig.
 
     Args:
@@ -92,22 +89,8 @@ class VeraConfig(TargetedConfig, BiasedMethod):
             **self.bias_params(site),
         }
 
-    def delta(self, p: Params, base: BaseLayer) -> Tensor:
-        out, in_ = base.shape
-        return (p["b"][:, None] * p["B"][:out]) @ (p["d"][:, None] * p["A"][:, :in_])
-
-    def added(self, p: Params, base: BaseLayer, x: Tensor) -> Tensor:
-        out, in_ = base.shape
-        h = base.apply(p["A"][:, :in_], x) * p["d"]
-        return self.with_bias(base.mix(p["B"][:out], h) * p["b"], p, base)
-
-    def forward(self, p: Params, base: BaseLayer, x: Tensor, enter: Enter) -> Tensor:
-        frozen = fused.plain(base, x, p["b"], p["d"])
-        if not frozen:
-            return super().forward(p, base, x, enter)
-        out, in_ = base.shape
-        B = p["b"][:, None] * p["B"][:out] * p["d"]
-        return self.with_bias(fused.low_rank(x, enter(x), *frozen, p["A"][:, :in_], B, 1.0), p, base)
+    def pair(self, p: Params, site: Site) -> tuple[Tensor, Tensor]:
+        return p["A"][:, : site.in_], p["b"][:, None] * p["B"][: site.out] * p["d"]
 
     def restore(self, saved: Mapping[str, Tensor], site: Site) -> Mapping[str, Tensor]:
         is_shared = site.kind == "module"

@@ -25,7 +25,7 @@ PARITY = {
     ),
     "delora with biases of targets": Parity("llama", "DeloraConfig", {**_DE, "bias": "delora_only"}),
     "delora with all biases": Parity("llama", "DeloraConfig", {**_DE, "bias": "all"}),
-    "delora with a random start": Parity("llama", "DeloraConfig", {**_DE, "init_weights": False}),
+    "delora with a random start": Parity("llama", "DeloraConfig", {**_DE, "r": 5, "init_weights": False}),
 }
 
 FIELDS = {
