@@ -128,7 +128,7 @@ class AdapterModule(LayerApi, PooledModule):
         method, p = self.methods[adapter], self.held(adapter)
         for name in method.reads:
             p[name] = self._read(name, method, rows, start, stop)
-        if self.training:
+        if self.training and type(method).draws is not Method.draws:
             for name, draw in method.draws(self.base.site).items():
                 p[name] = self._drawn(name, draw, method, p, rows, start, stop)
         if type(method).gradient is not Method.gradient and torch.is_grad_enabled():
@@ -149,7 +149,7 @@ class AdapterModule(LayerApi, PooledModule):
         common = self._common
         # A module that is trained whole beside an adapter shares nothing with its layers.
         shares = type(self.methods[adapter]).shared is not Method.shared
-        if common is None or not shares or adapter not in common.adapters:
+        if common is None or not shares or not common.has(adapter):
             return {}
         tensors = common.tensors(adapter)
         reach(self, tensors.values())
@@ -340,7 +340,7 @@ class Adapted(AdapterModule):
             raise TypeError(f"{self._site_name}: an adapted layer takes its input alone.")
         (x,) = args
         if rows is None or rows.num is None:
-            return self._serve(self.serving(None), x, _Entrance(self))
+            return self._serve(self.serving(None), x)
         choices = [(self.serving(s.adapter), s.start, s.stop) for s in rows.segments]
         if all(names == choices[0][0] for names, _, _ in choices[1:]):
             names = choices[0][0] if choices else self.serving(None)
@@ -348,9 +348,9 @@ class Adapted(AdapterModule):
                 return self.base_layer(x)
             drops = self.training and any(self.methods[name].dropout for name in names)
             if rows.samples is None or not drops:
-                return self._serve(names, x, _Entrance(self))
+                return self._serve(names, x)
             split = rows.of(self.base.site, x, self._current.length)
-            return split.restored(self._serve(names, split.x, _Entrance(self, rows.samples)))
+            return split.restored(self._serve(names, split.x, rows.samples))
         split = rows.of(self.base.site, x, self._current.length)
         parts = [(self.levels(names, rows, start, stop), start, stop) for names, start, stop in choices]
         if all(isinstance(level.method, WeightMethod) for levels, _, _ in parts for level in levels):
@@ -380,12 +380,15 @@ class Adapted(AdapterModule):
             parts += [child for child in self.base.layer.children() if isinstance(child, Adapted)]
         return parts
 
-    def _serve(self, names: tuple[str, ...], x: Tensor, entrance: _Entrance) -> Tensor:
+    def _serve(self, names: tuple[str, ...], x: Tensor, samples: Tensor | None = None) -> Tensor:
         """One choice of adapters for all rows of x."""
         if not names:
             return self.base_layer(x)
+        entrance = _Entrance(self, samples)
         if len(names) == 1:
             method, p = self.methods[names[0]], self.given(names[0])
+            if _dtype_of(p, x) == x.dtype and not entrance.drops(method):
+                return method.forward(p, self.base, x, _unchanged)
             if _dtype_of(p, x) == x.dtype or not self.casts:
                 return method.forward(p, self.base, x, entrance.of(method, p))
             framed = _Framed(self.base, x.dtype)
@@ -519,6 +522,11 @@ class _Entrance:
             return drop(x, method.dropout, self.samples, key, padding)
 
         return enter
+
+
+def _unchanged(x: Tensor) -> Tensor:
+    """x as the branch of an adapter of its dtype takes it where nothing is dropped."""
+    return x
 
 
 def _dtype_of(p: Params, x: Tensor | None = None) -> torch.dtype:

@@ -164,6 +164,10 @@ class PooledModule(nn.Module):
         """The adapters that have tensors here, in the order they were added."""
         return tuple(self._places)
 
+    def has(self, adapter: str) -> bool:
+        """Whether the adapter has tensors here."""
+        return adapter in self._places
+
     def wanted(self, adapter: str) -> dict[str, Param]:
         """What the adapter's method asked for here, by the method's own names."""
         return self._wanted.get(adapter, {})
