@@ -6,23 +6,25 @@ twice is refused by torch.
 """
 
 from peft_dist.fused.changed import by_delta, changed, changed_by_kronecker, hadamard
-from peft_dist.fused.low_rank import low_rank, reflected, stretched
+from peft_dist.fused.low_rank import low_rank, pooled, reflected, stretched
 from peft_dist.fused.plain import exactly, plain
 from peft_dist.fused.scaled import scaled, scaled_input
-from peft_dist.fused.turned import cayley_series, turned
+from peft_dist.fused.turned import skew, turned, turned_by_series
 
 __all__ = [
     "by_delta",
-    "cayley_series",
     "changed",
     "changed_by_kronecker",
     "exactly",
     "hadamard",
     "low_rank",
     "plain",
+    "pooled",
     "reflected",
     "scaled",
     "scaled_input",
+    "skew",
     "stretched",
     "turned",
+    "turned_by_series",
 ]

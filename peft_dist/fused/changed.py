@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from peft_dist.contract import BaseLayer, Enter, Params, WeightMethod
+from peft_dist.fused.node import Node
 from peft_dist.fused.plain import exactly, flat, linear
 
 
@@ -29,10 +29,10 @@ def by_delta(method: WeightMethod, p: Params, base: BaseLayer, x: Tensor, enter:
 
 def changed(x: Tensor, W: Tensor, b: Tensor | None, dW: Tensor) -> Tensor:
     """x (W + dW)^T + b."""
-    return _Changed.apply(x, W, b, dW)
+    return _Changed.run(x, W, b, dW)
 
 
-class _Changed(torch.autograd.Function):
+class _Changed(Node):
     @staticmethod
     def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, dW: Tensor) -> Tensor:
         rows, V = flat(x), W + dW
@@ -41,10 +41,8 @@ class _Changed(torch.autograd.Function):
         return linear(rows, V, b).view(*x.shape[:-1], -1)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def gradients(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         rows, V = ctx.saved_tensors
-        g = flat(gradient)
         g_x = torch.mm(g, V).view(ctx.shape) if ctx.needs_input_grad[0] else None
         g_W = torch.mm(g.T, rows) if ctx.needs_input_grad[3] else None
         return g_x, None, None, g_W
@@ -55,7 +53,7 @@ def hadamard(A1: Tensor, B1: Tensor, A2: Tensor, B2: Tensor, scaling: float) -> 
     return _Hadamard.apply(A1, B1, A2, B2, scaling)
 
 
-class _Hadamard(torch.autograd.Function):
+class _Hadamard(Node):
     @staticmethod
     def forward(ctx: Any, A1: Tensor, B1: Tensor, A2: Tensor, B2: Tensor, scaling: float) -> Tensor:
         ctx.save_for_backward(A1, B1, A2, B2)
@@ -63,8 +61,7 @@ class _Hadamard(torch.autograd.Function):
         return torch.mm(A1 * scaling, B1).mul_(torch.mm(A2, B2))
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    def gradients(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         A1, B1, A2, B2 = ctx.saved_tensors
         one = torch.mm(A2 * ctx.scaling, B2).mul_(g)
         two = torch.mm(A1 * ctx.scaling, B1).mul_(g)
@@ -73,10 +70,10 @@ class _Hadamard(torch.autograd.Function):
 
 def changed_by_kronecker(x: Tensor, W: Tensor, b: Tensor | None, first: Tensor, second: Tensor) -> Tensor:
     """x (W + first (x) second)^T + b; the gradient of dW is never made."""
-    return _Kronecker.apply(x, W, b, first, second)
+    return _Kronecker.run(x, W, b, first, second)
 
 
-class _Kronecker(torch.autograd.Function):
+class _Kronecker(Node):
     @staticmethod
     def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, first: Tensor, second: Tensor) -> Tensor:
         (o1, i1), (o2, i2), rows = first.shape, second.shape, flat(x)
@@ -87,10 +84,9 @@ class _Kronecker(torch.autograd.Function):
         return linear(rows, V, b).view(*x.shape[:-1], -1)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def gradients(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         rows, V, first, second = ctx.saved_tensors
-        (o1, i1), (o2, i2), wanted, g = first.shape, second.shape, ctx.needs_input_grad, flat(gradient)
+        (o1, i1), (o2, i2), wanted = first.shape, second.shape, ctx.needs_input_grad
         g_first = g_second = None
         g_x = torch.mm(g, V).view(ctx.shape) if wanted[0] else None
         xs = rows.view(-1, i1, i2).transpose(0, 1)

@@ -1,4 +1,4 @@
-"""A frozen layer and a change of low rank: LoRA and VeRA, DoRA, HRA."""
+"""A frozen layer and a change of low rank: LoRA and VeRA, DoRA, HRA, MiSS."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from peft_dist.fused.node import Node
 from peft_dist.fused.plain import flat, linear
 from peft_dist.fused.scaled import sum_of_products
 
@@ -16,32 +16,38 @@ def low_rank(
     x: Tensor, entered: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scaling: float
 ) -> Tensor:
     """x W^T + b + s (entered A^T) B^T; `entered` may be x itself."""
-    return _LowRank.apply(x, entered, W, b, A, B, scaling)
+    return _LowRank.run(x, entered, W, b, A, B, scaling)
 
 
-class _LowRank(torch.autograd.Function):
+class _LowRank(Node):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, entered: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scaling: float
+        ctx: Any,
+        x: Tensor,
+        entered: Tensor,
+        W: Tensor,
+        b: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        scaling: float,
     ) -> Tensor:
         rows = flat(x)
         taken = rows if entered is x else flat(entered)
         # The small product first: it fetches x for the large one.
-        h = torch.mm(taken, A.T)
+        h = torch.mm(taken, A.T.contiguous())
         y = linear(rows, W, b).addmm_(h, B.T, alpha=scaling)
         ctx.save_for_backward(taken, h, W, A, B)
         ctx.scaling, ctx.shape, ctx.is_same = scaling, x.shape, entered is x
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def gradients(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         taken, h, W, A, B = ctx.saved_tensors
-        s, wanted, g = ctx.scaling, ctx.needs_input_grad, flat(gradient)
+        s, wanted = ctx.scaling, ctx.needs_input_grad
         g_x = g_entered = None
         u = torch.mm(g, B)
-        # beta = 0: the first argument lends its shape alone.
-        g_B = torch.addmm(B, g.T, h, beta=0, alpha=s) if wanted[5] else None
+        # beta = 0: the first argument lends its shape alone. The transpose takes less time.
+        g_B = torch.addmm(B.T, h.T, g, beta=0, alpha=s).T if wanted[5] else None
         if wanted[0]:
             g_x = torch.mm(g, W)
             if ctx.is_same:
@@ -53,12 +59,14 @@ class _LowRank(torch.autograd.Function):
         return g_x, g_entered, None, None, g_A, g_B, None
 
 
-def stretched(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, m: Tensor, scaling: float) -> Tensor:
+def stretched(
+    x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, m: Tensor, scaling: float
+) -> Tensor:
     """m / |W + s B A| * (x (W + s B A)^T) + b, where the lengths of the rows are constants for the gradient."""
-    return _Stretched.apply(x, W, b, A, B, m, scaling)
+    return _Stretched.run(x, W, b, A, B, m, scaling)
 
 
-class _Stretched(torch.autograd.Function):
+class _Stretched(Node):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, m: Tensor, scaling: float
@@ -73,10 +81,9 @@ class _Stretched(torch.autograd.Function):
         return (given if b is None else given.add_(b)).view(*x.shape[:-1], -1)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def gradients(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         rows, y, W, A, B, m, length = ctx.saved_tensors
-        s, wanted, g = ctx.scaling, ctx.needs_input_grad, flat(gradient)
+        s, wanted = ctx.scaling, ctx.needs_input_grad
         g_x = g_A = g_B = None
         g_m = sum_of_products(g, y).div_(length) if wanted[5] else None
         g = g * (m / length)
@@ -92,10 +99,10 @@ class _Stretched(torch.autograd.Function):
 
 def reflected(x: Tensor, W: Tensor, b: Tensor | None, U: Tensor, V: Tensor) -> Tensor:
     """(x - (x V^T) U^T) W^T + b, for U (in, r) and V (r, in)."""
-    return _Reflected.apply(x, W, b, U, V)
+    return _Reflected.run(x, W, b, U, V)
 
 
-class _Reflected(torch.autograd.Function):
+class _Reflected(Node):
     @staticmethod
     def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, U: Tensor, V: Tensor) -> Tensor:
         rows = flat(x)
@@ -106,13 +113,37 @@ class _Reflected(torch.autograd.Function):
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def gradients(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         rows, h, W, U, V = ctx.saved_tensors
         wanted = ctx.needs_input_grad
-        g = torch.mm(flat(gradient), W)
+        g = torch.mm(g, W)
         u = torch.mm(g, U)
         g_U = torch.addmm(U, g.T, h, beta=0, alpha=-1) if wanted[3] else None
         g_V = torch.addmm(V, u.T, rows, beta=0, alpha=-1) if wanted[4] else None
         g_x = g.addmm_(u, V, alpha=-1).view(ctx.shape) if wanted[0] else None
         return g_x, None, None, g_U, g_V
+
+
+def pooled(x: Tensor, W: Tensor, b: Tensor | None, D: Tensor) -> Tensor:
+    """x W^T + b + (x summed over its r-blocks) D, for D (r, out)."""
+    return _Pooled.run(x, W, b, D)
+
+
+class _Pooled(Node):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, D: Tensor) -> Tensor:
+        rows = flat(x)
+        h = rows.unflatten(1, (-1, len(D))).sum(1)
+        ctx.save_for_backward(h, W, D)
+        ctx.shape = x.shape
+        return linear(rows, W, b).addmm_(h, D).view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def gradients(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        h, W, D = ctx.saved_tensors
+        wanted, g_x = ctx.needs_input_grad, None
+        if wanted[0]:
+            g_x = torch.mm(g, W)
+            g_x.unflatten(1, (-1, len(D))).add_(torch.mm(g, D.T)[:, None])
+            g_x = g_x.view(ctx.shape)
+        return g_x, None, None, torch.mm(h.T, g) if wanted[3] else None

@@ -6,17 +6,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from peft_dist.fused.node import Node
 from peft_dist.fused.plain import flat, linear
 
 
 def scaled(x: Tensor, W: Tensor, b: Tensor | None, scale: Tensor) -> Tensor:
     """scale * (x W^T + b)."""
-    return _Scaled.apply(x, W, b, scale)
+    return _Scaled.run(x, W, b, scale)
 
 
-class _Scaled(torch.autograd.Function):
+class _Scaled(Node):
     @staticmethod
     def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, scale: Tensor) -> Tensor:
         y = linear(flat(x), W, b)
@@ -25,10 +25,8 @@ class _Scaled(torch.autograd.Function):
         return (y * scale).view(*x.shape[:-1], -1)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def gradients(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         y, W, scale = ctx.saved_tensors
-        g = flat(gradient)
         g_scale = sum_of_products(g, y) if ctx.needs_input_grad[3] else None
         g_x = torch.mm(g * scale, W).view(ctx.shape) if ctx.needs_input_grad[0] else None
         return g_x, None, None, g_scale
@@ -36,10 +34,10 @@ class _Scaled(torch.autograd.Function):
 
 def scaled_input(x: Tensor, W: Tensor, b: Tensor | None, scale: Tensor) -> Tensor:
     """(scale * x) W^T + b."""
-    return _ScaledInput.apply(x, W, b, scale)
+    return _ScaledInput.run(x, W, b, scale)
 
 
-class _ScaledInput(torch.autograd.Function):
+class _ScaledInput(Node):
     @staticmethod
     def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, scale: Tensor) -> Tensor:
         rows = flat(x)
@@ -48,10 +46,9 @@ class _ScaledInput(torch.autograd.Function):
         return linear(rows * scale, W, b).view(*x.shape[:-1], -1)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def gradients(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         rows, W, scale = ctx.saved_tensors
-        g = torch.mm(flat(gradient), W)
+        g = torch.mm(g, W)
         g_scale = sum_of_products(rows, g) if ctx.needs_input_grad[3] else None
         g_x = g.mul_(scale).view(ctx.shape) if ctx.needs_input_grad[0] else None
         return g_x, None, None, g_scale

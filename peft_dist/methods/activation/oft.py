@@ -137,7 +137,7 @@ class OFTConfig(TargetedConfig, OwnBias, Turning):
                 Q.copy_(self._projected(Q))
             # What the backward keeps is not the tensor that the next forward may project again.
             Q = Q.clone()
-        R = self._rotation(skew(Q))
+        R = self._rotation(fused.skew(Q))
         return kept(R, p["drawn"], self.module_dropout) if "drawn" in p else R
 
     def _projected(self, Q: Tensor) -> Tensor:
@@ -153,8 +153,6 @@ class OFTConfig(TargetedConfig, OwnBias, Turning):
         n = max(self.num_cayley_neumann_terms - 1, 3)
         if self.num_cayley_neumann_terms < 3:
             return (I + 2 * Q if self.num_cayley_neumann_terms == 2 else I + 0 * Q).expand(Q.shape)
-        if n == 4:
-            return fused.cayley_series(Q)
         R, power = I + 2 * Q, Q
         for _ in range(n - 2):
             power = power @ Q
@@ -172,8 +170,12 @@ class OFTConfig(TargetedConfig, OwnBias, Turning):
         frozen = fused.plain(base, x, p["Q"])
         if not frozen:
             return super().forward(p, base, x, enter)
-        R = self.rotation(p)
-        y = fused.turned(x, *frozen, R.expand(base.site.in_ // R.shape[-1], -1, -1))
+        is_usual = self.use_cayley_neumann and self.num_cayley_neumann_terms == 5
+        if is_usual and not self.coft and not self.block_share and "drawn" not in p:
+            y = fused.turned_by_series(x, *frozen, p["Q"])
+        else:
+            R = self.rotation(p)
+            y = fused.turned(x, *frozen, R.expand(base.site.in_ // R.shape[-1], -1, -1))
         return self.with_bias(y, p, base)
 
     def drawn_delta(self, p: Params, base: BaseLayer) -> Tensor:
@@ -195,14 +197,6 @@ def nearest_divisor(size: int, wish: int) -> int:
     lower = next(n for n in range(wish, 0, -1) if size % n == 0)
     higher = next(n for n in range(wish, size + 1) if size % n == 0)
     return lower if wish - lower <= higher - wish else higher
-
-
-def skew(Q: Tensor) -> Tensor:
-    """Skew matrices (n, b, b) of the entries (n, b(b-1)/2) above their diagonals."""
-    b = math.isqrt(2 * Q.shape[1]) + 1
-    row, column = torch.triu_indices(b, b, 1, device=Q.device)
-    upper = Q.new_zeros(Q.shape[0], b * b).index_copy(1, row * b + column, Q).view(-1, b, b)
-    return upper - upper.mT
 
 
 def cayley(Q: Tensor) -> Tensor:
