@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from peft_dist import starts
 from peft_dist.config import TargetedConfig
-from peft_dist.contract import BaseLayer, Param, Params, Site
+from peft_dist.contract import BaseLayer, Enter, Param, Params, Site
 from peft_dist.errors import ConfigError
 from peft_dist.lazy import lazy
 from peft_dist.methods.weight.bias import BiasedMethod
@@ -20,7 +20,7 @@ from peft_dist.methods.weight.bias import BiasedMethod
 if TYPE_CHECKING:
     from torch import Tensor
 
-torch = lazy("torch")
+torch, fused = lazy("torch"), lazy("peft_dist.fused")
 
 
 class ShardSharing(BiasedMethod):
@@ -74,7 +74,8 @@ class ShardSharing(BiasedMethod):
 
     def _wide(self, p: Params, base: BaseLayer) -> Tensor:
         """D (r, out)."""
-        return p["block"].repeat(1, base.site.out // p["block"].shape[1])
+        times = base.site.out // p["block"].shape[1]
+        return p["block"].repeat(1, times) if times > 1 else p["block"]
 
     def delta(self, p: Params, base: BaseLayer) -> Tensor:
         out, in_ = base.shape
@@ -88,9 +89,17 @@ class ShardSharing(BiasedMethod):
     def added(self, p: Params, base: BaseLayer, x: Tensor) -> Tensor:
         if self.is_bat:
             return super().added(p, base, x)
-        padded = torch.nn.functional.pad(x, (0, -x.shape[-1] % self.r))
-        y = padded.unflatten(-1, (-1, self.r)).sum(-2) @ p["block"]
-        return self.with_bias(y.repeat(*(1,) * (y.ndim - 1), base.site.out // y.shape[-1]), p, base)
+        rest = -x.shape[-1] % self.r
+        padded = torch.nn.functional.pad(x, (0, rest)) if rest else x
+        return self.with_bias(padded.unflatten(-1, (-1, self.r)).sum(-2) @ self._wide(p, base), p, base)
+
+    def forward(self, p: Params, base: BaseLayer, x: Tensor, enter: Enter) -> Tensor:
+        if self.is_bat:
+            return fused.by_delta(self, p, base, x, enter)
+        frozen, entered = fused.plain(base, x, p["block"]), enter(x)
+        if frozen is None or entered is not x or x.shape[-1] % self.r:
+            return base(x) + self.added(p, base, entered)
+        return self.with_bias(fused.pooled(x, *frozen, self._wide(p, base)), p, base)
 
 
 @dataclass

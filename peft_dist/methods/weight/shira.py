@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from peft_dist import starts
 from peft_dist.config import TargetedConfig
-from peft_dist.contract import BaseLayer, Param, Params, Site, WeightMethod
+from peft_dist.contract import BaseLayer, Enter, Param, Params, Site, WeightMethod
 from peft_dist.errors import BaseLayerError, ConfigError
 from peft_dist.lazy import lazy
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-torch = lazy("torch")
+torch, fused = lazy("torch"), lazy("peft_dist.fused")
 
 
 def random_mask(base_layer: Any, r: int, random_seed: int | None = None, **kwargs: Any) -> Tensor:
@@ -123,6 +123,9 @@ class ShiraConfig(TargetedConfig, WeightMethod):
         out, in_ = base.shape
         row, column = p["indices"]
         return p["weight"].new_zeros(out * in_).scatter(0, row * in_ + column, p["weight"]).view(out, in_)
+
+    def forward(self, p: Params, base: BaseLayer, x: Tensor, enter: Enter) -> Tensor:
+        return fused.by_delta(self, p, base, x, enter)
 
 
 def _chosen(out: int, in_: int, r: int, seed: int | None) -> Tensor:

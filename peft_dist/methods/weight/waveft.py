@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from peft_dist import starts
 from peft_dist.config import TargetedConfig
-from peft_dist.contract import BaseLayer, Param, Params, Site
+from peft_dist.contract import BaseLayer, Enter, Param, Params, Site
 from peft_dist.errors import ConfigError, suggest
 from peft_dist.lazy import lazy
 from peft_dist.methods.weight.bias import BiasedMethod
@@ -26,7 +26,7 @@ from peft_dist.targets import by_pattern
 if TYPE_CHECKING:
     from torch import Tensor
 
-torch = lazy("torch")
+torch, fused = lazy("torch"), lazy("peft_dist.fused")
 pywt = lazy("pywt")
 
 # Family -> length of its filters.
@@ -125,6 +125,9 @@ class WaveFTConfig(TargetedConfig, BiasedMethod):
         dW = _synthesis().apply(C.view(rows, columns), filters)
         top, left = (dW.shape[0] - out) // 2, (dW.shape[1] - in_) // 2
         return dW[top : top + out, left : left + in_] * self.scaling
+
+    def forward(self, p: Params, base: BaseLayer, x: Tensor, enter: Enter) -> Tensor:
+        return fused.by_delta(self, p, base, x, enter)
 
 
 @functools.cache
