@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from peft_dist.adapted import Adapted, AdaptedBlock, AdapterModule, Replaced
 from peft_dist.base_layer import (
@@ -223,6 +224,7 @@ def _inject(
             f"adapter {adapter!r}: the layers of {config.peft_type} share tensors, which a bare base cannot "
             "hold. Use get_peft_model."
         )
+    _set_how_stored(config, targeted)
     freeze(model)
     adopt_quantised(place.layer for place in found.values())
     fills = start and not low_cpu_mem_usage
@@ -511,6 +513,22 @@ def _check_kind_of(base: Layer, layers: frozenset[str], what: str) -> None:
             f"targets: {base.site.name!r} is a {type(base.layer).__name__}; {what} sits on "
             f"{', '.join(sorted(layers))}. Leave it out, or choose another method for it."
         )
+
+
+def _set_how_stored(config: Any, targeted: list[_Chosen]) -> None:
+    """Puts `fan_in_fan_out` right, with a warning: a layer knows itself whether it stores (in, out)."""
+    linear = [each for each in targeted if each.base.site.kind == "linear"]
+    if not hasattr(config, "fan_in_fan_out") or not linear:
+        return
+    last = linear[-1]
+    is_transposed = isinstance(last.base.layer, Conv1D)
+    if config.fan_in_fan_out != is_transposed:
+        warnings.warn(
+            f"fan_in_fan_out is {config.fan_in_fan_out}, but {last.name!r} is a "
+            f"{type(last.base.layer).__name__}. It is set to {is_transposed}.",
+            stacklevel=5,
+        )
+        config.fan_in_fan_out = is_transposed
 
 
 def _check_ranks(config: Any, site: Site, wanted: Mapping[str, Param]) -> None:

@@ -26,6 +26,18 @@ PARITY = {
 }
 
 
+def rank() -> None:
+    """The default, 32, is over the sizes of a small base."""
+    with pytest.raises(ValueError, match=r"a rank of 32 at 'model\.layers\.0\.self_attn\.q_proj'"):
+        peft_dist.get_peft_model(bases.llama(), peft_dist.GraloraConfig(target_modules=["q_proj"]))
+    for r in (4, 6):
+        model = peft_dist.get_peft_model(
+            bases.llama(), peft_dist.GraloraConfig(r=r, target_modules=["q_proj"])
+        )
+        shapes = {tuple(t.shape) for t in peft_dist.get_peft_model_state_dict(model).values()}
+        assert shapes == {(2, 8, r), (2, r, 8)}
+
+
 def pattern_of_layers() -> None:
     """HF PEFT allows it alone, without effect; beside indices it says which list they count."""
     peft_dist.GraloraConfig(layers_pattern="layers")
@@ -36,7 +48,7 @@ def pattern_of_layers() -> None:
 
 FIELD_BASE = {"target_modules": ["q_proj", "v_proj"], "r": 4}
 FIELDS = {
-    "r": (Field(6, "tensors"), Field(0, "error"), Field(5, "error")),
+    "r": (rank, Field(0, "error"), Field(5, "error")),
     "hybrid_r": (Field(3, "tensors"), Field(-1, "error")),
     "alpha": Field(3, "output"),
     "gralora_dropout": (Field(0.5, "training"), Field(1.0, "error")),
