@@ -82,7 +82,9 @@ class PromptedModel(PooledModule):
         self.peft_config: dict[str, PeftConfig] = {}
         self.disabled = False
         self.methods: dict[str, PromptMethod] = {}
+        # Rows of each sequence in a step of a beam search; positions of each row that are padding in a decoder.
         self._rows_of_each = 1
+        self._not_counted: Tensor | None = None
 
     def get_base_model(self) -> Any:
         """The base itself, with its wrapped layers in it."""
@@ -176,7 +178,8 @@ class PromptedModel(PooledModule):
                 raise
 
     def _refuse_recomputation(self, what: str) -> None:
-        if any(getattr(m, "gradient_checkpointing", False) for m in self.get_base_model().modules()):
+        base: Any = self.get_base_model()
+        if any(getattr(m, "gradient_checkpointing", False) for m in base.modules()):
             raise ConfigError(
                 f"{what}: does not work with gradient checkpointing, under which layers keep no keys and "
                 "values. Call gradient_checkpointing_disable() on the base, or use another prompt method."
@@ -242,7 +245,7 @@ class PromptedModel(PooledModule):
         """The virtual tokens of each row that `pick` takes, in the dtype of `like` (B, T, width)."""
         made: dict[str | None, Tensor] = {}
         # In one order on every rank, since a user's own engine may have partitioned them.
-        for name in dict.fromkeys(name for name in names if name is not None):
+        for name in _distinct(names):
             method = self.methods[name]
             if isinstance(method, PastMethod):
                 continue
@@ -261,12 +264,12 @@ class PromptedModel(PooledModule):
             )
         used: dict[str | None, int] = {}
         rows = []
-        for name, count in zip(names, counts, strict=True):
+        for adapter, count in zip(names, counts, strict=True):
             row = like.new_zeros(longest - count, like.shape[2])
             if count:
-                tokens = made[name]
-                row = torch.cat([row, tokens[used.get(name, 0)] if tokens.ndim == 3 else tokens])
-                used[name] = used.get(name, 0) + 1
+                tokens = made[adapter]
+                row = torch.cat([row, tokens[used.get(adapter, 0)] if tokens.ndim == 3 else tokens])
+                used[adapter] = used.get(adapter, 0) + 1
             rows.append(row)
         return _Block(torch.stack(rows), on_device, longest)
 
@@ -289,7 +292,7 @@ class PromptedModel(PooledModule):
         """(how many virtual tokens the rows have in the past, for each layer keys and values (B, heads,
         longest, width))."""
         made: dict[str | None, Sequence[tuple[Tensor, Tensor]]] = {}
-        for name in dict.fromkeys(name for name in names if name is not None):
+        for name in _distinct(names):
             method = self.methods[name]
             if isinstance(method, PastMethod):
                 made[name] = method.past(self._given(name, names), self.training)
@@ -323,7 +326,8 @@ class PromptedModel(PooledModule):
             if counted:
                 inputs.pop("labels")
             _, given, back = self._prompted(inputs)
-            outputs = self.base_model(**given)
+            with self._places_counted() if self._not_counted is not None else contextlib.nullcontext():
+                outputs = self.base_model(**given)
             outputs = outputs if back is None else _in_line(outputs, *back)
             return outputs if counted is None else _with_loss(outputs, *counted, items)
 
@@ -343,8 +347,8 @@ class PromptedModel(PooledModule):
         if self._has_decoder():
             return self._prompted_pair(inputs)
         inputs = dict(inputs)
-        like = inputs.get("inputs_embeds")
-        like = inputs["input_ids"] if like is None else like
+        ids, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
+        like: Any = ids if embeds is None else embeds
         names = self._names(like.shape[0])
         layer, _ = self._embedding()
         past = inputs.get("past_key_values")
@@ -353,10 +357,8 @@ class PromptedModel(PooledModule):
         if self._others_may_prompt() or any(
             name is not None and not isinstance(self.methods[name], PastMethod) for name in names
         ):
-            ids = inputs.pop("input_ids", None)
-            inputs["inputs_embeds"] = (
-                layer(ids) if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
-            )
+            inputs.pop("input_ids", None)
+            inputs["inputs_embeds"] = layer(ids) if embeds is None else embeds
             block = self._block(names, lambda _, tokens: tokens, inputs["inputs_embeds"])
         else:
             block = _Block(None, torch.zeros(len(names), dtype=torch.long, device=like.device), 0)
@@ -366,14 +368,16 @@ class PromptedModel(PooledModule):
             inputs["past_key_values"] = self._cache(inputs.get("past_key_values"), cache)
         if not block.longest and not behind.longest:
             return names, inputs, None
-        self._place(inputs, block, behind, like.shape[1])
+        self._place(inputs, ids, block, behind, like.shape[1])
         back = self._moved(inputs, block, behind)
         current = self._adapters.current
         current.length = block.longest + like.shape[1]
         current.padding = block.longest - block.counts if block.is_uneven and back is None else None
         return names, inputs, back
 
-    def _place(self, inputs: dict[str, Any], block: _Block, behind: _Block, own: int) -> None:
+    def _place(
+        self, inputs: dict[str, Any], ids: Tensor | None, block: _Block, behind: _Block, own: int
+    ) -> None:
         """Puts virtual tokens before a batch's own, and all that has an entry for each position with them."""
         num_rows, longest = len(block.counts), block.longest
         device = block.counts.device
@@ -384,6 +388,8 @@ class PromptedModel(PooledModule):
         if mask is not None:
             inputs["attention_mask"] = torch.cat([block.shown.to(mask), mask], dim=1)
         given = inputs.get("position_ids")
+        if given is None and uneven:
+            given = _positions_by_padding(self.get_base_model(), ids, block, behind, own)
         if given is not None or (uneven and self._needs_positions(behind)):
             first = torch.arange(own, device=device)[None] if given is None else given
             counts = (block.counts + behind.counts)[:, None]
@@ -461,12 +467,7 @@ class PromptedModel(PooledModule):
 
     def _check_past(self, names: Sequence[str | None], behind: _Block) -> None:
         if self.training:
-            self._refuse_recomputation(next(type(m).__name__ for m in map(self.methods.get, names) if m))
-        if behind.is_uneven and not self._reads_one_way() and _counts_from_padding(self.get_base_model()):
-            raise RowsError(
-                f"{type(self.get_base_model()).__name__} finds positions by itself, so rows of one batch cannot "
-                "have different numbers of past tokens. Run one prefix adapter at a time."
-            )
+            self._refuse_recomputation("a prefix")
 
     def _cache(self, given: Any, layers: list[tuple[Tensor, Tensor]]) -> Any:
         if getattr(given, "is_compileable", False):
@@ -523,7 +524,7 @@ class PromptedModel(PooledModule):
             return None
         names = self._names(len(labels))
         own = {}
-        for name in dict.fromkeys(name for name in names if name is not None):
+        for name in _distinct(names):
             mine = [row for row, other in enumerate(names) if other == name]
             counted = self.methods[name].targets(labels[mine], self._given(name, names))
             if counted is not None:
@@ -595,7 +596,7 @@ class PromptedModel(PooledModule):
         if any(name is not None and self.methods[name].in_decoder for name in names):
             block = self._block(names, _decoders_part, self._decoders_own(inputs))
         uneven = behind.is_uneven or (steps and block.is_uneven)
-        self._refuse_uneven(uneven)
+        self._count_places(behind, block if steps else None)
         if not behind.longest and not block.longest:
             return inputs, None
         own = (
@@ -646,6 +647,7 @@ class PromptedModel(PooledModule):
 
     def _decoder_continued(self, names: list[str | None], inputs: dict[str, Any]) -> dict[str, Any]:
         block, behind = self._counts(names, self.base.device, decoder=True)
+        self._count_places(behind, block)
         mask = _plain_mask(inputs, "decoder_attention_mask")
         if mask is None and (block.is_uneven or behind.is_uneven):
             virtual = block.longest + behind.longest
@@ -656,13 +658,50 @@ class PromptedModel(PooledModule):
             inputs["decoder_attention_mask"] = torch.cat(parts, dim=1)
         return inputs
 
-    def _refuse_uneven(self, uneven: bool) -> None:
+    def _count_places(self, behind: _Block, block: _Block | None) -> None:
+        """Lets padding before a row's decoder tokens not count as positions.
+
+        Raises:
+            RowsError: rows have different numbers of virtual tokens, and the decoder cannot be told.
+        """
         base = self.get_base_model()
-        if uneven and getattr(base.config, "model_type", None) not in _BY_DISTANCE:
+        blocks = [each for each in (behind, block) if each is not None and each.is_uneven]
+        self._not_counted = None
+        if not blocks or getattr(base.config, "model_type", None) in _BY_DISTANCE:
+            return
+        if _positions_of(base) is None:
             raise RowsError(
                 f"{type(base).__name__} counts its decoder's positions by itself, so rows of one batch cannot have "
                 "different numbers of virtual tokens there. Run one such adapter at a time."
             )
+        self._not_counted = torch.stack([each.longest - each.counts for each in blocks]).sum(0)
+
+    @contextlib.contextmanager
+    def _places_counted(self) -> Iterator[None]:
+        """Within the context a decoder's positions are those that `_count_places` has said."""
+
+        def places(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+            if self._not_counted is None:
+                return args, kwargs
+            own = kwargs["position_ids"] - self._not_counted[:, None].to(kwargs["position_ids"].device)
+            return args, {**kwargs, "position_ids": own.clamp(min=0).flatten()}
+
+        def by_rows(module: nn.Module, args: tuple, kwargs: dict[str, Any], made: Tensor) -> Tensor:
+            # Of one row of positions a decoder makes one row of embeddings.
+            rows = self._not_counted
+            return made.view(len(rows), -1, made.shape[-1]) if rows is not None else made
+
+        embedding = _positions_of(self.get_base_model())
+        hooks = []
+        if embedding is not None:
+            hooks.append(embedding.register_forward_pre_hook(places, with_kwargs=True))
+            hooks.append(embedding.register_forward_hook(by_rows, with_kwargs=True))
+        try:
+            yield
+        finally:
+            self._not_counted = None
+            for hook in hooks:
+                hook.remove()
 
     # --- generation
 
@@ -683,8 +722,10 @@ class PromptedModel(PooledModule):
         with contextlib.ExitStack() as within:
             if rows is not None and rows.adapters is not None and expansion > 1:
                 expanded = tuple(name for name in rows.adapters for _ in range(expansion))
-                within.enter_context(self.using(dataclasses.replace(rows, adapters=expanded)))  # type: ignore[attr-defined]
+                within.enter_context(self.using(dataclasses.replace(rows, adapters=expanded)))  # type: ignore[operator]
             within.enter_context(self._steps_changed(base, expansion))
+            if self._has_decoder():
+                within.enter_context(self._places_counted())
             return base.generate(*args, **kwargs)
 
     def _rows_each(self, kwargs: dict[str, Any]) -> int:
@@ -749,6 +790,11 @@ class PromptedModel(PooledModule):
             del base.prepare_inputs_for_generation
 
 
+def _distinct(names: Sequence[str | None]) -> list[str]:
+    """The adapters among `names`, in one order on every rank."""
+    return list(dict.fromkeys(name for name in names if name is not None))
+
+
 def base_sizes(base: Any, width: int) -> BaseSizes:
     """What prompt methods know of a base whose input embeddings are `width` wide; 0 for what it does not say."""
     facts = getattr(base, "config", None)
@@ -774,6 +820,13 @@ def _num_stacks(base: Any) -> int:
     return 2 if has and "decoder_input_ids" in _arguments(base) else 1
 
 
+def _positions_of(base: Any) -> nn.Module | None:
+    """The module that makes a decoder's position embeddings of positions that it counts by itself, where it can
+    be told others."""
+    module = getattr(base.get_decoder(), "embed_positions", None)
+    return module if module is not None and "position_ids" in _arguments(module) else None
+
+
 def _backbone(base: Any) -> Any:
     return getattr(base, "base_model", base)
 
@@ -782,8 +835,22 @@ def _arguments(module: Any) -> Any:
     return inspect.signature(module.forward).parameters
 
 
-def _counts_from_padding(base: Any) -> bool:
-    return any(hasattr(module, "create_position_ids_from_inputs_embeds") for module in base.modules())
+def _positions_by_padding(
+    base: Any, ids: Tensor | None, block: _Block, behind: _Block, own: int
+) -> Tensor | None:
+    """(B, own) the positions that RoBERTa and its like give each row by itself, less its virtual tokens: counted
+    from the padding's number, and over tokens alone where it sees ids; None for other bases."""
+    module = getattr(_backbone(base), "embeddings", None)
+    if not hasattr(module, "create_position_ids_from_inputs_embeds"):
+        return None
+    padding: Any = module.padding_idx  # type: ignore[union-attr]
+    places = padding + 1 + torch.arange(own, device=block.counts.device)
+    if ids is None:
+        return places.expand(len(block.counts), own)
+    is_token = (ids != padding).long()
+    past = behind.counts[:, None]
+    by_tokens = padding + (is_token.cumsum(1) + past) * is_token - past
+    return torch.where((block.counts > 0)[:, None], places, by_tokens)
 
 
 def _is_in_decoder(method: Any) -> bool:

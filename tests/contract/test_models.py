@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import importlib
 import pkgutil
-import warnings
 
 import pytest
 import torch
@@ -56,7 +55,7 @@ def logits(model: torch.nn.Module, inputs: dict[str, Tensor], **more) -> Tensor:
     """What the batch's own positions get, virtual ones left out."""
     outputs = model(**inputs, **more)
     found = outputs.logits if "logits" in outputs else outputs[0]
-    return found[:, -7:] if found.ndim == 3 else found
+    return found[:, -7:]
 
 
 def disturb(model: peft_dist.PeftModel, name: str, seed: int) -> None:
@@ -171,7 +170,7 @@ def test_rows_name_adapters_and_each_gets_its_own_gradient(label) -> None:
     mixed = logits(model, inputs, adapter_names=names)
     close(mixed, torch.cat(alone))
     mixed.square().sum().backward()
-    for i, (name, key, p) in enumerate(tensors):
+    for i, (name, _, p) in enumerate(tensors):
         # An adapter's gradient comes from its own row alone.
         wanted = gradients[names.index(name)][i]
         got = torch.zeros_like(p) if p.grad is None else p.grad

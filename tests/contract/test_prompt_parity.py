@@ -23,9 +23,8 @@ from tests.contract.case import Parity
 PROMPTS: dict[str, Parity] = {
     label: parity
     for found in sorted(pkgutil.iter_modules(methods.__path__), key=lambda module: module.name)
-    for label, parity in getattr(
-        importlib.import_module(f"{methods.__name__}.{found.name}"), "PROMPTS", {}
-    ).items()
+    for label, parity in importlib.import_module(f"{methods.__name__}.{found.name}").PARITY.items()
+    if getattr(peft_dist, parity.config).is_prompt_learning
 }
 each = pytest.mark.parametrize("name", PROMPTS)
 # HF PEFT leaves labels of tokens and places of answers where they are, and counts nothing of a context without an

@@ -10,8 +10,7 @@ _FOUR = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 4, "encoder_hidden_size
 _LSTM = {**_FOUR, "encoder_reparameterization_type": "LSTM"}
 _PAIR = {**_FOUR, "task_type": "SEQ_2_SEQ_LM"}
 CASES = (Case("P_TUNING", "mlp", _FOUR, ()), Case("P_TUNING", "lstm", _LSTM, ()))
-PARITY: dict[str, Parity] = {}
-PROMPTS = {
+PARITY = {
     "p-tuning": Parity("llama", "PromptEncoderConfig", _FOUR),
     "p-tuning by an LSTM": Parity("gpt2", "PromptEncoderConfig", _LSTM),
     "p-tuning by a deep LSTM": Parity("llama", "PromptEncoderConfig", {**_LSTM, "encoder_num_layers": 3}),

@@ -12,8 +12,7 @@ CASES = (
     Case("PREFIX_TUNING", "projected", _PROJECTED, ()),
     Case("PREFIX_TUNING", "zero", {**_FOUR, "init_weights": "zero"}, ()),
 )
-PARITY: dict[str, Parity] = {}
-PROMPTS = {
+PARITY = {
     "prefix": Parity("llama", "PrefixTuningConfig", _FOUR),
     "prefix of fewer heads": Parity("grouped", "PrefixTuningConfig", _FOUR),
     "prefix on GPT-2": Parity("gpt2", "PrefixTuningConfig", _PROJECTED),

@@ -12,8 +12,6 @@ PARITY = {
     "prompt": Parity("llama", "PromptTuningConfig", _THREE),
     "prompt on GPT-2": Parity("gpt2", "PromptTuningConfig", _THREE),
     "prompt classifier": Parity("classifier", "PromptTuningConfig", {**_THREE, "task_type": "SEQ_CLS"}),
-}
-PROMPTS = PARITY | {
     "prompt on BERT": Parity("bert", "PromptTuningConfig", {**_THREE, "task_type": "SEQ_CLS"}),
     "prompt on RoBERTa": Parity("roberta", "PromptTuningConfig", {**_THREE, "task_type": "SEQ_CLS"}),
     "prompt of features": Parity(
