@@ -134,6 +134,9 @@ class BaseLayer(Protocol):
         """M (rows, channels) over the output channels of h: (..., rows). On a convolution with groups M may
         be (rows, channels of a group)."""
 
+    def plus(self, W: Tensor, dW: Tensor) -> Tensor:
+        """W + dW, of which one may be wide where the layer has groups."""
+
     def substituted(self, W: Tensor, b: Tensor | None = None) -> AbstractContextManager[None]:
         """Within the context the layer runs with W (out, in), and with b (out,) where it is given."""
 
@@ -185,6 +188,31 @@ class Method(ABC):
         """The method for another layer that shares the weight of the one at `site`: it has no tensors of its own
         and finds in `p` those at `site`. None: such layers stay as they are."""
         return None
+
+    def assemble(self, base: Any, read: Callable[[str], Any]) -> None:
+        """Reads the saved adapters that it is made of, before it is asked anything else. `read` takes a path and
+        gives an adapter's `config` and `tensors`; `base` is the model."""
+        return None
+
+    def first_run(self, num_rows: int, length: int) -> dict[str, Tensor]:
+        """What its functions read in a first run of the model, where it needs one: see `ahead`."""
+        return {}
+
+    def ahead(
+        self, p: Params, hidden: Tensor, drop: Callable[[Tensor, float, str], Tensor]
+    ) -> dict[str, Tensor]:
+        """What its functions read, by the names in `reads`, from the last hidden state (rows, positions, width) of
+        a first run of the model. `p` are its shared tensors; drop(x, share, name) drops out while training. Only a
+        method that defines it has the model run twice."""
+        return {}
+
+    def parts(self, sites: Mapping[str, Params]) -> dict[str, tuple[Any, dict[str, Tensor]]]:
+        """Adapters that are saved in folders beside it, by name: config and tensors."""
+        return {}
+
+    def saved_at(self, directory: str) -> Method:
+        """The config as it is written there, beside its parts."""
+        return self
 
     def check_beside(self, others: Sequence[Method]) -> None:
         """Refuses to stand on one model with `others` of its class, by an error."""

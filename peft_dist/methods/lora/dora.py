@@ -45,7 +45,7 @@ class Dora(Variant):
         """||W + s B A|| (out,), without gradient."""
         with torch.no_grad():
             change = self.lora.delta(p, base)
-            return (base.weight().to(change.dtype) + change).norm(dim=1)
+            return base.plus(base.weight().to(change.dtype), change).norm(dim=1)
 
     def factor(self, p: Params, base: BaseLayer) -> Tensor:
         """m / ||W + s B A|| (out,)."""
@@ -54,7 +54,7 @@ class Dora(Variant):
     def delta(self, p: Params, base: BaseLayer) -> Tensor:
         change = self.lora.delta(p, base)
         W = base.weight().to(change.dtype)
-        return self.factor(p, base)[:, None] * (W + change) - W
+        return base.plus(self.factor(p, base)[:, None] * base.plus(W, change), -W)
 
     def factors(self, p: Params, site: Site) -> tuple[Tensor, Tensor] | None:
         return None

@@ -19,7 +19,7 @@ from peft_dist import starts
 from peft_dist.contract import BaseLayer, Controller, Enter, Param, Params, Site, WeightMethod
 from peft_dist.errors import ConfigError
 from peft_dist.lazy import lazy
-from peft_dist.methods.weight.lora import LoraConfig
+from peft_dist.methods.weight.lora import LoraConfig, per_channel
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -147,7 +147,13 @@ class AdaLoraConfig(LoraConfig):
         return super().factors(self._as_lora(p), site)
 
     def added(self, p: Params, base: BaseLayer, x: Tensor) -> Tensor:
-        return super().added(self._as_lora(p), base, x)
+        p = self._as_lora(p)
+        if base.site.groups == 1:
+            return super().added(p, base, x)
+        # A reads a group's channels alone, and all of its rows serve every group.
+        y = base.apply(self.scaling(base.site) * (p["B"] @ p["A"]), x)
+        shift = self.bias_delta(p, base)
+        return y if shift is None else y + per_channel(shift, base.site)
 
     def forward(self, p: Params, base: BaseLayer, x: Tensor, enter: Enter) -> Tensor:
         return super().forward(self._as_lora(p), base, x, enter)

@@ -2,7 +2,7 @@ from tests.contract.case import LINEAR, Case, Parity
 
 _STEPS = {"init_r": 4, "target_r": 2, "total_step": 10}
 CASES = (
-    Case("ADALORA", "plain", {**_STEPS, "lora_alpha": 6}, (*LINEAR, "conv2d")),
+    Case("ADALORA", "plain", {**_STEPS, "lora_alpha": 6}, (*LINEAR, "conv2d", "conv2d with groups")),
     Case("ADALORA", "random start", {**_STEPS, "init_lora_weights": False}, ("linear",), is_fresh=False),
     Case("ADALORA", "bias", {**_STEPS, "bias": "lora_only"}, ("linear",)),
     Case(

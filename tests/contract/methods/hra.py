@@ -1,7 +1,7 @@
-from tests.contract.case import CONVS, LINEAR, Case, Field, Parity
+from tests.contract.case import CONVS, GROUPED, LINEAR, Case, Field, Parity
 
 CASES = (
-    Case("HRA", "plain", {"r": 4}, (*LINEAR, *CONVS)),
+    Case("HRA", "plain", {"r": 4}, (*LINEAR, *CONVS, *GROUPED)),
     Case("HRA", "odd", {"r": 3, "bias": "hra_only"}, ("linear", "Conv1D", "conv2d"), is_fresh=False),
     Case("HRA", "orthogonal", {"r": 4, "apply_GS": True}, ("linear", "conv2d"), is_fresh=False),
     Case("HRA", "random start", {"r": 4, "init_weights": False}, ("linear",), is_fresh=False),

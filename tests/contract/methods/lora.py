@@ -14,7 +14,7 @@ CASES = (
         {"r": 4, "rank_pattern": {"target": 2}, "alpha_pattern": {"target": 5}},
         ("linear",),
     ),
-    Case("LORA", "dora", {"r": 4, "use_dora": True}, (*LINEAR, "embedding", *CONVS)),
+    Case("LORA", "dora", {"r": 4, "use_dora": True}, (*LINEAR, "embedding", *CONVS, *GROUPED)),
     Case("LORA", "dora with biases", {"r": 4, "use_dora": True, "bias": "lora_only"}, ("linear", "conv2d")),
     Case("LORA", "lora_bias", {"r": 4, "lora_alpha": 3, "lora_bias": True}, ("linear", "Conv1D", "conv2d")),
     Case("LORA", "orthogonal", {"r": 4, "init_lora_weights": "orthogonal"}, LINEAR),

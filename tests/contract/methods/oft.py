@@ -1,7 +1,7 @@
-from tests.contract.case import CONVS, LINEAR, Case, Field, Parity, tensors_of
+from tests.contract.case import CONVS, GROUPED, LINEAR, Case, Field, Parity, tensors_of
 
 CASES = (
-    Case("OFT", "plain", {"oft_block_size": 4}, (*LINEAR, "embedding", *CONVS)),
+    Case("OFT", "plain", {"oft_block_size": 4}, (*LINEAR, "embedding", *CONVS, *GROUPED)),
     Case("OFT", "blocks", {"r": 3, "oft_block_size": 0, "bias": "oft_only"}, ("linear", "Conv1D", "conv2d")),
     Case(
         "OFT",
