@@ -535,7 +535,7 @@ def _check_ranks(config: Any, site: Site, wanted: Mapping[str, Param]) -> None:
     """Refuses factors of a higher rank than a matrix of either of the layer's sizes can have."""
     sizes = (site.out, site.in_ * site.groups)
     for param in wanted.values():
-        if not any(dim.split(" / ")[0] in ("in", "out") for dim in param.dims):
+        if not {"in", "out"} & set(param.dims):
             continue
         for dim, length in zip(param.dims, param.shape, strict=True):
             r = length if dim == "r" else length // max(1, site.experts) if " x " in dim else 0

@@ -151,7 +151,8 @@ class AdaLoraConfig(LoraConfig):
         if base.site.groups == 1:
             return super().added(p, base, x)
         # A reads a group's channels alone, and all of its rows serve every group.
-        y = base.apply(self.scaling(base.site) * (p["B"] @ p["A"]), x)
+        h = base.apply(p["A"].repeat(base.site.groups, 1), x) * self.scaling(base.site)
+        y = base.mix(p["B"], h)
         shift = self.bias_delta(p, base)
         return y if shift is None else y + per_channel(shift, base.site)
 
