@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, ClassVar
 
 from peft_dist import starts
 from peft_dist.config import TargetedConfig
-from peft_dist.contract import BaseLayer, Param, Params, Site, WeightMethod
+from peft_dist.contract import BaseLayer, Enter, Param, Params, Site, WeightMethod
 from peft_dist.errors import ConfigError
 from peft_dist.lazy import lazy
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-torch = lazy("torch")
+torch, fused = lazy("torch"), lazy("peft_dist.fused")
 
 
 @dataclass
@@ -44,6 +44,7 @@ class OSFConfig(TargetedConfig, WeightMethod):
     target_svd_config: dict[str, int] | None = None
 
     prefix: ClassVar[str] = "osf_"
+    full_size: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -119,3 +120,12 @@ class OSFConfig(TargetedConfig, WeightMethod):
     def added(self, p: Params, base: BaseLayer, x: Tensor) -> Tensor:
         y = base.mix(p["U_low"] * p["S_low"], base.apply(p["V_low"], x))
         return y - base.mix(p["U_low_0"] * p["S_low_0"], base.apply(p["V_low_0"], x))
+
+    def forward(self, p: Params, base: BaseLayer, x: Tensor, enter: Enter) -> Tensor:
+        (out, in_), low = base.shape, p["S_low"].shape[0]
+        # Products of a step through dW: two to make it and two back, and one with x; through the factors: five
+        # with x for each of the two sides.
+        tokens = x.numel() // x.shape[-1]
+        if 4 * out * in_ * low + tokens * out * in_ < 5 * tokens * low * (out + in_):
+            return fused.by_delta(self, p, base, x, enter)
+        return super().forward(p, base, x, enter)
