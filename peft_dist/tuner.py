@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_dist import checkpoint, hooks, inject, merge
+from peft_dist.ahead import LookAhead
 from peft_dist.catalog import METHODS, class_name, config_class, entry, prefix_of
 from peft_dist.config import PeftConfig
 from peft_dist.contract import Controller, Method, Params
@@ -84,6 +85,7 @@ class BaseTuner(hooks.Hooks, PooledModule):
         self.targeted_module_names: list[str] = []
         self.targeted_parameter_names: list[str] = []
         self.controllers: dict[str, Controller] = {}
+        self.look_ahead = LookAhead(self)
 
     @classmethod
     def _check_arguments(cls, model: Any, config: Any, adapter_name: Any) -> None:
@@ -119,6 +121,8 @@ class BaseTuner(hooks.Hooks, PooledModule):
             TargetError: its targets do not fit; the base is then as it was.
         """
         config: Any = self.peft_config[adapter_name]
+        if isinstance(config, Method):
+            config.assemble(model, checkpoint.read)
         names = None
         if state_dict is not None:
             names = hooks.hooked_names(state_dict, self.prefix or prefix_of(config.peft_type))
@@ -248,10 +252,12 @@ class BaseTuner(hooks.Hooks, PooledModule):
         current = self._adapters.current
         before = current.batch
         current.batch = {**before, **{name: kwargs.pop(name) for name in names if name in kwargs}}
-        if (current.batch or current.rows) and getattr(self.model, "is_gradient_checkpointing", False):
+        ahead = self.look_ahead.serving()
+        if (current.batch or current.rows or ahead) and getattr(self.model, "is_gradient_checkpointing", False):
             remember(self.model, current)
         try:
-            yield
+            with self.look_ahead.watching():
+                yield
         finally:
             current.batch = before
 
@@ -353,18 +359,20 @@ class BaseTuner(hooks.Hooks, PooledModule):
         return base
 
     def enable_adapter_layers(self) -> None:
-        """Lets adapters serve."""
-        for _, module in inject.adapter_modules(self.model):
-            module.disabled = False
-        for _, layer in hooked_layers(self.model):
-            layer.enable_adapters(True)
+        """Lets adapters serve; the active ones are trained."""
+        self._enable(True)
+        self.set_requires_grad(self.active_adapters, True)
 
     def disable_adapter_layers(self) -> None:
-        """Lets the bare base serve."""
+        """Lets the bare base serve; no adapter is trained."""
+        self._enable(False)
+        self.set_requires_grad(list(self.peft_config), False)
+
+    def _enable(self, enabled: bool) -> None:
         for _, module in inject.adapter_modules(self.model):
-            module.disabled = True
+            module.disabled = not enabled
         for _, layer in hooked_layers(self.model):
-            layer.enable_adapters(False)
+            layer.enable_adapters(enabled)
 
 
 # Methods whose class does more than sit on layers: what it is derived from beside `BaseTuner`.
@@ -372,6 +380,8 @@ _MORE: dict[str, str] = {
     "LORA": "peft_dist.weighted:WeightedLora",
     "IA3": "peft_dist.weighted:WeightedIA3",
     "ADALORA": "peft_dist.weighted:NoWeighted",
+    "XLORA": "peft_dist.xlora:MixtureOfLora",
+    "VBLORA": "peft_dist.savable:CountsVectors",
 }
 _made: dict[str, Any] = {}
 

@@ -368,6 +368,20 @@ def test_small_checkpoints_of_vblora_are_hf_peft_s_and_infer_alone(num_vectors, 
         further(input_ids=ids())
 
 
+@pytest.mark.parametrize("num_vectors", [9, 300])
+def test_what_a_checkpoint_of_vblora_takes_is_hf_peft_s_count(num_vectors, capsys) -> None:
+    for more in ({}, {"save_only_topk_weights": True, "topk": 3, "bias": "vblora_only"}):
+        values = {"num_vectors": num_vectors, "vector_length": 8, **Q, **more}
+        counts, printed = [], []
+        for library in (peft_dist, peft):
+            model = library.get_peft_model(bases.llama(), library.VBLoRAConfig(**values))
+            counts.append(model.get_nb_savable_parameters())
+            model.print_savable_parameters()
+            printed.append(capsys.readouterr().out)
+        assert counts[0] == counts[1]
+        assert printed[0] == printed[1]
+
+
 def test_one_bank_gets_the_gradient_of_every_layer() -> None:
     config = peft_dist.VBLoRAConfig(num_vectors=9, vector_length=8, **Q)
     model = peft_dist.get_peft_model(bases.llama(), config)

@@ -124,12 +124,13 @@ class VBLoRAConfig(TargetedConfig, LowRankMethod):
         saved = {param.saved or param.key: p[name] for name, param in wanted if name not in ("A", "B")}
         for name in ("A", "B"):
             highest, indices = p[name].topk(self.topk, dim=-1)
-            saved[f"vblora_logits_{name}_topk_indices"] = indices.to(self._smallest_int())
+            saved[f"vblora_logits_{name}_topk_indices"] = indices.to(self.smallest_int())
             # The last weight is what the others leave of 1.
             saved[f"vblora_logits_{name}_topk_weights"] = highest.softmax(-1)[..., :-1].contiguous()
         return saved
 
-    def _smallest_int(self) -> Any:
+    def smallest_int(self) -> Any:
+        """The dtype in which an index of a vector is saved."""
         for dtype, bits in ((torch.uint8, 8), (torch.int16, 15), (torch.int32, 31)):
             if self.num_vectors < 2**bits:
                 return dtype
