@@ -206,6 +206,8 @@ class BaseTuner(hooks.Hooks, PooledModule):
             left = [name for name in self._active if name != adapter_name]
             self._active = left or list(self.peft_config)[:1]
             inject.activate(self.model, self._active)
+            for name in self._active:
+                self.set_requires_grad(name, not self.peft_config[name].inference_mode)
 
     def known(self, names: str | Sequence[str]) -> list[str]:
         """The names, as a list.
@@ -253,7 +255,9 @@ class BaseTuner(hooks.Hooks, PooledModule):
         before = current.batch
         current.batch = {**before, **{name: kwargs.pop(name) for name in names if name in kwargs}}
         ahead = self.look_ahead.serving()
-        if (current.batch or current.rows or ahead) and getattr(self.model, "is_gradient_checkpointing", False):
+        if (current.batch or current.rows or ahead) and getattr(
+            self.model, "is_gradient_checkpointing", False
+        ):
             remember(self.model, current)
         try:
             with self.look_ahead.watching():

@@ -17,22 +17,20 @@ ROOT = Path(__file__).parents[2]
 
 # Makes `peft` unfindable, as where it is not installed.
 WITHOUT = """
-import importlib.abc, importlib.metadata, sys
-class Blocker(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        if name == "peft" or name.startswith("peft."):
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-sys.meta_path.insert(0, Blocker())
-found = importlib.metadata.MetadataPathFinder.find_distributions
-importlib.metadata.MetadataPathFinder.find_distributions = classmethod(
-    lambda cls, context=importlib.metadata.DistributionFinder.Context():
-        () if context.name == "peft" else found(context)
-)
-import importlib.util
+import importlib.machinery, importlib.metadata, importlib.util, sys
+class Hiding(importlib.machinery.PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.partition(".")[0] == "peft" else super().find_spec(name, path, target)
+    @classmethod
+    def find_distributions(cls, context=importlib.metadata.DistributionFinder.Context()):
+        return () if context.name == "peft" else super().find_distributions(context)
+sys.meta_path[sys.meta_path.index(importlib.machinery.PathFinder)] = Hiding
+assert importlib.util.find_spec("peft") is None
 try:
-    import peft
+    importlib.metadata.version("peft")
     raise SystemExit("peft is there")
-except ModuleNotFoundError:
+except importlib.metadata.PackageNotFoundError:
     pass
 """
 
