@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -70,3 +71,13 @@ def transposed(start: Callable[[Tensor], object]):
         return t
 
     return fill
+
+
+@functools.lru_cache(maxsize=64)
+def places(size: int, n: int, seed: int | None) -> Tensor:
+    """n different numbers below `size` (n,) int64, in the order that HF PEFT draws them; None is a seed too, that
+    of a new generator. Layers of one size share theirs, since a permutation of a large one takes its time."""
+    generator = torch.Generator()
+    if seed is not None:
+        generator.manual_seed(seed)
+    return torch.randperm(size, generator=generator, device="cpu")[:n].clone()

@@ -65,7 +65,10 @@ class FourierFTConfig(TargetedConfig, BiasedMethod):
         n = by_pattern(self.n_frequency_pattern or {}, site.name, self.n_frequency)
         check_number(type(self).__name__, n, site)
         start = starts.zeros if self.init_weights else starts.normal
-        places = chosen_places(site.out * site.in_, n, self.random_loc_seed)
+
+        def places(t: Tensor) -> None:
+            t.copy_(starts.places(site.out * site.in_, n, self.random_loc_seed))
+
         return {
             "spectrum": Param("fourierft_spectrum", ("n",), (n,), start),
             "places": Param("fourierft_places", ("n",), (n,), places, False, persistent=False, is_index=True),
@@ -104,8 +107,3 @@ def check_number(where: str, n: int, site: Site) -> None:
             f"{where}.n_frequency: {n!r} at {site.name}; it lies between 1 and out x in = "
             f"{site.out} x {site.in_} = {site.out * site.in_}."
         )
-
-
-def chosen_places(size: int, n: int, seed: int | None):
-    """Fills a tensor with n different places of `size`, in the order that HF PEFT draws them."""
-    return lambda t: t.copy_(torch.randperm(size, generator=torch.Generator().manual_seed(seed))[:n])

@@ -33,7 +33,7 @@ def random_mask(base_layer: Any, r: int, random_seed: int | None = None, **kwarg
     """
     out, in_ = base_layer.out_features, base_layer.in_features
     mask = torch.zeros(out * in_, dtype=torch.bool)
-    return mask.index_fill_(0, _chosen(out, in_, r, random_seed), True).view(out, in_)
+    return mask.index_fill_(0, starts.places(out * in_, r * (out + in_), random_seed), True).view(out, in_)
 
 
 @dataclass
@@ -86,7 +86,7 @@ class ShiraConfig(TargetedConfig, WeightMethod):
         def places(t: Tensor) -> None:
             if self.mask_fn is random_mask:
                 # In the mask's own order.
-                flat = _chosen(out, in_, self.r, self.random_seed).sort()[0]
+                flat = starts.places(out * in_, n, self.random_seed).sort()[0]
                 t.copy_(torch.stack([flat // in_, flat % in_]))
 
         return {
@@ -126,11 +126,3 @@ class ShiraConfig(TargetedConfig, WeightMethod):
 
     def forward(self, p: Params, base: BaseLayer, x: Tensor, enter: Enter) -> Tensor:
         return fused.by_delta(self, p, base, x, enter)
-
-
-def _chosen(out: int, in_: int, r: int, seed: int | None) -> Tensor:
-    """Flat places, as HF PEFT draws them."""
-    generator = torch.Generator()
-    if seed is not None:
-        generator.manual_seed(seed)
-    return torch.randperm(out * in_, generator=generator)[: r * (out + in_)]

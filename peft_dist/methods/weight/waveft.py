@@ -20,7 +20,7 @@ from peft_dist.contract import BaseLayer, Enter, Param, Params, Site
 from peft_dist.errors import ConfigError, suggest
 from peft_dist.lazy import lazy
 from peft_dist.methods.weight.bias import BiasedMethod
-from peft_dist.methods.weight.fourierft import check_number, chosen_places
+from peft_dist.methods.weight.fourierft import check_number
 from peft_dist.targets import by_pattern
 
 if TYPE_CHECKING:
@@ -103,7 +103,10 @@ class WaveFTConfig(TargetedConfig, BiasedMethod):
         n = self.number(site)
         check_number(type(self).__name__, n, site)
         start = starts.zeros if self.init_weights else lambda t: t.normal_(std=0.01)
-        places = chosen_places(site.out * site.in_, n, self.random_loc_seed)
+
+        def places(t: Tensor) -> None:
+            t.copy_(starts.places(site.out * site.in_, n, self.random_loc_seed))
+
         return {
             "spectrum": Param("waveft_spectrum", ("n",), (n,), start),
             "places": Param("waveft_places", ("n",), (n,), places, False, persistent=False, is_index=True),
