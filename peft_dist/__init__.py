@@ -60,6 +60,7 @@ _NAMES = {
     "peft_dist.methods.weight.vblora": ("VBLoRAConfig",),
     "peft_dist.methods.weight.vera": ("VeraConfig",),
     "peft_dist.methods.weight.waveft": ("WaveFTConfig",),
+    "peft_dist.methods.weight.xlora": ("XLoraConfig",),
     "peft_dist.mixed": ("PeftMixedModel",),
     "peft_dist.model": (
         "PeftModel",
@@ -76,6 +77,13 @@ _NAMES = {
         "PEFT_TYPE_TO_PREFIX_MAPPING",
         "PEFT_TYPE_TO_TUNER_MAPPING",
         "register_peft_method",
+    ),
+    "peft_dist.prompt_encoders": (
+        "CPTEmbedding",
+        "MultitaskPromptEmbedding",
+        "PrefixEncoder",
+        "PromptEmbedding",
+        "PromptEncoder",
     ),
     "peft_dist.rows": ("Rows",),
     "peft_dist.status": ("get_layer_status", "get_model_status"),

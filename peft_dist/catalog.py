@@ -127,6 +127,13 @@ METHODS: dict[str, Entry] = {
         True,
         "LoRA in SVD form, its ranks allotted over the layers while training (arXiv:2303.10512)",
     ),
+    "XLORA": Entry(
+        "peft_dist.methods.weight.xlora:XLoraConfig",
+        "internal_xlora_classifier",
+        ALL_TASKS,
+        False,
+        "a mixture of LoRA adapters, weighed for each token by a first run of the model (arXiv:2402.07148)",
+    ),
     "IA3": Entry(
         "peft_dist.methods.activation.ia3:IA3Config",
         "ia3_",

@@ -426,6 +426,7 @@ def _embeddings(model: nn.Module, adapter_name: str, wish: bool | Literal["auto"
         and adapter_name in module.adapters
         and path.rpartition(".")[2] in _EMBEDDING_NAMES
         and not _trains_rows(module, adapter_name)
+        and not _is_made_elsewhere(module, adapter_name)
     }
     targeted = {key: parameter for key, parameter in embeddings.items() if key in adapted}
     if targeted:
@@ -438,6 +439,12 @@ def _embeddings(model: nn.Module, adapter_name: str, wish: bool | Literal["auto"
 def _trains_rows(module: Any, adapter_name: str) -> bool:
     """Whether all that the adapter has on an embedding is rows of it, so that a file need not hold the rest."""
     return isinstance(getattr(module, "methods", {}).get(adapter_name), TokenRows)
+
+
+def _is_made_elsewhere(module: PooledModule, adapter_name: str) -> bool:
+    """Whether nothing that the adapter has there is in its file."""
+    wanted = module.wanted(adapter_name).values()
+    return bool(wanted) and not any(param.persistent for param in wanted)
 
 
 def _is_resized(model: nn.Module, adapter_name: str) -> bool:
@@ -487,13 +494,31 @@ def save(
     )
     for name in names:
         tensors = state_dict(model, name, whole_model, save_embedding_layers)
+        parts = _parts(model, name)
         if writes:
+            target = os.fspath(directory) if name == DEFAULT_ADAPTER else f"{os.fspath(directory)}/{name}"
             config = copy.copy(model.peft_config[name])
             if convert is not None:
                 config, tensors = convert(config, tensors)
+            if parts:
+                config = copy.copy(config.saved_at(target))
             config.inference_mode = True
-            target = os.fspath(directory) if name == DEFAULT_ADAPTER else f"{os.fspath(directory)}/{name}"
             _write(target, config, tensors)
+            for part, (part_config, part_tensors) in parts.items():
+                part_config.inference_mode = True
+                _write(f"{target}/{part}", part_config, part_tensors)
+
+
+def _parts(model: Any, adapter_name: str) -> dict[str, tuple[Any, dict[str, Tensor]]]:
+    """The adapters that are saved beside it, their tensors whole."""
+    config = model.peft_config[adapter_name]
+    if not _defines(config, "parts"):
+        return {}
+    parts = config.parts(model.base_model.sites(adapter_name))
+    return {
+        part: (part_config, {key: _values(key, tensor) for key, tensor in tensors.items()})
+        for part, (part_config, tensors) in parts.items()
+    }
 
 
 def _write(target: str, config: PeftConfig, tensors: Mapping[str, Tensor]) -> None:
@@ -630,6 +655,8 @@ def read(
         tensors = safetensors.torch.load_file(file, device="cpu")
     except (FolderError, OSError, safetensors.SafetensorError) as error:
         raise CheckpointError(f"adapter {os.fspath(path)!r}: {error}") from error
+    # Where a method may look for the parts that it was saved with.
+    config.__dict__["home"] = os.fspath(path)
     return SavedAdapter(config, _renamed(tensors, key_mapping))
 
 

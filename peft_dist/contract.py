@@ -50,6 +50,7 @@ class Site:
         bias: length of its bias, 0 where it has none.
         tensors: name and shape of each parameter of the layer, in its own order.
         experts: how many matrices a raw parameter stacks; its W is then (experts, out, in). 0 for none.
+        bias_key: its bias's name.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Site:
     bias: int = 0
     tensors: tuple[tuple[str, tuple[int, ...]], ...] = ()
     experts: int = 0
+    bias_key: str = "bias"
 
 
 @dataclass(frozen=True)

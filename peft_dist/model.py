@@ -187,6 +187,13 @@ class PeftModel(PromptedModel):
         with self._naming(adapter_names), self.base_model.reading(kwargs):
             if self._prompting():
                 return self._generate_prompted(args, kwargs)
+            if self.base_model.look_ahead.serving():
+                if kwargs.get("use_cache"):
+                    raise ConfigError(
+                        "generate: use_cache cannot be True: an adapter here decides from a run over all tokens. "
+                        "Leave it out."
+                    )
+                kwargs["use_cache"] = False
             return self.get_base_model().generate(*args, **kwargs)
 
     def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
@@ -252,14 +259,23 @@ class PeftModel(PromptedModel):
         """A base with the adapter that a directory, an fsspec URL or a hub id holds.
 
         Args:
-            kwargs: `revision`, `subfolder`, `token`, `key_mapping`, as in `checkpoint.read`.
+            kwargs: `revision`, `subfolder`, `token`, `key_mapping`, as in `checkpoint.read`; of X-LoRA also
+                `adapters`, where the adapters that it mixes are now.
 
         Raises:
             ConfigError, CheckpointError: it holds no adapter that fits; names the tensor. The base is as it
                 was.
         """
+        adapters = kwargs.pop("adapters", None)
         saved = checkpoint.read(model_id, **kwargs)
         config = config or saved.config
+        if adapters is not None:
+            if not hasattr(config, "adapters"):
+                raise ConfigError(
+                    f"from_pretrained: adapters is an argument of XLORA; the one there is {config.peft_type}."
+                )
+            config.adapters = dict(adapters)
+            config.__dict__.pop("home", None)
         chosen = TASK_CLASSES.get(config.task_type, PeftModel) if cls is PeftModel else cls
         with as_it_was(model):
             peft_model = chosen(model, None)

@@ -1,0 +1,96 @@
+"""A run of the base before its run, for methods whose layers read what the first one gives: X-LoRA's weights."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from peft_dist.contract import Method
+from peft_dist.errors import ConfigError
+from peft_dist.rows import drop, stream
+
+
+def looks_ahead(method: Any) -> bool:
+    """Whether the method needs the run before."""
+    return isinstance(method, Method) and type(method).ahead is not Method.ahead
+
+
+class LookAhead:
+    """Before each forward of a tuner's base within `watching`, runs it once without gradients and puts what the
+    methods make of its last hidden state where their layers read it.
+
+    Attributes:
+        given: adapter -> what its method made of the latest run.
+        log: the same of each run while `logs`.
+    """
+
+    def __init__(self, tuner: Any) -> None:
+        self.tuner = tuner
+        self.given: dict[str, Mapping[str, Tensor]] = {}
+        self.log: list[Mapping[str, Tensor]] = []
+        self.logs = False
+        self._watches = False
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Within the context the base is run twice where a method that serves asks for it."""
+        if self._watches or not any(looks_ahead(config) for config in self.tuner.peft_config.values()):
+            yield
+            return
+        handle = self.tuner.model.register_forward_pre_hook(self._before, with_kwargs=True)
+        self._watches = True
+        try:
+            yield
+        finally:
+            self._watches = False
+            handle.remove()
+
+    def serving(self) -> list[str]:
+        """The adapters that serve now and need the run before."""
+        tuner = self.tuner
+        return [
+            name
+            for name in tuner._serving()
+            if looks_ahead(tuner.peft_config[name])
+            and not any(module.disabled for module in tuner._adapters.sites[name].values())
+        ]
+
+    def _before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        names = self.serving()
+        if not names:
+            return
+        current = self.tuner._adapters.current
+        sized = args[0] if args else kwargs.get("input_ids")
+        sized = kwargs.get("inputs_embeds") if sized is None else sized
+        if not isinstance(sized, Tensor):
+            raise ConfigError(f"adapter {names[0]!r}: needs input_ids or inputs_embeds. Pass them.")
+        for name in names:
+            first = self.tuner.peft_config[name].first_run(sized.shape[0], sized.shape[1])
+            current.batch = {**current.batch, **{k: t.to(sized.device) for k, t in first.items()}}
+        asked = {key: value for key, value in kwargs.items() if key != "labels"}
+        with torch.no_grad():
+            outputs = module.forward(*args, **{**asked, "output_hidden_states": True, "return_dict": True})
+        states = getattr(outputs, "hidden_states", None)
+        if not states:
+            raise ConfigError(
+                f"adapter {names[0]!r}: {type(module).__name__} gives no hidden states of one stream, from which it "
+                "could be decided what the layers do."
+            )
+        for name in names:
+            made = self.tuner.peft_config[name].ahead(self.tuner.tensors(name), states[-1], self._drop)
+            self.given[name] = made
+            self.log += [made] if self.logs else []
+            current.batch = {**current.batch, **made}
+
+    def _drop(self, x: Tensor, p: float, name: str) -> Tensor:
+        rows = self.tuner._adapters.current.rows
+        if not p or not self.tuner.model.training:
+            return x
+        if rows is None or rows.samples is None:
+            return F.dropout(x, p)
+        return drop(x, p, rows.samples, stream(rows.seed, rows.step, name))
