@@ -30,6 +30,7 @@ from peft_dist.base_layer import EmbeddingLayer, door
 from peft_dist.config import PeftConfig
 from peft_dist.contract import BaseLayer, BaseSizes, PastMethod, PromptMethod
 from peft_dist.errors import AdapterError, ConfigError, RowsError, TaskError
+from peft_dist.loss import weighted_loss
 from peft_dist.pool import PooledModule
 from peft_dist.sharding import is_partitioned, reach
 
@@ -179,7 +180,8 @@ class PromptedModel(PooledModule):
 
     def _refuse_recomputation(self, what: str) -> None:
         base: Any = self.get_base_model()
-        if any(getattr(m, "gradient_checkpointing", False) for m in base.modules()):
+        modules: Any = base.modules()
+        if any(getattr(m, "gradient_checkpointing", False) for m in modules):
             raise ConfigError(
                 f"{what}: does not work with gradient checkpointing, under which layers keep no keys and "
                 "values. Call gradient_checkpointing_disable() on the base, or use another prompt method."
@@ -919,11 +921,7 @@ def _in_line(outputs: Any, left: Tensor, length: int) -> Any:
 def _with_loss(outputs: Any, labels: Tensor, weights: Tensor, items: Any) -> Any:
     """`outputs` with the mean of the next tokens' losses, each times its weight."""
     logits = outputs.logits if hasattr(outputs, "logits") else outputs[0]
-    labels, weights = labels[:, 1:].to(logits.device), weights[:, 1:].to(logits.device)
-    logits = logits[:, -labels.shape[1] - 1 : -1].float()
-    losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
-    counts = labels != -100
-    loss = (losses.view_as(weights) * weights)[counts].sum() / (counts.sum() if items is None else items)
+    loss = weighted_loss(logits, labels, weights, items)
     if not hasattr(outputs, "logits"):
         return (loss, *outputs)
     outputs.loss = loss

@@ -111,10 +111,6 @@ class BufferDict(nn.Module):
             self[key] = buffer
 
 
-class BasePromptEncoder(nn.Module):
-    """What makes virtual tokens; the classes of the prompt methods are such modules."""
-
-
 class MultiplicativeDropoutLayer(nn.Module):
     """Replaces a share p of square blocks (..., n, b, b) by the identity while training."""
 

@@ -117,10 +117,11 @@ PUBLIC: dict[str, str] = {
     **_at(
         "peft_dist.compat.classes",
         "AuxiliaryTrainingWrapper ModulesToSaveWrapper TrainableTokensWrapper AdaptedAttention BufferDict "
-        "BasePromptEncoder MultiplicativeDropoutLayer RankAllocator SVDQuantLinear GPTQLoraLinear AqlmLoraLinear "
+        "MultiplicativeDropoutLayer RankAllocator SVDQuantLinear GPTQLoraLinear AqlmLoraLinear "
         "AwqLoraLinear TorchaoLoraLinear LoraParallelLinear XLoraLayer XLoraLinearLayer XLoraEmbeddingLayer "
         "XLoraConv2dLayer",
     ),
+    **_at("peft_dist.prompt_encoders", "BasePromptEncoder"),
     **_at("peft_dist.functional", "cast_adapter_dtype delete_adapter set_adapter set_requires_grad"),
     **_at("peft_dist.status", "TunerLayerStatus TunerModelStatus get_layer_status get_model_status"),
     **_at("peft_dist.auto", "check_import_allowlist get_default_import_allowlist TOKENIZER_CONFIG_NAME"),

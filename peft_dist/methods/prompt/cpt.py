@@ -101,11 +101,11 @@ class CPTConfig(PromptLearningConfig, PromptMethod):
             return p["embeddings"]
         delta = p["delta"] * self._moves(p["delta"])
         # The gradient passes the projection as it is, as of a projected step.
-        return p["context"] + self._projected(delta).detach() + (delta - delta.detach())
+        return p["context"] + self.projected(delta).detach() + (delta - delta.detach())
 
     def constrain(self, p: Params) -> None:
         if "delta" in p:
-            p["delta"].copy_(self._projected(p["delta"]))
+            p["delta"].copy_(self.projected(p["delta"]))
 
     def _kinds(self, like: Tensor) -> Tensor:
         return torch.tensor(self.cpt_tokens_type_mask, device=like.device)
@@ -114,7 +114,8 @@ class CPTConfig(PromptLearningConfig, PromptMethod):
         """(tokens, 1), 1 where a token moves."""
         return (self._kinds(like) % 4 != 0).to(like.dtype)[:, None]
 
-    def _projected(self, delta: Tensor) -> Tensor:
+    def projected(self, delta: Tensor) -> Tensor:
+        """The delta (tokens, width), each within its ball."""
         kinds = self._kinds(delta)
         radius = torch.full(kinds.shape, 1e-10, device=delta.device, dtype=delta.dtype)
         unit = (delta.shape[1] / 2048) ** 0.5
@@ -129,16 +130,20 @@ class CPTConfig(PromptLearningConfig, PromptMethod):
         # The batch's own text is an example more than the context has.
         before = -(-int(own.max()) // 4) * 4
         kinds = torch.cat([own.expand(len(labels), -1), types + before * (types > 0)], dim=1)
-        is_answer = (kinds > 0) & (kinds % 4 == 0)
         context = torch.tensor(self.cpt_token_ids, device=labels.device).expand(len(labels), -1)
-        weights = is_answer.to(torch.float32)
+        return torch.cat([context, labels], dim=1).masked_fill(~_is_answer(kinds), -100), self.weights(kinds)
+
+    def weights(self, kinds: Tensor) -> Tensor:
+        """How much each token's loss counts, of the kinds of all tokens (rows, T): (rows, T)."""
+        is_answer = _is_answer(kinds)
+        weights = torch.ones(kinds.shape, device=kinds.device)
         if self.opt_weighted_loss_type == "decay":
             for row, each in enumerate(kinds):
                 answers = each[is_answer[row]].unique()
                 # How many of the row's answers are younger.
                 age = len(answers) - 1 - torch.searchsorted(answers, each[is_answer[row]])
                 weights[row, is_answer[row]] = self.opt_loss_decay_factor ** age.to(weights.dtype)  # type: ignore[operator]
-        return torch.cat([context, labels], dim=1).masked_fill(~is_answer, -100), weights
+        return weights
 
     def export(self, p: Params, site: Site) -> dict[str, Tensor]:
         return {"prompt_embeddings": self.embeds(p)}
@@ -147,3 +152,7 @@ class CPTConfig(PromptLearningConfig, PromptMethod):
         # A checkpoint holds the sum of both, and has filled the delta with it.
         if "delta" in p:
             p["delta"].sub_(p["context"])
+
+
+def _is_answer(kinds: Tensor) -> Tensor:
+    return (kinds > 0) & (kinds % 4 == 0)
