@@ -34,7 +34,7 @@ from peft_dist.contract import Method, PromptMethod, Site
 from peft_dist.errors import AdapterError, CheckpointError, suggest
 from peft_dist.folder import FolderError, check_safetensors, is_hub_id, is_url, local_folder
 from peft_dist.methods.replace.trainable_tokens import TokenRows
-from peft_dist.pool import PooledModule
+from peft_dist.pool import PooledModule, outer_modules
 from peft_dist.sharding import set_whole, whole, whole_shape
 from peft_dist.tuner_layer import BaseTunerLayer, HookedTensors
 
@@ -99,8 +99,9 @@ def holders(model: nn.Module, adapter_name: str) -> list[_Holder]:
     """The modules of `model` that hold tensors of the adapter, in the model's order."""
     config = getattr(model, "peft_config", {}).get(adapter_name)
     adds_tokens = isinstance(config, PromptMethod)
-    found = []
-    for path, module in model.named_modules():
+    found: list[_Holder] = []
+    unchanged: list[str] = []
+    for path, module in outer_modules(model):
         if isinstance(module, BaseTunerLayer) and not isinstance(module, PooledModule):
             tensors: Any = HookedTensors(module)
             if adapter_name in tensors.adapters:
@@ -110,6 +111,11 @@ def holders(model: nn.Module, adapter_name: str) -> list[_Holder]:
             continue
         # A wrapper inside another counts as the layer it adapts.
         layer = path.replace(".original_module", "")
+        # One that changes nothing is there for the sake of those inside it: HF PEFT has none.
+        for outer in (each for each in unchanged if layer.startswith(f"{each}.base_layer.")):
+            layer = outer + layer.removeprefix(f"{outer}.base_layer")
+        if not module.wanted(adapter_name):
+            unchanged.append(layer)
         if adds_tokens:
             # HF PEFT wraps no layer of such a model, so its base hangs one part higher.
             layer = layer.replace("base_model.model", "base_model", 1)
@@ -386,7 +392,7 @@ def _names(model: Any) -> list[str]:
     """The adapters of a PeftModel, or of a base into which adapters were injected."""
     if hasattr(model, "peft_config"):
         return list(model.peft_config)
-    modules = (module for module in model.modules() if isinstance(module, PooledModule))
+    modules = (module for _, module in outer_modules(model) if isinstance(module, PooledModule))
     return list(dict.fromkeys(name for module in modules for name in module.adapters))
 
 
@@ -402,7 +408,7 @@ def _all_embeddings(model: Any) -> dict[str, Parameter]:
         layer = getattr(layer, "base_layer", layer)
         weight = getattr(layer, "weight", None)
         if isinstance(weight, Parameter):
-            path = next((path for path, module in model.named_modules() if module is layer), None)
+            path = next((path for path, module in outer_modules(model) if module is layer), None)
             if path is not None:
                 found[f"{path}.weight"] = weight
     return found
@@ -421,7 +427,7 @@ def _embeddings(model: nn.Module, adapter_name: str, wish: bool | Literal["auto"
     embeddings = _all_embeddings(model)
     adapted = {
         f"{path}.base_layer.weight"
-        for path, module in model.named_modules()
+        for path, module in outer_modules(model)
         if isinstance(module, PooledModule)
         and adapter_name in module.adapters
         and path.rpartition(".")[2] in _EMBEDDING_NAMES

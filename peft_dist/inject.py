@@ -30,8 +30,8 @@ from peft_dist.contract import BlockMethod, Method, Param, ReplaceMethod, Site
 from peft_dist.errors import AdapterError, ConfigError, TargetError
 from peft_dist.methods.lora.tokens import RowsBeside
 from peft_dist.methods.replace.modules_to_save import ModulesToSave, SameModule
-from peft_dist.methods.weight.bias import BiasCopy
-from peft_dist.pool import AdapterPool, PooledModule
+from peft_dist.methods.weight.bias import BiasCopy, Unchanged
+from peft_dist.pool import AdapterPool, PooledModule, outer_modules
 from peft_dist.replicate import replicate
 from peft_dist.rows import BASE, Current
 from peft_dist.targets import (
@@ -373,6 +373,7 @@ def _whole(
             )
         if any(True for _ in layer.buffers()):
             warnings.warn(f"modules_to_save: buffers of {name!r} stay the base's.", stacklevel=4)
+        _check_whole(name, layer)
         if any(True for _ in layer.parameters()):
             chosen.append(_Chosen(found[name], Replaced, Layer(layer, name), ModulesToSave()))
         if getattr(config, "ensure_weight_tying", False) and name == facts.embedding:
@@ -380,6 +381,16 @@ def _whole(
                 place = found[other]
                 tied.append((_Chosen(place, Replaced, Layer(place.layer, other), SameModule()), chosen[-1]))
     return chosen, tied
+
+
+def _check_whole(name: str, layer: nn.Module) -> None:
+    """Refuses to train a module whole of which a weight is stored as codes."""
+    for key, p in layer.named_parameters():
+        if not p.is_floating_point() or type(p).__name__ == "Params4bit":
+            raise TargetError(
+                f"{name}.{key} is quantised, so it cannot be trained whole. Leave {name!r} out, or put an "
+                "adapter on its layers."
+            )
 
 
 def _sharing(found: dict[str, Place], name: str | None) -> list[str]:
@@ -468,6 +479,9 @@ def _biases(config: PeftConfig, found: dict[str, Place], taken: set[str]) -> lis
             made = door if has_door(place.layer) else Layer
             base = made(place.layer, name) if there is None else there.base
             chosen.append(_Chosen(place, Adapted, base, BiasCopy()))
+            outer = found.get(name.rpartition(".")[0])
+            if outer is not None and isinstance(outer.layer, nn.MultiheadAttention):
+                chosen.append(_Chosen(outer, Adapted, _door(outer, Adapted), Unchanged()))
     return chosen
 
 
@@ -578,16 +592,10 @@ def _leave_fast_paths(model: nn.Module, found: dict[str, Place]) -> None:
 
 def freeze(model: nn.Module) -> None:
     """The base's own parameters get no gradient; adapters' are left as they are."""
-    theirs = {
-        id(p)
-        for module in model.modules()
-        if isinstance(module, AdapterModule)
-        for adapter in module.adapters
-        for p in module.tensors(adapter).values()
-    }
-    for parameter in model.parameters():
-        if id(parameter) not in theirs:
-            parameter.requires_grad_(False)
+    for _, module in outer_modules(model):
+        for parameter in module._parameters.values():
+            if parameter is not None and parameter.requires_grad:
+                parameter.requires_grad_(False)
 
 
 def adapter_modules(model: nn.Module) -> Iterator[tuple[str, AdapterModule]]:

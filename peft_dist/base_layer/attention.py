@@ -36,7 +36,8 @@ class AttentionLayer(Layer):
 
     kind = "mha"
     key = "in_proj_weight"
-    bias_key = "in_proj_bias"
+    # Biases of projections are trained by layers that are called `bias`; HF PEFT leaves this one alone.
+    bias_key = ""
     is_argument = True
 
     def __init__(self, layer: nn.Module, name: str) -> None:

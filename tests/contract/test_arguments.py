@@ -460,4 +460,4 @@ def test_sites() -> None:
     )
     base, _ = adapted("attention")
     site = base.attn.base.site
-    assert (site.kind, site.out, site.in_, site.bias, site.experts) == ("mha", 36, 12, 36, 0)
+    assert (site.kind, site.out, site.in_, site.bias, site.experts) == ("mha", 36, 12, 0, 0)

@@ -287,3 +287,29 @@ def test_inference_in_torchs_encoder_layers() -> None:
         inferred = ours(x)
     torch.testing.assert_close(inferred, ours(x), rtol=1e-5, atol=1e-5)
     assert (inferred - plain).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("targets", [["attn"], ["head"]])
+def test_all_biases_around_attention(tmp_path, targets) -> None:
+    """Each adapter's own copies, under HF PEFT's names."""
+    config = {"r": 4, "target_modules": targets, "bias": "all"}
+    theirs = peft.get_peft_model(attention(), peft.LoraConfig(**config)).eval()
+    torch.manual_seed(2)
+    for name, p in theirs.named_parameters():
+        if p.requires_grad and "lora_B" not in name:
+            p.data.add_(torch.randn(p.shape))
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = peft_dist.PeftModel.from_pretrained(attention(), tmp_path / "theirs", is_trainable=True).eval()
+    ours.save_pretrained(tmp_path / "ours")
+    mine, others = (load_file(tmp_path / who / "adapter_model.safetensors") for who in ("ours", "theirs"))
+    assert mine.keys() == others.keys()
+    assert all(torch.equal(mine[key], value) for key, value in others.items())
+    x = torch.randn(3, 5, 6)
+    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-5, atol=1e-5)
+    ours(x).square().sum().backward()
+    assert all(p.grad is not None for p in ours.adapter_tensors().values())
+    with ours.disable_adapter():
+        torch.testing.assert_close(ours(x), attention()(x))
+    before = ours(x)
+    ours.merge_adapter()
+    torch.testing.assert_close(ours(x), before, rtol=1e-5, atol=1e-5)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from peft_dist import inject, merge
 from peft_dist.adapted import Adapted
 from peft_dist.base_layer import door, has_door, kind_of
-from peft_dist.errors import BaseLayerError
+from peft_dist.errors import BaseLayerError, TargetError
 from peft_dist.inject import adapter_dtype
 from peft_dist.methods.weight.lora import LoraConfig
 from peft_dist.pool import PooledModule
@@ -381,3 +381,16 @@ def test_evaluating_in_between_under_hf_peft() -> None:
     assert (theirs.train()(x) - trained).abs().max() > 1e-3
     with pytest.raises(RuntimeError, match="must match the size"):
         theirs.merge_adapter()
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_training_a_quantised_module_whole_is_refused(storage) -> None:
+    base = nn.ModuleDict({"target": MORE[storage](12, 8), "other": nn.Linear(12, 8)}).to("cpu")
+    config = LoraConfig(r=2, target_modules=["other"], modules_to_save=["target"])
+    with pytest.raises(TargetError) as raised:
+        inject.inject(base, config, "a", inject.Adapters())
+    assert str(raised.value) == (
+        "target.weight is quantised, so it cannot be trained whole. Leave 'target' out, or put an adapter on "
+        "its layers."
+    )
+    assert type(base["other"]) is nn.Linear

@@ -38,6 +38,20 @@ class BiasCopy(WeightMethod):
         return shift.view(-1, *(1,) * len(base.site.kernel))
 
 
+@dataclass(frozen=True)
+class Unchanged(WeightMethod):
+    """No change at all: of an attention module in which only a part that it reads has an adapter."""
+
+    prefix: ClassVar[str] = "unchanged"
+
+    def params(self, site: Site) -> dict[str, Param]:
+        return {}
+
+    def delta(self, p: Params, base: BaseLayer) -> Tensor:
+        W = base.weight()
+        return W.new_zeros(W.shape)
+
+
 class OwnBias:
     """Of a method whose config has `bias`: one tensor more where a layer has a bias.
 
