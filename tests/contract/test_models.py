@@ -23,7 +23,9 @@ from tests.contract.case import Parity
 PARITY: dict[str, Parity] = {
     label: parity
     for found in sorted(pkgutil.iter_modules(methods.__path__), key=lambda module: module.name)
-    for label, parity in importlib.import_module(f"{methods.__name__}.{found.name}").PARITY.items()
+    for module in (importlib.import_module(f"{methods.__name__}.{found.name}"),)
+    # What HF PEFT does not have stands apart.
+    for label, parity in {**module.PARITY, **getattr(module, "MODELS", {})}.items()
 }
 each = pytest.mark.parametrize("label", PARITY)
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -1,4 +1,4 @@
-from tests.contract.case import LINEAR, Case, Field, tensors_of
+from tests.contract.case import LINEAR, Case, Field, Parity, tensors_of
 
 CASES = (
     Case("BONE", "plain", {"r": 4}, LINEAR),
@@ -9,6 +9,14 @@ CASES = (
 
 # HF PEFT has it no longer: tests/peft_dist/test_bone.py compares it with its MiSS.
 PARITY = {}
+
+_BONE = {"task_type": "CAUSAL_LM", "r": 8}
+MODELS = {
+    "bone": Parity("llama", "BoneConfig", _BONE),
+    "bone bat": Parity(
+        "llama", "BoneConfig", {**_BONE, "init_weights": "bat", "target_modules": ["q_proj", "up_proj"]}
+    ),
+}
 
 
 def _r() -> None:
