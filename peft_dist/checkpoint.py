@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import math
 import os
 import re
 import shutil
@@ -220,9 +221,11 @@ def load_state_dict(
     for holder, restored in given:
         device = _device(holder.module)
         holder.module.materialise(adapter_name, device)
+        holder.module.part(adapter_name)
         own = holder.module.tensors(adapter_name)
         for name, value in restored.items():
             set_whole(own[name], value)
+        holder.module.unite(adapter_name)
         wanted = holder.module.wanted(adapter_name)
         absent = [name for name in holder.saved.values() if name not in restored]
         # What is not trained follows from the config and the base.
@@ -319,11 +322,16 @@ def _derive(holder: _Holder, names: Sequence[str]) -> None:
 def _check_finite(adapter_name: str, tensors: Mapping[str, Tensor], names: Iterable[str]) -> None:
     for key in names:
         value = tensors.get(key)
-        if value is not None and value.is_floating_point() and not value.isfinite().all():
+        if value is not None and value.is_floating_point() and not _is_finite(value):
             raise CheckpointError(
                 f"adapter {adapter_name!r}: {key!r} has NaN or infinite values. Its training failed; take an "
                 "earlier checkpoint."
             )
+
+
+def _is_finite(value: Tensor) -> bool:
+    # One pass; only a sum that is not finite needs a look at each.
+    return math.isfinite(value.sum(dtype=torch.float64)) or bool(value.isfinite().all())
 
 
 def _check_shapes(
@@ -606,6 +614,16 @@ def _card(config: PeftConfig) -> str:
         "",
     ]
     return "\n".join(head + tags + body)
+
+
+def write_card(folder: Path, config: PeftConfig) -> None:
+    """Writes the card of an adapter's directory. Text that is there stays, under the facts that hubs look for."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path, card = folder / CARD_NAME, _card(config)
+    if path.is_file():
+        text = path.read_text(encoding="utf-8")
+        card = text if text.startswith("---") else card[: card.index("---", 3) + 4] + text
+    path.write_text(card, encoding="utf-8")
 
 
 # Reading

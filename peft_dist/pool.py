@@ -9,8 +9,8 @@ pointer, and its values are taken from where they are.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -117,7 +117,9 @@ class AdapterPool:
         in: moves it to where its Parameters' dtype and device are now."""
         self.release(site, adapter)
         shapes = tuple((name, tuple(p.shape), p.dtype, p.device) for name, p in parameters.items())
-        bucket = self.buckets.setdefault((site, method, shapes), Bucket(parameters))
+        bucket = self.buckets.get((site, method, shapes))
+        if bucket is None:
+            bucket = self.buckets[site, method, shapes] = Bucket(parameters)
         bucket.take(adapter, parameters)
         self.homes[site, adapter] = bucket
 
@@ -147,7 +149,13 @@ class Tensors(nn.Module):
 
 
 class PooledModule(nn.Module):
-    """A module on which adapters' tensors hang under HF PEFT's names, and live in the pool."""
+    """A module on which adapters' tensors hang under HF PEFT's names, and live in the pool.
+
+    Attributes:
+        unites: whether equal tensors of several adapters that are not trained take memory once.
+    """
+
+    unites: ClassVar[bool] = False
 
     def __init__(self, pool: AdapterPool, site_name: str) -> None:
         super().__init__()
@@ -158,6 +166,8 @@ class PooledModule(nn.Module):
         self._wanted: dict[str, dict[str, Param]] = {}
         # adapter -> what its method is called: only tensors of one method are stacked
         self._families: dict[str, str] = {}
+        # the children that only hold adapters' tensors
+        self._holders: set[str] = set()
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -184,6 +194,7 @@ class PooledModule(nn.Module):
         filled."""
         self._wanted[adapter] = wanted
         self._families[adapter] = method
+        self._holders |= {param.key.partition(".")[0] for param in wanted.values()}
         self._places[adapter] = {
             name: _hang(self, param, adapter, _room(param, dtype, device)) for name, param in wanted.items()
         }
@@ -192,9 +203,40 @@ class PooledModule(nn.Module):
 
     def fill(self, adapter: str) -> None:
         """Fills the adapter's tensors as its method starts them."""
+        self.part(adapter)
         with torch.no_grad():
             for name, tensor in self.tensors(adapter).items():
                 self._wanted[adapter][name].start(tensor.detach())
+        self.unite(adapter)
+
+    def part(self, adapter: str) -> None:
+        """Gives the adapter memory of its own for what it has in common with others: it is to be written."""
+        for name, held, key in self._united(adapter):
+            if any(held[key] is t for t in self._others(adapter, name)):
+                held[key] = held[key].clone()
+
+    def unite(self, adapter: str) -> None:
+        """Lets the adapter's tensors that are not trained be those of another, where they are equal."""
+        for name, held, key in self._united(adapter):
+            mine = held[key]
+            alike = (
+                t for t in self._others(adapter, name) if (t.dtype, t.device) == (mine.dtype, mine.device)
+            )
+            held[key] = next((t for t in alike if t is mine or torch.equal(t, mine)), mine)
+
+    def _united(self, adapter: str) -> list[tuple[str, dict[str, Any], str]]:
+        places = self._places[adapter].items() if self.unites else ()
+        return [
+            (name, held, key)
+            for name, (held, key) in places
+            if not (isinstance(held[key], nn.Parameter) or held[key].is_meta)
+        ]
+
+    def _others(self, adapter: str, name: str) -> list[Tensor]:
+        others = (
+            places[name] for other, places in self._places.items() if other != adapter and name in places
+        )
+        return [held[key] for held, key in others if not held[key].is_meta]
 
     def _fill_fixed(self, adapter: str) -> None:
         with torch.no_grad():
@@ -202,6 +244,7 @@ class PooledModule(nn.Module):
                 held, key = self._places[adapter][name]
                 if not param.persistent and not held[key].is_meta:
                     param.start(held[key])
+        self.unite(adapter)
 
     def drop(self, adapter: str) -> None:
         """Removes the adapter's tensors."""
@@ -244,7 +287,27 @@ class PooledModule(nn.Module):
             now = {n: (p.data_ptr(), p.dtype, p.device) for n, p in self.tensors(adapter).items()}
             if now != old:
                 self.take_in(adapter)
+                self.unite(adapter)
         return self
+
+
+def outer_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """`model.named_modules()` without the modules that only hold adapters' tensors: as many as there are
+    layers, however many adapters."""
+    seen: set[int] = set()
+    ahead: list[tuple[str, nn.Module]] = [("", model)]
+    while ahead:
+        name, module = ahead.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        yield name, module
+        holders = module._holders if isinstance(module, PooledModule) else ()
+        ahead += [
+            (f"{name}.{key}" if name else key, child)
+            for key, child in reversed(module._modules.items())
+            if child is not None and key not in holders
+        ]
 
 
 def _room(param: Param, dtype: torch.dtype, device: Any) -> Tensor:

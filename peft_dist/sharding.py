@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeAlias
 
@@ -145,7 +146,8 @@ def refuse_foreign_engine(model: nn.Module, wish: str) -> None:
     Raises:
         ShardingError: such an engine is there; `wish` says what it cannot do.
     """
-    for name, parameter in model.named_parameters():
+    # Such an engine cannot be where its library was never imported.
+    for name, parameter in model.named_parameters() if "deepspeed" in sys.modules else ():
         if hasattr(parameter, "_z3_optimizer") or hasattr(parameter, "_hp_mapping"):
             raise ShardingError(
                 f"{wish}: a DeepSpeed engine trains {name!r} of this model, and an engine's parameters are "

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from peft_dist.adapted import AdapterModule
 from peft_dist.catalog import class_name
 from peft_dist.contract import Param
+from peft_dist.pool import outer_modules
 
 
 class Answers(ABCMeta):
@@ -254,15 +255,15 @@ def _kind(module: AdapterModule, peft_type: str) -> str:
 
 def tuner_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """(name, layer) of every layer with adapters, this package's and those of methods with hooks."""
-    for name, module in model.named_modules():
+    for name, module in outer_modules(model):
         if isinstance(module, BaseTunerLayer):
             yield name, module
 
 
 def hooked_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """(name, layer) of the layers of methods with hooks alone."""
-    for name, module in tuner_layers(model):
-        if not isinstance(module, AdapterModule):
+    for name, module in outer_modules(model):
+        if not isinstance(module, AdapterModule) and isinstance(module, BaseTunerLayer):
             yield name, module
 
 
