@@ -2,31 +2,57 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
+from peft_dist.catalog import mixes
 from peft_dist.config import PeftConfig
 from peft_dist.errors import ConfigError
 from peft_dist.model import MIXED, TASK_CLASSES, PeftModel
 
+# Why adapters of a method stand alone; a prompt method's reason is the same for all of them.
+REASONS = {
+    "ADAPTION_PROMPT": "it changes what whole attention modules give, and not by a weight of theirs",
+    "XLORA": "it decides itself, batch by batch, how strongly adapters on its layers act",
+    "POLY": "what it adds depends on each row's task, so it has no weight to compose or to merge",
+    "OSF": "it takes the layer's weight apart and trains the parts, so there is one of it on a layer",
+}
+_OF_PROMPTS = "it adds virtual tokens and sits on no layer"
+
 
 class PeftMixedModel(PeftModel):
-    """As `PeftModel`, where every adapter sits on layers."""
+    """As `PeftModel`, where adapters of several methods are active together.
+
+    Each acts on the layer as those set before it left it, or adds to what they add (`docs/methods.md`).
+    """
 
     def __init__(self, model: nn.Module, peft_config: PeftConfig | None, *args: Any, **kwargs: Any) -> None:
-        _refuse_prompts(peft_config)
+        check_mixes(peft_config)
         super().__init__(model, peft_config, *args, **kwargs)
 
     def add_adapter(self, adapter_name: str, peft_config: PeftConfig, *args: Any, **kwargs: Any) -> None:
-        _refuse_prompts(peft_config)
+        check_mixes(peft_config)
         super().add_adapter(adapter_name, peft_config, *args, **kwargs)
 
+    def delete_adapter(self, adapter_name: str | Sequence[str]) -> None:
+        """Removes an adapter, or several."""
+        for name in [adapter_name] if isinstance(adapter_name, str) else list(adapter_name):
+            super().delete_adapter(name)
 
-def _refuse_prompts(config: PeftConfig | None) -> None:
-    if config is not None and config.is_prompt_learning:
+
+def check_mixes(config: PeftConfig | None) -> None:
+    """Whether adapters of this method can stand beside others'.
+
+    Raises:
+        ConfigError: they cannot; says why.
+    """
+    if config is not None and not mixes(str(config.peft_type)):
+        reason = REASONS.get(str(config.peft_type), _OF_PROMPTS if config.is_prompt_learning else "")
         raise ConfigError(
-            f"{type(config).__name__}: a prompt method sits on no layer, so it cannot be mixed."
+            f"{type(config).__name__}: {config.peft_type} cannot be mixed with other methods"
+            + (f": {reason}." if reason else ": it was registered so.")
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +18,7 @@ from peft_dist.catalog import METHODS, prefix_of
 from peft_dist.config import PeftConfig
 from peft_dist.contract import PromptMethod
 from peft_dist.errors import AdapterError, CheckpointError, ConfigError
-from peft_dist.hooks import without_hooked
+from peft_dist.hooks import hooked_names, without_hooked
 from peft_dist.prompts import PromptedModel
 from peft_dist.rows import BASE, Rows
 from peft_dist.sharding import refuse_foreign_engine
@@ -141,6 +142,17 @@ class PeftModel(PromptedModel):
                 module.disabled = state
             if merged:
                 self.base_model.merge_adapter(merged)
+
+    @property
+    def base_model_torch_dtype(self) -> Any:
+        """The dtype that the base was loaded in, or None where it does not say."""
+        return getattr(self.get_base_model(), "dtype", None)
+
+    @property
+    def modules_to_save(self) -> set[str] | None:
+        """The modules that are trained whole beside any adapter."""
+        names = {name for c in self.peft_config.values() for name in getattr(c, "modules_to_save", None) or ()}
+        return names or None
 
     def get_base_model(self) -> Any:
         """The base itself, with its wrapped layers in it."""
@@ -359,6 +371,10 @@ class PeftModel(PromptedModel):
             self.eval()
         return result
 
+    def create_or_update_model_card(self, output_dir: str | Path) -> None:
+        """Writes the card of an adapter's directory; one that is there keeps its text."""
+        checkpoint.write_card(Path(output_dir), self.active_peft_config)
+
     # --- counts
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
@@ -544,8 +560,8 @@ def get_peft_model(
         )
     if before is not None and before != peft_config.base_model_name_or_path:
         warnings.warn(
-            f"The PEFT config's `base_model_name_or_path` was renamed from {before!r} to "
-            f"{peft_config.base_model_name_or_path!r}. Please ensure that the correct base model is loaded when "
+            f"The PEFT config's `base_model_name_or_path` was renamed from '{before}' to "
+            f"'{peft_config.base_model_name_or_path}'. Please ensure that the correct base model is loaded when "
             "loading this checkpoint.",
             stacklevel=2,
         )
@@ -575,25 +591,45 @@ MIXED = "MIXED"
 
 
 def inject_adapter_in_model(
-    peft_config: PeftConfig, model: nn.Module, adapter_name: str = "default", low_cpu_mem_usage: bool = False
+    peft_config: PeftConfig,
+    model: nn.Module,
+    adapter_name: str = "default",
+    low_cpu_mem_usage: bool = False,
+    state_dict: Mapping[str, Tensor] | None = None,
 ) -> nn.Module:
     """`model` itself with an adapter on its layers, active and trainable, and no class around it.
 
+    Args:
+        state_dict: a saved adapter, whose names say which layers, in the place of the config.
+
     Raises:
-        ConfigError: a prompt method, which has no layers to sit on.
+        ConfigError: a method that has no layers to sit on alone, or whose names are not in `state_dict`.
     """
-    if peft_config.is_prompt_learning:
-        raise ConfigError(
-            f"{type(peft_config).__name__}: a prompt method cannot be injected. Use get_peft_model."
+    name = type(peft_config).__name__
+    if peft_config.is_prompt_learning or peft_config.is_adaption_prompt:
+        raise ConfigError(f"{name}: a prompt method cannot be injected. Use get_peft_model.")
+    if _has_hooks(peft_config.peft_type):
+        configs = {**getattr(model, "peft_config", {}), adapter_name: peft_config}
+        tuner_class(str(peft_config.peft_type))(
+            model, configs, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage, state_dict=state_dict
         )
+        return model
     taken = {name for _, module in inject.adapter_modules(model) for name in module.adapters}
     inject.check_name(adapter_name, taken)
-    shared = (
-        next((inject.Adapters(m._pool, m._current) for _, m in inject.adapter_modules(model)), None)
-        or inject.Adapters()
+    shared = next(
+        (inject.Adapters(m._pool, m._current) for _, m in inject.adapter_modules(model)), inject.Adapters()
     )
-    inject.inject(model, peft_config, adapter_name, shared, low_cpu_mem_usage=low_cpu_mem_usage)
+    placed: Any = peft_config
+    if state_dict is not None:
+        placed = copy.copy(peft_config)
+        names = hooked_names(state_dict, prefix_of(str(peft_config.peft_type)))
+        if not names:
+            raise ConfigError(f"{name}: no name of the state_dict is of a tensor of {peft_config.peft_type}.")
+        placed.target_modules, placed.exclude_modules = sorted(names), None
+    with as_it_was(model):
+        inject.inject(model, placed, adapter_name, shared, low_cpu_mem_usage=low_cpu_mem_usage)
     inject.activate(model, [adapter_name])
+    model.peft_config = {**getattr(model, "peft_config", {}), adapter_name: peft_config}  # type: ignore[assignment]
     return model
 
 
@@ -618,9 +654,10 @@ def set_peft_model_state_dict(
     peft_model_state_dict: Mapping[str, Tensor],
     adapter_name: str = "default",
     ignore_mismatched_sizes: bool = False,
+    low_cpu_mem_usage: bool = False,
 ) -> checkpoint.LoadResult:
     """Fills an adapter that the model has from tensors by their names in a checkpoint; says which names did
-    not meet.
+    not meet. Tensors that rest on meta get memory, whatever `low_cpu_mem_usage` says.
 
     Raises:
         CheckpointError: a shape differs, or no name is known; nothing is changed.

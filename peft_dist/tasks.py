@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
 from torch import nn
 
-from peft_dist.checkpoint import read_config
 from peft_dist.config import PeftConfig
-from peft_dist.errors import ConfigError
-from peft_dist.loading import load_base
 from peft_dist.model import TASK_CLASSES, PeftModel
 
 
@@ -71,34 +66,6 @@ class PeftModelForFeatureExtraction(PeftModel):
     """FEATURE_EXTRACTION."""
 
     task_type = "FEATURE_EXTRACTION"
-
-
-class AutoPeftModelForCausalLM:
-    """A base and its adapter at once, from the adapter's directory alone."""
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        model_id: str | Path,
-        adapter_name: str = "default",
-        is_trainable: bool = False,
-        dtype: Any = torch.float32,
-    ) -> PeftModel:
-        """The adapter of a directory on the base that its config names.
-
-        Args:
-            dtype: of the base; "auto" for the one it is stored in.
-
-        Raises:
-            ConfigError: the config names no base. BaseModelError: that base cannot be loaded.
-        """
-        config = read_config(model_id)
-        if config.base_model_name_or_path is None:
-            raise ConfigError(
-                f"{model_id}: base_model_name_or_path is not given. Load the base, then the adapter on it."
-            )
-        base = load_base(config.base_model_name_or_path, dtype=dtype, revision=config.revision)
-        return PeftModelForCausalLM.from_pretrained(base, model_id, adapter_name, is_trainable)
 
 
 TASK_CLASSES.update(
