@@ -509,12 +509,13 @@ def deploy(
     Raises:
         RegistryError: there is no such version.
         ModelError: its base is not where the cluster can read it.
-        ServeError: its gate refused it, or the endpoint does not come up.
+        ServeError: its gate refused it, no endpoint answers for its task, or the endpoint does not come up.
     """
     where = load_cluster(cluster)
     wiring.check_registry(where)
     environment = _environment(where)
     version = environment.registry.get(ref)
+    service.check_served(version)
     spec = _deploy_spec(endpoint=endpoint, alias=alias, num_replicas=num_replicas)
     base = version.lineage.base
     was_up = _is_up(where)

@@ -4,6 +4,7 @@ runs in a test without a cluster."""
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import tempfile
 import threading
@@ -13,12 +14,13 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from . import adapter_folder
 from .cluster import Cluster, ClusterFacts, check_storage
-from .errors import Interrupted, RaypeftError, RegistryError
+from .errors import Interrupted, RaypeftError, RegistryError, ServeError
 from .gate import check, names_in
 from .identity import BaseIdentity, base_identity, data_hash
 from .lineage import Lineage, count_trained_on, row_hashes
-from .objects import get_tree, read
+from .objects import get_tree, join, read
 from .plan import Plan, make_plan
 from .plan.model_sizes import read_sizes
 from .plan.row_lengths import row_facts
@@ -140,6 +142,18 @@ def plan_job(spec: JobSpec, environment: Environment) -> Plan:
     if facts is not None:
         check_storage(spec, environment.cluster, facts)
     return make_plan(spec, facts, sizes, row_facts(spec))
+
+
+def check_served(version: AdapterVersion) -> None:
+    """Raises ServeError for an adapter of a task that no endpoint answers for."""
+    raw, _ = read(join(version.url, adapter_folder.CONFIG))
+    task = json.loads(raw).get("task_type")
+    if task is not None and task not in SERVED:
+        raise ServeError(
+            f"serving of {task} is not built yet: endpoints answer for {', '.join(SERVED)} adapters.",
+            where=version.ref,
+            hint=f"Fetch it: raypeft pull {version.ref} DIR; its labels are in raypeft_task.json.",
+        )
 
 
 class StopRequest:

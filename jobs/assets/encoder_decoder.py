@@ -63,7 +63,9 @@ def text_tokenizer(folder: Path):
 
 def pieces(texts: list[str], tokenizer) -> tuple[torch.Tensor, torch.Tensor]:
     """(training, held-out) int64 pieces of LENGTH tokens, documents one after another."""
-    ids = [token for document in tokenizer(texts, add_special_tokens=False)["input_ids"] for token in document]
+    ids = [
+        token for document in tokenizer(texts, add_special_tokens=False)["input_ids"] for token in document
+    ]
     whole = len(ids) // LENGTH
     data = torch.tensor(ids[: whole * LENGTH]).view(whole, LENGTH)
     held_out = torch.arange(whole) % HELD_OUT_EVERY == 0
@@ -72,7 +74,11 @@ def pieces(texts: list[str], tokenizer) -> tuple[torch.Tensor, torch.Tensor]:
 
 def spoilt(data: torch.Tensor, tokenizer, generator: torch.Generator) -> dict[str, torch.Tensor]:
     """A batch: pieces (B, LENGTH) with spans hidden as input, the pieces with their end as labels."""
-    mask, end, pad = (tokenizer.convert_tokens_to_ids(ROLES[0]), tokenizer.eos_token_id, tokenizer.pad_token_id)
+    mask, end, pad = (
+        tokenizer.convert_tokens_to_ids(ROLES[0]),
+        tokenizer.eos_token_id,
+        tokenizer.pad_token_id,
+    )
     starts = torch.rand(data.shape, generator=generator) < SHARE_HIDDEN / SPAN
     hidden = starts.clone()
     for shift in range(1, SPAN):

@@ -106,7 +106,9 @@ def qa(found: list[Said]) -> list[dict]:
         if "B-PARAM" in tags:
             first = tokens[tags.index("B-PARAM")]
             begin = re.search(rf"\b{first}\b", context[len(said.name) :])
-            answers.append(("What does it take first?", first, len(said.name) + (begin.start() if begin else 0)))
+            answers.append(
+                ("What does it take first?", first, len(said.name) + (begin.start() if begin else 0))
+            )
         question, text, start = answers[text_hash(said.name + "?") % len(answers)]
         answer = {"text": [text], "answer_start": [start]}
         rows.append({"question": question, "context": context, "answers": answer, "document": said.document})

@@ -191,7 +191,9 @@ class _Base:
 
 
 def _sites(config: Any, base: _Base) -> list[tuple[str, Site]]:
-    blocks = config.blocks(list(base.kinds), base.facts.architecture) if isinstance(config, BlockMethod) else None
+    blocks = (
+        config.blocks(list(base.kinds), base.facts.architecture) if isinstance(config, BlockMethod) else None
+    )
     names = resolve(config, base.facts) if blocks is None else blocks
     places = [(name, base.site(name)) for name in names]
     if isinstance(config, BlockMethod):
@@ -253,7 +255,7 @@ HEADS = {
 
 def _token_rows(config: Any, base: _Base) -> list[SiteSizes]:
     """`trainable_token_indices`: rows of embeddings that are trained beside the adapter; a tied head has the same."""
-    given = getattr(config, "trainable_token_indices", None)
+    given: Any = getattr(config, "trainable_token_indices", None)
     if given is None:
         return []
     if not isinstance(given, Mapping):

@@ -79,7 +79,8 @@ class ModelSizes:
 
     @property
     def module_kinds(self) -> dict[str, str]:
-        """Module name -> `linear`, `embedding`, `conv2d` and its like or `module`, for all modules that the stored tensors imply."""
+        """Module name -> `linear`, `embedding`, `conv2d` and its like or `module`, for all modules that the stored
+        tensors imply."""
         kinds: dict[str, str] = {}
         for name, shape in self.tensors.items():
             module, _, last = name.rpartition(".")

@@ -108,7 +108,11 @@ def _lines(paths: list[Path]) -> Iterator[bytes]:
 
 
 def _tokens(encoder: Tokenizer, dataset: DatasetSpec, row: dict[str, Any]) -> int:
-    kept = [name for name in DATASET_FIELDS[dataset.type] if name not in ("field_label", "field_tags", "field_answers")]
+    kept = [
+        name
+        for name in DATASET_FIELDS[dataset.type]
+        if name not in ("field_label", "field_tags", "field_answers")
+    ]
     renamed = [getattr(dataset, name) for name in kept]
     columns = [name for name in renamed if name] or list(_COLUMNS[dataset.type])
     columns += [name for name in _COLUMNS[dataset.type] if name in row]

@@ -18,11 +18,11 @@ def with_head(sizes: ModelSizes, task_type: str, num_labels: int | None) -> Mode
     if task_type in _KEEP:
         return sizes
     heads = sizes.heads_of_output
-    tensors = {
-        name: shape for name, shape in sizes.tensors.items() if name.rpartition(".")[0] not in heads
-    }
+    tensors = {name: shape for name, shape in sizes.tensors.items() if name.rpartition(".")[0] not in heads}
     kept = {name: shape for name, shape in sizes.tensors.items() if name not in tensors}
-    reads_one_way = any(word in sizes.architecture for word in ("CausalLM", "LMHead")) or "score.weight" in kept
+    reads_one_way = (
+        any(word in sizes.architecture for word in ("CausalLM", "LMHead")) or "score.weight" in kept
+    )
     outputs = 2 if task_type == "QUESTION_ANS" else num_labels
     if task_type != "FEATURE_EXTRACTION" and outputs is not None:
         name = "qa_outputs" if task_type == "QUESTION_ANS" else "score" if reads_one_way else "classifier"

@@ -65,7 +65,9 @@ def method_fields(kind: str) -> dict[str, MethodField]:
     found = {}
     for each in dataclasses.fields(config):
         if each.name in names:
-            said = each.metadata.get("help") or described.get(each.name) or f"as in HF PEFT's {config.__name__}"
+            said = (
+                each.metadata.get("help") or described.get(each.name) or f"as in HF PEFT's {config.__name__}"
+            )
             help_ = str(said).strip()
             own = tuple(alias for alias, name in aliases.items() if name == each.name)
             default = _default(each, config)
@@ -305,9 +307,7 @@ ENDLESS = 2**31
 """The steps of a run whose number is not known yet."""
 
 
-def _with_defaults(
-    fields: dict[str, Any], known: dict[str, MethodField], total_steps: int
-) -> dict[str, Any]:
+def _with_defaults(fields: dict[str, Any], known: dict[str, MethodField], total_steps: int) -> dict[str, Any]:
     """The fields as given, over what a job fills in by itself: the targets, and the number of its steps."""
     found: dict[str, Any] = {"target_modules": "all-linear"} if _targets_by_default(known) else {}
     if "total_step" in known and fields.get("total_step") is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from orchestrator.errors import DataError
@@ -93,7 +93,7 @@ class Examples:
     train: list[Any]
     evaluation: list[Any]
     report: DataReport
-    facts: Facts = Facts()
+    facts: Facts = field(default_factory=Facts)
     """What all training rows together say, such as the labels that there are."""
 
 
@@ -153,9 +153,7 @@ def load_examples(spec: JobSpec, tokenizer: Any, *, max_len: int | None) -> Exam
     return Examples(train, evaluation, replace(report, task=task, labels=facts.labels), facts)
 
 
-def load_evaluation(
-    dataset: DatasetSpec, spec: JobSpec, tokenizer: Any, *, max_len: int | None
-) -> list[Any]:
+def load_evaluation(dataset: DatasetSpec, spec: JobSpec, tokenizer: Any, *, max_len: int | None) -> list[Any]:
     """The rows of one dataset alone, to measure an adapter that is there already: none is trained on.
 
     Raises:

@@ -1,8 +1,8 @@
 """The training loop of one worker: steps, evaluations and checkpoints, with or without other ranks.
 
 One step is one global batch: its loss is the sum over the targets of all ranks and micro-batches, divided by
-their number, and what a method adds to it by itself. Everything that a step depends on is in the model, the optimizer's states and
-`Position`.
+their number, and what a method adds to it by itself. Everything that a step depends on is in the model, the
+optimizer's states, the controllers' and `Position`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from orchestrator.errors import TrainingError
 from orchestrator.runner import TrainRequest

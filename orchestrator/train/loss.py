@@ -8,7 +8,6 @@ from torch import Tensor
 from .outline import IGNORED
 
 
-
 def num_targets(labels: Tensor) -> int:
     """Tokens of `labels` (B, T) that are predicted: the first of a row has nothing before it and never
     counts."""

@@ -74,7 +74,9 @@ def _chat(row: SourceRow, dataset: DatasetSpec) -> Record:
         )
         present(row, "messages", name, dataset)
     messages = tuple(_messages(row.values[name], name, row.where))
-    return Record(row.where, hash_of("chat", [[m["role"], m["content"]] for m in messages]), messages=messages)
+    return Record(
+        row.where, hash_of("chat", [[m["role"], m["content"]] for m in messages]), messages=messages
+    )
 
 
 def _prompt_completion(row: SourceRow, dataset: DatasetSpec) -> Record:

@@ -56,7 +56,9 @@ class Example:
 
     def outline(self) -> Outline:
         """What `raypeft inspect` shows of it."""
-        return Outline(self.input_ids, [label != IGNORED for label in self.labels], prompt_len=self.prompt_len)
+        return Outline(
+            self.input_ids, [label != IGNORED for label in self.labels], prompt_len=self.prompt_len
+        )
 
 
 def render(records: Iterable[Record], tokenizer: Any, sequence_len: int) -> Iterator[Example]:

@@ -40,7 +40,11 @@ class TaskNumbers:
                 f"column '{COLUMN}' holds {kind_of(value)}; it must be a whole number.", where=row.where
             )
         if not 0 <= value < self.count:
-            has = f"column '{COLUMN}' holds {value}" if COLUMN in row.values else f"its dataset is number {value}"
+            has = (
+                f"column '{COLUMN}' holds {value}"
+                if COLUMN in row.values
+                else f"its dataset is number {value}"
+            )
             raise DataError(
                 f"{has}, and the adapter learns {self.count} task{'s' * (self.count != 1)}, numbered from 0.",
                 where=row.where,

@@ -31,6 +31,9 @@ def test_it_is_planned(path, monkeypatch):
     assert rows == plan.global_batch_size and plan.adapter_parameters
     if plan.memory is None:  # the activations of an encoder-decoder are not counted, and the plan says so
         assert path.name == "seq2seq.yaml"
-        assert "Memory is not estimated: the activations of T5ForConditionalGeneration are not known." in plan.notes
+        assert (
+            "Memory is not estimated: the activations of T5ForConditionalGeneration are not known."
+            in plan.notes
+        )
     else:
         assert plan.memory.total > plan.memory.base > 0

@@ -42,12 +42,20 @@ def test_the_longest_row_of_each_type(tmp_path, kind, short, long):
 
 
 def test_labels_are_counted_for_the_head(tmp_path):
-    path = rows(tmp_path / "rows.jsonl", {"text": "a", "kind": 1}, {"text": "b", "kind": "x"}, {"text": "c", "kind": 1})
+    path = rows(
+        tmp_path / "rows.jsonl",
+        {"text": "a", "kind": 1},
+        {"text": "b", "kind": "x"},
+        {"text": "c", "kind": 1},
+    )
     job = f"data.datasets=[{{path: {path}, type: classification, field_label: kind}}]"
     assert num_labels(spec_of(overrides=[BASE, job])) == 2
     assert num_labels(spec_of(overrides=[BASE, job.replace("kind", "nope")])) is None
     tagged = rows(tmp_path / "tags.jsonl", {"tokens": ["a", "b"], "tags": ["O", "B-X"]})
-    assert num_labels(spec_of(overrides=[f"data.datasets=[{{path: {tagged}, type: token-classification}}]"])) == 2
+    assert (
+        num_labels(spec_of(overrides=[f"data.datasets=[{{path: {tagged}, type: token-classification}}]"]))
+        == 2
+    )
     assert num_labels(spec_of()) is None
 
 

@@ -42,9 +42,7 @@ class CausalLM(Task):
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         return target_loss(model(**batch.inputs).logits, batch.labels["labels"])
 
-    def answerable(
-        self, rows: Sequence[Example], names: Sequence[str], spec: EvalSpec
-    ) -> Sequence[Example]:
+    def answerable(self, rows: Sequence[Example], names: Sequence[str], spec: EvalSpec) -> Sequence[Example]:
         asked = [row for row in rows if row.prompt_len > 0 and row.answer.strip()]
         if not asked:
             raise DataError(

@@ -129,7 +129,9 @@ class Embedding(Task):
 
     def silent(self, row: Paired) -> Batch:
         batch = self.collate([row], [0])
-        return replace(batch, labels={**batch.labels, "place": batch.labels["place"] * 0 + IGNORED}, targets=0)
+        return replace(
+            batch, labels={**batch.labels, "place": batch.labels["place"] * 0 + IGNORED}, targets=0
+        )
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         return pair_loss(embeddings(model, batch.inputs), batch.labels["place"], batch.labels["key"]).sum()

@@ -31,9 +31,7 @@ def encode(
     beside = () if pairs is None else (list(pairs),)
     found = tokenizer(list(texts), *beside, verbose=False)
     types = found.get("token_type_ids") or [None] * len(texts)
-    whole = [
-        Encoded(ids, kinds, len(ids)) for ids, kinds in zip(found["input_ids"], types, strict=True)
-    ]
+    whole = [Encoded(ids, kinds, len(ids)) for ids, kinds in zip(found["input_ids"], types, strict=True)]
     return [
         each if each.full_length <= sequence_len else _cut(tokenizer, i, texts, pairs, sequence_len, each)
         for i, each in enumerate(whole)

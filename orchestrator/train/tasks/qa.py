@@ -171,6 +171,7 @@ class QuestionAnswering(Task):
             table = first[:length, None] + last[None, :length]
             allowed = in_context[:, None] & in_context[None, :]
             allowed &= torch.ones(length, length, dtype=torch.bool).triu().tril(longest - 1)
+            allowed[window.null, window.null] = False  # it says that nothing here answers
             table = table.masked_fill(~allowed, _HIDDEN)
             place = int(table.argmax())
             value, begin, end = float(table.flatten()[place]), *divmod(place, length)
@@ -255,9 +256,7 @@ def _rendered(record: Record, tokenizer: Any, sequence_len: int) -> Asked:
 def _window(found: Any, number: int, record: Record, tokenizer: Any) -> Window:
     ids, sides = found["input_ids"][number], found.sequence_ids(number)
     offsets = found["offset_mapping"][number]
-    spans = [
-        (start, end) if side == 1 else None for side, (start, end) in zip(sides, offsets, strict=True)
-    ]
+    spans = [(start, end) if side == 1 else None for side, (start, end) in zip(sides, offsets, strict=True)]
     null = ids.index(tokenizer.cls_token_id) if tokenizer.cls_token_id in ids else len(ids) - 1
     first = last = null
     if record.answers:

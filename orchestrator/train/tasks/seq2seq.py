@@ -156,5 +156,3 @@ def _start(model: Any) -> int:
         where="model.base_model",
         hint="Use an encoder-decoder such as T5 or BART; for a decoder, write `type: prompt_completion`.",
     )
-
-

@@ -23,16 +23,29 @@ from ..group import Group
 from ..outline import IGNORED, Outline
 from ..sources import SourceRow
 
+
 class Row(Protocol):
     """One rendered row, whatever its task."""
 
-    input_ids: list[int]
-    row_hash: str
-    where: str
-    full_length: int
-    """Tokens before truncation."""
-    task_id: int
-    """The number of the task within a method that learns several; 0 where it learns one."""
+    @property
+    def input_ids(self) -> list[int]:
+        """All tokens that are read."""
+
+    @property
+    def row_hash(self) -> str:
+        """Of its content."""
+
+    @property
+    def where(self) -> str:
+        """`file:line`."""
+
+    @property
+    def full_length(self) -> int:
+        """Tokens before truncation."""
+
+    @property
+    def task_id(self) -> int:
+        """The number of the task within a method that learns several; 0 where it learns one."""
 
     @property
     def num_targets(self) -> int:

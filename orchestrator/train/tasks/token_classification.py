@@ -90,16 +90,12 @@ class TokenClassification(Task):
         while batch := list(islice(records, _BATCH)):
             texts = [" ".join(record.words) for record in batch]
             found = tokenizer(texts, return_offsets_mapping=True, verbose=False)
-            for record, ids, offsets in zip(
-                batch, found["input_ids"], found["offset_mapping"], strict=True
-            ):
+            for record, ids, offsets in zip(batch, found["input_ids"], found["offset_mapping"], strict=True):
                 firsts = [
                     place if place is not None and place < sequence_len else None
                     for place in first_tokens(record.words, offsets)
                 ]
-                yield Tagged(
-                    ids[:sequence_len], firsts, record.tags, record.row_hash, record.where, len(ids)
-                )
+                yield Tagged(ids[:sequence_len], firsts, record.tags, record.row_hash, record.where, len(ids))
 
     @classmethod
     def facts(cls, rows: Sequence[Tagged]) -> Facts:
@@ -176,9 +172,7 @@ def first_tokens(words: Sequence[str], offsets: Sequence[tuple[int, int]]) -> li
     return found
 
 
-def _texts(
-    row: SourceRow, role: str, override: str | None, dataset: DatasetSpec
-) -> tuple[str, ...]:
+def _texts(row: SourceRow, role: str, override: str | None, dataset: DatasetSpec) -> tuple[str, ...]:
     name = present(row, role, override or role, dataset)
     value = row.values[name]
     if isinstance(value, str):  # CSV has no lists
@@ -187,7 +181,9 @@ def _texts(
         except ValueError:
             value = value.split()
     if not isinstance(value, list | tuple):
-        raise DataError(f"column {name!r} holds {kind_of(value)}; it must be a list of texts.", where=row.where)
+        raise DataError(
+            f"column {name!r} holds {kind_of(value)}; it must be a list of texts.", where=row.where
+        )
     for number, each in enumerate(value, start=1):
         if not isinstance(each, str):
             raise DataError(

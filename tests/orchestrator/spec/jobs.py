@@ -5,8 +5,9 @@ import textwrap
 from orchestrator.errors import SpecError
 from orchestrator.spec.load import load_job_text
 
-NEEDED = {
-    **dict.fromkeys(("prompt_tuning", "multitask_prompt_tuning", "p_tuning", "prefix_tuning"), {"num_virtual_tokens": 4}),
+_PROMPTS = ("prompt_tuning", "multitask_prompt_tuning", "p_tuning", "prefix_tuning")
+NEEDED: dict[str, dict] = {
+    **{name: {"num_virtual_tokens": 4} for name in _PROMPTS},
     "c3a": {"block_size": 32},
     "vblora": {"vector_length": 32, "num_vectors": 64},
     "adaption_prompt": {"adapter_len": 4, "adapter_layers": 2},

@@ -69,7 +69,8 @@ def test_places_give_line_and_column():
          "jobs/x.yaml:3 register.alias: '3' is not an alias: NAME@3 means a version. Begin with a letter."),
         ("retry: {start_timeout: soon}",
          "jobs/x.yaml:3 retry.start_timeout: 'soon' is not a duration. Write seconds, or 90s, 10m, 2h, 1h30m, 1d."),
-        ("eval: {metrics: [f1]}", "jobs/x.yaml:3 eval.metrics.0: 'f1' is not measured of rows of type 'chat'. Of those: exact_match, contains."),
+        ("eval: {metrics: [f1]}", "jobs/x.yaml:3 eval.metrics.0: 'f1' is not measured of rows of type 'chat'. "
+                                   "Of those: exact_match, contains."),
         ("format: 2", "jobs/x.yaml:3 format: format 2 was written by a newer raypeft; this one reads up to format 1. "
                       "Upgrade: pip install -U raypeft"),
     ],
@@ -89,7 +90,8 @@ def test_each_error_says_where_what_and_what_next(text, message):
          "jobs/x.yaml:2 data.datasets: is an empty list; it needs at least one entry. "
          "Write data: {datasets: [{path: FILE.jsonl, type: chat}]}."),
         ("model: {base_model: b}\ndata:\n  datasets:\n  - path: a\n    type: chats\n  - b.jsonl\n",
-         "jobs/x.yaml:5 data.datasets.0.type: 'chats' is not one of chat, prompt_completion, alpaca, text. "
+         "jobs/x.yaml:5 data.datasets.0.type: 'chats' is not one of chat, prompt_completion, alpaca, text, "
+         "classification, token-classification, qa, seq2seq, embedding. "
          "Closest: 'chat'.\n"
          "jobs/x.yaml:6 data.datasets.1: 'b.jsonl' is not a mapping. Write {path: b.jsonl}."),
         ("model: {base_model: b}\ndata: {datasets: [{path: a, type: chat, field_text: t}], val_set_size: 1.5}\n",
@@ -168,7 +170,8 @@ def test_overrides():
         ("data.datasets.x=1", "--set data.datasets.x: data.datasets is a list of 1; 'x' is no index. "
                               "Write --set data.datasets.0=..."),
         ("data.datasets.0.type=foo",
-         "--set data.datasets.0.type: 'foo' is not one of chat, prompt_completion, alpaca, text, classification, token-classification, qa, seq2seq, embedding."),
+         "--set data.datasets.0.type: 'foo' is not one of chat, prompt_completion, alpaca, text, classification, "
+         "token-classification, qa, seq2seq, embedding."),
         ("extends=x", "--set extends: a file extends; an override cannot. Write it in the file."),
     ],
 )  # fmt: skip
