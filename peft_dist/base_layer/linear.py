@@ -3,6 +3,7 @@ rows."""
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -65,10 +66,16 @@ class EmbeddingLayer(Layer):
         y = F.embedding(
             x, W.T, layer.padding_idx, layer.max_norm, layer.norm_type, layer.scale_grad_by_freq, layer.sparse
         )
-        return self.scaled(y)
+        return self._scaled(y)
 
-    def scaled(self, y: Tensor) -> Tensor:
-        """y, a table's vectors, as the layer gives them: Gemma scales them."""
+    def as_given(self, rows: Tensor, ids: Tensor) -> Tensor:
+        """Vectors (..., width) of a table, those of `ids`, as the layer gives them, padding without gradient."""
+        if self.layer.padding_idx is not None:
+            rows = torch.where((ids == self.layer.padding_idx)[..., None], rows.detach(), rows)
+        return self._scaled(rows)
+
+    def _scaled(self, y: Tensor) -> Tensor:
+        """Gemma scales what the table gives."""
         scale = getattr(self.layer, "embed_scale", None)
         return y if scale is None else y * scale.to(y.dtype) if isinstance(scale, Tensor) else y * scale
 

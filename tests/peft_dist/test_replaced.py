@@ -145,6 +145,20 @@ def test_tied_weights_stay_of_one_mind(tmp_path) -> None:
     torch.testing.assert_close(model(input_ids=IDS).logits, gpt2().eval()(input_ids=IDS).logits)
 
 
+def test_the_padding_token_gets_no_gradient_as_theirs(tmp_path) -> None:
+    config = {"token_indices": [5, 0], "task_type": "CAUSAL_LM"}
+    theirs = peft.get_peft_model(llama(), peft.TrainableTokensConfig(**config))
+    disturb(theirs)
+    theirs.save_pretrained(tmp_path)
+    ours = peft_dist.PeftModel.from_pretrained(llama(), tmp_path, is_trainable=True)
+    ids, gradients = torch.tensor([[5, 0, 3, 0]]), []
+    for model in (ours, theirs):
+        model(input_ids=ids).logits.square().sum().backward()
+        gradients.append(next(p.grad for p in model.parameters() if p.requires_grad))
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-4)
+    assert gradients[0][0].abs().sum() > 0 and not gradients[0][1].any()
+
+
 def test_adapters_of_other_tokens_are_active_together() -> None:
     model = peft_dist.get_peft_model(llama(), peft_dist.TrainableTokensConfig(**TOKENS)).eval()
     disturb(model)

@@ -82,7 +82,8 @@ class TokenRows(WeightMethod):
             h = x @ change.T
             return h.new_zeros(*h.shape[:-1], base.site.out).index_copy(-1, p["tokens"], h)
         place, is_ours = _looked_up(p["tokens"], x)
-        return base.scaled(change[place] * is_ours[..., None].to(change.dtype))  # type: ignore[attr-defined]
+        rows = change[place] * is_ours[..., None].to(change.dtype)
+        return base.as_given(rows, x)  # type: ignore[attr-defined]
 
     def forward(self, p: Params, base: BaseLayer, x: Tensor, enter: Enter) -> Tensor:
         if base.site.kind == "linear":
