@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from peft_dist import starts
 from peft_dist.contract import BaseLayer, Enter, Param, Params, Site
+from peft_dist.errors import ConfigError
 from peft_dist.lazy import lazy
 from peft_dist.methods.lora.variant import Variant
 from peft_dist.methods.weight.lora import LoraConfig, per_channel
@@ -39,7 +40,17 @@ class Dora(Variant):
 
     def start_from_base(self, p: Params, base: BaseLayer) -> None:
         super().start_from_base(p, base)
-        p["m"].copy_(self.length(p, base).view_as(p["m"]))
+        gpu = self.lora.runtime_config.ephemeral_gpu_offload
+        length = self._length_on_gpu(p, base) if gpu else self.length(p, base)
+        p["m"].copy_(length.view_as(p["m"]))
+
+    def _length_on_gpu(self, p: Params, base: BaseLayer) -> Tensor:
+        if not torch.cuda.is_available():
+            raise ConfigError(
+                "LoraConfig.runtime_config: ephemeral_gpu_offload needs a GPU, and there is none here. Leave it out."
+            )
+        change = self.lora.delta({name: t.cuda() for name, t in p.items()}, base)
+        return base.plus(base.weight().cuda().to(change.dtype), change).norm(dim=1)
 
     def length(self, p: Params, base: BaseLayer) -> Tensor:
         """||W + s B A|| (out,), without gradient."""
@@ -65,10 +76,10 @@ class Dora(Variant):
 
     def forward(self, p: Params, base: BaseLayer, x: Tensor, enter: Enter) -> Tensor:
         entered = enter(x)
-        if type(self.lora) is LoraConfig and "bias" not in p and entered is x:
-            if frozen := fused.exactly(base, x, *p.values()):
-                s = self.lora.scaling(base.site)
-                return fused.stretched(x, *frozen, p["A"], p["B"], p["m"].flatten(), s)
+        alone = type(self.lora) is LoraConfig and "bias" not in p and entered is x
+        if alone and (frozen := fused.exactly(base, x, *p.values())):
+            s = self.lora.scaling(base.site)
+            return fused.stretched(x, *frozen, p["A"], p["B"], p["m"].flatten(), s)
         y = base(x)
         if entered is not x and self.dropout:
             return y + self.added(p, base, entered)

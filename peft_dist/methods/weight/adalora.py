@@ -77,6 +77,10 @@ class AdaLoraConfig(LoraConfig):
                 raise ConfigError(
                     f"AdaLoraConfig.{name}: {getattr(self, name)!r}; AdaLoRA does not support it. Leave it out."
                 )
+        if self.runtime_config.ephemeral_gpu_offload:
+            raise ConfigError(
+                "AdaLoraConfig.runtime_config: ephemeral_gpu_offload is of DoRA alone. Leave it out."
+            )
         if not isinstance(self.init_lora_weights, bool):
             raise ConfigError(
                 f"AdaLoraConfig.init_lora_weights: {self.init_lora_weights!r} is not one of True, False."

@@ -47,6 +47,8 @@ _NITER = re.compile(r"pissa_niter_\d+")
 # Fields of variants that are not here, with the values that leave them out.
 _NOT_HERE: dict[str, tuple[Any, ...]] = {
     "megatron_config": (None,),
+    "megatron_core": ("megatron.core", None),
+    "qalora_group_size": (16, None),
     "lora_ga_config": (None,),
     "velora_config": (None,),
     "alora_invocation_tokens": (None,),
@@ -162,9 +164,7 @@ class LoraConfig(TargetedConfig, WeightMethod):
         if self.trainable_token_indices is not None:
             given = self.trainable_token_indices
             for name, tokens in given.items() if isinstance(given, dict) else [(None, given)]:
-                check_tokens(
-                    f"{where}.trainable_token_indices" + (f"[{name!r}]" if name else ""), tokens
-                )
+                check_tokens(f"{where}.trainable_token_indices" + (f"[{name!r}]" if name else ""), tokens)
         if isinstance(self.target_parameters, str):
             raise ConfigError(
                 f"{where}.target_parameters: {self.target_parameters!r}; it is a list of names, or None."
@@ -285,7 +285,12 @@ class LoraConfig(TargetedConfig, WeightMethod):
                 )
             wanted = {
                 "A": Param("lora_A.weight", ("r", "in", *kernel), (r, channels, *site.kernel), a),
-                "B": Param("lora_B.weight", ("out", "r", *("1" for _ in ones)), (site.out, r // site.groups, *ones), b),
+                "B": Param(
+                    "lora_B.weight",
+                    ("out", "r", *("1" for _ in ones)),
+                    (site.out, r // site.groups, *ones),
+                    b,
+                ),
             }
         if self.bias != "none" and site.bias:
             saved = "base_layer.bias"
@@ -299,7 +304,7 @@ class LoraConfig(TargetedConfig, WeightMethod):
     def delta(self, p: Params, base: BaseLayer) -> Tensor:
         A, B, groups = p["A"].flatten(1), p["B"].flatten(1), base.site.groups
         if groups == 1:
-            return self.scaling(base.site) * (B @ A)
+            return (self.scaling(base.site) * B) @ A
         each = torch.bmm(B.unflatten(0, (groups, -1)), A.unflatten(0, (groups, -1)))
         return self.scaling(base.site) * each.flatten(0, 1)
 

@@ -1,4 +1,13 @@
-from tests.contract.case import CONVS, GROUPED, LINEAR, Case, Parity
+from __future__ import annotations
+
+import warnings
+
+import torch
+
+import peft_dist
+from peft_dist import corda, eva
+from tests.contract import bases
+from tests.contract.case import CONVS, GROUPED, LINEAR, Case, Field, Parity
 
 CASES = (
     Case("LORA", "plain", {"r": 4}, (*LINEAR, "embedding", *CONVS, *GROUPED)),
@@ -104,5 +113,99 @@ PARITY = {
         "tied_llama",
         "LoraConfig",
         {**_LORA, "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+    ),
+}
+
+
+def _started(**values) -> torch.Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(0)
+        config = peft_dist.LoraConfig(r=4, target_modules=["q_proj"], **values)
+        model = peft_dist.get_peft_model(bases.llama(), config)
+    return torch.cat([t.flatten() for t in model.adapter_tensors().values()])
+
+
+def _loftq_config() -> None:
+    bits = [
+        _started(init_lora_weights="loftq", loftq_config={"loftq_bits": n, "loftq_iter": 1}) for n in (4, 8)
+    ]
+    assert not torch.allclose(*bits)
+
+
+def _eva_config() -> None:
+    ids = torch.randint(1, 64, (4, 16), generator=torch.Generator().manual_seed(0))
+    found = []
+    for settings in ({}, {"whiten": True}):
+        config = peft_dist.LoraConfig(
+            r=2,
+            target_modules=["q_proj"],
+            init_lora_weights="eva",
+            eva_config=peft_dist.EvaConfig(rho=1.0, tau=0.5, **settings),
+        )
+        state = eva.get_eva_state_dict(bases.llama(), [{"input_ids": ids}], config, show_progress_bar=False)
+        found.append(torch.cat(list(state.values())))
+    assert not torch.allclose(*found)
+
+
+def _corda_config() -> None:
+    ids = torch.randint(1, 64, (4, 16), generator=torch.Generator().manual_seed(0))
+    found = []
+    for method in ("ipm", "kpm"):
+        base = bases.llama()
+        config = peft_dist.LoraConfig(
+            r=2,
+            target_modules=["q_proj"],
+            init_lora_weights="corda",
+            corda_config=peft_dist.CordaConfig(corda_method=method),
+        )
+        corda.preprocess_corda(base, config, run_model=lambda base=base: base(input_ids=ids))
+        tensors = peft_dist.get_peft_model(base, config).adapter_tensors()
+        found.append(torch.cat([t.flatten() for t in tensors.values()]))
+    assert not torch.allclose(*found)
+
+
+FIELDS = {
+    "r": Field(3, "tensors"),
+    "lora_alpha": Field(5, "output"),
+    "lora_dropout": (Field(0.5, "training"), Field(1.0, "error")),
+    "use_rslora": Field(True, "output"),
+    "init_lora_weights": (
+        *(
+            Field(start, "start")
+            for start in (False, "gaussian", "orthogonal", "pissa", "pissa_niter_2", "olora")
+        ),
+        Field("nonsense", "error"),
+    ),
+    "rank_pattern": (Field({"q_proj": 2}, "tensors"), Field({"q_proj": 0}, "error")),
+    "alpha_pattern": Field({"q_proj": 2}, "output"),
+    "megatron_config": Field({"tensor_model_parallel_size": 2}, "error"),
+    "megatron_core": Field("other.core", "error"),
+    "trainable_token_indices": (Field([1, 2], "tensors"), Field([1, 1], "error")),
+    "loftq_config": _loftq_config,
+    "eva_config": (_eva_config, Field(3, "error", {"init_lora_weights": "eva"})),
+    "corda_config": (_corda_config, Field(3, "error", {"init_lora_weights": "corda"})),
+    "lora_ga_config": Field({}, "error"),
+    "use_dora": Field(True, "tensors"),
+    "velora_config": Field({"num_groups": 4}, "error"),
+    "alora_invocation_tokens": Field([1], "error"),
+    "use_qalora": Field(True, "error"),
+    "qalora_group_size": Field(8, "error"),
+    "monteclora_config": Field({}, "error"),
+    "layer_replication": (Field([[0, 2], [0, 1]], "tensors"), Field([[0, 9]], "error")),
+    "runtime_config": Field({"ephemeral_gpu_offload": True}, "error", {"use_dora": True})
+    if not torch.cuda.is_available()
+    else (),
+    "lora_bias": Field(True, "tensors"),
+    "target_parameters": (
+        Field(["experts.gate_up_proj"], "tensors", base="mixtral"),
+        Field("experts", "error"),
+    ),
+    "use_bdlora": Field({"nblocks": 2}, "error"),
+    "arrow_config": Field({}, "error"),
+    "kasa_config": Field({}, "error"),
+    "ensure_weight_tying": (
+        Field(True, "output", {"target_modules": ["embed_tokens"]}, "tied_llama"),
+        Field(True, "error", {"use_dora": True}),
     ),
 }
