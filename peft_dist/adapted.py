@@ -128,6 +128,8 @@ class AdapterModule(LayerApi, PooledModule):
         method, p = self.methods[adapter], self.held(adapter)
         for name in method.reads:
             p[name] = self._read(name, method, rows, start, stop)
+        if self.training and type(method).check_training is not Method.check_training:
+            method.check_training(p, self.base.site)
         if self.training and type(method).draws is not Method.draws:
             for name, draw in method.draws(self.base.site).items():
                 p[name] = self._drawn(name, draw, method, p, rows, start, stop)
@@ -154,6 +156,13 @@ class AdapterModule(LayerApi, PooledModule):
         tensors = common.tensors(adapter)
         reach(self, tensors.values())
         return tensors
+
+    def _held_in_common(self, key: str) -> nn.Module | None:
+        """adapter -> the tensor that its layers share, where it hangs under this name."""
+        common = self.__dict__["_common"]
+        wanted = (common.wanted(adapter) for adapter in self.methods) if common is not None else ()
+        keys = {param.key.partition(".")[0] for params in wanted for param in params.values()}
+        return common._modules[key] if key in keys else None
 
     def _read(self, name: str, method: Method, rows: Rows | None, start: int, stop: int | None) -> Tensor:
         value = self._current.batch.get(name)
@@ -292,6 +301,8 @@ class Adapted(AdapterModule):
                 return getattr(layer, attribute)
             if found := self._facts(attribute):
                 return found
+            if (held := self._held_in_common(attribute)) is not None:
+                return held
             return getattr(layer, attribute)
 
     def levels(

@@ -50,7 +50,6 @@ class Site:
         bias: length of its bias, 0 where it has none.
         tensors: name and shape of each parameter of the layer, in its own order.
         experts: how many matrices a raw parameter stacks; its W is then (experts, out, in). 0 for none.
-        bias_key: its bias's name.
     """
 
     name: str
@@ -62,7 +61,6 @@ class Site:
     bias: int = 0
     tensors: tuple[tuple[str, tuple[int, ...]], ...] = ()
     experts: int = 0
-    bias_key: str = "bias"
 
 
 @dataclass(frozen=True)
@@ -218,6 +216,10 @@ class Method(ABC):
 
     def check_beside(self, others: Sequence[Method]) -> None:
         """Refuses to stand on one model with `others` of its class, by an error."""
+        return None
+
+    def check_training(self, p: Params, site: Site) -> None:
+        """Refuses to run while its layer trains, by an error."""
         return None
 
     def draws(self, site: Site) -> dict[str, Draw]:

@@ -34,6 +34,10 @@ class AdapterError(PeftDistError, ValueError):
     """An adapter's name that is unknown, taken or malformed, or an adapter in the wrong state."""
 
 
+class UntrainableError(AdapterError, RuntimeError):
+    """An adapter that was saved for inference alone, in training."""
+
+
 class RowsError(PeftDistError, ValueError):
     """Rows that do not fit the input of a layer, or name an adapter that is not there."""
 

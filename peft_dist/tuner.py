@@ -46,6 +46,7 @@ class BaseTuner(hooks.Hooks, PooledModule):
 
     # The method that it is for, or None for any.
     peft_type: ClassVar[str | None] = None
+    unites: ClassVar[bool] = True
 
     def __init__(
         self,

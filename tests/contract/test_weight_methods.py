@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import peft_dist
-from peft_dist.errors import AdapterError, CheckpointError, ConfigError, RowsError
+from peft_dist.errors import CheckpointError, ConfigError, RowsError, UntrainableError
 from peft_dist.methods.weight.lokr import factors
 from peft_dist.rows import Rows, uniform
 from tests.contract import bases
@@ -254,6 +254,43 @@ def test_several_vera_adapters_have_projections_of_their_own_sizes() -> None:
     assert not any("vera" in key and "default" in key for key in model.state_dict())
 
 
+@pytest.mark.parametrize(("name", "key"), [("VeraConfig", "vera"), ("RandLoraConfig", "randlora")])
+def test_adapters_share_the_memory_of_equal_projections(name, key) -> None:
+    names = ("default", "same", "other")
+
+    def addresses() -> list[int]:
+        layer = model.base_model.model.model.layers[0].self_attn.q_proj
+        found = [getattr(layer, f"{key}_{which}")[name].data_ptr() for which in "AB" for name in names]
+        assert found == [
+            getattr(model, f"{key}_{which}")[name].data_ptr() for which in "AB" for name in names
+        ]
+        return found
+
+    def config(r: int = 4):
+        return getattr(peft_dist, name)(r=r, **Q)
+
+    model = peft_dist.get_peft_model(bases.llama(), config())
+    model.add_adapter("same", config())
+    model.add_adapter("other", config(r=6))
+    disturb(model)
+    for _ in range(2):
+        first, second, third, *more = addresses()
+        assert first == second != third
+        assert more[0] == more[1] != more[2]
+        model.bfloat16().float()
+    before = model.eval()(input_ids=ids()).logits
+    # A file whose projections were drawn elsewhere changes its own adapter alone.
+    tensors = peft_dist.get_peft_model_state_dict(model)
+    shared = [name for name in tensors if name.count(".") == 1]
+    peft_dist.set_peft_model_state_dict(model, {**tensors, **{k: tensors[k] * 2 for k in shared}}, "same")
+    assert len(set(addresses())) == 6
+    assert torch.equal(model(input_ids=ids()).logits, before)
+    peft_dist.set_peft_model_state_dict(model, tensors, "same")
+    assert len(set(addresses())) == 4
+    model.delete_adapter("default")
+    assert getattr(model, f"{key}_A")["same"].abs().sum() > 0
+
+
 def test_projections_on_a_half_precision_base_are_as_drawn_where_hf_peft_rounds_them() -> None:
     """HF PEFT casts them to the base's dtype and back; here they are the fp32 tensors of the key."""
     exact = peft_dist.get_peft_model_state_dict(peft_dist.get_peft_model(bases.llama(), projected()))
@@ -361,11 +398,13 @@ def test_small_checkpoints_of_vblora_are_hf_peft_s_and_infer_alone(num_vectors, 
         again(input_ids=ids()).logits, trained.eval()(input_ids=ids()).logits, rtol=1e-5, atol=1e-5
     )
     again.merge_and_unload()
-    further = peft_dist.PeftModel.from_pretrained(bases.llama(), tmp_path / "theirs", is_trainable=True)
-    with pytest.raises(
-        AdapterError, match=r"q_proj: .* save_only_topk_weights=True, so it cannot be trained"
-    ):
-        further(input_ids=ids())
+    for library in (peft_dist, peft):
+        further = library.PeftModel.from_pretrained(bases.llama(), tmp_path / "theirs", is_trainable=True)
+        further.eval()(input_ids=ids())
+        with pytest.raises(RuntimeError, match="save_only_topk_weights"):
+            further.train()(input_ids=ids())
+    with pytest.raises(UntrainableError, match=r"q_proj: .* infinite, so it cannot be trained further"):
+        peft_dist.PeftModel.from_pretrained(bases.llama(), tmp_path / "ours").train()(input_ids=ids())
 
 
 @pytest.mark.parametrize("num_vectors", [9, 300])
@@ -509,6 +548,31 @@ def test_poly_under_gradient_checkpointing() -> None:
         gradients.append({k: p.grad.clone() for k, p in model.named_parameters() if p.requires_grad})
     for key, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][key], gradient, rtol=1e-5, atol=1e-8)
+
+
+# What programs read of a layer
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "names"),
+    [
+        ("LoHaConfig", {"r": 3}, ("r", "alpha", "scaling", "rank_dropout", "module_dropout")),
+        ("LoKrConfig", {"r": 1, "alpha": 3}, ("r", "alpha", "scaling", "rank_dropout", "module_dropout")),
+        ("VeraConfig", {"r": 3}, ("r",)),
+        ("RandLoraConfig", {"r": 3}, ("r", "scaling")),
+        ("VBLoRAConfig", {"num_vectors": 9, "vector_length": 8}, ("r", "topk")),
+        ("GraloraConfig", {"r": 4, "hybrid_r": 2}, ("r", "hybrid_r", "alpha", "scaling", "gralora_k")),
+        ("DeloraConfig", {"r": 3, "rank_pattern": {"q_proj": 2}}, ("r",)),
+        ("PolyConfig", {"r": 3}, ("r", "n_tasks", "n_skills", "n_splits", "poly_type")),
+    ],
+)
+def test_layers_tell_what_hf_peft_s_tell(name, values, names) -> None:
+    layers = []
+    for library in (peft_dist, peft):
+        model = library.get_peft_model(bases.llama(), getattr(library, name)(**Q, **values))
+        layers.append(model.base_model.model.model.layers[0].self_attn.q_proj)
+    for attribute in names:
+        assert getattr(layers[0], attribute) == getattr(layers[1], attribute), attribute
 
 
 # What a layer or a config refuses

@@ -7,7 +7,7 @@ Bini et al. 2025, arXiv:2503.18225.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from peft_dist import starts
 from peft_dist.config import TargetedConfig
@@ -82,6 +82,9 @@ class DeloraConfig(TargetedConfig, LowRankMethod):
     def start_from_base(self, p: Params, base: BaseLayer) -> None:
         super().start_from_base(p, base)
         p["norms"].copy_(base.weight().norm(dim=0))
+
+    def facts(self, site: Site) -> dict[str, Any]:
+        return {"r": by_pattern(self.rank_pattern, site.name, self.r)}
 
     def pair(self, p: Params, site: Site) -> tuple[Tensor, Tensor]:
         # A vanishing row of A or column of B counts as one of norm 1e-4.

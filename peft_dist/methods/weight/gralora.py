@@ -8,7 +8,7 @@ B_j (r, out / k); the block (j, n) takes the j-th part of A_n's columns and the 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from peft_dist import starts
 from peft_dist.config import TargetedConfig
@@ -100,6 +100,10 @@ class GraloraConfig(TargetedConfig, BiasedMethod):
             wanted["A_whole"] = Param("gralora_A_general.weight", ("hybrid r", "in"), (h, site.in_), first)
             wanted["B_whole"] = Param("gralora_B_general.weight", ("out", "hybrid r"), (site.out, h), last)
         return wanted
+
+    def facts(self, site: Site) -> dict[str, Any]:
+        names = ("r", "hybrid_r", "alpha", "scaling", "gralora_k")
+        return {name: getattr(self, name) for name in names}
 
     def delta(self, p: Params, base: BaseLayer) -> Tensor:
         k = self.gralora_k

@@ -4,7 +4,7 @@ core of a decomposed kernel, and what chance leaves out of a training step, draw
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from peft_dist import starts
 from peft_dist.contract import Draw, Param, Params, Site, WeightMethod
@@ -46,6 +46,11 @@ class LycorisMethod(WeightMethod):
     def scaling(self, site: Site) -> float:
         """s at `site`."""
         return by_pattern(self.alpha_pattern, site.name, self.alpha) / self.rank(site)
+
+    def facts(self, site: Site) -> dict[str, Any]:
+        alpha = by_pattern(self.alpha_pattern, site.name, self.alpha)
+        chance = {name: getattr(self, name) for name in ("rank_dropout", "module_dropout")}
+        return {"r": self.rank(site), "alpha": alpha, "scaling": self.scaling(site), **chance}
 
     def is_tensor(self, site: Site) -> bool:
         """Whether the kernel of `site` is decomposed too."""

@@ -9,7 +9,7 @@ its task by `task_ids`. While training the weights are relaxed Bernoulli draws, 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from peft_dist import starts
 from peft_dist.config import TargetedConfig
@@ -78,6 +78,9 @@ class PolyConfig(TargetedConfig, WeightMethod):
             "B": Param("poly_lora_B", ("splits", "skills", "r", "out / splits"), b_shape, last),
             "router": Param("poly_router.module_logits", ("tasks", "splits x skills"), router, near_0),
         }
+
+    def facts(self, site: Site) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("r", "n_tasks", "n_skills", "n_splits", "poly_type")}
 
     def draws(self, site: Site) -> dict[str, Draw]:
         return {"noise": Draw((self.n_splits * self.n_skills,), each="sequence")}

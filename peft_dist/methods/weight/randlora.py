@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from peft_dist import starts
 from peft_dist.config import TargetedConfig
@@ -111,6 +111,9 @@ class RandLoraConfig(TargetedConfig, LowRankMethod):
             "gamma": Param("randlora_gamma", ("n", "smaller"), (num, smaller), small),
             **self.bias_params(site),
         }
+
+    def facts(self, site: Site) -> dict[str, Any]:
+        return {"r": self.r, "scaling": self.randlora_alpha / self.r}
 
     def pair(self, p: Params, site: Site) -> tuple[Tensor, Tensor]:
         smaller, larger = sorted((site.out, site.in_))

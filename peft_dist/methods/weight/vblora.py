@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from peft_dist import starts
 from peft_dist.config import TargetedConfig
 from peft_dist.contract import Param, Params, Site
-from peft_dist.errors import AdapterError, BaseLayerError, ConfigError
+from peft_dist.errors import BaseLayerError, ConfigError, UntrainableError
 from peft_dist.lazy import lazy
 from peft_dist.methods.weight.low_rank import LowRankMethod
 
@@ -101,13 +101,17 @@ class VBLoRAConfig(TargetedConfig, LowRankMethod):
             **self.bias_params(site),
         }
 
-    def pair(self, p: Params, site: Site) -> tuple[Tensor, Tensor]:
-        is_trained = self.save_only_topk_weights and torch.is_grad_enabled() and p["A"].requires_grad
-        if is_trained and p["A"][0, 0].isinf().any():
-            raise AdapterError(
-                f"{site.name}: this adapter was saved with save_only_topk_weights=True, so it cannot be trained "
-                "further. Load it with is_trainable=False, or train from a whole checkpoint."
+    def check_training(self, p: Params, site: Site) -> None:
+        if self.save_only_topk_weights and p["A"][0, 0].isinf().any():
+            raise UntrainableError(
+                f"{site.name}: this adapter was saved with save_only_topk_weights=True, which leaves its logits "
+                "infinite, so it cannot be trained further. Call eval(), or train from a whole checkpoint."
             )
+
+    def facts(self, site: Site) -> dict[str, Any]:
+        return {"r": self.r, "topk": self.topk}
+
+    def pair(self, p: Params, site: Site) -> tuple[Tensor, Tensor]:
         A, B = (self.pieces(p[name], p["bank"]) for name in ("A", "B"))
         return A.flatten(1), B.mT.flatten(0, 1)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from peft_dist import starts
 from peft_dist.config import TargetedConfig
@@ -88,6 +88,9 @@ class VeraConfig(TargetedConfig, LowRankMethod):
             "d": Param("vera_lambda_d", ("r",), (self.r,), d),
             **self.bias_params(site),
         }
+
+    def facts(self, site: Site) -> dict[str, Any]:
+        return {"r": self.r}
 
     def pair(self, p: Params, site: Site) -> tuple[Tensor, Tensor]:
         return p["A"][:, : site.in_], p["b"][:, None] * p["B"][: site.out] * p["d"]
