@@ -74,6 +74,11 @@ class WeightedLora:
             here = [(a, w) for a, w in zip(adapters, weights, strict=True) if _has_factors(module, a)]
             if not here:
                 continue
+            if module.base.site.groups > 1:
+                raise ConfigError(
+                    f"add_weighted_adapter: {name!r} is a convolution with groups, where LoRA's factors cannot be "
+                    "combined. Merge the adapters one after the other, or leave the layer out of their targets."
+                )
             if exact:
                 made[name] = _side_by_side(module, here)
             else:

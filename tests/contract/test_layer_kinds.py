@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import peft_dist
-from peft_dist.errors import RowsError
+from peft_dist.errors import ConfigError, RowsError
 from peft_dist.rows import BASE
 from tests.contract import bases
 
@@ -313,3 +313,16 @@ def test_all_biases_around_attention(tmp_path, targets) -> None:
     before = ours(x)
     ours.merge_adapter()
     torch.testing.assert_close(ours(x), before, rtol=1e-5, atol=1e-5)
+
+
+def test_factors_on_groups_are_not_combined() -> None:
+    config = peft_dist.LoraConfig(r=2, target_modules=["0"])
+    model = peft_dist.get_peft_model(nn.Sequential(nn.Conv1d(4, 6, 3, groups=2)), config)
+    model.add_adapter("other", config)
+    with pytest.raises(ConfigError) as raised:
+        model.add_weighted_adapter(["default", "other"], [1.0, 1.0], "both")
+    assert str(raised.value) == (
+        "add_weighted_adapter: '0' is a convolution with groups, where LoRA's factors cannot be combined. Merge "
+        "the adapters one after the other, or leave the layer out of their targets."
+    )
+    assert list(model.peft_config) == ["default", "other"]

@@ -49,6 +49,9 @@ class Experts(Variant):
         wanted["B"] = Param(B.key, ("out", "r x experts"), (site.out, r * each), B.start)
         return wanted
 
+    def factors(self, p: Params, site: Site) -> tuple[Tensor, Tensor] | None:
+        return None if site.experts else super().factors(p, site)
+
     def delta(self, p: Params, base: BaseLayer) -> Tensor:
         site = base.site
         if not site.experts:
