@@ -10,6 +10,7 @@ from peft_dist.fused.low_rank import low_rank, pooled, reflected, stretched
 from peft_dist.fused.plain import exactly, plain
 from peft_dist.fused.scaled import scaled, scaled_input
 from peft_dist.fused.turned import skew, turned, turned_by_series
+from peft_dist.fused.wavelet import synthesis
 
 __all__ = [
     "by_delta",
@@ -25,6 +26,7 @@ __all__ = [
     "scaled_input",
     "skew",
     "stretched",
+    "synthesis",
     "turned",
     "turned_by_series",
 ]

@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from peft_dist import starts
 from peft_dist.config import TargetedConfig
@@ -125,7 +125,7 @@ class WaveFTConfig(TargetedConfig, BiasedMethod):
         C = spectrum.new_zeros(rows * columns).scatter(0, row * columns + column, spectrum)
         low, high = _filters(self.wavelet_family)
         filters = torch.tensor([[low], [high]], dtype=spectrum.dtype, device=spectrum.device)
-        dW = _synthesis().apply(C.view(rows, columns), filters)
+        dW = fused.synthesis(C.view(rows, columns), filters)
         top, left = (dW.shape[0] - out) // 2, (dW.shape[1] - in_) // 2
         return dW[top : top + out, left : left + in_] * self.scaling
 
@@ -138,37 +138,3 @@ def _filters(family: str) -> tuple[list[float], list[float]]:
     """The two filters of the inverse transform: low and high pass."""
     wavelet = pywt.Wavelet(family)
     return wavelet.rec_lo, wavelet.rec_hi
-
-
-@functools.cache
-def _synthesis() -> Any:
-    F = torch.nn.functional
-
-    def along_columns(C: Tensor, filters: Tensor) -> Tensor:
-        """One level of the inverse transform of each row, whose halves are the low and the high band."""
-        bands = C.unflatten(1, (2, -1))
-        return F.conv_transpose1d(bands, filters, stride=2, padding=filters.shape[-1] - 2)[:, 0]
-
-    def back(G: Tensor, filters: Tensor) -> Tensor:
-        return F.conv1d(G[:, None], filters, stride=2, padding=filters.shape[-1] - 2).flatten(1)
-
-    class Synthesis(torch.autograd.Function):  # type: ignore[name-defined, misc]
-        """One level of the inverse transform of C; linear in it, so its backward needs no tensor but filters."""
-
-        @staticmethod
-        def forward(ctx: Any, C: Tensor, filters: Tensor) -> Tensor:
-            ctx.filters = filters
-            # HF PEFT's order of the bands: the right half is high along rows, the lower half along columns.
-            H, W = C.shape[0] // 2, C.shape[1] // 2
-            C = torch.cat([torch.cat([C[:H, :W], C[H:, :W]], 1), torch.cat([C[:H, W:], C[H:, W:]], 1)])
-            return along_columns(along_columns(C, filters).T, filters).T
-
-        @staticmethod
-        def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-            G = back(back(gradient.T, ctx.filters).T, ctx.filters)
-            H, W = G.shape[0] // 2, G.shape[1] // 2
-            return torch.cat(
-                [torch.cat([G[:H, :W], G[H:, :W]], 1), torch.cat([G[:H, W:], G[H:, W:]], 1)]
-            ), None
-
-    return Synthesis
