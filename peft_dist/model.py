@@ -418,13 +418,15 @@ class PeftModel(PromptedModel):
         if isinstance(config, PromptMethod):
             self._check_prompt(config)
         self._check_together(name, config)
+        if isinstance(config, PromptMethod):
+            self._add_prompt(name, config, low_cpu_mem_usage, start)
         try:
             self._put(name, config, autocast, low_cpu_mem_usage, start)
         except BaseException:
             self.peft_config.pop(name, None)
+            if name in self.adapters:
+                self.drop(name)
             raise
-        if isinstance(config, PromptMethod):
-            self._add_prompt(name, config, low_cpu_mem_usage, start)
         if config.base_model_name_or_path is None:
             config.base_model_name_or_path = (
                 getattr(getattr(base, "config", None), "_name_or_path", None) or None

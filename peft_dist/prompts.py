@@ -103,6 +103,35 @@ class PromptedModel(PooledModule):
         """The base's input embeddings."""
         return self._embedding()[0]
 
+    @property
+    def prompt_tokens(self) -> dict[str, Tensor]:
+        """Name -> numbers of all virtual tokens of an adapter, those of a decoder counted."""
+        return {name: torch.arange(method.total_tokens) for name, method in self.methods.items()}  # type: ignore[attr-defined]
+
+    def get_prompt(
+        self, batch_size: int, task_ids: Tensor | None = None, max_cache_len: int | None = None
+    ) -> Any:
+        """What the active prompt adapter puts before `batch_size` rows: (B, tokens, width), or a cache of keys
+        and values. `max_cache_len` is HF PEFT's, and not needed."""
+        name = self._prompt_of(None)
+        if name is None:
+            raise AdapterError("get_prompt: no prompt adapter is active. Call set_adapter.")
+        names: list[str | None] = [name] * batch_size
+        with self.base_model.reading({} if task_ids is None else {"task_ids": task_ids}):
+            _, layers = self._past(names, self.base.device)
+            if layers:
+                return self._cache(None, layers)
+            tokens = self.methods[name].embeds(self._given(name, names), self.training)
+        return tokens if tokens.ndim == 3 else tokens.repeat(batch_size, 1, 1)
+
+    def get_prompt_embedding_to_save(self, adapter_name: str) -> Tensor:
+        """An adapter's tokens as a checkpoint holds them."""
+        (name,) = self.base_model.known(adapter_name)
+        p = {key: t.detach() for key, t in self.tensors(name).items()}
+        with torch.no_grad():
+            saved = self.methods[name].export(p, self.base.site)
+        return (next(iter(p.values())) if saved is None else saved["prompt_embeddings"]).cpu()
+
     def complete(self, adapter: str, names: Sequence[str], base: BaseLayer) -> None:
         """Fills tensors that a checkpoint lacked from the method's start."""
         method, own = self.methods[adapter], self.tensors(adapter)
@@ -190,7 +219,7 @@ class PromptedModel(PooledModule):
     # --- which rows have which
 
     def _prompt_of(self, choice: str | None) -> str | None:
-        names = self.active_adapters if choice is None else [choice]
+        names: Any = self.active_adapters if choice is None else [choice]
         prompts = [name for name in names if name in self.adapters]
         if len(prompts) > 1:
             raise AdapterError(

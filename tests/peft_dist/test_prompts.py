@@ -6,6 +6,7 @@ float64 where numbers are compared: 1e-9 is far below what a wrong place of a to
 
 from __future__ import annotations
 
+import peft as hf
 import pytest
 import torch
 from torch import Tensor
@@ -264,9 +265,25 @@ def test_rows_of_bases_that_read_both_ways(base, task, padding) -> None:
         close_loss(got.loss, torch.stack([each.loss for each in wanted]).mean())
 
 
+def test_hf_peft_cannot_count_labels_of_tokens() -> None:
+    theirs = hf.get_peft_model(
+        bases.tagger(), hf.PromptTuningConfig(task_type="TOKEN_CLS", num_virtual_tokens=3)
+    )
+    x = ids(2)
+    with pytest.raises(ValueError, match="batch_size"):
+        theirs(input_ids=x, labels=x % 3)
+
+
 def test_answers_are_looked_for_where_they_are() -> None:
     """The loss of each row is that of its own place, virtual tokens counted; HF PEFT leaves the place where it
-    was, and cannot count tokens' labels at all."""
+    was."""
+    theirs = hf.get_peft_model(
+        bases.answerer(), hf.PromptTuningConfig(task_type="QUESTION_ANS", num_virtual_tokens=3)
+    ).eval()
+    first = torch.zeros(2, dtype=torch.long)
+    said = theirs(input_ids=ids(2), start_positions=first, end_positions=first)
+    wrong = [logits.log_softmax(-1)[:, 0].mean() for logits in (said.start_logits, said.end_logits)]
+    torch.testing.assert_close(said.loss, -sum(wrong) / 2)
     peft = model("answerer", "QUESTION_ANS", "prompt", "network")
     x = ids(3)
     where = torch.tensor([0, 2, 5])
@@ -416,6 +433,12 @@ def test_positions_and_kinds_of_a_batchs_own_tokens_are_kept() -> None:
 
 def test_a_classifier_takes_the_last_token_of_each_row() -> None:
     """HF PEFT takes the last position, whatever stands there."""
+    theirs = hf.get_peft_model(
+        bases.classifier(), hf.PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=3)
+    ).eval()
+    one = torch.tensor([[5, 6, 7, 0, 0]])
+    padded = theirs(input_ids=one, attention_mask=(one != 0).long()).logits
+    assert not torch.allclose(padded, theirs(input_ids=one[:, :3]).logits, atol=1e-3)
     peft = model("classifier", "SEQ_CLS", "prompt")
     x = ids(3)
     short = peft(input_ids=x[:, :4]).logits
