@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -292,6 +292,8 @@ def _targeted(config: PeftConfig, found: dict[str, Place], facts: BaseFacts) -> 
     for name in names:
         base = _door(found[name], kind)
         _check_kind(config, base)
+        if kind is Replaced:
+            _check_whole(name, found[name].layer)
         chosen.append(_Chosen(found[name], kind, base, config.at(base.site)))
         if base.site.kind == "mha" and kind is Adapted:
             if getattr(config, "dropout", 0):
@@ -610,6 +612,26 @@ def remove_wrappers(model: nn.Module) -> None:
     for place in places(model).values():
         if isinstance(place.module, AdapterModule):
             place.parent._modules[place.key] = place.layer
+
+
+def check_together(model: nn.Module, names: Sequence[str]) -> None:
+    """Whether the named adapters can be active at once: one alone can stand in a module's place.
+
+    Raises:
+        AdapterError: two do, or one does where another sits on the same module; names it.
+    """
+    for place in places(model).values() if len(names) > 1 else ():
+        wrapper = place.wrapper(Replaced)
+        if wrapper is None:
+            continue
+        stand_in = [name for name in names if name in wrapper.methods]
+        under = place.wrapper(Adapted)
+        beside = [name for name in names if under is not None and name in under.methods and name not in stand_in]
+        if len(stand_in) > 1 or (stand_in and beside):
+            raise AdapterError(
+                f"{place.name}: {stand_in[0]!r} stands in the module's place, so {(stand_in[1:] + beside)[0]!r} "
+                "cannot act on it too. Activate one of them, or leave the module out of one's targets."
+            )
 
 
 def activate(model: nn.Module, names: list[str]) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from peft_dist.contract import Kind, Site
 from peft_dist.errors import BaseLayerError
 from peft_dist.rows import Cut, Rows
-from peft_dist.sharding import gathered, restore_bits, stored_bits, whole_shape
+from peft_dist.sharding import gathered, is_partitioned, restore_bits, stored_bits, whole_shape
 
 
 class Layer:
@@ -66,7 +66,7 @@ class Layer:
         return 0
 
     def _tensors(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
-        return tuple((key, tuple(whole_shape(p))) for key, p in self.layer.named_parameters())
+        return tuple((key, _shape_of(p)) for key, p in self.layer.named_parameters())
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -145,6 +145,22 @@ class Layer:
             )
         self._add(self.bias_key, b)
 
+    def exchange_(self, dW: Tensor) -> Tensor | None:
+        """Adds dW as `add_` does, into memory of the sum's own, and gives the stored weight as it was: no copy
+        of it is made. None, and nothing is changed, where a weight cannot be exchanged. dW is used up."""
+        parameter, kind = self.parameter, type(self)
+        own_ways = kind.add_ is not Layer.add_ or kind._add is not Layer._add
+        if own_ways or type(parameter) is not nn.Parameter or is_partitioned(parameter) or parameter.is_meta:
+            return None
+        old, change = parameter.data, self._as_stored(dW)
+        exact = torch.promote_types(old.dtype, torch.float32)
+        change = change.to(old.device, exact)
+        if old.dtype == exact and change.is_contiguous():
+            parameter.data = change.add_(old)
+        else:
+            parameter.data = (old.to(exact) + change).to(old.dtype)
+        return old
+
     def stored(self) -> dict[str, Any]:
         """A copy of the stored bits of weight and bias, as `restore_` takes them: this rank's piece of a
         partitioned parameter, so nothing is gathered."""
@@ -152,9 +168,14 @@ class Layer:
         return {key: stored_bits(own[key]) for key in (self.key, self.bias_key) if own.get(key) is not None}
 
     def restore_(self, stored: Mapping[str, Any]) -> None:
-        """Puts back bit for bit what `stored` returned."""
+        """Puts back bit for bit what `stored` returned, which is used up."""
         for key, bits in stored.items():
-            restore_bits(self.layer.get_parameter(key), bits)
+            parameter = self.layer.get_parameter(key)
+            fits = type(parameter) is nn.Parameter and not is_partitioned(parameter)
+            if fits and (bits.dtype, bits.device) == (parameter.dtype, parameter.device):
+                parameter.data = bits
+            else:
+                restore_bits(parameter, bits)
 
     @contextlib.contextmanager
     def substituted(self, W: Tensor, b: Tensor | None = None) -> Iterator[None]:
@@ -181,10 +202,18 @@ class Layer:
         with torch.no_grad(), gathered([parameter], modify=True):
             stored = parameter.data
             exact = torch.promote_types(stored.dtype, torch.float32)
-            stored.copy_(stored.to(exact) + change.to(stored.device, exact))
+            change = change.to(stored.device, exact)
+            # In half precision the sum is rounded once, and not the change before it.
+            stored.add_(change) if stored.dtype == exact else stored.copy_(stored.to(exact) + change)
 
     def _as_matrix(self, stored: Tensor) -> Tensor:
         return stored
 
     def _as_stored(self, matrix: Tensor) -> Tensor:
         return matrix
+
+
+def _shape_of(parameter: Any) -> tuple[int, ...]:
+    """Its own shape, also where it rests in pieces or packed."""
+    packed = getattr(parameter, "quant_state", None)
+    return tuple(whole_shape(parameter) if packed is None else packed.shape)

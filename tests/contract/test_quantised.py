@@ -20,9 +20,10 @@ from torch import Tensor, nn
 
 from peft_dist import inject, merge
 from peft_dist.adapted import Adapted
-from peft_dist.base_layer import door, has_door, kind_of
+from peft_dist.base_layer import Layer, door, has_door, kind_of
 from peft_dist.errors import BaseLayerError, TargetError
 from peft_dist.inject import adapter_dtype
+from peft_dist.methods.replace.ln_tuning import LNTuningConfig
 from peft_dist.methods.weight.lora import LoraConfig
 from peft_dist.pool import PooledModule
 from peft_dist.rows import BASE, Rows
@@ -389,8 +390,19 @@ def test_training_a_quantised_module_whole_is_refused(storage) -> None:
     config = LoraConfig(r=2, target_modules=["other"], modules_to_save=["target"])
     with pytest.raises(TargetError) as raised:
         inject.inject(base, config, "a", inject.Adapters())
-    assert str(raised.value) == (
+    wanted = (
         "target.weight is quantised, so it cannot be trained whole. Leave 'target' out, or put an adapter on "
         "its layers."
     )
+    assert str(raised.value) == wanted
     assert type(base["other"]) is nn.Linear
+    with pytest.raises(TargetError) as raised:
+        inject.inject(base, LNTuningConfig(target_modules=["target"]), "a", inject.Adapters())
+    assert str(raised.value) == wanted
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_blocks_of_quantised_layers_know_their_sizes(storage) -> None:
+    block = nn.ModuleDict({"q_proj": MORE[storage](12, 8), "norm": nn.LayerNorm(3)}).to("cpu")
+    tensors = dict(Layer(block, "block").site.tensors)
+    assert (tensors["q_proj.weight"], tensors["norm.weight"]) == ((8, 12), (3,))
