@@ -20,7 +20,8 @@ from peft_dist.adapted import Adapted, AdapterModule, Replaced
 from peft_dist.contract import Method, PromptMethod
 from peft_dist.errors import AdapterError, MergeError, suggest
 from peft_dist.inject import adapter_modules, remove_wrappers
-from peft_dist.sharding import gathered, is_partitioned, set_whole, whole
+from peft_dist.pool import outer_modules
+from peft_dist.sharding import gathered, is_partitioned, set_whole, stored_bits, whole
 
 _KEPT = "_kept_at_merge"
 _OWN_WEIGHT = "_tied_before_merge"
@@ -54,9 +55,10 @@ def merge(
         stored
             weights were not kept; a weight that is both tied and partitioned.
     """
-    modules = [module for _, module in adapter_modules(base) if isinstance(module, Adapted)]
-    merged_before = _merged(base)
-    wanted = _names(base, adapter_names)
+    wrappers = [module for _, module in adapter_modules(base)]
+    modules = [module for module in wrappers if isinstance(module, Adapted)]
+    merged_before = _merged(wrappers)
+    wanted = _names(wrappers, adapter_names)
     new = [name for name in wanted if name not in merged_before]
     if not new:
         if merged_before:
@@ -72,10 +74,12 @@ def merge(
         _check_finite(touched, names)
     for module in touched:
         dW, db = _change(module, names)
-        if keep:
-            _keep(module)
         if dW is not None:
             _untie(module, users)
+        old = module.base.exchange_(_own(dW, module, names)) if keep and dW is not None else None
+        if keep:
+            _keep(module, old)
+        if dW is not None and old is None:
             module.base.add_(dW)
         if db is not None:
             module.base.add_bias_(db)
@@ -121,8 +125,10 @@ def merge_and_unload(
     Raises:
         AdapterError, MergeError: as `merge`.
     """
-    names = [*_merged(base), *_names(base, adapter_names)]
-    if set(names) - set(_merged(base)):
+    wrappers = [module for _, module in adapter_modules(base)]
+    merged = _merged(wrappers)
+    names = [*merged, *_names(wrappers, adapter_names)]
+    if set(names) - set(merged):
         names = merge(base, adapter_names, safe_merge, keep=False)
     for _, module in adapter_modules(base):
         if isinstance(module, Replaced):
@@ -168,10 +174,10 @@ def refuse_unmergeable(methods: Mapping[str, object], adapter_names: Sequence[st
             )
 
 
-def _names(base: nn.Module, adapter_names: Sequence[str] | None) -> list[str]:
+def _names(wrappers: Sequence[AdapterModule], adapter_names: Sequence[str] | None) -> list[str]:
     known: dict[str, None] = {}
     active: dict[str, None] = {}
-    for _, module in adapter_modules(base):
+    for module in wrappers:
         known |= dict.fromkeys(module.methods)
         active |= dict.fromkeys(module.active_adapters)
     names = list(active) if adapter_names is None else list(dict.fromkeys(adapter_names))
@@ -184,8 +190,8 @@ def _names(base: nn.Module, adapter_names: Sequence[str] | None) -> list[str]:
     return names
 
 
-def _merged(base: nn.Module) -> list[str]:
-    return next((list(m.merged_adapters) for _, m in adapter_modules(base) if m.merged_adapters), [])
+def _merged(wrappers: Sequence[AdapterModule]) -> list[str]:
+    return next((list(m.merged_adapters) for m in wrappers if m.merged_adapters), [])
 
 
 def _change(module: Adapted, names: Sequence[str]) -> tuple[Tensor | None, Tensor | None]:
@@ -216,10 +222,9 @@ def _check_finite(modules: Sequence[Adapted], names: Sequence[str]) -> None:
 
 def _users(base: nn.Module) -> dict[int, int]:
     """Parameter's id -> how many places of the base's layers use it."""
-    wrapped = {id(module) for module in base.modules() if isinstance(module, AdapterModule)}
     counts: dict[int, int] = {}
-    for module in base.modules():
-        if id(module) not in wrapped:
+    for _, module in outer_modules(base):
+        if not isinstance(module, AdapterModule):
             for parameter in module._parameters.values():
                 if parameter is not None:
                     counts[id(parameter)] = counts.get(id(parameter), 0) + 1
@@ -268,8 +273,24 @@ def _say_untied(base: nn.Module) -> None:
         config.tie_word_embeddings = False
 
 
-def _keep(module: Adapted) -> None:
-    module.__dict__[_KEPT] = module.base.stored()
+def _keep(module: Adapted, old: Tensor | None) -> None:
+    """Keeps what is stored, of the weight `old` where that is given."""
+    base = module.base
+    if old is None:
+        module.__dict__[_KEPT] = base.stored()
+        return
+    bias = base.layer._parameters.get(base.bias_key)
+    kept = {} if bias is None else {base.bias_key: stored_bits(bias)}
+    module.__dict__[_KEPT] = {base.key: old, **kept}
+
+
+def _own(dW: Tensor, module: Adapted, names: Sequence[str]) -> Tensor:
+    """dW in memory of its own: a method may give a view of one of its tensors."""
+    held = [t for name in names if name in module.methods for t in module.held(name).values()]
+    others = [t for t in [*held, *module.base.layer.parameters()] if not is_partitioned(t)]
+    taken = {t.untyped_storage().data_ptr() for t in others}
+    is_whole = dW.untyped_storage().nbytes() == dW.nbytes
+    return dW if is_whole and dW.untyped_storage().data_ptr() not in taken else dW.clone()
 
 
 def _take_over(module: Replaced, names: Sequence[str]) -> None:
