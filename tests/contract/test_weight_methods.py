@@ -88,9 +88,11 @@ def test_rank_dropout_of_lokr_is_rescaled_where_asked() -> None:
     assert (((kept - 1).abs() < 1e-2) | (kept.abs() < 1e-2)).all()
 
 
-def test_rank_dropout_of_every_row_is_no_update_where_hf_peft_gives_nan() -> None:
-    ours = one(peft_dist, "LoHaConfig", nn.Linear(12, 2), rank_dropout=0.999)
-    theirs = one(peft, "LoHaConfig", nn.Linear(12, 2), rank_dropout=0.999)
+@pytest.mark.parametrize("name", LYCORIS)
+def test_rank_dropout_of_every_row_is_no_update_where_hf_peft_gives_nan(name) -> None:
+    more = {"rank_dropout_scale": True} if name == "LoKrConfig" else {}
+    ours = one(peft_dist, name, nn.Linear(12, 2), rank_dropout=0.999, **more)
+    theirs = one(peft, name, nn.Linear(12, 2), rank_dropout=0.999, **more)
     x = torch.randn(3, 12)
     assert torch.equal(ours.train()(x), ours.get_base_model().target.base_layer(x))
     assert theirs.train()(x).isnan().all()
@@ -168,6 +170,17 @@ def test_gradients_of_decomposed_kernels_are_right_where_hf_peft_s_are_not(kind)
         assert p.grad.view(-1)[0].item() == pytest.approx(slope.item(), rel=1e-5, abs=1e-6), key
         is_wrong = (others[key].grad - p.grad).abs().max() > 1e-3 * p.grad.abs().max()
         assert is_wrong == key.endswith(("w1_a", "w2_a")), key
+
+
+@pytest.mark.parametrize("name", LYCORIS)
+def test_padding_is_the_layer_s_where_hf_peft_pads_with_zeros(name) -> None:
+    torch.manual_seed(1)
+    target, x = nn.Conv2d(4, 6, 3, padding=1, padding_mode="circular"), torch.randn(2, 4, 5, 5)
+    for library, is_right in ((peft_dist, True), (peft, False)):
+        model = one(library, name, copy.deepcopy(target), r=1).eval()
+        running = model(x)
+        model.merge_adapter()
+        assert torch.allclose(model(x), running, atol=1e-4) == is_right
 
 
 def test_factors_of_sizes() -> None:
@@ -252,6 +265,32 @@ def test_several_vera_adapters_have_projections_of_their_own_sizes() -> None:
         torch.testing.assert_close(mixed[row : row + 1], alone, rtol=1e-5, atol=1e-5)
     model.delete_adapter("default")
     assert not any("vera" in key and "default" in key for key in model.state_dict())
+
+
+@pytest.mark.parametrize("name", ["VeraConfig", "RandLoraConfig"])
+def test_an_adapter_s_projections_are_of_its_own_layers_sizes(name, tmp_path) -> None:
+    """In HF PEFT all adapters of a model have the first one's: one on a larger layer is refused, and one
+    that is saved without them is another when it is loaded alone."""
+
+    def made(library, first: str, second: str):
+        values = {"r": 4, "save_projection": False, "init_weights": False}
+        config = getattr(library, name)
+        model = library.get_peft_model(bases.llama(), config(target_modules=[first], **values))
+        model.add_adapter("second", config(target_modules=[second], **values))
+        model.set_adapter("second")
+        return model.eval()
+
+    for library, is_right in ((peft_dist, True), (peft, False)):
+        if is_right:
+            made(library, "q_proj", "down_proj")(input_ids=ids())
+        else:
+            with pytest.raises(ValueError, match="24 or greater is required"):
+                made(library, "q_proj", "down_proj")
+        model = made(library, "down_proj", "q_proj")
+        wanted = model(input_ids=ids()).logits
+        model.save_pretrained(tmp_path / library.__name__)
+        alone = library.PeftModel.from_pretrained(bases.llama(), tmp_path / library.__name__ / "second")
+        assert torch.allclose(alone(input_ids=ids()).logits, wanted, atol=1e-4) == is_right
 
 
 @pytest.mark.parametrize(("name", "key"), [("VeraConfig", "vera"), ("RandLoraConfig", "randlora")])
