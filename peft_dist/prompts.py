@@ -503,7 +503,9 @@ class PromptedModel(PooledModule):
     def _cache(self, given: Any, layers: list[tuple[Tensor, Tensor]]) -> Any:
         if getattr(given, "is_compileable", False):
             raise ConfigError("a prefix adapter needs a cache that grows. Leave cache_implementation out.")
-        facts = self.get_base_model().config
+        base = self.get_base_model()
+        # A decoder may have another number of layers than the base's config says.
+        facts = base.get_decoder().config if self._has_decoder() else base.config
         if given is None and self._has_decoder():
             given = EncoderDecoderCache(DynamicCache(config=facts), DynamicCache(config=facts))
         elif given is None:
