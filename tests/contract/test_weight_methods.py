@@ -413,6 +413,32 @@ def test_training_and_merging_on_a_quantised_base_work_where_hf_peft_fails(name,
         use(peft)
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+def test_poly_trains_on_a_quantised_base_where_hf_peft_fails(bits) -> None:
+    """HF PEFT adds in place to what bitsandbytes gave."""
+    for library in (peft_dist, peft):
+        model = marked(library, "PolyConfig", quantised(bits, 12, 8), bits, r=2, n_tasks=2).train()
+        x = torch.randn(3, 5, 12, requires_grad=True)
+        if library is peft:
+            with pytest.raises(RuntimeError, match="inplace"):
+                model.base_model(x, task_ids=TASKS % 2).sum().backward()
+        else:
+            model.base_model(x, task_ids=TASKS % 2).sum().backward()
+            assert x.grad.abs().sum() > 0
+
+
+def test_poly_reads_task_ids_without_a_task_type_and_of_rows_without_positions() -> None:
+    for x in (torch.randn(3, 5, 12), torch.randn(3, 12)):
+        model = one(peft_dist, "PolyConfig", nn.Linear(12, 8), r=2, n_tasks=3).eval()
+        got = model(x, task_ids=TASKS)
+        for row in range(3):
+            alone = model(x[row : row + 1], task_ids=TASKS[row : row + 1])
+            torch.testing.assert_close(got[row : row + 1], alone)
+        theirs = one(peft, "PolyConfig", nn.Linear(12, 8), r=2, n_tasks=3)
+        with pytest.raises(TypeError, match="task_ids"):
+            theirs(x, task_ids=TASKS)
+
+
 # VB-LoRA
 
 
