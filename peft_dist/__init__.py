@@ -25,6 +25,8 @@ _NAMES = {
     "peft_dist.eva": ("get_eva_state_dict", "initialize_lora_eva_weights"),
     "peft_dist.errors": ("PeftDistError",),
     "peft_dist.kbit": ("prepare_model_for_int8_training", "prepare_model_for_kbit_training"),
+    "peft_dist.loftq": ("replace_lora_weights_loftq",),
+    "peft_dist.loraplus": ("create_loraplus_optimizer",),
     "peft_dist.loading": ("load_base",),
     "peft_dist.methods.activation.boft": ("BOFTConfig",),
     "peft_dist.methods.activation.hra": ("HRAConfig",),

@@ -42,7 +42,8 @@ def convert_to_lora(
     """
     config = getattr(model, "peft_config", {}).get(adapter_name)
     _check(config, rank)
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    whole: Any = model
+    base = whole.get_base_model() if hasattr(whole, "get_base_model") else whole
     factored = torch.compile(_factored, **compile_kwargs) if compile_kwargs is not None else _factored
     prefix = _PREFIX if config is not None else ""
     tensors: dict[str, Tensor] = {}

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from peft_dist.adapted import Adapted
+from peft_dist.base_layer import door
 from peft_dist.errors import ConfigError
 from peft_dist.inject import adapter_modules, facts_of, places
 from peft_dist.methods.weight.lora import LoraConfig
@@ -205,10 +206,10 @@ class _Search:
         widest = {name: round(rank * self.settings.rho) for name, rank in wanted.items()}
         for leader in set(self.leader.values()):
             most = max(widest[name] for name, its in self.leader.items() if its == leader)
-            size = self.layers[leader].weight.shape  # type: ignore[union-attr]
-            self.directions[leader] = Directions(
-                min(most, *(int(n) for n in size)) if len(size) == 2 else most
-            )
+            layer: Any = self.layers[leader]
+            site = layer.base.site if isinstance(layer, Adapted) else door(layer, leader).site
+            # An input has no more directions than entries.
+            self.directions[leader] = Directions(min(most, site.in_))
         ranks = {name: self.of(name).k for name in self.layers}
         for batch in itertools.chain([first], batches):
             open_ = {leader for leader in self.directions if not self._converged(leader, ranks)}

@@ -74,7 +74,7 @@ class WeightedLora:
             here = [(a, w) for a, w in zip(adapters, weights, strict=True) if _has_factors(module, a)]
             if not here:
                 continue
-            if module.base.site.groups > 1:
+            if module.base.site.groups > 1:  # type: ignore[union-attr, operator]
                 raise ConfigError(
                     f"add_weighted_adapter: {name!r} is a convolution with groups, where LoRA's factors cannot be "
                     "combined. Merge the adapters one after the other, or leave the layer out of their targets."

@@ -16,7 +16,7 @@ LAYERS = {
         {"fused"},
         {"methods"},
         {"adapted", "tuner_layer"},
-        {"inject", "merge", "checkpoint", "optim", "hooks", "prompts", "prompt_encoders", "eva", "corda", "combine", "weighted", "convert", "ahead", "xlora", "savable"},
+        {"inject", "merge", "checkpoint", "optim", "hooks", "prompts", "prompt_encoders", "eva", "corda", "combine", "weighted", "convert", "ahead", "xlora", "loftq", "loraplus", "savable"},
         {
             "model", "tuner", "recompute", "tasks", "mixed", "compat", "loading", "registry", "status", "auto",
             "signatures", "scaling", "hotswap", "functional", "kbit",

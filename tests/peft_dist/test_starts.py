@@ -408,3 +408,50 @@ def test_saved_starts_stand_beside_the_factors(tmp_path) -> None:
     ours.save_pretrained(tmp_path)
     keys = {key.rpartition("proj.")[2] for key in load_file(tmp_path / "adapter_model.safetensors")}
     assert keys == {"lora_A.weight", "lora_B.weight", "lora_start_A", "lora_start_B"}
+
+
+def four_bit(folder):
+    """A llama on disk, and loaded from there in 4 bits."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {**bases.LLAMA, "hidden_size": 64, "intermediate_size": 128}
+    torch.manual_seed(0)
+    whole = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes))
+    whole.save_pretrained(folder)
+    config = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    return whole, transformers.AutoModelForCausalLM.from_pretrained(folder, quantization_config=config)
+
+
+def test_loftq_on_a_quantised_base(tmp_path) -> None:
+    whole, base = four_bit(tmp_path)
+    config = peft_dist.LoraConfig(r=16, lora_alpha=8, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    ours = peft_dist.get_peft_model(base, config)
+    peft_dist.replace_lora_weights_loftq(ours, str(tmp_path))
+    for i in (0, 1):
+        W = whole.model.layers[i].self_attn.q_proj.weight
+        module = ours.get_base_model().model.layers[i].self_attn.q_proj
+        Q, (dW, _) = module.base.weight().float(), module.change(["default"])
+        U, S, Vh = torch.linalg.svd(W - Q)
+        close(dW, U[:, :16] * S[:16] @ Vh[:16], 1e-4)
+    before = {key: t.clone() for key, t in ours.adapter_tensors().items()}
+    with torch.no_grad():
+        for t in ours.adapter_tensors().values():
+            t.add_(1.0)
+    asked = []
+    peft_dist.replace_lora_weights_loftq(
+        ours,
+        str(tmp_path / "model.safetensors"),
+        callback=lambda model, name: asked.append(name) or len(asked) > 1,
+    )
+    assert asked == [f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)]
+    for key, t in ours.adapter_tensors().items():
+        close(t, before[key] + (1.0 if "layers.0" in key else 0.0), 1e-4)
+
+
+def test_loftq_says_what_it_lacks(tmp_path) -> None:
+    plain = peft_dist.get_peft_model(bases.llama(), peft_dist.LoraConfig(**LORA))
+    with pytest.raises(ConfigError, match="has LoRA on no 4-bit layer of this base"):
+        peft_dist.replace_lora_weights_loftq(plain, str(tmp_path))
+    _, base = four_bit(tmp_path)
+    ours = peft_dist.get_peft_model(base, peft_dist.LoraConfig(**LORA))
+    with pytest.raises(PeftDistError, match=r"has no model.safetensors"):
+        peft_dist.replace_lora_weights_loftq(ours, str(tmp_path / "nowhere"))

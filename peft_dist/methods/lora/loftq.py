@@ -86,17 +86,14 @@ class Loftq(Variant):
         W = base.weight()
         W = W.to(torch.promote_types(W.dtype, torch.float32))
         root = self.lora.scaling(base.site) ** 0.5
-        B = A = None
+        before, factors = None, None
         for _ in range(settings["loftq_iter"]):
-            before = None if B is None else (B, A)
+            before = factors
             Q = quantised(W if before is None else W - before[0] @ before[1], settings["loftq_bits"])
-            B, A = principal(W - Q, r)
-        assert B is not None and A is not None
-        p["A"].copy_(A / root)
-        p["B"].copy_(B / root)
-        if before is not None:
-            p["B0"].copy_(before[0] / root)
-            p["A0"].copy_(before[1] / root)
+            factors = principal(W - Q, r)
+        for names, found in ((("B", "A"), factors), (("B0", "A0"), before)):
+            for name, factor in zip(names, found or (), strict=False):
+                p[name].copy_(factor / root)
 
     def replace_base(self, p: Params, base: BaseLayer) -> None:
         layer: Any = base.layer  # type: ignore[attr-defined]

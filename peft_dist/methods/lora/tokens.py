@@ -27,7 +27,7 @@ class RowsBeside(TokenRows):
 
     token_indices: Sequence[int]
     ties: bool = True
-    init_weights: ClassVar[bool] = True
+    init_weights: bool = True
 
     prefix: ClassVar[str] = "token_adapter."
 

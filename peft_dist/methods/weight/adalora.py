@@ -219,9 +219,10 @@ class Budget(Controller):
         with torch.no_grad():
             for site, p in _adapted(sites).items():
                 for name in ("A", "B", "E"):
-                    if p[name].grad is None:
+                    gradient = p[name].grad
+                    if gradient is None:
                         continue
-                    key, now = (site, name), (p[name] * p[name].grad).abs()
+                    key, now = (site, name), (p[name] * gradient).abs()
                     zero = torch.zeros_like(now)
                     smooth = old1 * self.sensitivity.get(key, zero) + (1 - old1) * now
                     away = (now - smooth).abs()

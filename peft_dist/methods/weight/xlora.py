@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import itertools
 import math
 import os
@@ -196,13 +197,11 @@ class XLoraConfig(TargetedConfig, WeightMethod):
         wanted = {}
         for number, (in_, out) in enumerate(itertools.pairwise(widths)):
             key = f"{_CLASSIFIER}{number * step}"
-            bound = 1 / math.sqrt(in_)
+            edge = 1 / math.sqrt(in_)
             wanted[f"weight{number}"] = Param(
                 f"{key}.weight", ("out", "in"), (out, in_), starts.kaiming_uniform
             )
-            wanted[f"bias{number}"] = Param(
-                f"{key}.bias", ("out",), (out,), lambda t, bound=bound: t.uniform_(-bound, bound)
-            )
+            wanted[f"bias{number}"] = Param(f"{key}.bias", ("out",), (out,), functools.partial(_within, edge))
         return wanted
 
     def params(self, site: Site) -> dict[str, Param]:
@@ -222,7 +221,7 @@ class XLoraConfig(TargetedConfig, WeightMethod):
                 wanted[f"{name}{number}"] = dataclasses.replace(
                     param,
                     key=".".join(part for part in (first, str(number), rest) if part),
-                    start=lambda t, given=given: t.copy_(given),
+                    start=functools.partial(_copied, given),
                     trainable=self.use_trainable_adapters,
                     persistent=False,
                     counted=True,
@@ -314,3 +313,11 @@ class XLoraConfig(TargetedConfig, WeightMethod):
         there = copy.copy(self)
         there.adapters = {name: f"{directory}/{name}" for name in self.adapters or ()}
         return there
+
+
+def _within(edge: float, t: Tensor) -> Tensor:
+    return t.uniform_(-edge, edge)
+
+
+def _copied(given: Tensor, t: Tensor) -> Tensor:
+    return t.copy_(given)
