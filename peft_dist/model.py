@@ -151,7 +151,9 @@ class PeftModel(PromptedModel):
     @property
     def modules_to_save(self) -> set[str] | None:
         """The modules that are trained whole beside any adapter."""
-        names = {name for c in self.peft_config.values() for name in getattr(c, "modules_to_save", None) or ()}
+        names = {
+            name for c in self.peft_config.values() for name in getattr(c, "modules_to_save", None) or ()
+        }
         return names or None
 
     def get_base_model(self) -> Any:
@@ -167,8 +169,8 @@ class PeftModel(PromptedModel):
 
     @contextlib.contextmanager
     def using(self, rows: Rows) -> Iterator[None]:
-        """Within the context `rows` say which adapters and which dropout masks serve each sequence. Wrap the
-        backward too where layers are recomputed in it.
+        """Within the context `rows` say which adapters and which dropout masks serve each sequence, also in
+        layers that the backward runs again later.
 
         Raises:
             AdapterError: rows name an adapter that the model does not have.
@@ -178,18 +180,24 @@ class PeftModel(PromptedModel):
         current = self._adapters.current
         before = dataclasses.replace(current)
         current.rows, current.length, current.padding = rows, None, None
+        measuring = self.get_base_model().register_forward_pre_hook(self._measure, with_kwargs=True)
         try:
             yield
         finally:
+            measuring.remove()
             current.take(before)
+
+    def _measure(self, base: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Notes how many positions the base is given now, at each of its calls: `generate` makes many."""
+        sized = args[0] if args else kwargs.get("input_ids")
+        sized = kwargs.get("inputs_embeds") if sized is None else sized
+        if isinstance(sized, Tensor) and sized.ndim > 1:
+            self._adapters.current.length = sized.shape[1]
 
     def forward(self, *args: Any, adapter_names: Sequence[str | None] | None = None, **kwargs: Any) -> Any:
         """The base's forward with its adapters. `adapter_names` names one per sequence, as `Rows.adapters`
         does."""
         with self._naming(adapter_names):
-            sized = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs_embeds"))
-            if isinstance(sized, Tensor) and sized.ndim > 1:
-                self._adapters.current.length = sized.shape[1]
             if self._prompting() or self._others_may_prompt():
                 return self._forward_prompted(args, kwargs)
             return self.base_model(*args, **kwargs)

@@ -230,7 +230,7 @@ def test_added_is_forward_without_the_layer(case, kind) -> None:
     disturb(base)
     wrapper, x = target(base), sample(kind)
     method = wrapper.methods["a"]
-    p = wrapper.tensors("a")
+    p = wrapper.given("a")
     close(
         method.forward(p, wrapper.base, x, lambda t: t) - wrapper.base_layer(x),
         method.added(p, wrapper.base, x),

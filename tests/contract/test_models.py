@@ -1,6 +1,7 @@
 """Every method of the catalog in a whole model: what a user does with it, beside the same model without adapters.
 
-float64, so equalities hold to rounding: two layers amplify it to some 1e-10 relative.
+float64, so equalities hold to rounding: two layers amplify it to some 1e-10 relative. Experts run in fp32, where that
+is some 1e-4 of a gradient.
 """
 
 from __future__ import annotations
@@ -39,7 +40,9 @@ def config(label: str) -> peft_dist.PeftConfig:
 
 def base(label: str, device: str = "cpu") -> torch.nn.Module:
     with torch.device(device):
-        return getattr(bases, PARITY[label].base)().double()
+        # Torch has no grouped product of float64, by which experts run.
+        made = getattr(bases, PARITY[label].base)()
+        return made if PARITY[label].base in ("mixtral", "qwen2_moe") else made.double()
 
 
 def given(label: str, model: torch.nn.Module, rows: int = ROWS) -> dict[str, Tensor]:
@@ -75,12 +78,14 @@ def trained_model(label: str) -> peft_dist.PeftModel:
 
 
 def close(got: Tensor, wanted: Tensor) -> None:
-    torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-9)
+    within = 1e-9 if wanted.dtype == torch.double else 2e-4
+    torch.testing.assert_close(got, wanted, rtol=within, atol=within)
 
 
 def test_every_method_is_here() -> None:
+    """X-LoRA, which is made of saved adapters, has tests of its own: tests/peft_dist/test_xlora.py."""
     configs = {peft_dist.PEFT_TYPE_TO_CONFIG_MAPPING[name].__name__ for name in METHODS}
-    assert configs == {parity.config for parity in PARITY.values()}
+    assert configs - {"XLoraConfig"} == {parity.config for parity in PARITY.values()}
 
 
 @each
