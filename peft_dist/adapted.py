@@ -352,6 +352,8 @@ class Adapted(AdapterModule):
         (x,) = args
         if rows is None or rows.num is None:
             return self._serve(self.serving(None), x)
+        if len(rows.segments) > 1 and (y := self._by_row(x, rows)) is not None:
+            return y
         choices = [(self.serving(s.adapter), s.start, s.stop) for s in rows.segments]
         if all(names == choices[0][0] for names, _, _ in choices[1:]):
             names = choices[0][0] if choices else self.serving(None)
@@ -408,6 +410,33 @@ class Adapted(AdapterModule):
         inputs = _down(levels, x)
         y = self.base_layer(_as_given(inputs[0], x))
         return _up(levels, inputs, y, entrance)
+
+    def _by_row(self, x: Tensor, rows: Rows) -> Tensor | None:
+        """Each row beside its own adapter's tensors, in the batch's order: where all name one adapter each, of
+        one method that runs so, and nothing is dropped; else None."""
+        names = rows.adapters
+        assert names is not None
+        first, bucket = self.methods.get(names[0]), self._pool.bucket(self._site_name, names[0])  # type: ignore[arg-type]
+        if bucket is None or not isinstance(first, WeightMethod) or x.shape[0] != len(names):
+            return None
+        size = sum(array[0].numel() for array in bucket.arrays.values() if len(array))
+        # Many rows of few adapters with few positions each: then their tensors would be copied too often.
+        if x.ndim < 3 or (2 * len(rows.segments) < len(names) and x[0].numel() < size):
+            return None
+        methods = {name: self.methods.get(name) for name in dict.fromkeys(names)}  # type: ignore[arg-type]
+        if first.reads or any(m is None or (self.training and m.dropout) for m in methods.values()):
+            return None
+        if self.training and type(first).draws is not Method.draws:
+            return None
+        p = bucket.by_row(names)
+        if p is None:
+            return None
+        each = [methods[name] for name in names]
+        added = type(first).mixed(each, p, self.base, x.to(_dtype_of(p))[:, None])
+        if added is None:
+            return None
+        y = self.base_layer(x)
+        return added.squeeze(1).add_(y).to(y.dtype)
 
     def _mixed_weights(self, x: Tensor, split: Split, parts: list[tuple[list[Level], int, int]]) -> Tensor:
         """Rows name different adapters, all of which add to W: the layer runs once, the additions part by

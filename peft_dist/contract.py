@@ -214,6 +214,10 @@ class Method(ABC):
         """The config as it is written there, beside its parts."""
         return self
 
+    def check_together(self, where: str, others: Sequence[Method]) -> None:
+        """Refuses to serve the layer called `where` together with `others`, by an error."""
+        return None
+
     def check_beside(self, others: Sequence[Method]) -> None:
         """Refuses to stand on one model with `others` of its class, by an error."""
         return None

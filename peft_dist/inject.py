@@ -615,18 +615,25 @@ def remove_wrappers(model: nn.Module) -> None:
 
 
 def check_together(model: nn.Module, names: Sequence[str]) -> None:
-    """Whether the named adapters can be active at once: one alone can stand in a module's place.
+    """Whether the named adapters can be active at once: one alone can stand in a module's place, and their
+    methods may have more to say.
 
     Raises:
         AdapterError: two do, or one does where another sits on the same module; names it.
     """
     for place in places(model).values() if len(names) > 1 else ():
+        for each in place.wrappers():
+            here = {name: each.methods[name] for name in names if name in each.methods}
+            for name, method in here.items():
+                method.check_together(place.name, [other for key, other in here.items() if key != name])
         wrapper = place.wrapper(Replaced)
         if wrapper is None:
             continue
         stand_in = [name for name in names if name in wrapper.methods]
         under = place.wrapper(Adapted)
-        beside = [name for name in names if under is not None and name in under.methods and name not in stand_in]
+        beside = [
+            name for name in names if under is not None and name in under.methods and name not in stand_in
+        ]
         if len(stand_in) > 1 or (stand_in and beside):
             raise AdapterError(
                 f"{place.name}: {stand_in[0]!r} stands in the module's place, so {(stand_in[1:] + beside)[0]!r} "

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from peft_dist.adapted import Adapted, AdapterModule, Replaced
 from peft_dist.contract import Method, PromptMethod
 from peft_dist.errors import AdapterError, MergeError, suggest
-from peft_dist.inject import adapter_modules, remove_wrappers
+from peft_dist.inject import adapter_modules, check_together, remove_wrappers
 from peft_dist.pool import outer_modules
 from peft_dist.sharding import gathered, is_partitioned, set_whole, stored_bits, whole
 
@@ -67,6 +67,7 @@ def merge(
     if merged_before:
         unmerge(base)
     names = [*merged_before, *new]
+    check_together(base, names)
     touched = [module for module in modules if any(name in module.methods for name in names)]
     users = _users(base)
     _check_tied(touched, users)

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import peft_dist
-from peft_dist.errors import ConfigError, TargetError
+from peft_dist.errors import AdapterError, ConfigError, TargetError
 from peft_dist.rows import BASE
 from tests.contract.bases import gpt2, llama
 
@@ -143,6 +143,32 @@ def test_tied_weights_stay_of_one_mind(tmp_path) -> None:
     model = peft_dist.get_peft_model(gpt2(), both)
     assert sum(p.requires_grad for p in model.parameters()) == 1
     torch.testing.assert_close(model(input_ids=IDS).logits, gpt2().eval()(input_ids=IDS).logits)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "LN tuning",
+            "model.layers.0.input_layernorm: 'default' stands in the module's place, so 'b' cannot act",
+        ),
+        (
+            "tokens",
+            "model.embed_tokens: 3 tokens, such as 2, have vectors of two adapters, which cannot both be theirs. "
+            "Activate one at a time, or train other tokens.",
+        ),
+    ],
+)
+def test_what_cannot_be_active_together_is_refused(name, message) -> None:
+    make, config = CONFIGS[name]
+    model = two(make(), config)
+    before = {key: t.clone() for key, t in model.state_dict().items()}
+    for act in (model.base_model.set_adapter, lambda names: model.merge_adapter(adapter_names=names)):
+        with pytest.raises(AdapterError) as raised:
+            act(["default", "b"])
+        assert str(raised.value).startswith(message)
+    assert all(torch.equal(t, before[key]) for key, t in model.state_dict().items())
+    model(input_ids=IDS)
 
 
 def test_the_padding_token_gets_no_gradient_as_theirs(tmp_path) -> None:

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from peft_dist import starts
 from peft_dist.config import TargetedConfig
-from peft_dist.contract import BaseLayer, Enter, Param, Params, Site, WeightMethod
-from peft_dist.errors import ConfigError
+from peft_dist.contract import BaseLayer, Enter, Method, Param, Params, Site, WeightMethod
+from peft_dist.errors import AdapterError, ConfigError
 from peft_dist.lazy import lazy
 
 if TYPE_CHECKING:
@@ -33,6 +33,15 @@ class TokenRows(WeightMethod):
 
     def tied(self, site: Site) -> TokenRows | None:
         return SameRows(self.token_indices)
+
+    def check_together(self, where: str, others: Sequence[Method]) -> None:
+        theirs = {token for other in others if isinstance(other, TokenRows) for token in other.token_indices}
+        both = sorted(theirs.intersection(self.token_indices))
+        if both:
+            raise AdapterError(
+                f"{where}: {len(both)} tokens, such as {both[0]}, have vectors of two adapters, which cannot both be "
+                "theirs. Activate one at a time, or train other tokens."
+            )
 
     def params(self, site: Site) -> dict[str, Param]:
         tokens, (vocabulary, width) = self.token_indices, table(site)
