@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import peft_dist
-from peft_dist.errors import CheckpointError, ConfigError, RowsError, UntrainableError
+from peft_dist.errors import AdapterError, CheckpointError, ConfigError, RowsError, UntrainableError
 from peft_dist.methods.weight.lokr import factors
 from peft_dist.rows import Rows, uniform
 from tests.contract import bases
@@ -341,6 +341,25 @@ def test_projections_on_a_half_precision_base_are_as_drawn_where_hf_peft_rounds_
     for key in ("base_model.vera_A", "base_model.vera_B"):
         assert torch.equal(exact[key], half[key])
         assert torch.equal(theirs[key], half[key].bfloat16().float())
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [("VeraConfig", {"r": 4}), ("RandLoraConfig", {"r": 4}), ("VBLoRAConfig", {"vector_length": 8})],
+)
+def test_methods_whose_layers_share_tensors_need_a_model_around_the_base(name, values) -> None:
+    """HF PEFT refuses VeRA and VB-LoRA; RandLoRA, which shares as VeRA does, it injects."""
+    base = bases.llama()
+    with pytest.raises(
+        AdapterError, match="share tensors, which a bare base cannot hold. Use get_peft_model"
+    ):
+        peft_dist.inject_adapter_in_model(getattr(peft_dist, name)(**Q, **values), base)
+    assert set(base.state_dict()) == set(bases.llama().state_dict())
+    if name == "RandLoraConfig":
+        peft.inject_adapter_in_model(getattr(peft, name)(**Q, **values), base)
+    else:
+        with pytest.raises(ValueError, match="uses shared state"):
+            peft.inject_adapter_in_model(getattr(peft, name)(**Q, **values), base)
 
 
 # Quantised bases on which HF PEFT fails
