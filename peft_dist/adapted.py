@@ -747,14 +747,23 @@ class AdaptedBlock(AdapterModule):
         if self.disabled:
             return output
         choices = [] if rows is None else [(self.serving(s.adapter), s) for s in rows.segments]
+        used = {name for names, _ in choices for name in names}
         if all(names == choices[0][0] for names, _ in choices):
             names = choices[0][0] if choices else self.serving(None)
-            return self._around(names, output, args, kwargs)
-        assert rows is not None
-        cut = Cut(rows, self.base.site, self._current.length)
-        return cut.joined(
-            [self._around(names, *cut.of((output, args, kwargs), s), rows, s) for names, s in choices]
-        )
+            given = self._around(names, output, args, kwargs)
+        else:
+            assert rows is not None
+            cut = Cut(rows, self.base.site, self._current.length)
+            given = cut.joined(
+                [self._around(names, *cut.of((output, args, kwargs), s), rows, s) for names, s in choices]
+            )
+        if choices and any(is_partitioned(t) for t in self.original_module.parameters()):
+            # A method may run parts of the block: ranks that name different adapters must gather their weights
+            # equally often.
+            for name in self.adapters:
+                if name not in used:
+                    given = _beside(given, self._around((name,), output, args, kwargs))
+        return given
 
     def _around(
         self,
@@ -770,6 +779,13 @@ class AdaptedBlock(AdapterModule):
             where = (segment.start, segment.stop) if segment is not None else (0, None)
             output = method.around(self.given(name, rows, *where), self.original_module, output, args, kwargs)
         return output
+
+
+def _beside(given: Any, other: Any) -> Any:
+    """`given` as it is; the backward also goes through `other`, with a gradient of zero."""
+    if isinstance(given, Tensor):
+        return _Beside.apply(given, other)
+    return type(given)((_beside(given[0], other[0]), *given[1:]))
 
 
 class _Beside(torch.autograd.Function):

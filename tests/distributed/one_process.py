@@ -19,13 +19,18 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from peft_dist import (
+    AdaptionPromptConfig,
+    CPTConfig,
     DeloraConfig,
     GraloraConfig,
     IA3Config,
     LoHaConfig,
     LoKrConfig,
     LoraConfig,
+    MultitaskPromptTuningConfig,
     PolyConfig,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
     PromptTuningConfig,
     RandLoraConfig,
     Rows,
@@ -62,6 +67,20 @@ METHODS: dict[str, Callable[[], PeftConfig]] = {
     "PROMPT_TUNING": lambda: PromptTuningConfig(
         num_virtual_tokens=3, prompt_tuning_init="SAMPLE_VOCAB", task_type="CAUSAL_LM"
     ),
+    "MULTITASK_PROMPT_TUNING": lambda: MultitaskPromptTuningConfig(
+        num_virtual_tokens=2, num_tasks=NUM_TASKS, num_ranks=2, task_type="CAUSAL_LM"
+    ),
+    "P_TUNING": lambda: PromptEncoderConfig(
+        num_virtual_tokens=2,
+        encoder_hidden_size=4,
+        encoder_reparameterization_type="LSTM",
+        task_type="CAUSAL_LM",
+    ),
+    "PREFIX_TUNING": lambda: PrefixTuningConfig(
+        num_virtual_tokens=4, prefix_projection=True, encoder_hidden_size=4, task_type="CAUSAL_LM"
+    ),
+    "CPT": lambda: CPTConfig(cpt_token_ids=[3, 4, 5], cpt_tokens_type_mask=[1, 2, 3], task_type="CAUSAL_LM"),
+    "ADAPTION_PROMPT": lambda: AdaptionPromptConfig(adapter_len=3, adapter_layers=2, task_type="CAUSAL_LM"),
     "LOHA": lambda: LoHaConfig(r=3, rank_dropout=0.2, **SOME),
     "LOKR": lambda: LoKrConfig(r=1, module_dropout=0.3, **SOME),
     "VERA": lambda: VeraConfig(r=5, vera_dropout=0.1, **SOME),
