@@ -264,11 +264,17 @@ def test_tokens_sent_to_an_expert_that_is_a_layer() -> None:
         "0.experts.0: an expert is given the tokens that a router sent to it, and rows cannot tell whose they "
         "are. Run one adapter at a time, or leave the experts out."
     )
-    # HF PEFT takes the first tokens that arrive for the rows, and gives the others no adapter.
+    # Where as many tokens arrive as there are rows, HF PEFT takes them for the rows.
+    base = nn.Sequential(Routed())
     config = {"r": 2, "target_modules": ["0.experts.0", "0.experts.1"], "init_lora_weights": False}
-    theirs = peft.get_peft_model(nn.Sequential(Routed()), peft.LoraConfig(**config)).eval()
-    more = torch.randn(2, 8, 6)
-    assert (theirs(more, adapter_names=["default", "default"]) - theirs(more)).abs().max() > 1e-2
+    theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**config)).eval()
+    rows = torch.randn(100, 2, 6)
+    first = base[0].router(rows).argmax(-1)
+    # One row goes to the first expert, the other to the second.
+    x = torch.stack([rows[(first == 0).all(1)][0], rows[(first == 1).all(1)][0]])
+    wrong = theirs(x, adapter_names=["default", BASE])
+    assert (wrong[0] - theirs(x)[0]).abs().max() > 1e-2
+    assert (wrong[1] - base(x)[1]).abs().max() > 1e-2
     # One adapter for all rows needs no telling.
     for p in model.adapter_tensors("other").values():
         nn.init.normal_(p)
