@@ -240,8 +240,8 @@ def resolve(config: Any, facts: BaseFacts) -> list[str]:
         layers = [n for n, kind in facts.layers.items() if kind != "module" or "module" in config.layers]
         absent = [target for target in config.target_modules if not any(ends_in([target], n) for n in layers)]
         _warn_of_unmatched(absent, f"layer of {facts.name}", layers, "target_modules")
-    for field_name in ("rank_pattern", "alpha_pattern"):
-        pattern = getattr(config, field_name, None) or {}
+    patterns = {n: v for n, v in vars(config).items() if n.endswith("_pattern") and isinstance(v, dict)}
+    for field_name, pattern in patterns.items():
         absent = [key for key in pattern if not any(by_pattern({key: True}, n, False) for n in matched)]
         _warn_of_unmatched(absent, f"adapted layer of {facts.name}", matched, field_name)
     return matched

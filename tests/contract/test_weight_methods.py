@@ -351,7 +351,7 @@ def test_methods_whose_layers_share_tensors_need_a_model_around_the_base(name, v
     """HF PEFT refuses VeRA and VB-LoRA; RandLoRA, which shares as VeRA does, it injects."""
     base = bases.llama()
     with pytest.raises(
-        AdapterError, match="share tensors, which a bare base cannot hold. Use get_peft_model"
+        AdapterError, match=r"share tensors, which a bare base cannot hold\. Use get_peft_model"
     ):
         peft_dist.inject_adapter_in_model(getattr(peft_dist, name)(**Q, **values), base)
     assert set(base.state_dict()) == set(bases.llama().state_dict())
@@ -713,3 +713,12 @@ def test_layers_that_a_method_does_not_know_are_refused(name) -> None:
 def test_configs_that_contradict_themselves_are_refused(name, values, message) -> None:
     with pytest.raises(ConfigError, match=message):
         getattr(peft_dist, name)(**values)
+
+
+@pytest.mark.filterwarnings("default")
+def test_patterns_that_match_no_layer_are_warned_of() -> None:
+    config = peft_dist.DeloraConfig(target_modules=["q_proj"], lambda_pattern={"q_prj": 3, "q_proj": 2})
+    with pytest.warns(
+        UserWarning, match=r"lambda_pattern: 'q_prj' matched no adapted layer .* Similar: 'q_proj'"
+    ):
+        peft_dist.get_peft_model(bases.llama(), config)

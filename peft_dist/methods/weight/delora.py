@@ -56,7 +56,7 @@ class DeloraConfig(TargetedConfig, LowRankMethod):
         self.peft_type = "DELORA"
         self.check_layers()
         self.check_bias()
-        ranks = {"r": self.r, **{f"rank_pattern[{key!r}]": r for key, r in self.rank_pattern.items()}}
+        ranks = {"r": self.r, **{f"rank_pattern[{key!r}]": r for key, r in (self.rank_pattern or {}).items()}}
         for name, r in ranks.items():
             if not isinstance(r, int) or r < 1:
                 raise ConfigError(f"DeloraConfig.{name}: {r!r}; a rank is a whole number of at least 1.")
@@ -68,8 +68,8 @@ class DeloraConfig(TargetedConfig, LowRankMethod):
         return self.module_dropout
 
     def params(self, site: Site) -> dict[str, Param]:
-        r = by_pattern(self.rank_pattern, site.name, self.r)
-        bound = starts.constant(by_pattern(self.lambda_pattern, site.name, self.delora_lambda))
+        r = by_pattern(self.rank_pattern or {}, site.name, self.r)
+        bound = starts.constant(by_pattern(self.lambda_pattern or {}, site.name, self.delora_lambda))
         last = starts.zeros if self.init_weights else starts.kaiming_uniform
         return {
             "A": Param("delora_A", ("r", "in"), (r, site.in_), starts.kaiming_uniform),
@@ -84,7 +84,7 @@ class DeloraConfig(TargetedConfig, LowRankMethod):
         p["norms"].copy_(base.weight().norm(dim=0))
 
     def facts(self, site: Site) -> dict[str, Any]:
-        return {"r": by_pattern(self.rank_pattern, site.name, self.r)}
+        return {"r": by_pattern(self.rank_pattern or {}, site.name, self.r)}
 
     def pair(self, p: Params, site: Site) -> tuple[Tensor, Tensor]:
         # A vanishing row of A or column of B counts as one of norm 1e-4.

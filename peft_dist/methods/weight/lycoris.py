@@ -31,7 +31,7 @@ class LycorisMethod(WeightMethod):
     def check(self) -> None:
         """Refuses values out of range."""
         name = type(self).__name__
-        ranks = {"r": self.r, **{f"rank_pattern[{key!r}]": r for key, r in self.rank_pattern.items()}}
+        ranks = {"r": self.r, **{f"rank_pattern[{key!r}]": r for key, r in (self.rank_pattern or {}).items()}}
         for field, r in ranks.items():
             if not isinstance(r, int) or r < 1:
                 raise ConfigError(f"{name}.{field}: {r!r}; a rank is a whole number of at least 1.")
@@ -41,14 +41,14 @@ class LycorisMethod(WeightMethod):
 
     def rank(self, site: Site) -> int:
         """r at `site`."""
-        return by_pattern(self.rank_pattern, site.name, self.r)
+        return by_pattern(self.rank_pattern or {}, site.name, self.r)
 
     def scaling(self, site: Site) -> float:
         """s at `site`."""
-        return by_pattern(self.alpha_pattern, site.name, self.alpha) / self.rank(site)
+        return by_pattern(self.alpha_pattern or {}, site.name, self.alpha) / self.rank(site)
 
     def facts(self, site: Site) -> dict[str, Any]:
-        alpha = by_pattern(self.alpha_pattern, site.name, self.alpha)
+        alpha = by_pattern(self.alpha_pattern or {}, site.name, self.alpha)
         chance = {name: getattr(self, name) for name in ("rank_dropout", "module_dropout")}
         return {"r": self.rank(site), "alpha": alpha, "scaling": self.scaling(site), **chance}
 
