@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
-import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from peft_dist.adapted import Adapted
 from peft_dist.base_layer import door
 from peft_dist.errors import ConfigError
+from peft_dist.incremental_pca import IncrementalPCA
 from peft_dist.inject import adapter_modules, facts_of, places
 from peft_dist.methods.weight.lora import LoraConfig
 from peft_dist.targets import by_pattern, resolve
@@ -31,49 +31,30 @@ _IN_PEFT_MODEL = "base_model.model."
 
 
 class Directions:
-    """The principal directions of rows that come batch by batch.
+    """The principal directions of what a layer takes in.
 
     Attributes:
-        components: (k, in), orthonormal, the strongest first; None before the first batch.
-        strengths: (k,) their singular values. share: (k,) of the whole variance.
         turned: (k,) cosine of each with what it was one batch ago.
     """
 
     def __init__(self, k: int) -> None:
         self.k = k
-        self.components: Tensor | None = None
-        self.strengths = self.share = self.turned = torch.zeros(k)
-        self._count, self._mean, self._spread = 0, torch.zeros(()), torch.zeros(())
+        self.pca = IncrementalPCA(n_components=k)
+        self.turned = torch.zeros(k)
+
+    @property
+    def components(self) -> Tensor | None:
+        """(k, in), orthonormal, the strongest first; None before the first batch."""
+        return self.pca.components_ if self.pca.n_samples_seen_ else None
 
     def see(self, x: Tensor) -> None:
         """Takes a batch x (rows, in) into account; one with fewer rows than directions is left out."""
         if len(x) < self.k:
             return
-        x = x.float()
-        mean, count, before = x.mean(0), len(x), self._count
-        centred = x - mean
-        rows = [centred]
-        spread = centred.double().square().sum(0)
-        if self.components is not None:
-            shift = self._mean - mean
-            rows = [
-                self.strengths[:, None] * self.components,
-                centred,
-                math.sqrt(before * count / (before + count)) * shift[None],
-            ]
-            spread = self._spread + spread + before * count / (before + count) * shift.double().square()
-        _, S, Vh = torch.linalg.svd(torch.cat(rows), full_matrices=False)
-        old, now = self.components, Vh[: self.k]
-        # A direction and its opposite are one: the largest entry is made positive.
-        largest = now.gather(1, now.abs().argmax(1, keepdim=True))
-        now = now * largest.sign()
-        self._mean = (before * self._mean + count * mean) / (before + count)
-        self._count, self._spread = before + count, spread
-        self.components, self.strengths = now, S[: self.k]
-        self.share = (S[: self.k].double().square() / spread.sum()).float()
-        self.turned = (
-            torch.zeros(self.k) if old is None else torch.nn.functional.cosine_similarity(now, old)
-        ).cpu()
+        old = self.components
+        self.pca.partial_fit(x.float())
+        if old is not None:
+            self.turned = torch.nn.functional.cosine_similarity(self.pca.components_, old).cpu()
 
 
 def prepare_model_inputs_fn_language_modeling(model_input: Any, peft_config: LoraConfig) -> Tensor:
@@ -163,7 +144,7 @@ def get_eva_state_dict(
         assert directions.components is not None
         A = directions.components[:rank].clone()
         if peft_config.eva_config is not None and peft_config.eva_config.whiten:
-            A /= directions.strengths[:rank, None].sqrt()
+            A /= directions.pca.singular_values_[:rank, None].sqrt()
         found[name] = A
     return found
 
@@ -235,7 +216,7 @@ class _Search:
             (
                 (-float(share), order, name)
                 for order, name in enumerate(self.layers)
-                for share in self.of(name).share
+                for share in self.of(name).pca.explained_variance_ratio_
             ),
         )
         counts = Counter(name for _, _, name in every[:budget])

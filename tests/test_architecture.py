@@ -12,11 +12,11 @@ ROOT = Path(__file__).parent.parent
 LAYERS = {
     "peft_dist": [
         {"contract", "catalog", "errors", "lazy", "linalg", "starts", "config", "folder"},
-        {"base_layer", "targets", "sharding", "pool", "rows", "replicate", "layer_api", "loss"},
+        {"base_layer", "targets", "sharding", "pool", "rows", "replicate", "layer_api", "incremental_pca", "loss"},
         {"fused"},
         {"methods"},
         {"adapted", "tuner_layer"},
-        {"inject", "merge", "checkpoint", "optim", "hooks", "prompts", "prompt_encoders", "eva", "corda", "combine", "weighted", "convert", "ahead", "xlora", "loftq", "loraplus", "savable"},
+        {"inject", "merge", "checkpoint", "optim", "hooks", "prompts", "prompt_encoders", "eva", "corda", "combine", "weighted", "convert", "ahead", "xlora", "loftq", "loraplus", "intruders", "savable"},
         {
             "model", "tuner", "recompute", "tasks", "mixed", "compat", "loading", "registry", "status", "auto",
             "signatures", "scaling", "hotswap", "functional", "kbit",

@@ -122,6 +122,16 @@ PUBLIC: dict[str, str] = {
         "XLoraConv2dLayer",
     ),
     **_at("peft_dist.prompt_encoders", "BasePromptEncoder"),
+    **_at(
+        "peft_dist.combine",
+        "calculate_majority_sign_mask dare_linear dare_ties disjoint_merge magnitude_based_pruning magnitude_prune "
+        "prune random_pruning reshape_weight_task_tensors task_arithmetic ties",
+    ),
+    **_at("peft_dist.incremental_pca", "IncrementalPCA"),
+    **_at("peft_dist.intruders", "reduce_intruder_dimension"),
+    **_at("peft_dist.methods.lora.loftq", "loftq_init"),
+    **_at("peft_dist.eva", "forward_fn_dict prepare_layer_inputs_fn_language_modeling"),
+    "prepare_model_inputs_fn_language_modeling": "peft_dist.eva:prepare_model_inputs_fn_language_modeling",
     **_at("peft_dist.functional", "cast_adapter_dtype delete_adapter set_adapter set_requires_grad"),
     **_at("peft_dist.status", "TunerLayerStatus TunerModelStatus get_layer_status get_model_status"),
     **_at("peft_dist.auto", "check_import_allowlist get_default_import_allowlist TOKENIZER_CONFIG_NAME"),

@@ -64,6 +64,28 @@ def principal(W: Tensor, r: int) -> tuple[Tensor, Tensor]:
     return U[:, :r] * root, root[:, None] * Vh[:r]
 
 
+def loftq_init(
+    weight: Tensor, num_bits: int, reduced_rank: int, num_iter: int = 1
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(Q (out, in), A (r, in), B (out, r)) for an adapter whose s is 1, by HF PEFT's name and arguments."""
+    if num_iter < 1:
+        raise ConfigError(f"loftq_init: num_iter is {num_iter!r}; it is at least 1.")
+    W = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
+    Q, (B, A), _ = alternated(W, num_bits, reduced_rank, num_iter)
+    return Q.to(weight.dtype), A, B
+
+
+def alternated(W: Tensor, bits: int, r: int, iterations: int) -> Any:
+    """(Q, (B, A), (B', A')): what is left of W, its complement's directions, and those of the time before or
+    None."""
+    before, factors, Q = None, None, W
+    for _ in range(iterations):
+        before = factors
+        Q = quantised(W if before is None else W - before[0] @ before[1], bits)
+        factors = principal(W - Q, r)
+    return Q, factors, before
+
+
 class Loftq(Variant):
     """LoRA beside a base that is replaced by what its quantisation keeps."""
 
@@ -86,11 +108,7 @@ class Loftq(Variant):
         W = base.weight()
         W = W.to(torch.promote_types(W.dtype, torch.float32))
         root = self.lora.scaling(base.site) ** 0.5
-        before, factors = None, None
-        for _ in range(settings["loftq_iter"]):
-            before = factors
-            Q = quantised(W if before is None else W - before[0] @ before[1], settings["loftq_bits"])
-            factors = principal(W - Q, r)
+        _, factors, before = alternated(W, settings["loftq_bits"], r, settings["loftq_iter"])
         for names, found in ((("B", "A"), factors), (("B0", "A0"), before)):
             for name, factor in zip(names, found or (), strict=False):
                 p[name].copy_(factor / root)
