@@ -17,6 +17,7 @@ from peft_dist.adapted import Adapted, Adjusted
 from peft_dist.catalog import METHODS, config_class, prefix_of
 from peft_dist.config import PeftConfig
 from peft_dist.contract import WeightMethod
+from peft_dist.errors import AdapterError
 from peft_dist.rows import BASE, Rows
 from tests.contract.cases import (
     CASES,
@@ -179,6 +180,15 @@ def test_law_6_configs_survive_pickle_and_dictionaries(case) -> None:
     assert config.prefix == prefix_of(case.method)
 
 
+def refuses(base, names: list[str]) -> bool:
+    """Whether these adapters may not be active at once, though what they would do together is defined."""
+    try:
+        inject.check_together(base, names)
+    except AdapterError:
+        return True
+    return False
+
+
 @sites
 def test_law_9_several_active_adapters(case, kind) -> None:
     base, _ = adapted(case, kind, "a", "b")
@@ -195,6 +205,10 @@ def test_law_9_several_active_adapters(case, kind) -> None:
         chained = wrapper.levels(["a", "b"])[1]
         assert isinstance(chained.under, Adjusted)
         close(chained.under.weight(), wrapper.base.weight() + first[0])
+    if refuses(base, ["a", "b"]):
+        with pytest.raises(AdapterError):
+            merge.merge(base)
+        return
     merge.merge(base)
     close(base(x), got)
 
