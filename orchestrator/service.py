@@ -326,9 +326,7 @@ class _Attempt:
     def _promote(self, version: AdapterVersion, alias: str) -> RunResult:
         """What a deployment is for a task that no endpoint answers for yet: the alias alone."""
         self.environment.registry.set_alias(self.name, version.version, alias)
-        message = (
-            f"{version.ref} is {self.name}@{alias}, not served: endpoints answer for {', '.join(SERVED)} adapters"
-        )
+        message = f"{version.ref} is {self.name}@{alias}, not served: endpoints answer for {', '.join(SERVED)} adapters"
         return self._settle("registered, not deployed", message, version)
 
     @property

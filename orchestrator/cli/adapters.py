@@ -135,9 +135,12 @@ def delete(ref: AdapterArgument, cluster: ClusterOption = None) -> None:
 def evaluate(
     ref: AdapterArgument,
     data: Annotated[str, typer.Argument(metavar="DATA", help="A dataset: path, URL or hub id.")],
-    type: Annotated[str, typer.Option(help="What its columns hold, as data.datasets[].type says it.")] = "chat",
+    type: Annotated[
+        str, typer.Option(help="What its columns hold, as data.datasets[].type says it.")
+    ] = "chat",
     metrics: Annotated[
-        list[str] | None, typer.Option("--metric", help="Such as exact_match; repeatable. Else the task's own.")
+        list[str] | None,
+        typer.Option("--metric", help="Such as exact_match; repeatable. Else the task's own."),
     ] = None,
     max_rows: Annotated[int | None, typer.Option(help="Evaluate at most so many rows.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens generated a row.")] = 64,

@@ -19,6 +19,7 @@ from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
 from pydantic.errors import PydanticSchemaGenerationError
 
 from peft_dist.catalog import METHODS, config_class
+from peft_dist.contract import Method
 
 from ..errors import SpecError, closest
 from .job import AdapterSpec
@@ -107,7 +108,7 @@ def _hints(config: type) -> dict[str, Any]:
 
 
 def _default(each: dataclasses.Field, config: type) -> Any:
-    if each.name == "target_modules" and "linear" in getattr(config, "layers", ()):
+    if each.name == "target_modules" and (not issubclass(config, Method) or "linear" in config.layers):
         return "all-linear"
     if each.default is not dataclasses.MISSING:
         return each.default.value if isinstance(each.default, Enum) else each.default

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from peft_dist.catalog import METHODS
+from peft_dist.catalog import METHODS, config_class
 
 from .adapter import method_fields, method_names
 from .places import MISSING
@@ -57,10 +57,17 @@ def method_rows() -> list[MethodRow]:
     return [_row(name) for name in method_names()]
 
 
+def _first_line(config: type) -> str:
+    """What a config that an entry point names says of itself."""
+    return (config.__doc__ or config.__name__).strip().splitlines()[0].rstrip(".")
+
+
 def _row(name: str) -> MethodRow:
+    known = method_fields(name)  # a method of another package is read now, and says what it is
     entry = METHODS[name.upper()]
-    found = _ARXIV.search(entry.summary)
-    what = _ARXIV.sub("", entry.summary).replace("()", "").strip()
+    summary = entry.summary if entry.prefix is not None else _first_line(config_class(name.upper()))
+    found = _ARXIV.search(summary)
+    what = _ARXIV.sub("", summary).replace("()", "").strip()
     fields = tuple(
         FieldRow(
             each.name,
@@ -70,6 +77,6 @@ def _row(name: str) -> MethodRow:
             each.help,
             each.aliases,
         )
-        for each in method_fields(name).values()
+        for each in known.values()
     )
     return MethodRow(name, what, found[1] if found else None, tuple(entry.task_types), entry.merges, fields)

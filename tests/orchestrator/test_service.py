@@ -14,15 +14,31 @@ import pytest
 
 from orchestrator import objects
 from orchestrator.cluster import ClusterFacts, NodeFacts, cluster_at
-from orchestrator.errors import Interrupted, PlacementError, RegistryError, RunError, TrainingError
+from orchestrator.errors import (
+    Interrupted,
+    PlacementError,
+    RegistryError,
+    RunError,
+    ServeError,
+    TrainingError,
+)
 from orchestrator.registry import AdapterVersion, Registry
 from orchestrator.runner import Event, TrainOutcome, TrainRequest
-from orchestrator.service import Comparison, Deployment, Environment, OnEvent, RunResult, StopRequest, run_job
+from orchestrator.service import (
+    Comparison,
+    Deployment,
+    Environment,
+    OnEvent,
+    RunResult,
+    StopRequest,
+    check_served,
+    run_job,
+)
 from orchestrator.spec.job import DeploySpec, JobSpec
 from orchestrator.spec.load import load_job_mapping
 from orchestrator.store import RunStore
 
-from .adapters import make_adapter
+from .adapters import lineage, make_adapter
 
 ASSETS = Path(__file__).parents[2] / "jobs" / "assets"
 
@@ -161,6 +177,41 @@ def test_a_job_is_trained_gated_registered_and_deployed(house):
     record = house.environment.runs.get("docs")
     assert (record.state, record.adapter) == ("done", "docs@1")
     assert [event["step"] for event in house.environment.runs.metrics("docs")] == [1]
+
+
+def classifier(**sections: object) -> JobSpec:
+    rows = {"path": str(ASSETS / "python-classification.jsonl"), "type": "classification"}
+    gate = {"gate": {"all": ["accuracy > 0.5"]}, "alias": "best"}
+    return job(data={"datasets": [rows]}, deploy=gate, **sections)
+
+
+def test_a_task_that_is_not_served_takes_its_alias_through_the_gate(house):
+    house.runner.metrics["accuracy"] = 0.9
+    result = house.run(classifier())
+    assert (result.state, result.adapter) == ("registered, not deployed", "docs@1")
+    assert house.endpoints.deployed == [] and house.environment.registry.alias("docs", "best") == 1
+    assert "docs@1 is docs@best, not served: endpoints answer for CAUSAL_LM adapters" in house.said()
+    again = house.run(classifier())
+    assert (again.state, len(house.runner.requests)) == ("registered, not deployed", 1)
+
+
+def test_a_task_that_is_not_served_is_refused_by_its_gate(house):
+    house.runner.metrics["accuracy"] = 0.1
+    assert house.run(classifier()).state == "registered, refused by the gate"
+    assert house.environment.registry.alias("docs", "best") is None
+
+
+def test_an_adapter_of_a_task_that_is_not_served_is_not_deployed_by_hand(tmp_path):
+    registry = Registry(tmp_path / "registry")
+    served = registry.register("a", make_adapter(tmp_path / "a", task_type="CAUSAL_LM"), lineage())
+    other = registry.register("b", make_adapter(tmp_path / "b", task_type="SEQ_CLS"), lineage())
+    check_served(served)
+    with pytest.raises(ServeError) as refused:
+        check_served(other)
+    assert str(refused.value) == (
+        "b@1: serving of SEQ_CLS is not built yet: endpoints answer for CAUSAL_LM adapters. Fetch it: raypeft pull b@1 "
+        "DIR; its labels are in raypeft_task.json."
+    )
 
 
 def test_the_same_job_again_says_done_and_does_nothing(house):

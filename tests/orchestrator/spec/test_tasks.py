@@ -57,7 +57,8 @@ def test_every_type_has_a_row_in_each_table():
     ("text", "message"),
     [
         (job("classifcation"), "x.yaml:2 data.datasets.0.type: 'classifcation' is not one of chat, "
-         "prompt_completion, alpaca, text, classification, token-classification, qa, seq2seq, embedding. Closest: 'classification'."),
+         "prompt_completion, alpaca, text, classification, token-classification, qa, seq2seq, embedding. Closest: "
+         "'classification'."),
         (job("qa", field_label="x"), "x.yaml:2 data.datasets.0.field_label: a dataset of type qa has no such column. "
          "It has: field_question, field_context, field_answers."),
         (job("qa", field_contxt="x"), "x.yaml:2 data.datasets.0.field_contxt: no such key. Closest: "
@@ -69,11 +70,11 @@ def test_every_type_has_a_row_in_each_table():
          "base.accuracy, base.f1, production.eval_loss, production.accuracy, production.f1."),
         (job("classification", "eval: {metrics: [f1]}\ndeploy: {gate: {all: [accuracy > 0.5]}}\n"),
          "x.yaml:4 deploy.gate.all.0: 'accuracy' is not measured by this job. Write eval: {metrics: [f1, accuracy]}."),
-        (job("qa", "adapter: {type: cpt}\n"), "x.yaml:3 adapter.type: cpt does not train QUESTION_ANS, which rows of type "
-         "'qa' need. It trains: CAUSAL_LM."),
+        (job("qa", "adapter: {type: cpt}\n"), "x.yaml:3 adapter.type: cpt does not train QUESTION_ANS, which rows of "
+         "type 'qa' need. It trains: CAUSAL_LM."),
         (job("classification", "deploy: {endpoint: e}\n"), "x.yaml:3 deploy.endpoint: serving of SEQ_CLS is not "
-         "built yet: endpoints answer for CAUSAL_LM. Remove it: deploy then means the gate and the alias that a version which "
-         "passes takes."),
+         "built yet: endpoints answer for CAUSAL_LM. Remove it: deploy then means the gate and the alias that a "
+         "version which passes takes."),
         (job("embedding", "deploy: {num_replicas: 2}\n"), "x.yaml:3 deploy.num_replicas: serving of "
          "FEATURE_EXTRACTION is not built yet: endpoints answer for CAUSAL_LM."),
         ("model: {base_model: b}\ndata:\n  datasets:\n  - {path: a, type: qa}\n  - {path: b, type: chat}\n",
