@@ -85,7 +85,7 @@ def test_partitioned_arguments_give_one_process_results(inject_after) -> None:
         # fp32: a gathered weight lies otherwise in memory, so that products may sum in another order.
         torch.testing.assert_close(got[0], wanted[0], rtol=1e-5, atol=1e-5)
         for key, gradient in wanted[1].items():
-            torch.testing.assert_close(got[1][key], gradient, rtol=1e-5, atol=1e-5)
+            assert (got[1][key] - gradient).abs().max() <= 1e-5 * gradient.abs().max()
         torch.testing.assert_close(rows, rows_wanted, rtol=1e-5, atol=1e-5)
         # At rest a rank holds its half of the base, each piece padded to an even length.
         assert rest <= adapter + base // 2 + len(parameters)
