@@ -86,6 +86,8 @@ class PromptedModel(PooledModule):
         # Rows of each sequence in a step of a beam search; positions of each row that are padding in a decoder.
         self._rows_of_each = 1
         self._not_counted: Tensor | None = None
+        # Whether the base reads one way; asked once.
+        self._one_way: bool | None = None
 
     def get_base_model(self) -> Any:
         """The base itself, with its wrapped layers in it."""
@@ -370,7 +372,7 @@ class PromptedModel(PooledModule):
                     self.methods[name].constrain(tensors)
 
     def _bound(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-        names = list(inspect.signature(self.get_base_model().forward).parameters)
+        names = _arguments(self.get_base_model())
         return {**dict(zip(names, args, strict=False)), **kwargs}
 
     def _prompted(self, inputs: dict[str, Any]) -> tuple[list[str | None], dict[str, Any], Any]:
@@ -534,9 +536,11 @@ class PromptedModel(PooledModule):
         )
 
     def _reads_one_way(self) -> bool:
-        base = self.get_base_model()
-        flags = [m.is_causal for m in base.modules() if isinstance(getattr(m, "is_causal", None), bool)]
-        return any(flags) if flags else "past_key_values" in _arguments(_backbone(base))
+        if self._one_way is None:
+            base = self.get_base_model()
+            flags = [m.is_causal for m in base.modules() if isinstance(getattr(m, "is_causal", None), bool)]
+            self._one_way = any(flags) if flags else "past_key_values" in _arguments(_backbone(base))
+        return self._one_way
 
     def _has_decoder(self) -> bool:
         return _num_stacks(self.get_base_model()) == 2
@@ -864,8 +868,14 @@ def _backbone(base: Any) -> Any:
     return getattr(base, "base_model", base)
 
 
-def _arguments(module: Any) -> Any:
-    return inspect.signature(module.forward).parameters
+def _arguments(module: Any) -> tuple[str, ...]:
+    """The names of what a module's forward takes, in order."""
+    return _arguments_of(type(module))
+
+
+@functools.cache
+def _arguments_of(kind: Any) -> tuple[str, ...]:
+    return tuple(inspect.signature(kind.forward).parameters)[1:]
 
 
 def _positions_by_padding(
