@@ -414,28 +414,24 @@ class Adapted(AdapterModule):
     def _by_row(self, x: Tensor, rows: Rows) -> Tensor | None:
         """Each row beside its own adapter's tensors, in the batch's order: where all name one adapter each, of
         one method that runs so, and nothing is dropped; else None."""
-        names = rows.adapters
+        names, num = rows.adapters, x.shape[0]
         assert names is not None
         first, bucket = self.methods.get(names[0]), self._pool.bucket(self._site_name, names[0])  # type: ignore[arg-type]
-        if bucket is None or not isinstance(first, WeightMethod) or x.shape[0] != len(names):
+        if bucket is None or not isinstance(first, WeightMethod) or num != len(names) or x.ndim < 3:
             return None
-        size = sum(array[0].numel() for array in bucket.arrays.values() if len(array))
         # Many rows of few adapters with few positions each: then their tensors would be copied too often.
-        if x.ndim < 3 or (2 * len(rows.segments) < len(names) and x[0].numel() < size):
+        if 2 * len(rows.segments) < num and x.numel() < num * bucket.size:
             return None
-        methods = {name: self.methods.get(name) for name in dict.fromkeys(names)}  # type: ignore[arg-type]
-        if first.reads or any(m is None or (self.training and m.dropout) for m in methods.values()):
-            return None
-        if self.training and type(first).draws is not Method.draws:
+        if first.reads or (self.training and type(first).draws is not Method.draws):
             return None
         p = bucket.by_row(names)
-        if p is None:
+        if p is None or (self.training and any(self.methods[s.adapter].dropout for s in rows.segments)):
             return None
-        each = [methods[name] for name in names]
-        added = type(first).mixed(each, p, self.base, x.to(_dtype_of(p))[:, None])
+        each = [self.methods[name] for name in names]
+        added = type(first).mixed(each, p, self.base, x.to(_dtype_of(p)).unsqueeze(1))
         if added is None:
             return None
-        y = self.base_layer(x)
+        y = self.base(x)
         return added.squeeze(1).add_(y).to(y.dtype)
 
     def _mixed_weights(self, x: Tensor, split: Split, parts: list[tuple[list[Level], int, int]]) -> Tensor:
@@ -478,7 +474,7 @@ class Adapted(AdapterModule):
             return None
         levels = [levels[0] for levels, _, _ in parts]
         buckets = {id(self._pool.bucket(self._site_name, level.name)) for level in levels}
-        if len(buckets) != 1:
+        if len(buckets) != 1 or (self.training and type(levels[0].method).draws is not Method.draws):
             return None
         # In the order of their slots, neighbours are read without a copy.
         bucket = self._pool.homes[self._site_name, levels[0].name]
