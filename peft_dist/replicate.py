@@ -72,6 +72,11 @@ def replicate(model: nn.Module, ranges: Sequence[Sequence[int]], has_adapters: b
     return undo
 
 
+def replicate_layers(model: nn.Module, layer_map: Sequence[Sequence[int]]) -> None:
+    """Makes a bare base's decoder layers those of `layer_map`, in place."""
+    replicate(model, layer_map, has_adapters=False)
+
+
 def _layers(model: Any) -> tuple[Any, str]:
     """The module that holds the list of decoder layers, and under which name."""
     module = model

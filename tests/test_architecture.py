@@ -16,7 +16,7 @@ LAYERS = {
         {"fused"},
         {"methods"},
         {"adapted", "tuner_layer"},
-        {"inject", "merge", "checkpoint", "optim", "hooks", "prompts", "prompt_encoders", "eva", "corda", "combine", "weighted", "convert", "ahead", "xlora", "loftq", "loraplus", "intruders", "savable"},
+        {"inject", "merge", "checkpoint", "optim", "hooks", "prompts", "prompt_encoders", "eva", "corda", "combine", "weighted", "convert", "ahead", "xlora", "loftq", "loraplus", "lorafa", "intruders", "savable"},
         {
             "model", "tuner", "recompute", "tasks", "mixed", "compat", "loading", "registry", "status", "auto",
             "signatures", "scaling", "hotswap", "functional", "kbit",

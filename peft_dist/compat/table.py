@@ -129,6 +129,8 @@ PUBLIC: dict[str, str] = {
     ),
     **_at("peft_dist.incremental_pca", "IncrementalPCA"),
     **_at("peft_dist.intruders", "reduce_intruder_dimension"),
+    **_at("peft_dist.lorafa", "create_lorafa_optimizer"),
+    **_at("peft_dist.replicate", "replicate_layers"),
     **_at("peft_dist.methods.lora.loftq", "loftq_init"),
     **_at("peft_dist.eva", "forward_fn_dict prepare_layer_inputs_fn_language_modeling"),
     "prepare_model_inputs_fn_language_modeling": "peft_dist.eva:prepare_model_inputs_fn_language_modeling",
@@ -166,7 +168,7 @@ PUBLIC: dict[str, str] = {
         "is_gptqmodel_available is_hqq_available is_inc_available is_optimum_available is_te_available "
         "is_te_pytorch_available is_torch_tpu_available is_torchao_available is_xpu_available load_peft_weights "
         "match_target_against_key set_additional_trainable_modules set_base_model_state_dict shift_tokens_right "
-        "torch_load transpose find_kappa_target_modules dequantize_module_weight prepare_config",
+        "torch_load transpose decompose_weight_matrix project_gradient_to_orthogonal_space replicate_layers find_kappa_target_modules dequantize_module_weight prepare_config",
     ),
 }
 _LATER = "this package does not have it. Leave it out, or train with HF PEFT and convert the adapter to LoRA there."
@@ -174,7 +176,7 @@ _LATER = "this package does not have it. Leave it out, or train with HF PEFT and
 REFUSED = dict.fromkeys(
     _words(
         "ArrowConfig BdLoraConfig KasaConfig LoraGAConfig MontecloraConfig VeloraConfig create_arrow_model "
-        "preprocess_loraga create_lorafa_optimizer create_riemannian_optimizer"
+        "preprocess_loraga create_riemannian_optimizer"
     ),
     _LATER,
 )
