@@ -1,4 +1,4 @@
-from tests.contract.case import CONVS, LINEAR, Case, Field, Parity, tensors_of
+from tests.contract.case import CONVS, GROUPED, LINEAR, Case, Field, Parity, tensors_of
 
 CASES = (
     Case("BOFT", "plain", {"boft_block_size": 4}, (*LINEAR, *CONVS)),
@@ -8,6 +8,7 @@ CASES = (
         {"boft_block_size": 0, "boft_block_num": 3, "bias": "boft_only"},
         ("linear", "Conv1D"),
     ),
+    Case("BOFT", "small blocks", {"boft_block_size": 2}, GROUPED),
     Case("BOFT", "two factors", {"boft_block_size": 2, "boft_n_butterfly_factor": 2}, (*LINEAR, "conv2d")),
     Case(
         "BOFT",

@@ -1,7 +1,7 @@
-from tests.contract.case import Case, Field, Parity, tensors_of
+from tests.contract.case import LINEAR, Case, Field, Parity, tensors_of
 
 CASES = (
-    Case("TRAINABLE_TOKENS", "plain", {"token_indices": [3, 7, 0]}, ("embedding", "linear", "Conv1D")),
+    Case("TRAINABLE_TOKENS", "plain", {"token_indices": [3, 7, 0]}, (*LINEAR, "embedding")),
     Case(
         "TRAINABLE_TOKENS",
         "random start",
