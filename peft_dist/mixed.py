@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from torch import nn
-
 from peft_dist.catalog import mixes
 from peft_dist.config import PeftConfig
 from peft_dist.errors import ConfigError
@@ -28,13 +26,9 @@ class PeftMixedModel(PeftModel):
     Each acts on the layer as those set before it left it, or adds to what they add (`docs/methods.md`).
     """
 
-    def __init__(self, model: nn.Module, peft_config: PeftConfig | None, *args: Any, **kwargs: Any) -> None:
-        check_mixes(peft_config)
-        super().__init__(model, peft_config, *args, **kwargs)
-
-    def add_adapter(self, adapter_name: str, peft_config: PeftConfig, *args: Any, **kwargs: Any) -> None:
-        check_mixes(peft_config)
-        super().add_adapter(adapter_name, peft_config, *args, **kwargs)
+    def _add(self, name: str, config: PeftConfig, *args: Any, **kwargs: Any) -> None:
+        check_mixes(config)
+        super()._add(name, config, *args, **kwargs)
 
     def delete_adapter(self, adapter_name: str | Sequence[str]) -> None:
         """Removes an adapter, or several."""
@@ -42,13 +36,13 @@ class PeftMixedModel(PeftModel):
             super().delete_adapter(name)
 
 
-def check_mixes(config: PeftConfig | None) -> None:
+def check_mixes(config: PeftConfig) -> None:
     """Whether adapters of this method can stand beside others'.
 
     Raises:
         ConfigError: they cannot; says why.
     """
-    if config is not None and not mixes(str(config.peft_type)):
+    if not mixes(str(config.peft_type)):
         reason = REASONS.get(str(config.peft_type), _OF_PROMPTS if config.is_prompt_learning else "")
         raise ConfigError(
             f"{type(config).__name__}: {config.peft_type} cannot be mixed with other methods"

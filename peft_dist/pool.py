@@ -9,6 +9,7 @@ pointer, and its values are taken from where they are.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -31,13 +32,20 @@ class Bucket:
         self.arrays = {name: t.new_zeros((0, *t.shape)) for name, t in like.items()}
         self.owners: list[str | None] = []
         self.held: list[dict[str, nn.Parameter]] = []
+        # The names that were last asked for row by row, and their slots.
+        self._asked: tuple[tuple[str | None, ...] | None, tuple[int, ...] | None] = (None, None)
+
+    @property
+    def size(self) -> int:
+        """How many elements an adapter has here."""
+        return sum(a.stride(0) for a in self.arrays.values())
 
     def take(self, adapter: str, parameters: dict[str, nn.Parameter]) -> None:
         """Moves the values of `parameters` into a free slot and makes them views of it."""
         if None not in self.owners:
             self._grow()
         slot = self.owners.index(None)
-        self.owners[slot], self.held[slot] = adapter, parameters
+        self.owners[slot], self.held[slot], self._asked = adapter, parameters, (None, None)
         for name, parameter in parameters.items():
             view = self.arrays[name][slot]
             if not view.is_meta:
@@ -50,12 +58,40 @@ class Bucket:
         for parameter in self.held[slot].values():
             if self._is_view(slot, parameter):
                 parameter.data = parameter.data.clone()
-        self.owners[slot], self.held[slot] = None, {}
+        self.owners[slot], self.held[slot], self._asked = None, {}, (None, None)
 
     def stacked(self, adapters: Sequence[str]) -> dict[str, Tensor]:
         """Name -> (k, ...), the tensors of the named adapters; a gradient reaches each Parameter itself."""
         slots = [self.owners.index(adapter) for adapter in adapters]
         return {name: self._stack(name, slots) for name in self.arrays}
+
+    def by_row(self, adapters: Sequence[str | None]) -> dict[str, Tensor] | None:
+        """As `stacked`, for names that come more than once; None where one is not here, or its Parameters are
+        elsewhere by now."""
+        names = tuple(adapters)
+        if names != self._asked[0]:
+            self._asked = (names, self._slots_of(names))
+        slots = self._asked[1]
+        if slots is None:
+            return None
+        made, distinct, has_grad = {}, dict.fromkeys(slots), torch.is_grad_enabled()
+        for name, array in self.arrays.items():
+            begin, step = array.data_ptr(), array.stride(0) * array.element_size()
+            held, trains = self.held, False
+            for slot in distinct:
+                parameter = held[slot][name]
+                if parameter.data_ptr() != begin + slot * step:
+                    return None
+                trains = trains or (has_grad and parameter.requires_grad)
+            values = array.index_select(0, _index(slots, array.device))
+            made[name] = _Stack.apply(values, *(held[slot][name] for slot in slots)) if trains else values
+        return made
+
+    def _slots_of(self, adapters: tuple[str | None, ...]) -> tuple[int, ...] | None:
+        slot_of = {owner: slot for slot, owner in enumerate(self.owners) if owner is not None}
+        if any(adapter not in slot_of for adapter in adapters):
+            return None
+        return tuple(slot_of[adapter] for adapter in adapters)  # type: ignore[index]
 
     def _stack(self, name: str, slots: list[int]) -> Tensor:
         parameters = [self.held[slot][name] for slot in slots]
@@ -91,6 +127,11 @@ class Bucket:
                 self.held[slot][name].data = self.arrays[name][slot]
         self.owners += [None] * more
         self.held += [{} for _ in range(more)]
+
+
+@functools.lru_cache(maxsize=64)
+def _index(slots: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(slots, device=device)
 
 
 class _Stack(torch.autograd.Function):
@@ -334,7 +375,7 @@ def _hang(module: nn.Module, param: Param, adapter: str, tensor: Tensor) -> tupl
             if part not in node._modules:
                 node.add_module(part, Tensors())
             node = node._modules[part]
-    else:
+    elif isinstance(node, nn.ParameterDict):  # not where another method has modules under this name
         node._keys[adapter] = None
     if not isinstance(tensor, nn.Parameter) and not param.persistent:
         node._non_persistent_buffers_set.add(last)

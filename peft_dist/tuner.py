@@ -174,6 +174,7 @@ class BaseTuner(hooks.Hooks, PooledModule):
             AdapterError: there is none of this name.
         """
         names = self.known(adapter_name)
+        inject.check_together(self.model, names)
         self._active = names
         inject.activate(self.model, names)
         for _, layer in hooked_layers(self.model):

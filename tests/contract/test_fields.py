@@ -40,7 +40,7 @@ def base_values(name: str) -> dict:
         return dict(own)
     if config_class(name).is_prompt_learning:
         return {"num_virtual_tokens": 3, "task_type": "CAUSAL_LM"}
-    return {"target_modules": ["q_proj", "v_proj"]}
+    return {"target_modules": ["q_proj", "v_proj"]} if has(name, "target_modules") else {}
 
 
 def has(name: str, field: str) -> bool:
