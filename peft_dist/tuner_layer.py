@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from peft_dist.adapted import AdapterModule
 from peft_dist.catalog import class_name
+from peft_dist.config import PeftConfig
 from peft_dist.contract import Param
 from peft_dist.pool import outer_modules
 
@@ -34,7 +35,14 @@ class Answers(ABCMeta):
 
 def peft_types(module: AdapterModule) -> set[str]:
     """The methods whose adapters sit on a layer; copies of biases and modules trained whole are none."""
-    return {str(found) for m in module.methods.values() if (found := getattr(m, "peft_type", None))}
+    return {found for method in module.methods.values() if (found := _type_of(method))}
+
+
+def _type_of(method: Any) -> str | None:
+    """Of a config, or of the variant of one that sits at a layer and holds it."""
+    own = getattr(method, "peft_type", None)
+    held = [value for value in vars(method).values() if isinstance(value, PeftConfig)]
+    return str(own) if own else str(held[0].peft_type) if held else None
 
 
 class BaseTunerLayer(metaclass=Answers):

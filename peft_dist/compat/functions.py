@@ -16,6 +16,7 @@ from peft_dist import checkpoint
 from peft_dist.adapted import AdapterModule
 from peft_dist.base_layer import door
 from peft_dist.errors import CheckpointError, ConfigError
+from peft_dist.replicate import replicate
 from peft_dist.sharding import gathered
 from peft_dist.targets import is_target
 from peft_dist.tuner_layer import BaseTunerLayer
@@ -241,6 +242,30 @@ def prepare_config(peft_config: Any, model: Any) -> Any:
     if peft_config.target_modules is None:
         peft_config.target_modules = "attn" if model.config.model_type == "gpt2" else "self_attn"
     return peft_config
+
+
+def replicate_layers(model: nn.Module, layer_map: Sequence[Sequence[int]]) -> None:
+    """Repeats ranges of a base's layers, which share their weights."""
+    replicate(model, layer_map, False)
+
+
+def decompose_weight_matrix(weight: Tensor, top_k: int) -> dict[str, Any]:
+    """W as its `top_k` first directions, frozen, and the rest, trained, as OSF takes it apart."""
+    U, S, V = torch.linalg.svd(weight.float(), full_matrices=False)
+    k = min(top_k, len(S))
+    parts = {"U_high": U[:, :k], "S_high": S[:k], "V_high": V[:k]}
+    low = {"U_low": U[:, k:], "S_low": S[k:], "V_low": V[k:]}
+    frozen = {name: t.contiguous().to(weight.dtype) for name, t in parts.items()}
+    trained = {name: nn.Parameter(t.contiguous().to(weight.dtype)) for name, t in low.items()}
+    return {**frozen, **trained, "rank_high": k}
+
+
+def project_gradient_to_orthogonal_space(svd_dict: Mapping[str, Any]) -> None:
+    """Takes out of the gradients of the trained directions what lies in the frozen ones; in place."""
+    for low, high, along in (("U_low", "U_high", 0), ("V_low", "V_high", 1)):
+        gradient, Q = svd_dict[low].grad, svd_dict[high].to(svd_dict[low].dtype)
+        if gradient is not None:
+            gradient -= Q @ (Q.mT @ gradient) if along == 0 else (gradient @ Q.mT) @ Q
 
 
 def _has(name: str) -> bool:
