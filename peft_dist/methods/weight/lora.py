@@ -337,9 +337,14 @@ class LoraConfig(TargetedConfig, WeightMethod):
     def mixed(cls, methods: Sequence[LoraConfig], p: Params, base: BaseLayer, x: Tensor) -> Tensor | None:
         if base.site.kind != "linear" or "bias" in p:
             return None
-        scaling = torch.tensor([m.scaling(base.site) for m in methods], dtype=x.dtype, device=x.device)
-        rows = x.flatten(1, -2)
-        h = torch.bmm(rows, p["A"].mT) * scaling[:, None, None]
+        rows, distinct = x.flatten(1, -2), {id(m): m for m in methods}
+        scales = {key: m.scaling(base.site) for key, m in distinct.items()}
+        h = torch.bmm(rows, p["A"].mT)
+        if len(set(scales.values())) == 1:
+            h = h * scales[id(methods[0])]
+        else:
+            each = torch.tensor([scales[id(m)] for m in methods], dtype=x.dtype, device=x.device)
+            h = h * each[:, None, None]
         return torch.bmm(h, p["B"].mT).view(*x.shape[:-1], -1)
 
 
