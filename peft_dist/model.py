@@ -339,6 +339,8 @@ class PeftModel(PromptedModel):
     def _refill(
         self, tensors: dict[str, Tensor], config: PeftConfig, name: str, is_trainable: bool
     ) -> checkpoint.LoadResult:
+        if isinstance(config, PromptMethod):
+            self._check_prompt(config)
         here, there = self.peft_config[name].to_dict(), config.to_dict()
         for key in _OF_NO_ACCOUNT:
             here.pop(key, None), there.pop(key, None)

@@ -870,7 +870,8 @@ def _backbone(base: Any) -> Any:
 
 def _arguments(module: Any) -> tuple[str, ...]:
     """The names of what a module's forward takes, in order."""
-    return _arguments_of(type(module))
+    kind: Any = type(module)
+    return _arguments_of(kind)
 
 
 @functools.cache
