@@ -236,3 +236,39 @@ def test_gradients_do_not_leak_between_adapters() -> None:
 def test_an_empty_pool() -> None:
     assert AdapterPool().num_bytes == 0
     assert AdapterPool().bucket("x", "a") is None
+
+
+def test_interleaved_rows_stand_beside_their_own_tensors():
+    """Rows that name adapters out of order, some twice: values and gradients of each adapter are its own."""
+    base, _ = model()
+    for parameter in base.parameters():
+        parameter.requires_grad_(parameter.ndim == 2 and 2 in parameter.shape)
+    names = ("c", "a", "e", "a", "c", "b")
+    x = torch.randn(len(names), 3, 6, dtype=torch.float64)
+    trained = [p for p in base.parameters() if p.requires_grad]
+    wanted = []
+    for row, name in enumerate(names):
+        inject.activate(base, [name])
+        wanted.append(base(x[row : row + 1]))
+    alone = torch.autograd.grad(torch.cat(wanted).square().sum(), trained, allow_unused=True)
+    current = next(inject.adapter_modules(base))[1]._current
+    current.rows = Rows(adapters=names)
+    given = base(x)
+    torch.testing.assert_close(given, torch.cat(wanted))
+    together = torch.autograd.grad(given.square().sum(), trained, allow_unused=True)
+    assert [g is None for g in together] == [g is None for g in alone]
+    torch.testing.assert_close([g for g in together if g is not None], [g for g in alone if g is not None])
+    with torch.no_grad():
+        torch.testing.assert_close(base(x), torch.cat(wanted))
+
+
+def test_rows_are_asked_again_after_a_slot_changed_hands():
+    base, shared = model()
+    bucket = shared.pool.bucket("one", "a")
+    before = bucket.by_row(("a", "b", "a"))
+    assert before is not None and len(before["A"]) == 3
+    inject.delete(base, "b")
+    assert bucket.by_row(("a", "b", "a")) is None
+    wrapper = next(inject.adapter_modules(base))[1]
+    wrapper.tensors("a")["A"].data = wrapper.tensors("a")["A"].data.clone()
+    assert bucket.by_row(("a", "c", "a")) is None
