@@ -155,3 +155,36 @@ def test_rules(values, message) -> None:
 def test_r_is_said_to_be_unused() -> None:
     with pytest.warns(UserWarning, match="the initial rank is `init_r`"):
         peft_dist.AdaLoraConfig(total_step=10, r=4)
+
+
+def test_a_loaded_adapter_takes_labels_and_rows_name_it(tmp_path) -> None:
+    """HF PEFT looks for the adapter that is trained, and knows none."""
+    ours, _ = pair()
+    trained(ours, range(STEPS["total_step"]), after=True)
+    ours.save_pretrained(tmp_path)
+    inputs = batch(0)
+    theirs = peft.PeftModel.from_pretrained(bases.llama(), tmp_path)
+    with pytest.raises(AttributeError, match="trainable_adapter_name"):
+        theirs(**inputs)
+    with pytest.raises(TypeError, match="adapter_names"):
+        theirs(input_ids=inputs["input_ids"], adapter_names=["default"] * 3)
+    again = peft_dist.PeftModel.from_pretrained(bases.llama(), tmp_path)
+    with torch.no_grad():
+        assert again(**inputs).loss > 0
+        rows = again(input_ids=inputs["input_ids"], adapter_names=["default", "__base__", "default"]).logits
+        torch.testing.assert_close(rows[[0, 2]], again(**inputs).logits[[0, 2]], rtol=1e-5, atol=1e-5)
+        bare = bases.llama()(input_ids=inputs["input_ids"]).logits
+        torch.testing.assert_close(rows[1], bare[1], rtol=1e-5, atol=1e-5)
+
+
+def test_several_adapters_train_each_by_its_own_budget() -> None:
+    """HF PEFT lets one be trained."""
+    ours, theirs = pair()
+    with pytest.raises(ValueError, match="supports only 1 trainable adapter"):
+        theirs.add_adapter("other", peft.AdaLoraConfig(**STEPS, **TARGETS))
+    ours.add_adapter("other", peft_dist.AdaLoraConfig(**{**STEPS, "target_r": 1}, **TARGETS))
+    for name in ("default", "other"):
+        ours.set_adapter(name)
+        trained(ours, range(STEPS["total_step"]), after=True)
+    totals = [sum(map(sum, ours.peft_config[name].rank_pattern.values())) for name in ("default", "other")]
+    assert totals == [STEPS["target_r"] * 6, 6]

@@ -455,3 +455,32 @@ def test_loftq_says_what_it_lacks(tmp_path) -> None:
     ours = peft_dist.get_peft_model(base, peft_dist.LoraConfig(**LORA))
     with pytest.raises(PeftDistError, match=r"has no model.safetensors"):
         peft_dist.replace_lora_weights_loftq(ours, str(tmp_path / "nowhere"))
+
+
+def test_two_dora_adapters_sum_what_each_changes() -> None:
+    """HF PEFT's second adapter stretches what the first one made of the layer."""
+    models = []
+    for library in (peft_dist, peft):
+        config = {**LORA, "use_dora": True, "init_lora_weights": False}
+        model = library.get_peft_model(bases.llama(), library.LoraConfig(**config), adapter_name="a")
+        model.add_adapter("b", library.LoraConfig(**config))
+        (model if library is peft_dist else model.base_model).set_adapter(["a", "b"])
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for name, p in sorted(model.named_parameters()):
+                if "lora_A" in name or "lora_B" in name:
+                    p.copy_(torch.randn(p.shape, generator=generator) * 0.3)
+        models.append(model.eval())
+    ours, theirs = (model.get_base_model().model.layers[0].self_attn.q_proj for model in models)
+    x = torch.randn(4, 16, generator=torch.Generator().manual_seed(2))
+    W, b = ours.base.weight(), ours.base.bias()
+    deltas = [ours.change([name])[0] for name in "ab"]
+    close(ours(x), x @ (W + deltas[0] + deltas[1]).T + b)
+    factor = theirs.lora_magnitude_vector["b"].weight / (W + low_rank(theirs, "b")).norm(dim=1)
+    chained = factor[:, None] * (W + deltas[0] + low_rank(theirs, "b"))
+    close(theirs(x), x @ chained.T + b, 1e-4)
+    assert (theirs(x) - ours(x)).abs().max() > 0.1
+
+
+def low_rank(module, name: str) -> torch.Tensor:
+    return module.scaling[name] * module.lora_B[name].weight @ module.lora_A[name].weight

@@ -285,6 +285,12 @@ def test_what_cannot_be_mixed(experts, tmp_path) -> None:
     peft_dist.get_peft_model(bases.llama(), rows).save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="trains more than the weights of layers"):
         ours({"a": str(tmp_path)})
+    conv = peft_dist.get_peft_model(bases.convs(), peft_dist.LoraConfig(r=2, target_modules=["stem"]))
+    conv.save_pretrained(tmp_path / "conv")
+    with pytest.raises(PeftDistError, match="XLORA sits on embedding, linear"):
+        peft_dist.get_peft_model(
+            bases.convs(), peft_dist.XLoraConfig(hidden_size=16, adapters={"a": str(tmp_path / "conv")})
+        )
     mine = ours(experts)
     with pytest.raises(PeftDistError, match="XLORA"):
         mine.merge_adapter()
