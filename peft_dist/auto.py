@@ -132,7 +132,7 @@ class AutoPeftModel:
             ConfigError: the config names no base, or is of another task. BaseModelError: that base cannot be
                 loaded.
         """
-        where = {key: kwargs.pop(key) for key in ("subfolder", "token") if key in kwargs}
+        where: dict[str, Any] = {key: kwargs.pop(key) for key in ("subfolder", "token") if key in kwargs}
         saved = PeftConfig.from_pretrained(pretrained_model_name_or_path, revision=revision, **where)
         if saved.task_type != cls.task_type and saved.task_type is not None:
             right = next(c.__name__ for c in _BY_TASK if c.task_type == saved.task_type)

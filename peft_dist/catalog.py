@@ -68,7 +68,7 @@ class PeftType(enum.StrEnum):
             )
         member = str.__new__(cls, name)
         member._name_, member._value_ = name, name
-        member._sort_order_ = len(cls._member_names_)
+        member._sort_order_ = len(cls._member_names_)  # type: ignore[attr-defined]
         type.__setattr__(cls, name, member)
         cls._member_names_.append(name)
         cls._member_map_[name] = member

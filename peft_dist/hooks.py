@@ -131,7 +131,7 @@ class Hooks:
     @staticmethod
     def get_model_config(model: Any) -> dict[str, Any]:
         """The base's config as a dictionary; its `model_type` is `custom` where it has none."""
-        config = getattr(model, "config", None)
+        config: Any = getattr(model, "config", None)
         found = config.to_dict() if hasattr(config, "to_dict") else dict(vars(config)) if config else {}
         return {"model_type": "custom", **found}
 

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -54,7 +54,7 @@ class Prepared(Variant):
         return self._unscaled(base) * self.lora.delta(p, base)
 
     def added(self, p: Params, base: BaseLayer, x: Tensor) -> Tensor:
-        return base.mix(p["B"].flatten(1), base.apply(p["A"].flatten(1), x) * self.scale)
+        return base.mix(p["B"].flatten(1), base.apply(p["A"].flatten(1), x) * cast(Tensor, self.scale))
 
     def forward(self, p: Params, base: BaseLayer, x: Tensor, enter: Enter) -> Tensor:
         return base(x) + self.added(p, base, enter(x))
@@ -126,10 +126,10 @@ def prepare_model_for_compiled_hotswap(
         for key, tensor in module.tensors(adapter).items():
             _copy_into(tensor, old[key], site.groups if key == "A" else 1)
             tensor.requires_grad_(trained[key])
-    configs = config.values() if isinstance(config, dict) else [config] if config else []
+    configs: Any = config.values() if isinstance(config, dict) else [config] if config else []
     for each in configs if target_rank is not None else ():
-        each.r = target_rank  # type: ignore[union-attr]
-        each.rank_pattern = dict.fromkeys(each.rank_pattern or {}, target_rank)  # type: ignore[union-attr]
+        each.r = target_rank
+        each.rank_pattern = dict.fromkeys(each.rank_pattern or {}, target_rank)
 
 
 def _rehold(module: Adapted, adapter: str, method: Any, dtype: torch.dtype, device: Any) -> None:

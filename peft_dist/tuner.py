@@ -242,7 +242,7 @@ class BaseTuner(hooks.Hooks, PooledModule):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         with self.reading(kwargs):
             outputs = self.model(*args, **kwargs)
-        loss = getattr(outputs, "loss", None)
+        loss: Any = getattr(outputs, "loss", None)
         extra = self.extra_loss() if isinstance(loss, Tensor) and torch.is_grad_enabled() else None
         if extra is not None:
             outputs.loss = loss + extra
