@@ -160,7 +160,7 @@ class PeftModel(PromptedModel):
         """The base itself, with its wrapped layers in it."""
         return self.base_model.model
 
-    def adapter_tensors(self, adapter_name: str = "default") -> dict[str, nn.Parameter]:
+    def adapter_tensors(self, adapter_name: str = "default") -> dict[str, Tensor]:
         """Every Parameter of an adapter by its name in a checkpoint."""
         (name,) = self._known(adapter_name)
         return checkpoint.adapter_parameters(self, name)
