@@ -78,7 +78,8 @@ class AdapterSizes:
 def adapter_sizes(
     spec: AdapterSpec, sizes: ModelSizes, task_type: str = "CAUSAL_LM", num_labels: int | None = None
 ) -> AdapterSizes | None:
-    """Counts the adapter's tensors on this base; None for a method of another package that is a class of its own.
+    """Counts the adapter's tensors on this base; None for a method that is a class of its own or is made of
+    adapters that are stored elsewhere.
 
     Args:
         num_labels: that the head of a task tells apart; None: the head is not counted.
@@ -87,7 +88,7 @@ def adapter_sizes(
         SpecError: a target or a pattern matches nothing, or a layer that the method cannot adapt.
     """
     config: Any = config_class(spec.type.upper())(**peft_config(spec, task_type))
-    if not isinstance(config, Method):
+    if not isinstance(config, Method) or type(config).assemble is not Method.assemble:
         return None
     base = _Base(with_head(sizes, task_type, num_labels))
     try:

@@ -270,7 +270,9 @@ def _ask_the_method(
 
 
 def _is_needed(kind: str, name: str) -> bool:
-    """Of a prompt method, the number of its tokens; CPT's are those of its text."""
+    """Of a prompt method, the number of its tokens; CPT's are those of its text. Of a mixture, what it mixes."""
+    if (kind, name) == ("xlora", "adapters"):
+        return True
     config: Any = config_class(kind.upper())
     return name == "num_virtual_tokens" and config.is_prompt_learning and "cpt_token_ids" not in _fields(kind)
 

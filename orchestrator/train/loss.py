@@ -14,12 +14,12 @@ def num_targets(labels: Tensor) -> int:
     return int((labels[:, 1:] != IGNORED).sum())
 
 
-def target_loss(logits: Tensor, labels: Tensor) -> Tensor:
+def target_loss(logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
     """Sum of the cross entropy over the target tokens of a batch, float32 scalar.
 
     Args:
         logits: (B, P + T, V), of which P positions before the row's own are virtual tokens of a prompt
-        method. labels: (B, T), `IGNORED` where a token is no target.
+        method. labels: (B, T), `IGNORED` where a token is no target. weights: (B, T), of each target's loss.
 
     Only the targets' logits are cast to float32. A batch without targets gives a zero that still has a
     gradient, so that its rank takes part in every collective of the backward.
@@ -29,7 +29,10 @@ def target_loss(logits: Tensor, labels: Tensor) -> Tensor:
     if not is_target.any():
         return own[:, :1].float().sum() * 0.0
     chosen = own[:, :-1][is_target].float()
-    return F.cross_entropy(chosen, labels[:, 1:][is_target], reduction="sum")
+    if weights is None:
+        return F.cross_entropy(chosen, labels[:, 1:][is_target], reduction="sum")
+    losses = F.cross_entropy(chosen, labels[:, 1:][is_target], reduction="none")
+    return (losses * weights[:, 1:][is_target]).sum()
 
 
 class LossScale:

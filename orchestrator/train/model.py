@@ -17,6 +17,7 @@ from orchestrator.spec.adapter import peft_config
 from orchestrator.spec.job import JobSpec
 from orchestrator.spec.tasks import task_type
 from peft_dist.catalog import config_class
+from peft_dist.contract import Method
 from peft_dist.errors import PeftDistError
 from peft_dist.loading import load_base
 from peft_dist.sharding import partition_base
@@ -46,7 +47,16 @@ def load_frozen_base(
     )
     if not spec.training.base_dropout:
         silence_dropout(base)
+    if looks_ahead(spec.adapter.type):
+        base.config.use_cache = False  # type: ignore[union-attr]
     return base.to(device)
+
+
+def looks_ahead(kind: str) -> bool:
+    """Whether a method is made of adapters that it weighs by a first run over all tokens, so that none of them may
+    come from a cache."""
+    config = config_class(kind.upper())
+    return issubclass(config, Method) and config.assemble is not Method.assemble
 
 
 def silence_dropout(base: nn.Module) -> None:
@@ -98,6 +108,8 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def _fresh(spec: JobSpec, base: nn.Module, total_steps: int) -> nn.Module:
     fields = peft_config(spec.adapter, task_type(spec), total_steps=total_steps)
+    if looks_ahead(spec.adapter.type):
+        fields.setdefault("hidden_size", base.config.hidden_size)  # type: ignore[union-attr]
     try:
         config = config_class(spec.adapter.type.upper())(**fields)
         return peft_dist.get_peft_model(base, config, adapter_name=ADAPTER)

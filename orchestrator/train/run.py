@@ -111,12 +111,17 @@ class _Run:
         self.model = build_model(request, base, group, source, self._total_steps())
         if is_raw:
             raw_tensors.restore(self.model, state)
+        numbered = task_numbers(self.spec.adapter) is not None
+        measured = kind(self.tokenizer, self.examples.facts, takes_task_ids=numbered)
         self.task = kind(
-            self.tokenizer, self.examples.facts, takes_task_ids=task_numbers(self.spec.adapter) is not None
+            self.tokenizer,
+            self.examples.facts,
+            takes_task_ids=numbered,
+            method=self.model.peft_config[ADAPTER],  # type: ignore[union-attr,index]
         )
         self.evaluation = Evaluation(
             rows=self.examples.evaluation,
-            task=self.task,
+            task=measured,
             batch_size=request.plan.micro_batch_size,
             group=group,
             spec=self.spec.eval,

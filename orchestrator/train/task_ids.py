@@ -57,7 +57,10 @@ class TaskNumbers:
 
 def task_numbers(adapter: AdapterSpec) -> TaskNumbers | None:
     """What to number the rows by; None for a method that learns one task."""
-    if ARGUMENT not in getattr(config_class(adapter.type.upper()), "reads", ()):
+    reads = getattr(config_class(adapter.type.upper()), "reads", ())
+    if (
+        not isinstance(reads, tuple) or ARGUMENT not in reads
+    ):  # what follows from the instance is its own affair
         return None
     known = method_fields(adapter.type)
     field = next(name for name in SIZES if name in known)

@@ -1,4 +1,5 @@
-"""CAUSAL_LM: chats, prompts with answers, plain texts. A target is a trained token."""
+"""CAUSAL_LM: chats, prompts with answers, plain texts. A target is a trained token; a prompt
+method may count tokens of its own and weigh them (CPT's context)."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from orchestrator.errors import DataError
 from orchestrator.spec.job import DatasetSpec, EvalSpec
+from peft_dist.contract import PromptMethod
 
 from ..batches import collate
 from ..loss import num_targets, target_loss
@@ -37,10 +39,15 @@ class CausalLM(Task):
         tensors = collate(rows, pad_id(self.tokenizer))
         labels = tensors.pop("labels")
         inputs = {**tensors, **self.task_ids(rows)}
-        return Batch(inputs, {"labels": labels}, list(samples), num_targets(labels))
+        counted = self.method.targets(labels, {}) if isinstance(self.method, PromptMethod) else None
+        if counted is None:
+            return Batch(inputs, {"labels": labels}, list(samples), num_targets(labels))
+        labels, weights = counted
+        return Batch(inputs, {"labels": labels, "weights": weights}, list(samples), num_targets(labels))
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        return target_loss(model(**batch.inputs).logits, batch.labels["labels"])
+        logits = model(**batch.inputs).logits
+        return target_loss(logits, batch.labels["labels"], batch.labels.get("weights"))
 
     def answerable(self, rows: Sequence[Example], names: Sequence[str], spec: EvalSpec) -> Sequence[Example]:
         asked = [row for row in rows if row.prompt_len > 0 and row.answer.strip()]

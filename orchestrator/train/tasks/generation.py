@@ -43,7 +43,7 @@ def _generate(model: Any, inputs: dict[str, Tensor], longest: int, how: Answerin
             num_beams=1,
             pad_token_id=pad_id(how.tokenizer),
             eos_token_id=sorted(ends(model, how.tokenizer)) or None,
-            use_cache=True,
+            use_cache=getattr(model.config, "use_cache", None) is not False,
             synced_gpus=how.is_sharded,
         )
 

@@ -129,6 +129,7 @@ class Task(ABC):
         tokenizer: the base's.
         facts: what `facts` found in the rows.
         takes_task_ids: whether the adapter's method learns several tasks and reads `task_ids`.
+        method: of the adapter that is trained, where it may count a loss of its own; None while it is measured.
     """
 
     name: ClassVar[str]
@@ -136,8 +137,20 @@ class Task(ABC):
     has_labels: ClassVar[bool] = False
     """Whether its head tells the labels of its rows apart."""
 
-    def __init__(self, tokenizer: Any, facts: Facts = Facts(), takes_task_ids: bool = False) -> None:
-        self.tokenizer, self.known, self.takes_task_ids = tokenizer, facts, takes_task_ids
+    def __init__(
+        self,
+        tokenizer: Any,
+        facts: Facts = Facts(),
+        *,
+        takes_task_ids: bool = False,
+        method: Any = None,
+    ) -> None:
+        self.tokenizer, self.known, self.takes_task_ids, self.method = (
+            tokenizer,
+            facts,
+            takes_task_ids,
+            method,
+        )
 
     # --- rows
 

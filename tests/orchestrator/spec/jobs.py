@@ -11,6 +11,7 @@ NEEDED: dict[str, dict] = {
     "c3a": {"block_size": 32},
     "vblora": {"vector_length": 32, "num_vectors": 64},
     "adaption_prompt": {"adapter_len": 4, "adapter_layers": 2},
+    "xlora": {"adapters": {"a": "somewhere"}},
     "trainable_tokens": {"token_indices": [3, 5]},
     "cpt": {"cpt_token_ids": [3, 4, 5, 6], "cpt_mask": [1, 1, 1, 1], "cpt_tokens_type_mask": [1, 2, 3, 4]},
 }

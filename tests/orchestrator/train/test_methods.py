@@ -7,10 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
+import peft_dist
 from orchestrator.spec.adapter import method_names
+from orchestrator.train.data import load_examples
 from orchestrator.train.run import train
-from peft_dist.catalog import METHODS
+from orchestrator.train.tasks.causal import CausalLM
+from peft_dist.catalog import METHODS, config_class
+from peft_dist.loading import load_base
 
 from ..spec.jobs import NEEDED
 from .test_run import Recorder
@@ -78,3 +83,37 @@ def test_it_trains_and_a_stopped_run_goes_on_to_the_same(kind, tmp_path):
     assert {k: v for k, v in second.metrics.items() if k != "train_loss"} == {
         k: v for k, v in whole.metrics.items() if k != "train_loss"
     }
+
+
+def test_a_mixture_of_adapters_that_are_there(tmp_path):
+    one = train(request(tmp_path, job(tmp_path, adapter={"r": 2}), run="one"))
+    two = train(request(tmp_path, job(tmp_path, adapter={"r": 2}, training={"seed": 1}), run="two"))
+    mixed = {"type": "xlora", "adapters": {"a": one.adapter_dir, "b": two.adapter_dir}, "xlora_size": 8}
+    spec = job(
+        tmp_path,
+        adapter=mixed,
+        training={"save_steps": 1},
+        eval={"metrics": ["contains"], "max_new_tokens": 3},
+    )
+    whole = train(request(tmp_path, spec, plan(micro=2), run="whole"))
+    assert whole.metrics["eval_loss"] != whole.metrics["base.eval_loss"]
+    first = train(request(tmp_path, spec, plan(micro=2), run="parts"), reporter=Recorder(stop_after=3))
+    second = train(request(tmp_path, spec, plan(micro=2), run="parts"))
+    assert first.is_stopped and second.metrics["eval_loss"] == whole.metrics["eval_loss"]
+
+
+def test_a_context_is_trained_on_its_own_answers_too(tmp_path):
+    """CPT's loss over a batch is its model's own, whose mean counts the context's answers (arXiv:2410.17222)."""
+    own = {"cpt_token_ids": [70, 71, 72, 73], "cpt_mask": [1] * 4, "cpt_tokens_type_mask": [1, 2, 3, 4]}
+    fields = {**own, "opt_weighted_loss_type": "decay", "opt_loss_decay_factor": 0.9}
+    spec = job(tmp_path, adapter={"type": "cpt", **fields})
+    tokenizer = AutoTokenizer.from_pretrained(spec.model.base_model)
+    rows = load_examples(spec, tokenizer, max_len=100).train[:3]
+    config = config_class("CPT")(**fields, task_type="CAUSAL_LM")
+    model = peft_dist.get_peft_model(load_base(spec.model.base_model), config)
+    batch = CausalLM(tokenizer, method=config).collate(rows, range(3))
+    plain = CausalLM(tokenizer).collate(rows, range(3))
+    assert batch.targets == plain.targets + 3
+    ours = CausalLM(tokenizer, method=config).loss(model, batch) / batch.targets
+    theirs = model(**plain.inputs, labels=plain.labels["labels"]).loss
+    assert ours.item() == pytest.approx(theirs.item(), rel=1e-5)

@@ -200,9 +200,9 @@ def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path, monkeypatch):
     spec = job(tmp_path, training={"save_steps": 3})
     real = causal.target_loss
 
-    def spoilt(logits, labels):
+    def spoilt(logits, labels, weights):
         spoilt.calls += 1
-        return real(logits, labels) * (float("nan") if spoilt.calls > 4 else 1.0)
+        return real(logits, labels, weights) * (float("nan") if spoilt.calls > 4 else 1.0)
 
     spoilt.calls = 0
     monkeypatch.setattr(causal, "target_loss", spoilt)
