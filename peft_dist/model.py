@@ -19,11 +19,15 @@ from peft_dist.config import PeftConfig
 from peft_dist.contract import PromptMethod
 from peft_dist.errors import AdapterError, CheckpointError, ConfigError
 from peft_dist.hooks import hooked_names, without_hooked
+from peft_dist.lazy import lazy
 from peft_dist.prompts import PromptedModel
 from peft_dist.rows import BASE, Rows
 from peft_dist.sharding import refuse_foreign_engine
 from peft_dist.tuner import BaseTuner, tuner_class
 from peft_dist.tuner_layer import BaseTunerLayer, hooked_layers
+
+# It knows of models, and is loaded when it is asked.
+status = lazy("peft_dist.status")
 
 
 class PeftModel(PromptedModel):
@@ -400,6 +404,14 @@ class PeftModel(PromptedModel):
             f"trainable params: {trained:,d} || all params: {every:,d} || trainable%: "
             f"{100 * trained / every:.4f}"
         )
+
+    def get_layer_status(self) -> list[Any]:
+        """`peft_dist.get_layer_status` of this model."""
+        return status.get_layer_status(self)
+
+    def get_model_status(self) -> Any:
+        """`peft_dist.get_model_status` of this model."""
+        return status.get_model_status(self)
 
     def __getattr__(self, attribute: str) -> Any:
         try:
