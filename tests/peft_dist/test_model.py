@@ -21,9 +21,9 @@ from transformers import (
 
 import peft_dist
 from peft_dist.adapted import Adapted, Replaced
-from peft_dist.catalog import METHODS, config_class
+from peft_dist.catalog import METHODS
 from peft_dist.errors import AdapterError, CheckpointError, ConfigError, MergeError, RowsError
-from tests.contract.test_fields import base_values
+from tests.contract import pairs
 
 SIZES = {
     "vocab_size": 64,
@@ -109,7 +109,7 @@ def test_methods_compose_in_the_order_set() -> None:
         merged = copy.deepcopy(model).merge_and_unload()
         torch.testing.assert_close(merged(IDS).logits, outputs[-1], rtol=1e-4, atol=1e-4)
     assert not torch.allclose(*outputs)
-    with pytest.raises(ConfigError, match="a prompt method sits on no layer, so it cannot be mixed"):
+    with pytest.raises(ConfigError, match="it adds virtual tokens and sits on no layer"):
         model.add_adapter("c", prompt())
 
 
@@ -428,7 +428,8 @@ def test_loading_several(tmp_path) -> None:
 def test_injecting_on_meta_materialises_nothing(name) -> None:
     with torch.device("meta"):
         base = LlamaForCausalLM(LlamaConfig(**SIZES))
-    model = peft_dist.get_peft_model(base, config_class(name)(**base_values(name)))
+    base.config.use_cache = False
+    model = peft_dist.get_peft_model(base, pairs.config(name, task_type="CAUSAL_LM"))
     assert all(p.is_meta for p in model.parameters())
 
 
