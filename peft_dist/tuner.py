@@ -150,11 +150,14 @@ class BaseTuner(hooks.Hooks, PooledModule):
                 start=start,
             )
             self.add_controller(adapter_name)
-        for known, new in (
-            (self.targeted_module_names, targets),
-            (self.targeted_parameter_names, getattr(config, "target_parameters", None) or ()),
-        ):
-            known += [name for name in new if name not in known]
+        sites: dict[str, Any] = dict(self._adapters.sites.get(adapter_name, {}))
+        for name in targets:
+            site = sites[name].base.site if name in sites else None
+            is_parameter = site is not None and site.kind == "experts"
+            known = self.targeted_parameter_names if is_parameter else self.targeted_module_names
+            # What is adapted together with the module around it goes by that one's name.
+            if name not in known and (site is None or site.name == name):
+                known.append(name)
 
     @property
     def active_adapters(self) -> list[str]:

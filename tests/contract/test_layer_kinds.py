@@ -337,3 +337,20 @@ def test_factors_on_groups_are_not_combined() -> None:
         "the adapters one after the other, or leave the layer out of their targets."
     )
     assert list(model.peft_config) == ["default", "other"]
+
+
+def test_status_and_targets_are_theirs() -> None:
+    experts = {"target_modules": [], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
+    for make, values in ((attention, ON_ATTENTION), (bases.mixtral, {"r": 2, **experts})):
+        theirs = peft.get_peft_model(make(), peft.LoraConfig(**values))
+        ours = peft_dist.get_peft_model(make(), peft_dist.LoraConfig(**values))
+        seen = [
+            [(layer.name, layer.module_type, layer.requires_grad) for layer in model.get_layer_status()]
+            for model in (ours, theirs)
+        ]
+        assert seen[0] == seen[1]
+        assert ours.targeted_module_names == theirs.targeted_module_names
+        assert ours.base_model.targeted_parameter_names == theirs.base_model.targeted_parameter_names
+        assert {name for name, _ in ours.named_parameters()} == {
+            name for name, _ in theirs.named_parameters()
+        }
