@@ -43,6 +43,10 @@ class AdapterModule(LayerApi, PooledModule):
         merged_adapters: the names whose change is in the base's weights now, in the order they were merged.
     """
 
+    base: Layer
+    _common: PooledModule | None
+    _lenders: dict[str, AdapterModule]
+
     def __init__(
         self, pool: AdapterPool, site_name: str, current: Current, common: PooledModule | None = None
     ) -> None:
@@ -678,10 +682,29 @@ class Replaced(AdapterModule):
         p = self.held(names[-1])
         dtype = next(iter(p.values())).dtype
         wanted = [a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() else a for a in args]
-        buffers = dict(self.base.layer.named_buffers())
-        y = functional_call(self._shell, {**buffers, **p}, tuple(wanted), kwargs)
+        y = self._called(p, tuple(wanted), kwargs)
         cast = any(mine is not given for mine, given in zip(wanted, args, strict=True))
         return y.to(args[0].dtype) if cast and isinstance(y, Tensor) else y
+
+    def _called(self, p: Params, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """What the module gives with the tensors p in the place of its own."""
+        shell: Any = self._shell
+        own = shell._parameters
+        if (
+            shell._modules
+            or shell._buffers
+            or any(own[name] is None for name in p)
+            or torch.compiler.is_compiling()
+        ):
+            buffers = dict(self.base.layer.named_buffers())
+            return functional_call(shell, {**buffers, **p}, args, kwargs)
+        # A norm, most often: nothing to look for below it.
+        empty = dict(own)
+        own.update(p)
+        try:
+            return shell(*args, **kwargs)
+        finally:
+            own.update(empty)
 
     def _mixed(self, rows: Rows, choices: list, args: tuple, kwargs: dict[str, Any]) -> Tensor:
         if len(args) != 1 or kwargs:
