@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from peft_dist.errors import ConfigError
+from peft_dist.sharding import is_partitioned
 
 # What of a replicated list says how it was made.
 _MAP = "replicated_by"
@@ -46,6 +47,11 @@ def replicate(model: nn.Module, ranges: Sequence[Sequence[int]], has_adapters: b
             raise ConfigError(
                 f"layer_replication: {[start, end]} is no range within the base's {len(layers)} layers."
             )
+    if any(is_partitioned(p) for p in layers.parameters()):
+        raise ConfigError(
+            "layer_replication: the base's layers are partitioned already, and copies of them could not gather their "
+            "weights. Add this adapter before the base is partitioned."
+        )
     order = [index for start, end in wanted for index in range(start, end)]
     new = nn.ModuleList(_sharing(layers[index]) for index in order)
     new.train(layers.training)
