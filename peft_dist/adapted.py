@@ -383,9 +383,11 @@ class Adapted(AdapterModule):
         if all(names == choices[0][0] for names, _ in choices):
             return _substituted(parts, choices[0][0], args, kwargs)
         cut = self.base.cut(rows, self._current.length)
-        return cut.joined(
-            [_substituted(parts, names, *cut.of((args, kwargs), s), rows, s) for names, s in choices]
-        )
+        given = []
+        for names, segment in choices:
+            own_args, own_kwargs = cut.of((args, kwargs), segment)
+            given.append(_substituted(parts, names, own_args, own_kwargs, rows, segment))
+        return cut.joined(given)
 
     def _parts(self) -> list[Adapted]:
         """This one and those that run in the same call: of other parameters of the module, and of layers in

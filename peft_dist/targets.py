@@ -341,9 +341,9 @@ def _fill_defaults(config: Any, facts: BaseFacts) -> None:
     if config.peft_type == "OSF" and facts.architecture not in known:
         config.target_modules = ALL_LINEAR
         return
-    if facts.architecture not in known and getattr(config, "target_parameters", None):
-        return
-    if facts.architecture not in known:
+    if facts.architecture is None or facts.architecture not in known:
+        if getattr(config, "target_parameters", None):
+            return
         raise TargetError(
             f"targets: target_modules is not given, and {facts.architecture or facts.name!r} has no usual "
             "ones. Name "
