@@ -7,10 +7,12 @@ import sys
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 # The releases whose texts were compared; elsewhere a docstring or two may have been edited.
 SAME_TEXTS = {(3, 11, 2), (3, 11, 7)}
+
+TASKS = ("classification", "token-classification", "qa", "seq2seq", "embedding")
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +80,7 @@ def test_no_answer_stands_in_the_corpus(assets, documents):
 def test_rows_are_rebuilt_byte_for_byte(assets, tmp_path):
     command = [sys.executable, "-B", str(assets / "build.py"), "data", "--out", str(tmp_path)]
     subprocess.run(command, check=True, capture_output=True)
-    for name in ("python-docs.jsonl", "python-topics.jsonl"):
+    for name in ("python-docs.jsonl", "python-topics.jsonl", *(f"python-{kind}.jsonl" for kind in TASKS)):
         rebuilt, committed = (tmp_path / name).read_bytes(), (assets / name).read_bytes()
         if sys.version_info[:3] in SAME_TEXTS:
             assert rebuilt == committed
@@ -87,9 +89,55 @@ def test_rows_are_rebuilt_byte_for_byte(assets, tmp_path):
             assert len(same) >= 0.95 * len(committed.splitlines())
 
 
-def test_folder_is_at_most_eight_megabytes(assets):
+def test_folder_is_at_most_twelve_megabytes(assets):
     files = [path for path in assets.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
-    assert sum(path.stat().st_size for path in files) <= 8_000_000
+    assert sum(path.stat().st_size for path in files) <= 12_000_000
+    assert all((assets / f"python-{kind}.jsonl").stat().st_size <= 300_000 for kind in TASKS)
+
+
+@pytest.mark.parametrize("kind", TASKS)
+def test_rows_of_tasks_are_many_distinct_and_unseen_by_the_base(assets, kind):
+    found = rows(assets / f"python-{kind}.jsonl")
+    trained_on = set(json.loads((assets / "tiny-llama" / "corpus.json").read_text()))
+    assert len(found) >= 500 and not trained_on & {row["document"] for row in found}
+    assert len({json.dumps(row, sort_keys=True) for row in found}) == len(found)
+    for row in found:
+        if kind == "token-classification":
+            assert len(row["tokens"]) == len(row["tags"]) and "B-NAME" in row["tags"]
+        elif kind == "qa":
+            (text,), (start,) = row["answers"]["text"], row["answers"]["answer_start"]
+            assert row["context"][start : start + len(text)] == text
+        else:
+            assert all(isinstance(value, str) and value.strip() == value != "" for value in row.values())
+
+
+def test_tags_of_a_signature_by_hand(assets):
+    sys.path.insert(0, str(assets))
+    try:
+        from task_rows import tagged
+    finally:
+        sys.path.remove(str(assets))
+    tokens, tags = tagged("a.B.run", "(x, *args, key=(1, 'a,b'))")
+    assert list(zip(tokens, tags, strict=True)) == [
+        ("a", "B-OWNER"), (".", "I-OWNER"), ("B", "I-OWNER"), (".", "O"), ("run", "B-NAME"), ("(", "O"),
+        ("x", "B-PARAM"),
+        (",", "O"), ("*", "O"), ("args", "B-PARAM"), (",", "O"), ("key", "B-PARAM"), ("=", "O"), ("(", "B-DEFAULT"),
+        ("1", "I-DEFAULT"), (",", "I-DEFAULT"), ("'", "I-DEFAULT"), ("a", "I-DEFAULT"), (",", "I-DEFAULT"),
+        ("b", "I-DEFAULT"), ("'", "I-DEFAULT"), (")", "I-DEFAULT"), (")", "O"),
+    ]  # fmt: skip
+
+
+def test_the_encoder_decoder_loads_and_has_learnt_to_copy(assets):
+    tokenizer = AutoTokenizer.from_pretrained(assets / "tiny-t5")
+    base = AutoModelForSeq2SeqLM.from_pretrained(assets / "tiny-t5").eval()
+    assert base.dtype == torch.float32 and tokenizer("a")["input_ids"][-1] == tokenizer.eos_token_id
+    losses = []
+    for row in rows(assets / "python-embedding.jsonl")[:16]:
+        ids = tokenizer(row["positive"], return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            losses.append(base(input_ids=ids, labels=ids).loss.item())
+    # Sentences it has never seen: one that knows nothing is at ln 4096 = 8.3.
+    assert sum(losses) / len(losses) < 4.0
 
 
 def test_base_loads_in_float32_and_has_learnt_to_read(assets):
