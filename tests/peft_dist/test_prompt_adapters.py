@@ -204,6 +204,31 @@ def test_an_adaption_prompt_of_other_widths() -> None:
         theirs(IDS)
 
 
+@pytest.mark.parametrize("n", [4, 9])
+def test_an_adaption_prompt_beside_theirs_and_the_bias_that_it_adds_again(n) -> None:
+    """Tokens fewer and more than a head is wide. With a bias in O a new adapter of HF PEFT's changes the output."""
+    values = {"adapter_len": n, "adapter_layers": 2, "task_type": "CAUSAL_LM"}
+    ours = peft_dist.get_peft_model(bases.llama(), peft_dist.AdaptionPromptConfig(**values)).eval()
+    theirs = peft.get_peft_model(bases.llama(), peft.AdaptionPromptConfig(**values)).eval()
+    mine = ours.adapter_tensors()
+    with torch.no_grad():
+        for key, p in theirs.state_dict().items():
+            if "adaption" in key:
+                p.copy_(torch.randn_like(p))
+                mine[key].copy_(p)
+    torch.testing.assert_close(ours(IDS).logits, theirs(IDS).logits, rtol=1e-5, atol=1e-5)
+    base = bases.llama().eval()
+    for layer in base.model.layers:
+        torch.nn.init.normal_(layer.self_attn.o_proj.bias)
+    plain = base(IDS).logits
+    twin = copy.deepcopy(base)
+    new = peft_dist.get_peft_model(base, peft_dist.AdaptionPromptConfig(**values))
+    torch.testing.assert_close(new(IDS).logits, plain)
+    assert not torch.allclose(
+        peft.get_peft_model(twin, peft.AdaptionPromptConfig(**values))(IDS).logits, plain, atol=1e-2
+    )
+
+
 def test_gradient_checkpointing_and_a_prefix() -> None:
     """Layers that are computed again keep no keys and values, so the prefix would be lost without a word."""
     base = bases.llama()

@@ -1,7 +1,8 @@
 """Adaption prompts (LLaMA-Adapter): the last attention modules also look at n learned tokens, behind a gate.
 
 y = attention(x) + O(g softmax(Q(x) K(P)ᵀ / sqrt(width of a head)) V(P)), P (n, hidden), g one number that starts at
-0; Q, K, V, O are the module's own frozen projections. GPT-2's has no O, as in HF PEFT.
+0; Q, K, V, O are the module's own frozen projections, O without its bias, which HF PEFT adds a second time. GPT-2's
+has no O, as in HF PEFT.
 
 Zhang et al. 2023, arXiv:2303.16199.
 """
@@ -103,11 +104,26 @@ class AdaptionPromptConfig(TargetedConfig, BlockMethod):
             first, second = q.chunk(2, -1)
             q = q * cos + torch.cat([-second, first], -1) * sin
         k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
-        scores = (q @ k.transpose(2, 3) / block.head_dim**0.5).float().softmax(-1)
-        added = ((p["gate"] * scores).to(v.dtype) @ v).transpose(1, 2).flatten(2)
-        if hasattr(block, "o_proj"):
-            added = _bare(block.o_proj)(added)
+        exact = torch.promote_types(x.dtype, torch.float32)
+        scores = (q @ k.transpose(2, 3) / block.head_dim**0.5).softmax(-1, dtype=exact)
+        looks = (p["gate"] * scores).to(v.dtype)
+        out = _bare(block.o_proj) if hasattr(block, "o_proj") else None
+        if v.shape[2] < block.head_dim and out is not None:
+            # Few tokens: O of each head's V, once for all positions.
+            values = (
+                (v[0, :, :, None] * torch.eye(v.shape[1]).to(v)[:, None, :, None]).flatten(2).flatten(0, 1)
+            )
+            added = looks.transpose(1, 2).flatten(2) @ _linear(out, values)
+        else:
+            added = (looks @ v).transpose(1, 2).flatten(2)
+            added = added if out is None else _linear(out, added)
         return output[0] + added, *output[1:]
+
+
+def _linear(layer: Any, x: Any) -> Any:
+    """The layer without its bias, which the module's own output has."""
+    y = layer(x)
+    return y if getattr(layer, "bias", None) is None else y - layer(x.new_zeros(1, x.shape[-1]))[0]
 
 
 def _bare(layer: Any) -> Any:
