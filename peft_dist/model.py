@@ -370,6 +370,7 @@ class PeftModel(PromptedModel):
         low_cpu_mem_usage: bool,
     ) -> checkpoint.LoadResult:
         config.inference_mode = not is_trainable
+        self._told_by(tensors, config)
         self._add(name, config, autocast_adapter_dtype, low_cpu_mem_usage, start=False)
         try:
             result = checkpoint.load_state_dict(self, tensors, name)
@@ -384,6 +385,10 @@ class PeftModel(PromptedModel):
         if not is_trainable and self.training:
             self.eval()
         return result
+
+    def _told_by(self, tensors: Mapping[str, Tensor], config: PeftConfig) -> None:
+        """Adds to a config what only its file's tensors tell."""
+        return None
 
     def create_or_update_model_card(self, output_dir: str | Path) -> None:
         """Writes the card of an adapter's directory; one that is there keeps its text."""

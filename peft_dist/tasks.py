@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from peft_dist.config import PeftConfig
 from peft_dist.model import TASK_CLASSES, PeftModel
@@ -23,10 +24,19 @@ class _WithHead(PeftModel):
         self._train_head(peft_config)
         super().add_adapter(adapter_name, peft_config, *args, **kwargs)
 
+    def _told_by(self, tensors: Mapping[str, Tensor], config: Any) -> None:
+        # The configs of some methods have no field for it, and HF PEFT trains no head beside those.
+        parts = {part for key in tensors for part in key.split(".")}
+        _train_whole(config, [name for name in self.heads if name in parts])
+
     def _train_head(self, config: Any) -> None:
         if config is not None:
-            saved = list(config.modules_to_save or [])
-            config.modules_to_save = saved + [name for name in self.heads if name not in saved]
+            _train_whole(config, self.heads)
+
+
+def _train_whole(config: Any, names: Sequence[str]) -> None:
+    saved = list(config.modules_to_save or [])
+    config.modules_to_save = saved + [name for name in names if name not in saved] or None
 
 
 class PeftModelForSequenceClassification(_WithHead):
