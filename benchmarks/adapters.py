@@ -118,7 +118,9 @@ class Line:
     @property
     def is_met(self) -> bool:
         """Whether the target is met and HF PEFT is not faster."""
-        return self.ours <= self.target + (SLACK if self.unit == "x floor" else 0) and self.ours <= self.theirs
+        return (
+            self.ours <= self.target + (SLACK if self.unit == "x floor" else 0) and self.ours <= self.theirs
+        )
 
     def __str__(self) -> str:
         verdict = "met" if self.is_met else "MISSED"
@@ -162,7 +164,9 @@ def training(name: str, place: Place, rounds: int) -> Line:
         trained = [p for p in model.parameters() if p.requires_grad]
         sides.append(functools.partial(step, model, torch.optim.AdamW(trained, lr=1e-4, fused=True)))
     floor, theirs, ours = alternated(sides, rounds)
-    return Line(name, medians(theirs) / medians(floor), medians(ours) / medians(floor), method.target, "x floor")
+    return Line(
+        name, medians(theirs) / medians(floor), medians(ours) / medians(floor), method.target, "x floor"
+    )
 
 
 def compared(
@@ -251,6 +255,20 @@ def merging(place: Place, rounds: int) -> Line:
     return compared("merging", place, *sides, 1.0, rounds)
 
 
+def cycling(place: Place, rounds: int) -> Line:
+    """LoRA into the base's weights and out again; ours puts back the bits that were there."""
+
+    def cycle(model: Any) -> None:
+        model.base_model.merge_adapter()
+        model.base_model.unmerge_adapter()
+
+    sides = []
+    for library in (peft, peft_dist):
+        config = library.LoraConfig(r=16, target_modules=ALL, task_type="CAUSAL_LM", init_lora_weights=False)
+        sides.append(functools.partial(cycle, library.get_peft_model(place.base(), config)))
+    return compared("in and out", place, *sides, 1.0, rounds)
+
+
 def importing(place: Place, rounds: int) -> Line:
     """`import peft_dist` in a process of its own, always in CPU time; a bare interpreter's is taken off."""
 
@@ -271,6 +289,7 @@ OTHERS = {
     "injecting": injecting,
     "naming": naming,
     "merging": merging,
+    "cycling": cycling,
     "importing": importing,
 }
 
@@ -287,7 +306,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", nargs="+", choices=[*METHODS, *OTHERS], metavar="NAME", help="all by default")
+    parser.add_argument(
+        "--only", nargs="+", choices=[*METHODS, *OTHERS], metavar="NAME", help="all by default"
+    )
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--write", action="store_true", help="keep the table in benchmarks/results")
@@ -300,7 +321,11 @@ def main() -> int:
     lines = []
     print(HEADER)
     for name in arguments.only or [*METHODS, *OTHERS]:
-        line = OTHERS[name](place, arguments.rounds) if name in OTHERS else training(name, place, arguments.rounds)
+        line = (
+            OTHERS[name](place, arguments.rounds)
+            if name in OTHERS
+            else training(name, place, arguments.rounds)
+        )
         lines.append(line)
         print(line, flush=True)
     if arguments.write:

@@ -36,7 +36,8 @@ class _LowRank(Node):
         # The small product first: it fetches x for the large one.
         h = torch.mm(taken, A.T.contiguous())
         y = linear(rows, W, b).addmm_(h, B.T, alpha=scaling)
-        ctx.save_for_backward(taken, h, W, A, B)
+        # What a frozen A reads is not needed again.
+        ctx.save_for_backward(taken if ctx.needs_input_grad[4] else None, h, W, A, B)
         ctx.scaling, ctx.shape, ctx.is_same = scaling, x.shape, entered is x
         return y.view(*x.shape[:-1], -1)
 

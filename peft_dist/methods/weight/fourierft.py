@@ -67,11 +67,14 @@ class FourierFTConfig(TargetedConfig, BiasedMethod):
         start = starts.zeros if self.init_weights else starts.normal
 
         def places(t: Tensor) -> None:
-            t.copy_(starts.places(site.out * site.in_, n, self.random_loc_seed))
+            chosen = starts.places(site.out * site.in_, n, self.random_loc_seed)
+            t.copy_(halves(chosen, site.out, site.in_))
 
         return {
             "spectrum": Param("fourierft_spectrum", ("n",), (n,), start),
-            "places": Param("fourierft_places", ("n",), (n,), places, False, persistent=False, is_index=True),
+            "places": Param(
+                "fourierft_places", ("2n",), (2 * n,), places, False, persistent=False, is_index=True
+            ),
             **self.bias_params(site),
         }
 
@@ -86,18 +89,24 @@ class FourierFTConfig(TargetedConfig, BiasedMethod):
         return fused.by_delta(self, p, base, x, enter)
 
 
-def real_transform(values: Tensor, places: Tensor, out: int, in_: int) -> Tensor:
-    """Re ifft2 of a matrix (out, in) with `values` at `places`. It is the transform of F and its conjugate
-    mirror image, halved, of which the first in // 2 + 1 columns say all."""
+def halves(places: Tensor, out: int, in_: int) -> Tensor:
+    """Where each entry (u, v) of a matrix (out, in) and its mirror image (-u, -v) are among the first
+    in // 2 + 1 columns, the images after the entries: a transform's real part is that of both halved, which
+    these columns say all of. An image that they do not need is one past the end."""
     width = in_ // 2 + 1
     u, v = places // in_, places % in_
     is_right = v >= width
     u, v = torch.where(is_right, -u % out, u), torch.where(is_right, in_ - v, v)
-    # The first column, and the middle one of an even number, hold both an entry and its mirror image.
-    is_own = (v == 0) | (2 * v == in_)
-    halves = torch.cat([values, values * is_own]) / 2
-    F = values.new_zeros(out * width).index_add(0, torch.cat([u * width + v, -u % out * width + v]), halves)
-    return torch.fft.irfft2(F.view(out, width), s=(out, in_))
+    # The first column, and the middle one of an even number, hold both an entry and its image.
+    image = torch.where((v == 0) | (2 * v == in_), -u % out * width + v, out * width)
+    return torch.cat([u * width + v, image])
+
+
+def real_transform(values: Tensor, halves: Tensor, out: int, in_: int) -> Tensor:
+    """Re ifft2 of a matrix (out, in) with `values` at the places of these `halves`."""
+    size = out * (in_ // 2 + 1)
+    F = values.new_zeros(size + 1).index_add(0, halves, (values / 2).repeat(2))
+    return torch.fft.irfft2(F[:size].view(out, -1), s=(out, in_))
 
 
 def check_number(where: str, n: int, site: Site) -> None:
