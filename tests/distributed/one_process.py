@@ -8,6 +8,8 @@ rounding.
 from __future__ import annotations
 
 import copy
+import functools
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from peft_dist import (
+    AdaLoraConfig,
     AdaptionPromptConfig,
     CPTConfig,
     DeloraConfig,
@@ -36,6 +39,7 @@ from peft_dist import (
     Rows,
     VBLoRAConfig,
     VeraConfig,
+    XLoraConfig,
     get_peft_model,
 )
 from peft_dist.config import PeftConfig
@@ -88,8 +92,35 @@ METHODS: dict[str, Callable[[], PeftConfig]] = {
     "VBLORA": lambda: VBLoRAConfig(r=2, num_vectors=9, vector_length=8, **SOME),
     "GRALORA": lambda: GraloraConfig(r=4, hybrid_r=2, gralora_dropout=0.1, **SOME),
     "DELORA": lambda: DeloraConfig(r=3, **SOME),
+    "ADALORA": lambda: AdaLoraConfig(init_r=4, target_r=2, total_step=10, lora_dropout=0.1, **SOME),
+    "XLORA": lambda: XLoraConfig(
+        hidden_size=16,
+        adapters=experts(),
+        xlora_depth=2,
+        xlora_size=5,
+        layerwise_scalings=True,
+        use_trainable_adapters=True,
+        task_type="CAUSAL_LM",
+    ),
     "POLY": lambda: PolyConfig(r=3, n_tasks=NUM_TASKS, n_splits=2, **SOME),
 }
+
+
+@functools.cache
+def experts() -> dict[str, str]:
+    """Two LoRA adapters of the base, saved."""
+    folder = tempfile.mkdtemp(prefix="experts-")
+    for number, targets in enumerate((["q_proj", "embed_tokens"], ["q_proj", "down_proj"])):
+        torch.manual_seed(number)
+        config = LoraConfig(
+            r=2 + number,
+            target_modules=targets,
+            lora_dropout=0.1,
+            init_lora_weights=False,
+            task_type="CAUSAL_LM",
+        )
+        get_peft_model(base(), config).save_pretrained(f"{folder}/{number}")
+    return {str(number): f"{folder}/{number}" for number in range(2)}
 
 
 def base() -> LlamaForCausalLM:
@@ -103,6 +134,8 @@ def base() -> LlamaForCausalLM:
         num_key_value_heads=2,
         max_position_embeddings=32,
     )
+    # X-LoRA's tokens are decided from a run over all of them.
+    config.use_cache = False
     model = LlamaForCausalLM(config).double().train()
     # DeepSpeed looks at the first parameter alone, and refuses float64 there.
     model.first = nn.Parameter(torch.zeros(2, dtype=torch.float32), requires_grad=False)

@@ -37,7 +37,7 @@ CONFIGS: dict[str, tuple[str, dict]] = {
 def disturbed(model: Any) -> None:
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for key, t in sorted(model.adapter_tensors().items()):
+        for _, t in sorted(model.adapter_tensors().items()):
             if isinstance(t, nn.Parameter):
                 t.add_(torch.randn(t.shape, generator=generator, dtype=t.dtype) * 0.1)
 

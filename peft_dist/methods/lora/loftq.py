@@ -104,6 +104,11 @@ class Loftq(Variant):
 
     def start_from_base(self, p: Params, base: BaseLayer) -> None:
         super().start_from_base(p, base)
+        if base.is_quantised:  # type: ignore[attr-defined]
+            raise ConfigError(
+                f"init_lora_weights 'loftq': {base.site.name!r} is quantised already. Load the base in full, or call "
+                "replace_lora_weights_loftq on this one with init_lora_weights True."
+            )
         settings, r = self.lora.loftq_config, self.lora.rank(base.site)
         W = base.weight()
         W = W.to(torch.promote_types(W.dtype, torch.float32))
