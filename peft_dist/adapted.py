@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from peft_dist.base_layer import Layer, door
+from peft_dist.base_layer import Layer, door, rounded
 from peft_dist.contract import (
     ActivationMethod,
     BaseLayer,
@@ -531,7 +531,7 @@ def _substituted(
                 changed = Adjusted(part.base, part.levels(here, rows, *where))
                 dtype = part.base.dtype
                 bias = changed.bias()
-                W = changed.weight().to(dtype)
+                W = rounded(changed.weight(), dtype)
                 stack.enter_context(part.base.substituted(W, bias if bias is None else bias.to(dtype)))
         return parts[0].base.layer(*args, **kwargs)
 

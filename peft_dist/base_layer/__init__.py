@@ -4,7 +4,7 @@ meta."""
 from peft_dist.base_layer.attention import OUT_PROJ
 from peft_dist.base_layer.doors import adopt_quantised, door, has_door, kind_of
 from peft_dist.base_layer.experts import ParameterLayer
-from peft_dist.base_layer.layer import Layer
+from peft_dist.base_layer.layer import Layer, rounded
 from peft_dist.base_layer.linear import Conv1DLayer, EmbeddingLayer, LinearLayer
 from peft_dist.base_layer.quantised import num_elements
 
@@ -20,4 +20,5 @@ __all__ = [
     "has_door",
     "kind_of",
     "num_elements",
+    "rounded",
 ]

@@ -31,7 +31,7 @@ class ParameterLayer(Layer):
         self.key = name.rpartition(".")[2]
         parameter = layer.get_parameter(self.key)
         shape = tuple(whole_shape(parameter))
-        if len(shape) not in (2, 3) or not parameter.is_floating_point() or parameter.dtype.itemsize == 1:
+        if len(shape) not in (2, 3) or not parameter.is_floating_point():
             raise BaseLayerError(
                 f"{name}: a parameter of shape {shape} and dtype {parameter.dtype}; target_parameters takes "
                 "floating ones of two axes (out, in) or three (experts, out, in)."

@@ -121,8 +121,8 @@ class Layer:
         return F.linear(h, M)
 
     def plus(self, W: Tensor, dW: Tensor) -> Tensor:
-        """W + dW, for any two matrices that `apply` takes."""
-        return W + dW
+        """W + dW, for any two matrices that `apply` takes; torch adds nothing in 8-bit floats."""
+        return W.to(dW.dtype) + dW if W.dtype.itemsize == 1 else W + dW
 
     def cut(self, rows: Rows, length: int | None) -> Cut:
         """How a call of the layer is taken apart by rows, where its weight is an argument."""
@@ -153,12 +153,12 @@ class Layer:
         if own_ways or type(parameter) is not nn.Parameter or is_partitioned(parameter) or parameter.is_meta:
             return None
         old, change = parameter.data, self._as_stored(dW)
-        exact = torch.promote_types(old.dtype, torch.float32)
+        exact = _exact(old.dtype)
         change = change.to(old.device, exact)
         if old.dtype == exact and change.is_contiguous():
             parameter.data = change.add_(old)
         else:
-            parameter.data = (old.to(exact) + change).to(old.dtype)
+            parameter.data = rounded(old.to(exact) + change, old.dtype)
         return old
 
     def stored(self) -> dict[str, Any]:
@@ -201,16 +201,32 @@ class Layer:
             )
         with torch.no_grad(), gathered([parameter], modify=True):
             stored = parameter.data
-            exact = torch.promote_types(stored.dtype, torch.float32)
+            exact = _exact(stored.dtype)
             change = change.to(stored.device, exact)
             # In half precision the sum is rounded once, and not the change before it.
-            stored.add_(change) if stored.dtype == exact else stored.copy_(stored.to(exact) + change)
+            if stored.dtype == exact:
+                stored.add_(change)
+            else:
+                stored.copy_(rounded(stored.to(exact) + change, stored.dtype))
 
     def _as_matrix(self, stored: Tensor) -> Tensor:
         return stored
 
     def _as_stored(self, matrix: Tensor) -> Tensor:
         return matrix
+
+
+def rounded(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """`value` in `dtype`. What lies outside an 8-bit float's range becomes its largest, not NaN."""
+    if dtype.itemsize == 1:
+        largest = torch.finfo(dtype).max
+        value = value.clamp(-largest, largest)
+    return value.to(dtype)
+
+
+def _exact(dtype: torch.dtype) -> torch.dtype:
+    """What a sum is made in: fp32, or `dtype` where that is wider."""
+    return torch.float32 if dtype.itemsize == 1 else torch.promote_types(dtype, torch.float32)
 
 
 def _shape_of(parameter: Any) -> tuple[int, ...]:

@@ -88,7 +88,7 @@ class EmbeddingLayer(Layer):
 
 def _refuse_codes(layer: nn.Module, name: str) -> None:
     weight = layer._parameters.get("weight")
-    if weight is not None and not (weight.is_floating_point() and weight.dtype.itemsize > 1):
+    if weight is not None and not weight.is_floating_point():
         raise BaseLayerError(
             f"{name}: a {type(layer).__name__} whose weight is stored as {weight.dtype}. Of quantised layers "
             "only bitsandbytes' Linear8bitLt and Linear4bit can be adapted; load the base in one of those."

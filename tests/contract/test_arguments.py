@@ -461,3 +461,39 @@ def test_sites() -> None:
     base, _ = adapted("attention")
     site = base.attn.base.site
     assert (site.kind, site.out, site.in_, site.bias, site.experts) == ("mha", 36, 12, 0, 0)
+
+
+class Stored(nn.Module):
+    """Experts in 8-bit floats, computed in fp32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.Module()
+        self.experts.up = nn.Parameter(torch.randn(2, 6, 4).to(torch.float8_e4m3fn), requires_grad=False)
+        self.experts.forward = lambda x, index: torch.einsum("ti,toi->to", x, self.experts.up.float()[index])
+
+    def forward(self, x: Tensor, index: Tensor) -> Tensor:
+        return self.experts(x, index)
+
+
+def test_experts_in_8_bit_floats() -> None:
+    """The sum is made in fp32 and rounded to what the parameter is stored in; beyond its range it stops."""
+    torch.manual_seed(0)
+    base = Stored()
+    W = base.experts.up.clone()
+    inject.inject(base, parameters("experts.up"), "a", inject.Adapters())
+    inject.activate(base, ["a"])
+    disturb(base)
+    module = base.experts
+    assert all(p.dtype == torch.float32 for p in module.tensors("a").values())
+    dW, _ = module.change(["a"])
+    x, index = torch.randn(5, 4), torch.tensor([0, 1, 1, 0, 1])
+    wanted = torch.einsum("ti,toi->to", x, (W.float() + dW).to(torch.float8_e4m3fn).float()[index])
+    torch.testing.assert_close(base(x, index), wanted)
+    with torch.no_grad():
+        module.tensors("a")["A"].mul_(1e4)
+    merge.merge(base)
+    merged = module.base_layer.up
+    assert merged.dtype == torch.float8_e4m3fn and merged.float().isfinite().all()
+    merge.unmerge(base)
+    assert torch.equal(module.base_layer.up.view(torch.uint8), W.view(torch.uint8))
