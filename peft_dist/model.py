@@ -277,21 +277,26 @@ class PeftModel(PromptedModel):
         is_trainable: bool = False,
         config: PeftConfig | None = None,
         autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
         low_cpu_mem_usage: bool = False,
+        key_mapping: Mapping[str, str] | None = None,
         **kwargs: Any,
     ) -> PeftModel:
         """A base with the adapter that a directory, an fsspec URL or a hub id holds.
 
         Args:
-            kwargs: `revision`, `subfolder`, `token`, `key_mapping`, as in `checkpoint.read`; of X-LoRA also
-                `adapters`, where the adapters that it mixes are now.
+            config: in the place of the adapter's own.
+            ephemeral_gpu_offload: as in `LoraRuntimeConfig`.
+            key_mapping: regular expressions on names in the file, and what to put there.
+            kwargs: `revision`, `subfolder`, `token`, as in `checkpoint.read`; of X-LoRA also `adapters`, where
+                the adapters that it mixes are now.
 
         Raises:
             ConfigError, CheckpointError: it holds no adapter that fits; names the tensor. The base is as it
                 was.
         """
         adapters = kwargs.pop("adapters", None)
-        saved = checkpoint.read(model_id, **kwargs)
+        saved = checkpoint.read(model_id, key_mapping=key_mapping, **kwargs)
         config = config or saved.config
         if adapters is not None:
             if not hasattr(config, "adapters"):
@@ -300,6 +305,8 @@ class PeftModel(PromptedModel):
                 )
             config.adapters = dict(adapters)
             config.__dict__.pop("home", None)
+        if ephemeral_gpu_offload and hasattr(config, "runtime_config"):
+            config.runtime_config.ephemeral_gpu_offload = True
         chosen = TASK_CLASSES.get(config.task_type, PeftModel) if cls is PeftModel else cls
         with as_it_was(model):
             peft_model = chosen(model, None)
@@ -317,6 +324,7 @@ class PeftModel(PromptedModel):
         autocast_adapter_dtype: bool = True,
         ephemeral_gpu_offload: bool = False,
         low_cpu_mem_usage: bool = False,
+        key_mapping: Mapping[str, str] | None = None,
         **kwargs: Any,
     ) -> checkpoint.LoadResult:
         """Adds the adapter that a directory, an fsspec URL or a hub id holds; active if it is the first. Into an
@@ -325,13 +333,14 @@ class PeftModel(PromptedModel):
         Args:
             torch_device: where the tensors are read to; they end on their layers' device.
             ephemeral_gpu_offload: as in `LoraRuntimeConfig`.
-            kwargs: `revision`, `subfolder`, `token`, `key_mapping`, as in `checkpoint.read`.
+            key_mapping: regular expressions on names in the file, and what to put there.
+            kwargs: `revision`, `subfolder`, `token`, as in `checkpoint.read`.
 
         Raises:
             AdapterError: the model has another adapter of this name. ConfigError, TargetError, CheckpointError:
                 it does not fit. The model is as it was.
         """
-        saved = checkpoint.read(model_id, **kwargs)
+        saved = checkpoint.read(model_id, key_mapping=key_mapping, **kwargs)
         if ephemeral_gpu_offload and hasattr(saved.config, "runtime_config"):
             saved.config.runtime_config.ephemeral_gpu_offload = True
         if adapter_name in self.peft_config:
@@ -346,7 +355,9 @@ class PeftModel(PromptedModel):
         if isinstance(config, PromptMethod):
             self._check_prompt(config)
         here, there = self.peft_config[name].to_dict(), config.to_dict()
-        for key in _OF_NO_ACCOUNT:
+        # AdaLoRA's ranks are what was learned, not a setting.
+        learned = ("rank_pattern",) if config.peft_type == "ADALORA" else ()
+        for key in (*_OF_NO_ACCOUNT, *learned):
             here.pop(key, None), there.pop(key, None)
         other = [key for key in here if _unordered(here[key]) != _unordered(there.get(key))]
         if other:
@@ -354,6 +365,8 @@ class PeftModel(PromptedModel):
                 f"adapter {name!r}: the model has one of this name with another {other[0]}: {here[other[0]]!r}, not "
                 f"{there.get(other[0])!r}. Delete it first, or choose another name."
             )
+        if config.peft_type == "ADALORA":
+            self.peft_config[name].rank_pattern = config.rank_pattern  # type: ignore[attr-defined]
         result = checkpoint.load_state_dict(self, tensors, name)
         _check_all_met(name, result)
         if not is_trainable and self.training:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from peft_dist import checkpoint
 from peft_dist.adapted import AdapterModule
 from peft_dist.base_layer import door
+from peft_dist.catalog import METHODS, prefix_of
 from peft_dist.errors import CheckpointError, ConfigError
 from peft_dist.replicate import replicate
 from peft_dist.sharding import gathered
@@ -196,10 +197,23 @@ def fsdp_auto_wrap_policy(model: Any) -> Any:
 
 
 def find_kappa_target_modules(
-    model: nn.Module, top_p: float = 0.2, max_dim_size_to_analyze: int = 16384, show_progress: bool = True
+    model: nn.Module,
+    top_p: float = 0.2,
+    max_dim_size_to_analyze: int = 16384,
+    moe_param_suffixes: Any = None,
+    show_progress: bool = True,
 ) -> dict[str, Any]:
     """The linear layers with the smallest condition numbers (KappaTune, arXiv:2506.16289): the share `top_p` of
-    them, as LoRA's `target_modules`."""
+    them, as LoRA's `target_modules`.
+
+    Raises:
+        ConfigError: `moe_param_suffixes` is given; experts that are raw parameters are not looked at.
+    """
+    if moe_param_suffixes is not None:
+        raise ConfigError(
+            "find_kappa_target_modules: moe_param_suffixes; only linear layers are looked at. Name experts in "
+            "target_parameters."
+        )
     kappas = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and max(module.weight.shape) <= max_dim_size_to_analyze:
@@ -242,6 +256,27 @@ def prepare_config(peft_config: Any, model: Any) -> Any:
     if peft_config.target_modules is None:
         peft_config.target_modules = "attn" if model.config.model_type == "gpt2" else "self_attn"
     return peft_config
+
+
+def build_peft_weight_mapping(
+    weight_conversions: Any, adapter_name: str, peft_config: Any = None
+) -> list[Any]:
+    """How transformers' own `load_adapter` finds a saved adapter's tensors in a base that has it: the names of
+    the file without what stands before the base's, and with the adapter's name.
+
+    Conversions of the base's weights themselves, such as those that stack experts, are not an adapter's.
+    """
+    if not weight_conversions:
+        return []
+    renaming = importlib.import_module("transformers.core_model_loading").WeightRenaming
+    types = [peft_config.peft_type] if peft_config is not None else list(METHODS)
+    prefixes = sorted({prefix_of(str(peft_type)) for peft_type in types})
+    return [
+        renaming("base_model.model.model.", "model."),
+        renaming("base_model.model.", ""),
+        *(renaming(rf"({re.escape(prefix)}[^\.]*)", rf"\1.{adapter_name}") for prefix in prefixes),
+        *(each for each in weight_conversions if isinstance(each, renaming)),
+    ]
 
 
 def replicate_layers(model: nn.Module, layer_map: Sequence[Sequence[int]]) -> None:

@@ -169,7 +169,7 @@ PUBLIC: dict[str, str] = {
         "is_te_pytorch_available is_torch_tpu_available is_torchao_available is_xpu_available load_peft_weights "
         "match_target_against_key set_additional_trainable_modules set_base_model_state_dict shift_tokens_right "
         "torch_load transpose decompose_weight_matrix project_gradient_to_orthogonal_space replicate_layers "
-        "find_kappa_target_modules dequantize_module_weight prepare_config",
+        "build_peft_weight_mapping find_kappa_target_modules dequantize_module_weight prepare_config",
     ),
 }
 _LATER = "this package does not have it. Leave it out, or train with HF PEFT and convert the adapter to LoRA there."

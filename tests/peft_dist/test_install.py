@@ -149,6 +149,42 @@ with final.disable_adapter():
 print("well")
 """
 
+IN_TRANSFORMERS = """
+import peft_dist
+peft_dist.install()
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+from tests.contract import bases
+
+ids = torch.arange(1, 8).view(1, 7)
+model = bases.llama().eval()
+bare = model(ids).logits
+model.add_adapter(LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False), adapter_name="x")
+changed = model(ids).logits
+assert not torch.allclose(changed, bare) and model.active_adapters() == ["x"]
+model.disable_adapters()
+torch.testing.assert_close(model(ids).logits, bare)
+model.enable_adapters()
+model.add_adapter(LoraConfig(r=4, target_modules=["v_proj"]), adapter_name="y")
+model.set_adapter("x")
+torch.testing.assert_close(model(ids).logits, changed)
+assert len(model.get_adapter_state_dict("x")) == 4
+model.save_pretrained("saved")
+again = bases.llama().eval()
+again.load_adapter("saved")
+torch.testing.assert_close(again(ids).logits, changed)
+model.delete_adapter("x")
+bases.llama().save_pretrained("base")
+whole = get_peft_model(
+    AutoModelForCausalLM.from_pretrained("base"), LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False)
+)
+whole.save_pretrained("adapter")
+auto = AutoModelForCausalLM.from_pretrained("adapter").eval()
+torch.testing.assert_close(auto(ids).logits, whole.eval()(ids).logits)
+print("well")
+"""
+
 ACCELERATE = """
 import peft_dist
 peft_dist.install()
@@ -209,3 +245,10 @@ def test_the_trainer_trains_saves_resumes_and_loads_the_best(task, bits, install
 @either
 def test_a_bare_loop_under_accelerate(installed, tmp_path) -> None:
     assert run(ACCELERATE, tmp_path, installed=installed).endswith("well\n")
+
+
+@pytest.mark.slow  # 15 s: a process of its own that imports torch and transformers
+@either
+def test_transformers_own_adapters(installed, tmp_path) -> None:
+    """`PreTrainedModel.add_adapter`, `load_adapter` and the like, and auto classes of an adapter's directory."""
+    assert run(IN_TRANSFORMERS, tmp_path, installed=installed).endswith("well\n")
