@@ -199,6 +199,9 @@ def load_state_dict(
     """
     _known_adapter(model, adapter_name)
     held = holders(model, adapter_name)
+    config = getattr(model, "peft_config", {}).get(adapter_name)
+    if _defines(config, "fitted"):
+        tensors = config.fitted(tensors, adapter_parameters(model, adapter_name))
     embeddings = {key: p for key, p in _all_embeddings(model).items() if key in tensors}
     used = set(embeddings)
     given: list[tuple[_Holder, dict[str, Tensor]]] = []

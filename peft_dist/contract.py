@@ -210,6 +210,10 @@ class Method(ABC):
         """Adapters that are saved in folders beside it, by name: config and tensors."""
         return {}
 
+    def fitted(self, tensors: Mapping[str, Tensor], here: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """A checkpoint's tensors as large as those `here`, by the names in it, where the settings say how."""
+        return tensors
+
     def saved_at(self, directory: str) -> Method:
         """The config as it is written there, beside its parts."""
         return self

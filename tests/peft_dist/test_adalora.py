@@ -188,3 +188,28 @@ def test_several_adapters_train_each_by_its_own_budget() -> None:
         trained(ours, range(STEPS["total_step"]), after=True)
     totals = [sum(map(sum, ours.peft_config[name].rank_pattern.values())) for name in ("default", "other")]
     assert totals == [STEPS["target_r"] * 6, 6]
+
+
+def test_a_checkpoint_goes_back_into_what_is_being_trained(tmp_path) -> None:
+    """As Trainer resumes, and as it takes the best checkpoint back at the end."""
+    ours, _ = pair()
+    trained(ours, range(5), after=True)
+    ours.save_pretrained(tmp_path)
+    ids = batch(99)["input_ids"]
+    pattern = ours.peft_config["default"].rank_pattern
+    with torch.no_grad():
+        wanted = ours(input_ids=ids).logits
+    trained(ours, range(5, STEPS["total_step"]), after=True)
+    assert ours.peft_config["default"].rank_pattern != pattern
+    shapes = {key: t.shape for key, t in ours.adapter_tensors().items()}
+    ours.load_adapter(tmp_path, "default", is_trainable=True)
+    assert {key: t.shape for key, t in ours.adapter_tensors().items()} == shapes
+    assert ours.peft_config["default"].rank_pattern == pattern
+    with torch.no_grad():
+        torch.testing.assert_close(ours(input_ids=ids).logits, wanted, rtol=1e-5, atol=1e-5)
+    fresh = peft_dist.get_peft_model(bases.llama(), peft_dist.AdaLoraConfig(**STEPS, **TARGETS))
+    fresh.load_adapter(tmp_path, "default", is_trainable=True)
+    with torch.no_grad():
+        torch.testing.assert_close(fresh(input_ids=ids).logits, wanted, rtol=1e-5, atol=1e-5)
+    trained(fresh, range(5, STEPS["total_step"]), after=True)
+    assert sum(map(sum, fresh.peft_config["default"].rank_pattern.values())) == STEPS["target_r"] * 6

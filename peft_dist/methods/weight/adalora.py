@@ -194,6 +194,22 @@ class AdaLoraConfig(LoraConfig):
         cut = {"lora_A": p["A"][left], "lora_E": p["E"][left], "lora_B": p["B"][:, left]}
         return {**cut, **({"base_layer.bias": p["bias"]} if "bias" in p else {})}
 
+    def fitted(self, tensors: Mapping[str, Tensor], here: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        # While training, tensors keep their first size; the triplets that a file has not are zero.
+        made = dict(tensors)
+        for key, own in here.items():
+            if not key.endswith(".lora_E") or key not in tensors:
+                continue
+            kept = self.kept(key.removesuffix(".lora_E").removeprefix("base_model.model."))
+            if kept is None or len(own) != len(kept) or len(tensors[key]) != sum(kept):
+                continue
+            left = torch.tensor(kept)
+            for factor, axis in (("lora_A", 0), ("lora_E", 0), ("lora_B", 1)):
+                name = key.replace("lora_E", factor)
+                whole = torch.zeros(here[name].shape, dtype=tensors[name].dtype)
+                made[name] = whole.index_copy(axis, left.nonzero().flatten(), tensors[name].cpu())
+        return made
+
 
 class Budget(Controller):
     """The ranks of all layers of one adapter, and what they are decided by.
