@@ -24,6 +24,7 @@ from peft_dist.sharding import partition_base
 
 from .evaluate import ADAPTER
 from .group import Group
+from .starts import Samples, prepare_base, start_adapter
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -73,12 +74,18 @@ def silence_dropout(base: nn.Module) -> None:
 
 
 def build_model(
-    request: TrainRequest, base: nn.Module, group: Group, init_from: Path | None, total_steps: int
+    request: TrainRequest,
+    base: nn.Module,
+    group: Group,
+    init_from: Path | None,
+    total_steps: int,
+    samples: Samples,
 ) -> nn.Module:
     """The base with the run's adapter, in train mode, gradient checkpointing and ZeRO-3 as planned.
 
     Args:
         total_steps: of the run, for methods that have a schedule of their own.
+        samples: of the training rows, for starts that look at them.
         init_from: a local adapter directory to train on from; None: a fresh adapter, the same on every rank.
 
     Raises:
@@ -87,7 +94,10 @@ def build_model(
     """
     spec = request.spec
     torch.manual_seed(spec.training.seed)
-    model = _fresh(spec, base, total_steps) if init_from is None else _continued(spec, base, init_from)
+    if init_from is None:
+        model = _fresh(spec, base, total_steps, samples)
+    else:
+        model = _continued(spec, base, init_from)
     model.to(group.device)
     model.train()
     num_parameters = sum(parameter.numel() for parameter in base.parameters())
@@ -106,13 +116,16 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def _fresh(spec: JobSpec, base: nn.Module, total_steps: int) -> nn.Module:
+def _fresh(spec: JobSpec, base: nn.Module, total_steps: int, samples: Samples) -> nn.Module:
     fields = peft_config(spec.adapter, task_type(spec), total_steps=total_steps)
     if looks_ahead(spec.adapter.type):
         fields.setdefault("hidden_size", base.config.hidden_size)  # type: ignore[union-attr]
     try:
         config = config_class(spec.adapter.type.upper())(**fields)
-        return peft_dist.get_peft_model(base, config, adapter_name=ADAPTER)
+        prepare_base(base, config, samples)
+        model = peft_dist.get_peft_model(base, config, adapter_name=ADAPTER)
+        start_adapter(model, config, samples)
+        return model
     except PeftDistError as error:
         raise SpecError(str(error), where="adapter") from error
 

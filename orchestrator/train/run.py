@@ -28,9 +28,10 @@ from .group import Group
 from .inspection import max_positions
 from .loop import Training
 from .model import build_model, load_frozen_base, trainable
+from .starts import ROWS
 from .task_file import check_labels, read_task_file, write_task_file
 from .task_ids import task_numbers
-from .tasks import Row, task_class
+from .tasks import Batch, Row, task_class
 from .tokenizer import load_tokenizer
 
 
@@ -108,7 +109,7 @@ class _Run:
         state = checkpoint.optimizer_state() if checkpoint else {}
         is_raw = raw_tensors.are_in(state)
         source = None if is_raw else self._source(checkpoint)
-        self.model = build_model(request, base, group, source, self._total_steps())
+        self.model = build_model(request, base, group, source, self._total_steps(), self._samples)
         if is_raw:
             raw_tensors.restore(self.model, state)
         numbered = task_numbers(self.spec.adapter) is not None
@@ -130,6 +131,16 @@ class _Run:
             should_stop=lambda: reporter is not None and reporter.stop_requested,
         )
         self.training = self._training(checkpoint, state)
+
+    def _samples(self) -> list[Batch]:
+        """The first training rows, for starts that look at them."""
+        task, size = (
+            task_class(self.spec)(self.tokenizer, self.examples.facts),
+            self.request.plan.micro_batch_size,
+        )
+        rows = self.examples.train[:ROWS]
+        cut = (rows[at : at + size] for at in range(0, len(rows), size))
+        return [task.collate(part, range(len(part))).to(self.group.device) for part in cut]
 
     def _total_steps(self) -> int:
         training = self.spec.training

@@ -117,3 +117,29 @@ def test_a_context_is_trained_on_its_own_answers_too(tmp_path):
     ours = CausalLM(tokenizer, method=config).loss(model, batch) / batch.targets
     theirs = model(**plain.inputs, labels=plain.labels["labels"]).loss
     assert ours.item() == pytest.approx(theirs.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"use_dora": True}, {"use_rslora": True}, {"lora_bias": True}, {"init_lora_weights": "gaussian"},
+        {"init_lora_weights": "orthogonal"}, {"init_lora_weights": "pissa"}, {"init_lora_weights": "pissa_niter_4"},
+        {"init_lora_weights": "olora"}, {"init_lora_weights": "eva"}, {"init_lora_weights": "corda"},
+        {"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4}}, {"trainable_token_indices": [70, 71]},
+        {"modules_to_save": ["embed_tokens"]}, {"rank_pattern": {"q_proj": 2}},
+        {"layer_replication": [[0, 2], [1, 2]]},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_variants_of_lora_train_and_go_on(fields, tmp_path):
+    spec = job(
+        tmp_path,
+        rows=9,
+        adapter={"type": "lora", "r": 4, **fields},
+        training={"num_epochs": 2, "save_steps": 1},
+    )
+    whole = train(request(tmp_path, spec, plan(micro=2), run="whole"))
+    assert whole.steps == 4 and whole.metrics["eval_loss"] != whole.metrics["base.eval_loss"]
+    train(request(tmp_path, spec, plan(micro=2), run="parts"), reporter=Recorder(stop_after=2))
+    second = train(request(tmp_path, spec, plan(micro=2), run="parts"))
+    assert second.metrics["eval_loss"] == whole.metrics["eval_loss"]
