@@ -69,7 +69,7 @@ def test_rows_differ_per_sequence() -> None:
         bases.tied_llama(), peft_dist.LoraConfig(**LORA, trainable_token_indices=TOKENS), adapter_name="a"
     )
     ours.add_adapter("b", peft_dist.LoraConfig(**LORA, trainable_token_indices=[*TOKENS, 50]))
-    ours.set_adapter(["a", "b"])
+    ours.set_requires_grad(["a", "b"])
     disturb(ours)
     alone = []
     for row, name in enumerate(["a", "b"]):
