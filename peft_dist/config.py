@@ -51,8 +51,6 @@ class PeftConfig:
     revision: str | None = None
     inference_mode: bool = False
 
-    # Fields of HF PEFT that nothing here reads yet, with the one value under which that is right.
-    without_effect: ClassVar[Mapping[str, Any]] = {}
     # Fields that say how a program runs, not what the adapter is: never in a file.
     at_runtime: ClassVar[frozenset[str]] = frozenset({"runtime_config"})
     is_prompt_learning: ClassVar[bool] = False
@@ -103,12 +101,6 @@ class PeftConfig:
         for key, value in values.items():
             if key in known:
                 kept[key] = value
-            elif key in chosen.without_effect:
-                if value != chosen.without_effect[key] and value is not None:
-                    raise ConfigError(
-                        f"{chosen.__name__}.{key}: {value!r} is not supported; only "
-                        f"{chosen.without_effect[key]!r} is. Train or convert the adapter without it."
-                    )
             elif key not in chosen.at_runtime:
                 unknown[key] = value
         if unknown:

@@ -197,8 +197,6 @@ def _unknown(path: Path, kind: str, known: dict[str, MethodField]) -> Problem:
     name = str(path[1])
     if name in FILLED_IN:
         return Problem(path, "is filled in by itself.", "Remove it.")
-    if name in getattr(config_class(kind.upper()), "without_effect", {}):
-        return Problem(path, "this version does not have it yet.", "Remove it.")
     choices = [*known, *(alias for each in known.values() for alias in each.aliases), *OURS]
     near = closest(name, choices)
     hint = f"Closest: 'adapter.{near[0]}'." if near else f"Fields of {kind}: {', '.join(known)}."

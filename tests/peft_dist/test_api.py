@@ -487,3 +487,45 @@ def test_what_cannot_be_swapped(tmp_path) -> None:
     with pytest.raises(AdapterError, match="No adapter layers found"):
         hotswap.prepare_model_for_compiled_hotswap(bases.llama())
     assert dataclasses.is_dataclass(copy.copy(lora()))
+
+
+# Signatures
+
+
+SAME = {
+    "PeftModelForCausalLM": (
+        "from_pretrained", "load_adapter", "add_adapter", "set_adapter", "delete_adapter",
+        "set_requires_grad", "create_or_update_model_card", "disable_adapter",
+    ),
+    "PeftMixedModel": ("add_adapter", "set_adapter", "from_pretrained"),
+    "LoraModel": (
+        "merge_adapter", "unmerge_adapter", "merge_and_unload", "unload", "delete_adapter", "set_adapter",
+        "inject_adapter", "set_requires_grad", "get_model_config", "add_weighted_adapter",
+    ),
+    "AutoPeftModel": ("from_pretrained",),
+    "PeftConfig": ("from_pretrained", "save_pretrained", "to_dict", "from_json_file"),
+}  # fmt: skip
+FUNCTIONS = (
+    "get_peft_model", "inject_adapter_in_model", "get_peft_model_state_dict", "set_peft_model_state_dict",
+    "get_layer_status", "get_model_status", "get_peft_config", "cast_mixed_precision_params",
+    "shift_tokens_right", "get_base_model_state_dict", "set_base_model_state_dict", "prepare_model_for_kbit_training",
+)  # fmt: skip
+
+
+def parameters(function) -> list[tuple[str, object]]:
+    return [
+        (p.name, p.default)
+        for p in inspect.signature(function).parameters.values()
+        if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+    ]
+
+
+@pytest.mark.parametrize(
+    "path", [*(f"{cls}.{name}" for cls, names in SAME.items() for name in names), *FUNCTIONS]
+)
+def test_arguments_come_in_their_order(path) -> None:
+    mine, other = peft_dist, peft
+    for part in path.split("."):
+        mine, other = getattr(mine, part), getattr(other, part)
+    wanted = parameters(other)
+    assert parameters(mine)[: len(wanted)] == wanted

@@ -35,12 +35,8 @@ def fields_of(cls: type) -> list[tuple[str, object]]:
 @pytest.mark.parametrize("name", THEIRS)
 def test_fields_their_order_and_defaults_are_theirs(name) -> None:
     mine, wanted = fields_of(config_class(name)), fields_of(theirs(name))
-    assert [field for field, _ in mine] == [
-        field for field, _ in wanted if field not in config_class(name).without_effect
-    ]
-    for (field, value), (_, other) in zip(
-        mine, [w for w in wanted if w[0] not in config_class(name).without_effect], strict=True
-    ):
+    assert [field for field, _ in mine] == [field for field, _ in wanted]
+    for (field, value), (_, other) in zip(mine, wanted, strict=True):
         # A default may be an object of a class of each library's own.
         assert getattr(value, "__dict__", value) == getattr(other, "__dict__", other) or value == other, field
 
@@ -61,20 +57,6 @@ def test_their_file_is_read_and_ours_too(name, tmp_path) -> None:
     assert type(again) is theirs(name)
     assert PeftConfig.from_pretrained(tmp_path / "ours") == config
     assert not list((tmp_path / "ours").glob(".*"))
-
-
-@pytest.mark.parametrize("name", METHODS)
-def test_what_is_not_supported_is_refused_by_name(name) -> None:
-    for field, allowed in config_class(name).without_effect.items():
-        values = {"peft_type": name, **base_values(name)}
-        PeftConfig.from_dict({**values, field: allowed})
-        with pytest.raises(ConfigError) as raised:
-            PeftConfig.from_dict({**values, field: "something"})
-        assert str(raised.value) == (
-            f"{config_class(name).__name__}.{field}: 'something' is not supported; only {allowed!r} is. "
-            "Train or convert "
-            "the adapter without it."
-        )
 
 
 def test_unknown_fields_of_a_newer_version_warn_and_are_kept(tmp_path) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from peft_dist import starts
 from peft_dist.config import TargetedConfig
@@ -42,7 +42,6 @@ class IA3Config(TargetedConfig, ActivationMethod):
 
     prefix: ClassVar[str] = "ia3_"
     layers: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d", "conv2d", "conv3d"})
-    without_effect: ClassVar[dict[str, Any]] = {}
 
     def __post_init__(self) -> None:
         super().__post_init__()
