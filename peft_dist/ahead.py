@@ -50,6 +50,20 @@ class LookAhead:
             self._watches = False
             handle.remove()
 
+    def leave_cache(self, kwargs: dict[str, Any]) -> None:
+        """Turns the cache off in the arguments of generate, where a run over all tokens decides.
+
+        Raises:
+            ConfigError: they turn it on.
+        """
+        if not self.serving():
+            return
+        if kwargs.get("use_cache"):
+            raise ConfigError(
+                "generate: use_cache cannot be True: an adapter here decides from a run over all tokens. Leave it out."
+            )
+        kwargs["use_cache"] = False
+
     def serving(self) -> list[str]:
         """The adapters that serve now and need the run before."""
         tuner = self.tuner

@@ -211,13 +211,7 @@ class PeftModel(PromptedModel):
         with self._naming(adapter_names), self.base_model.reading(kwargs):
             if self._prompting():
                 return self._generate_prompted(args, kwargs)
-            if self.base_model.look_ahead.serving():
-                if kwargs.get("use_cache"):
-                    raise ConfigError(
-                        "generate: use_cache cannot be True: an adapter here decides from a run over all tokens. "
-                        "Leave it out."
-                    )
-                kwargs["use_cache"] = False
+            self.base_model.look_ahead.leave_cache(kwargs)
             return self.get_base_model().generate(*args, **kwargs)
 
     def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:

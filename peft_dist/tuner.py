@@ -251,6 +251,12 @@ class BaseTuner(hooks.Hooks, PooledModule):
             outputs.loss = loss + extra
         return outputs
 
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The base's generate with its adapters."""
+        with self.reading(kwargs):
+            self.look_ahead.leave_cache(kwargs)
+            return self.model.generate(*args, **kwargs)  # type: ignore[operator]
+
     @contextlib.contextmanager
     def reading(self, kwargs: dict[str, Any]) -> Iterator[None]:
         """Takes what adapters read of a batch out of a call's `kwargs`; their layers find it within the

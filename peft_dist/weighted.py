@@ -17,10 +17,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from peft_dist import combine
+from peft_dist import checkpoint, combine
 from peft_dist.adapted import Adapted, AdapterModule, Replaced
 from peft_dist.errors import AdapterError, ConfigError, suggest
 from peft_dist.inject import adapter_modules
+from peft_dist.methods.lora.plain import as_plain
 
 EXACT = ("linear", "cat")
 _OF_DELTAS = ("svd", "ties", "dare_linear", "dare_ties", "magnitude_prune")
@@ -113,6 +114,19 @@ class WeightedLora:
                 for key, tensor in module.tensors(adapter_name).items():
                     tensor.copy_(module.tensors(kept[name])[key])
         self.set_requires_grad(adapter_name, False)
+
+    def subtract_mutated_init(
+        self: Any, output_state_dict: Mapping[str, Tensor], adapter_name: str, kwargs: Any = None
+    ) -> dict[str, Tensor]:
+        """The tensors of an adapter that started from the base's own directions, as a plain LoRA of twice its rank.
+
+        Args:
+            output_state_dict: its tensors now. adapter_name: an adapter that has those of its start.
+        """
+        initial = checkpoint.state_dict(self, adapter_name, (kwargs or {}).get("state_dict"))
+        # A PeftModel's names begin one part higher.
+        initial |= {f"base_model.{key}": tensor for key, tensor in initial.items()}
+        return as_plain(self.peft_config[adapter_name], output_state_dict, initial)[1]
 
 
 class WeightedIA3:

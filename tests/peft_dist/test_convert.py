@@ -158,3 +158,18 @@ def test_conversions_that_are_refused() -> None:
         peft_dist.convert_to_lora(biased, 2)
     with pytest.raises(ConversionError, match="adapter 'other' changes no layer here"):
         peft_dist.convert_to_lora(ours, 2, "other")
+
+
+def test_tensors_without_their_start() -> None:
+    ours = peft_dist.get_peft_model(bases.llama(), peft_dist.LoraConfig(**LORA, init_lora_weights="olora"))
+    ours.add_adapter("initial", peft_dist.LoraConfig(**LORA))
+    with torch.no_grad():
+        mine, start = ours.adapter_tensors(), ours.adapter_tensors("initial")
+        for key, tensor in start.items():
+            tensor.copy_(mine[key])
+    disturb(ours)
+    now = peft_dist.get_peft_model_state_dict(ours)
+    plain = ours.base_model.subtract_mutated_init(now, "initial")
+    wanted = as_plain(ours.peft_config["default"], now)[1]
+    assert plain.keys() == wanted.keys()
+    assert all(torch.equal(plain[key], tensor) for key, tensor in wanted.items())
