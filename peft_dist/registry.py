@@ -123,12 +123,22 @@ def _types() -> list[str]:
     return [PeftType[name] for name in METHODS]
 
 
+def _prefix(name: str) -> str:
+    """As HF PEFT registers it: the method's name where its tensors hang on no layer of their own."""
+    start = prefix_of(name)
+    return start if start.rstrip("_") in _NAMED_OTHERWISE or mixes(name) else f"{str(name).lower()}_"
+
+
+# Prefixes of methods that stand alone on their layers.
+_NAMED_OTHERWISE = frozenset({"osf", "poly"})
+
+
 def _mixing() -> list[str]:
     return [PeftType[name] for name in METHODS if mixes(name)]
 
 
 PEFT_TYPE_TO_CONFIG_MAPPING = Column(config_class, _types)
 PEFT_TYPE_TO_TUNER_MAPPING = Column(lambda name: tuner.tuner_class(name), _types)
-PEFT_TYPE_TO_PREFIX_MAPPING = Column(prefix_of, _types)
+PEFT_TYPE_TO_PREFIX_MAPPING = Column(_prefix, _types)
 PEFT_TYPE_TO_MIXED_MODEL_MAPPING = Column(lambda name: tuner.tuner_class(name), _mixing)
 MODEL_TYPE_TO_PEFT_MODEL_MAPPING = Column(lambda name: tasks.TASK_CLASSES[name], lambda: list(TaskType))

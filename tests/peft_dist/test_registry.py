@@ -8,6 +8,7 @@ import sys
 import textwrap
 from pathlib import Path
 
+import peft
 import pytest
 
 import peft_dist
@@ -408,3 +409,20 @@ def test_members_are_of_capitals() -> None:
         "PeftType.extend: 'my method'; a member is of capitals, digits and underscores, and does not end in one. "
         "Did you mean 'MY_METHOD'?"
     )
+
+
+@pytest.mark.parametrize("kind", ["CONFIG", "TUNER", "PREFIX"])
+def test_the_mappings_are_theirs(kind) -> None:
+    """By the names of the classes; BONE is gone from HF PEFT."""
+    mine = getattr(peft_dist, f"PEFT_TYPE_TO_{kind}_MAPPING")
+    other = getattr(peft.mapping, f"PEFT_TYPE_TO_{kind}_MAPPING")
+    for peft_type in mine:
+        if peft_type != "BONE":
+            theirs = other[peft.PeftType(str(peft_type))]
+            assert getattr(mine[peft_type], "__name__", mine[peft_type]) == getattr(
+                theirs, "__name__", theirs
+            )
+    tasks = peft_dist.MODEL_TYPE_TO_PEFT_MODEL_MAPPING
+    assert {str(task): cls.__name__ for task, cls in tasks.items()} == {
+        task: cls.__name__ for task, cls in peft.MODEL_TYPE_TO_PEFT_MODEL_MAPPING.items()
+    }
