@@ -138,7 +138,7 @@ def test_a_share_of_the_strength_decides_the_ranks() -> None:
 
 def test_conversions_that_are_refused() -> None:
     scaled = peft_dist.get_peft_model(bases.llama(), peft_dist.IA3Config(task_type="CAUSAL_LM"))
-    with pytest.raises(ConversionError, match="IA3Config changes more of .* than its weight"):
+    with pytest.raises(ConversionError, match=r"IA3Config changes more of .* than its weight"):
         peft_dist.convert_to_lora(scaled, 2)
     ours = peft_dist.get_peft_model(bases.llama(), peft_dist.LoraConfig(**LORA))
     for rank, message in (
@@ -151,7 +151,7 @@ def test_conversions_that_are_refused() -> None:
     embedded = peft_dist.get_peft_model(
         bases.llama(), peft_dist.LoraConfig(r=2, target_modules=["embed_tokens"], task_type="CAUSAL_LM")
     )
-    with pytest.raises(ConversionError, match="'model.embed_tokens' is no linear layer"):
+    with pytest.raises(ConversionError, match=r"'model.embed_tokens' is no linear layer"):
         peft_dist.convert_to_lora(embedded, 2)
     biased = peft_dist.get_peft_model(bases.llama(), peft_dist.LoraConfig(**LORA, bias="all"))
     with pytest.raises(ConfigError, match="trains biases"):

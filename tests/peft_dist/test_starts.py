@@ -484,3 +484,11 @@ def test_two_dora_adapters_sum_what_each_changes() -> None:
 
 def low_rank(module, name: str) -> torch.Tensor:
     return module.scaling[name] * module.lora_B[name].weight @ module.lora_A[name].weight
+
+
+def test_a_bias_on_a_layer_without_one_is_said() -> None:
+    config = peft_dist.LoraConfig(**{**LORA, "target_modules": ["down_proj"]}, lora_bias=True)
+    with pytest.warns(UserWarning, match=r"'model.layers.0.mlp.down_proj' has no bias, so that it cannot be merged"):
+        ours = peft_dist.get_peft_model(bases.llama(), config)
+    with pytest.raises(PeftDistError, match="has no bias to add to"):
+        ours.merge_adapter()

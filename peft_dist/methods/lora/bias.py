@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,10 @@ class Biased(Variant):
             raise ConfigError(
                 f"LoraConfig.lora_bias: {site.name!r} is a {site.kind}, where B has no bias. Leave it out of "
                 "the targets, or lora_bias."
+            )
+        if not site.bias:
+            warnings.warn(
+                f"LoraConfig.lora_bias: {site.name!r} has no bias, so that it cannot be merged.", stacklevel=2
             )
         return True
 
