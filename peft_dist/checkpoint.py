@@ -199,7 +199,7 @@ def load_state_dict(
     """
     _known_adapter(model, adapter_name)
     held = holders(model, adapter_name)
-    config = getattr(model, "peft_config", {}).get(adapter_name)
+    config: Any = getattr(model, "peft_config", {}).get(adapter_name)
     if _defines(config, "fitted"):
         tensors = config.fitted(tensors, adapter_parameters(model, adapter_name))
     embeddings = {key: p for key, p in _all_embeddings(model).items() if key in tensors}
@@ -219,7 +219,7 @@ def load_state_dict(
     _check_finite(adapter_name, tensors, used)
     for holder in held:
         if isinstance(holder.method, PromptMethod):
-            holder.module.take_saved_form(adapter_name)  # type: ignore[attr-defined]
+            holder.module.take_saved_form(adapter_name)  # type: ignore[attr-defined, operator]
     missing = []
     for holder, restored in given:
         device = _device(holder.module)
@@ -315,7 +315,7 @@ def _site(holder: _Holder) -> Site:
 
 def _derive(holder: _Holder, names: Sequence[str]) -> None:
     if hasattr(type(holder.module), "complete"):
-        holder.module.complete(holder.adapter, names, holder.module.base)  # type: ignore[attr-defined]
+        holder.module.complete(holder.adapter, names, holder.module.base)  # type: ignore[attr-defined, operator]
         return
     with torch.no_grad():
         for name in names:

@@ -1,7 +1,7 @@
 """HF PEFT as the oracle: what one library saves the other loads, with equal logits and gradients.
 
 fp32, two layers: the libraries add the same terms in another order, so logits agree to 1e-5 and gradients to
-1e-5 of their largest entry.
+2e-5 of their largest entry.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def compare(ours: peft_dist.PeftModel, theirs: peft.PeftModel, trainable: bool, 
         if key.endswith(WRONG[name]):
             continue
         size = others[key].abs().max().item() + 1e-8
-        assert (gradient - others[key]).abs().max().item() <= 1e-5 * max(size, 1e-3), key
+        assert (gradient - others[key]).abs().max().item() <= 2e-5 * max(size, 1e-3), key
 
 
 @each

@@ -102,6 +102,23 @@ PARITY = {
     "dora classifier": Parity(
         "classifier", "LoraConfig", {"r": 4, "use_dora": True, "use_rslora": True, "task_type": "SEQ_CLS"}
     ),
+    "dora on convolutions": Parity(
+        "convs",
+        "LoraConfig",
+        {"r": 4, "use_dora": True, "target_modules": ["stem", "point", "wave", "embed", "head"]},
+    ),
+    "lora_bias on convolutions": Parity(
+        "convs",
+        "LoraConfig",
+        {"r": 4, "lora_bias": True, "target_modules": ["stem", "point", "wave", "head"]},
+    ),
+    "dora with dropout": Parity("llama", "LoraConfig", {**_LORA, "use_dora": True, "lora_dropout": 0.3}),
+    "dora with biases": Parity("llama", "LoraConfig", {**_LORA, "use_dora": True, "bias": "all"}),
+    "dora with a head and tokens": Parity(
+        "llama",
+        "LoraConfig",
+        {**_LORA, "use_dora": True, "modules_to_save": ["lm_head"], "trainable_token_indices": [3, 5]},
+    ),
     "lora_bias": Parity("llama", "LoraConfig", {**_LORA, "lora_bias": True}),
     "orthogonal": Parity("llama", "LoraConfig", {**_LORA, "init_lora_weights": "orthogonal"}),
     "gaussian": Parity("llama", "LoraConfig", {**_LORA, "init_lora_weights": "gaussian"}),
