@@ -178,3 +178,73 @@ def test_what_is_not_here_says_so_when_used() -> None:
         _ = peft_dist.tuners.lora.nothing
     assert json.dumps(peft_dist.utils.peft_types.PeftType.LORA) == '"LORA"'
     assert not any(isinstance(m, AdapterModule) for m in bases.llama().modules())
+
+
+def of_both(path: str, name: str) -> tuple:
+    return tuple(
+        getattr(importlib.import_module(f"{library}.{path}"), name) for library in ("peft_dist", "peft")
+    )
+
+
+CONSTANTS = (
+    "WEIGHTS_NAME",
+    "SAFETENSORS_WEIGHTS_NAME",
+    "CONFIG_NAME",
+    "EMBEDDING_LAYER_NAMES",
+    "SEQ_CLS_HEAD_NAMES",
+    "INCLUDE_LINEAR_LAYERS_SHORTHAND",
+    "TOKENIZER_CONFIG_NAME",
+    "DUMMY_TARGET_MODULES",
+    "MIN_TARGET_MODULES_FOR_OPTIMIZATION",
+    "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING",
+)
+
+
+def test_functions_give_what_theirs_give(tmp_path) -> None:
+    ids = torch.tensor([[5, 6, -100, 7]])
+    generator = torch.Generator().manual_seed(0)
+    W = torch.randn(6, 4, generator=generator)
+    cache = tuple(torch.randn(2, 3, 4, 5, 6, generator=generator) for _ in range(4))
+    for path, name, arguments in (
+        ("utils", "shift_tokens_right", (ids, 1, 0)),
+        ("utils.other", "transpose", (W, True)),
+        ("utils.other", "get_pattern_key", (["q.*", "v"], "layers.0.qkv")),
+        ("utils.other", "get_pattern_key", (["x"], "layers.0.qkv")),
+        ("utils.other", "match_target_against_key", ("a.*", "b")),
+        ("utils", "infer_device", ()),
+        ("tuners.osf.utils", "decompose_weight_matrix", (W, 2)),
+        ("utils.constants", "bloom_model_postprocess_past_key_value", (cache,)),
+        ("utils.constants", "starcoder_model_postprocess_past_key_value", (cache,)),
+    ):
+        ours, theirs = of_both(path, name)
+        mine, other = ours(*arguments), theirs(*arguments)
+        torch.testing.assert_close(mine, other, msg=name) if not isinstance(mine, (str, type(None))) else None
+        assert isinstance(mine, torch.Tensor | dict | tuple) or mine == other, name
+    for name in CONSTANTS:
+        mine, other = of_both("utils.constants", name)
+        assert mine == other, name
+    model = peft_dist.get_peft_model(bases.llama(), peft_dist.LoraConfig(target_modules=["q_proj"]))
+    model.save_pretrained(tmp_path)
+    mine, other = (library.load_peft_weights(tmp_path, device="cpu") for library in (peft_dist, peft))
+    torch.testing.assert_close(mine, other)
+
+
+def test_projected_gradients_are_theirs() -> None:
+    ours, theirs = of_both("tuners.osf.utils", "project_gradient_to_orthogonal_space")
+    taken_apart = [
+        of_both("tuners.osf.utils", "decompose_weight_matrix")[0](torch.eye(6)[:, :4] * 2 + 0.1, 2)
+        for _ in "ab"
+    ]
+    for parts, project in zip(taken_apart, (ours, theirs), strict=True):
+        for key in ("U_low", "S_low", "V_low"):
+            parts[key].grad = torch.ones_like(parts[key])
+        project(parts)
+    for key in ("U_low", "S_low", "V_low"):
+        torch.testing.assert_close(taken_apart[0][key].grad, taken_apart[1][key].grad)
+
+
+def test_what_reads_pickles_is_refused() -> None:
+    with pytest.raises(ValueError, match="only safetensors are read"):
+        peft_dist.utils.save_and_load.torch_load("x")
+    with pytest.raises(ValueError, match="modules_to_save"):
+        peft_dist.utils.other.set_additional_trainable_modules()
