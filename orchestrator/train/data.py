@@ -146,6 +146,12 @@ def load_examples(spec: JobSpec, tokenizer: Any, *, max_len: int | None) -> Exam
     evaluation = _first_of_each(candidates, spec.eval.max_rows)
     shared = sum(example.row_hash in outside for example in every) if spec.eval.datasets else 0
     facts = task_class(spec).facts(every)
+    if task_class(spec).has_labels and len(facts.labels) < 2:
+        raise DataError(
+            f"all {len(every)} rows have the same label, '{facts.labels[0]}': there is nothing to tell apart.",
+            where=", ".join(dataset.path for dataset in spec.data.datasets),
+            hint="Look at them with `raypeft inspect`; check which column the labels are in.",
+        )
     if spec.eval.datasets:
         task_class(spec)(tokenizer, facts).check(evaluation)
     report = account.report(train, evaluation, shared)

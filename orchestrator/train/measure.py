@@ -20,6 +20,7 @@ from .model import load_frozen_base
 from .task_file import read_task_file
 from .task_ids import task_numbers
 from .tasks import Facts, task_class
+from .tasks.task import pad_id
 from .tokenizer import load_tokenizer
 
 
@@ -49,7 +50,8 @@ def measure_adapter(spec: JobSpec, adapter_dir: str) -> dict[str, float]:
     task = kind(tokenizer, facts, takes_task_ids=task_numbers(with_adapter.adapter) is not None)
     task.check(rows)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    base = load_frozen_base(spec, "fp32", device, labels=facts.labels if kind.has_labels else None)
+    labels = facts.labels if kind.has_labels else None
+    base = load_frozen_base(spec, "fp32", device, labels=labels, pad_token_id=pad_id(tokenizer))
     metrics = measured_metrics(spec)
     bare = evaluate_adapter(base, task, None, rows, spec.eval, metrics, device=device)
     adapted = evaluate_adapter(base, task, adapter_dir, rows, spec.eval, metrics, device=device)

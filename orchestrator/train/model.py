@@ -30,12 +30,18 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def load_frozen_base(
-    spec: JobSpec, precision: str, device: str, *, labels: Sequence[str] | None = None
+    spec: JobSpec,
+    precision: str,
+    device: str,
+    *,
+    labels: Sequence[str] | None = None,
+    pad_token_id: int | None = None,
 ) -> nn.Module:
     """The base in the run's dtype on the worker's device, its own dropout silent unless `base_dropout`.
 
     Args:
         labels: of a head that tells them apart; a new head is the same on every rank and attempt.
+        pad_token_id: for a config that names none, without which some decoders classify no two texts at once.
     """
     torch.manual_seed(spec.training.seed)
     base = load_base(
@@ -46,10 +52,13 @@ def load_frozen_base(
         trust_remote_code=spec.model.trust_remote_code,
         labels=labels,
     )
+    config: Any = base.config
+    if getattr(config, "pad_token_id", None) is None and labels is not None:
+        config.pad_token_id = pad_token_id
     if not spec.training.base_dropout:
         silence_dropout(base)
     if looks_ahead(spec.adapter.type):
-        base.config.use_cache = False  # type: ignore[union-attr]
+        config.use_cache = False
     return base.to(device)
 
 

@@ -32,6 +32,7 @@ from .starts import ROWS
 from .task_file import check_labels, read_task_file, write_task_file
 from .task_ids import task_numbers
 from .tasks import Batch, Row, task_class
+from .tasks.task import pad_id
 from .tokenizer import load_tokenizer
 
 
@@ -104,7 +105,9 @@ class _Run:
             self._emit("warning", message=NO_TEMPLATE)
         kind = task_class(self.spec)
         labels = self.examples.facts.labels if kind.has_labels else None
-        base = load_frozen_base(self.spec, precision, group.device, labels=labels)
+        base = load_frozen_base(
+            self.spec, precision, group.device, labels=labels, pad_token_id=pad_id(self.tokenizer)
+        )
         checkpoint = self._newest()
         state = checkpoint.optimizer_state() if checkpoint else {}
         is_raw = raw_tensors.are_in(state)

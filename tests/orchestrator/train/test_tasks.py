@@ -8,7 +8,15 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import (
+    AutoTokenizer,
+    BertConfig,
+    BertModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
+)
 
 import peft_dist
 from orchestrator.errors import DataError, ModelError
@@ -29,6 +37,7 @@ from peft_dist.loading import load_base
 
 from .chats import TINY_LLAMA
 from .tasks import KINDS, row, task_job
+from .test_run import Recorder
 from .tiny import plan, request
 
 
@@ -394,3 +403,97 @@ def test_answers_do_not_depend_on_the_batch(kind, tmp_path):
         )
     else:
         assert one == many
+
+
+# ---- other bases
+
+
+def save_encoder(folder):
+    """A random BERT of 2 layers x 32 over letters."""
+    letters = [f"{mark}{chr(code)}" for mark in ("", "##") for code in range(33, 127)]
+    core = Tokenizer(
+        models.WordPiece({t: n for n, t in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *letters])})
+    )
+    core.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    core.decoder = decoders.WordPiece()
+    core.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]",
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+    )  # fmt: skip
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
+        max_position_embeddings=128, pad_token_id=0,
+    )  # fmt: skip
+    BertModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "seq2seq"])
+def test_an_encoder_is_a_base_too(kind, tmp_path):
+    save_encoder(tmp_path / "bert")
+    spec = task_job(tmp_path, kind, model={"base_model": str(tmp_path / "bert")}, training={"num_epochs": 5})
+    told = Recorder()
+    train(request(tmp_path, spec, plan(micro=12)), reporter=told)
+    losses = [event["loss"] for event in told.of("progress")]
+    assert losses[-1] < losses[0]
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "bert")
+    rows = load_examples(spec, tokenizer, max_len=128).train
+    if kind == "qa":
+        (window,) = rows[0].windows
+        assert window.null == 0 and window.types == [int(each) for each in window.types] and 1 in window.types
+    if kind == "classification":
+        pair = BY_TYPE[kind].read(
+            SourceRow({"text": "a", "text_pair": "b", "label": "odd"}, "x:1"),
+            DatasetSpec(path="x", type=kind),
+        )
+        (one,) = BY_TYPE[kind].render([pair], tokenizer, 16)
+        assert one.types == [0, 0, 0, 1, 1] and one.input_ids[0] == tokenizer.cls_token_id
+
+
+def test_a_decoder_without_a_padding_token_classifies_batches(tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(task_job(tmp_path, "classification").model.base_model)
+    tokenizer.pad_token = None
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=4, n_positions=128, bos_token_id=None
+    )
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    tokenizer.save_pretrained(tmp_path / "gpt2")
+    spec = task_job(
+        tmp_path, "classification", model={"base_model": str(tmp_path / "gpt2")}, training={"num_epochs": 5}
+    )
+    told = Recorder()
+    train(request(tmp_path, spec, plan(micro=12)), reporter=told)
+    losses = [event["loss"] for event in told.of("progress")]
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_half_precision(kind, tmp_path):
+    spec = task_job(tmp_path, kind, training={"max_steps": 3})
+    full = train(request(tmp_path, spec, plan(micro=4), run="full"))
+    half = train(request(tmp_path, spec, plan(micro=4), run="half"), precision="bf16")
+    # eight bits of mantissa in the base and the activations; cosines over a temperature of 0.05 show them most
+    assert half.metrics["eval_loss"] == pytest.approx(full.metrics["eval_loss"], rel=0.1, abs=0.05)
+
+
+@pytest.mark.parametrize("kind", ["classification", "token-classification"])
+def test_one_label_alone_is_refused(kind, tmp_path):
+    found = [
+        {"text": str(n), "label": "x"} if kind == "classification" else {"tokens": [str(n)], "tags": ["x"]}
+        for n in range(9)
+    ]
+    path = tmp_path / f"{kind}.jsonl"
+    path.write_text("".join(json.dumps(each) + "\n" for each in found))
+    spec = task_job(tmp_path, kind)
+    with pytest.raises(
+        DataError, match=r"all 9 rows have the same label, 'x': there is nothing to tell apart"
+    ):
+        load_examples(spec, AutoTokenizer.from_pretrained(spec.model.base_model), max_len=128)
