@@ -636,13 +636,9 @@ class PromptedModel(PooledModule):
         self._count_places(behind, block if steps else None)
         if not behind.longest and not block.longest:
             return inputs, None
-        own = (
-            self._decoders_length(inputs)
-            if block.tokens is None
-            else inputs["decoder_inputs_embeds"].shape[1]
-        )
         mask = _plain_mask(inputs, "decoder_attention_mask")
         if mask is None and uneven:
+            own = self._decoders_length(inputs)
             mask = torch.ones(len(names), own, dtype=torch.long, device=device)
         left = None
         if block.tokens is not None:
@@ -782,7 +778,7 @@ class PromptedModel(PooledModule):
         if kwargs.get("attention_mask") is None and ids is not None:
             kwargs["attention_mask"] = self._shown(ids, kwargs)
         self._prompt_encoder(names, kwargs)
-        return {key: value for key, value in kwargs.items() if value is not None}
+        return kwargs
 
     def _shown(self, input_ids: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """The attention mask that generate infers where none is given: padding is hidden unless it ends
@@ -839,6 +835,10 @@ def base_sizes(base: Any, width: int) -> BaseSizes:
         return BaseSizes(width, 0, 0, 0, 0, 0)
     whole, keeps = facts.get_text_config(), facts.get_text_config(decoder=True)
     heads = getattr(keeps, "num_attention_heads", None) or 0
+    kv_heads = getattr(keeps, "num_key_value_heads", None)
+    if kv_heads is None and getattr(keeps, "multi_query", False):
+        # Falcon: its newer decoders keep what each head reads.
+        kv_heads = None if getattr(keeps, "new_decoder_architecture", False) else 1
     return BaseSizes(
         width=width,
         num_layers=getattr(whole, "num_hidden_layers", None) or 0,
@@ -846,7 +846,7 @@ def base_sizes(base: Any, width: int) -> BaseSizes:
         num_kv_layers=getattr(facts, "num_decoder_layers", None)
         or getattr(keeps, "num_hidden_layers", None)
         or 0,
-        num_kv_heads=getattr(keeps, "num_key_value_heads", None) or heads,
+        num_kv_heads=kv_heads or heads,
         kv_width=getattr(keeps, "head_dim", None) or getattr(keeps, "hidden_size", 0) // max(heads, 1),
         num_stacks=_num_stacks(base),
     )

@@ -11,8 +11,12 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     DistilBertConfig,
     DistilBertForSequenceClassification,
+    FalconConfig,
+    FalconForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -94,6 +98,16 @@ def test_what_made_the_tokens_is_not_saved_and_training_goes_on_from_them(name, 
         theirs = make(name, peft)
         peft.set_peft_model_state_dict(theirs, saved)
         assert not torch.allclose(theirs.eval()(IDS).logits, model(IDS).logits, atol=1e-2)
+
+
+@pytest.mark.parametrize("name", ["p-tuning", "p-tuning by an LSTM", "prefix on GPT-2", "cpt"])
+def test_for_inference_nothing_is_built_that_is_not_saved(name) -> None:
+    model = make(name, peft_dist, inference_mode=True)
+    tokens = {n: p for n, p in model.named_parameters() if n.startswith("prompt_encoder")}
+    assert list(tokens) == ["prompt_encoder.default.embedding.weight"]
+    assert not any(p.requires_grad for p in model.parameters())
+    saved = peft_dist.get_peft_model_state_dict(model)
+    assert list(saved) == ["prompt_embeddings"] and torch.equal(saved["prompt_embeddings"], *tokens.values())
 
 
 def test_a_context_goes_on_in_its_balls(tmp_path) -> None:
@@ -202,6 +216,22 @@ def test_an_adaption_prompt_of_other_widths() -> None:
     theirs = peft.get_peft_model(MistralForCausalLM(facts), peft.AdaptionPromptConfig(**values))
     with pytest.raises(RuntimeError):
         theirs(IDS)
+
+
+def test_widths_that_a_config_says_otherwise() -> None:
+    sizes = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    narrow = OPTConfig(**sizes, ffn_dim=24, word_embed_proj_dim=12, max_position_embeddings=40)
+    for base, facts, kind, shape in (
+        (OPTForCausalLM, narrow, "prompt", (3, 12)),
+        (FalconForCausalLM, FalconConfig(**sizes), "past", (3, 2 * 2 * 8)),
+    ):
+        model = peft_dist.get_peft_model(base(facts), config(kind))
+        assert tuple(peft_dist.get_peft_model_state_dict(model)["prompt_embeddings"].shape) == shape
+        assert model(IDS, labels=IDS).loss.isfinite()
+        hf = {"prompt": peft.PromptTuningConfig, "past": peft.PrefixTuningConfig}[kind]
+        theirs = peft.get_peft_model(base(facts), hf(task_type="CAUSAL_LM", num_virtual_tokens=3))
+        with pytest.raises(RuntimeError):
+            theirs(IDS)
 
 
 @pytest.mark.parametrize("n", [4, 9])

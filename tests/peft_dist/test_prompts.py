@@ -393,6 +393,16 @@ def test_what_a_decoder_cannot_honour_is_refused(monkeypatch) -> None:
         peft(encoder_outputs=(torch.randn(2, 6, 16),), decoder_input_ids=x)
 
 
+def test_what_generate_is_told_is_none_stays_so() -> None:
+    """`eos_token_id=None` means that nothing ends a text, not that it was not said."""
+    peft = model("bart", "SEQ_2_SEQ_LM", "prompt")
+    how = {"input_ids": ids(2), "max_new_tokens": 4, "do_sample": False}
+    first = peft.generate(**how, eos_token_id=None)[0, 1].item()
+    assert peft.generate(**how, eos_token_id=None).shape == (2, 5)
+    peft.get_base_model().generation_config.eos_token_id = first
+    assert peft.generate(**how, eos_token_id=None).shape == (2, 5)
+
+
 def test_tasks_of_rows() -> None:
     peft = model("llama", "CAUSAL_LM", "tasks")
     x = ids(2)
