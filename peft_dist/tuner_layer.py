@@ -324,6 +324,16 @@ class HookedTensors:
             for key, t in self.tensors(adapter).items()
         }
 
+    def part(self, adapter: str) -> None:
+        """Nothing to do: no adapter's tensors are another's."""
+        return None
+
+    unite = part
+
+    def shared(self, adapter: str) -> dict[str, Any]:
+        """None: what layers share is the method's own affair."""
+        return {}
+
     def materialise(self, adapter: str, device: Any) -> None:
         """Gives tensors that rest on meta real memory on the base layer's device, unfilled."""
         layer = self._layer
