@@ -60,6 +60,61 @@ class _LowRank(Node):
         return g_x, g_entered, None, None, g_A, g_B, None
 
 
+def projected(
+    x: Tensor,
+    entered: Tensor,
+    W: Tensor,
+    b: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    outer: Tensor,
+    inner: Tensor,
+) -> Tensor:
+    """x W^T + b + outer * ((inner * (entered A^T)) B^T) with frozen A and B; `entered` may be x itself."""
+    return _Projected.run(x, entered, W, b, A, B, outer, inner)
+
+
+class _Projected(Node):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        entered: Tensor,
+        W: Tensor,
+        b: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        outer: Tensor,
+        inner: Tensor,
+    ) -> Tensor:
+        rows = flat(x)
+        h = torch.mm(rows if entered is x else flat(entered), A.T)
+        ctx.save_for_backward(h, W, A, B, outer, inner)
+        ctx.shape, ctx.is_same = x.shape, entered is x
+        y = linear(rows, W, b).addmm_(h, (B * inner).mul_(outer[:, None]).T)
+        return y.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def gradients(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        h, W, A, B, outer, inner = ctx.saved_tensors
+        wanted = ctx.needs_input_grad
+        g_x = g_entered = g_outer = g_inner = None
+        scaled = B * inner
+        if wanted[6] or wanted[7]:
+            both = torch.mm(g.T, h)
+            g_outer = (both * scaled).sum(1)
+            g_inner = torch.mv(both.mul_(B).T, outer)
+        if wanted[0] or wanted[1]:
+            u = torch.mm(g, scaled.mul_(outer[:, None]))
+            g_x = torch.mm(g, W) if wanted[0] else None
+            if not ctx.is_same:
+                g_entered = torch.mm(u, A).view(ctx.shape) if wanted[1] else None
+            elif g_x is not None:
+                g_x.addmm_(u, A)
+        g_x = None if g_x is None else g_x.view(ctx.shape)
+        return g_x, g_entered, None, None, None, None, g_outer, g_inner
+
+
 def stretched(
     x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, m: Tensor, scaling: float
 ) -> Tensor:

@@ -16,6 +16,7 @@ from peft_dist.catalog import config_class
 
 IN, OUT, R = 24, 36, 4
 W, B_ = torch.randn(OUT, IN, dtype=torch.float64), torch.randn(OUT, dtype=torch.float64)
+P, Q = torch.randn(R, IN, dtype=torch.float64), torch.randn(OUT, R, dtype=torch.float64)
 EYE = torch.eye(4, dtype=torch.float64)
 
 
@@ -45,6 +46,16 @@ NODES = {
         lambda b, x, e, A, B: fused.low_rank(x, e, W, b, A, B, 0.5),
         lambda b, x, e, A, B: F.linear(x, W, b) + 0.5 * (e @ A.T) @ B.T,
         ((2, 5, IN), (R, IN), (OUT, R)),
+    ),
+    "projected": (
+        lambda b, x, outer, inner: fused.projected(x, x, W, b, P, Q, outer, inner),
+        lambda b, x, outer, inner: F.linear(x, W, b) + outer * ((inner * (x @ P.T)) @ Q.T),
+        ((OUT,), (R,)),
+    ),
+    "projected of another input": (
+        lambda b, x, e, outer, inner: fused.projected(x, e, W, b, P, Q, outer, inner),
+        lambda b, x, e, outer, inner: F.linear(x, W, b) + outer * ((inner * (e @ P.T)) @ Q.T),
+        ((2, 5, IN), (OUT,), (R,)),
     ),
     "stretched": (
         lambda b, x, A, B, m: fused.stretched(x, W, b, A, B, m, 0.5),

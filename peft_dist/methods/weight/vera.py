@@ -12,13 +12,16 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from peft_dist import starts
 from peft_dist.config import TargetedConfig
-from peft_dist.contract import Method, Param, Params, Site
+from peft_dist.contract import BaseLayer, Enter, Method, Param, Params, Site
 from peft_dist.errors import ConfigError
+from peft_dist.lazy import lazy
 from peft_dist.methods.weight import projections
 from peft_dist.methods.weight.low_rank import LowRankMethod
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+fused = lazy("peft_dist.fused")
 
 
 @dataclass
@@ -94,6 +97,14 @@ class VeraConfig(TargetedConfig, LowRankMethod):
 
     def pair(self, p: Params, site: Site) -> tuple[Tensor, Tensor]:
         return p["A"][:, : site.in_], p["b"][:, None] * p["B"][: site.out] * p["d"]
+
+    def forward(self, p: Params, base: BaseLayer, x: Tensor, enter: Enter) -> Tensor:
+        frozen = fused.plain(base, x, *p.values())
+        if not frozen:
+            return super().forward(p, base, x, enter)
+        (out, in_), entered = base.shape, enter(x)
+        y = fused.projected(x, entered, *frozen, p["A"][:, :in_], p["B"][:out], p["b"], p["d"])
+        return self.with_bias(y, p, base)
 
     def restore(self, saved: Mapping[str, Tensor], site: Site) -> Mapping[str, Tensor]:
         is_shared = site.kind == "module"
