@@ -96,6 +96,11 @@ def methods() -> list[method_rows.MethodRow]:
     return method_rows.method_rows()
 
 
+def method(name: str) -> method_rows.MethodRow:
+    """One adapter method with its fields; raises SpecError, with the closest name, where there is none."""
+    return method_rows.method_row(name)
+
+
 def templates() -> list[tuple[str, str]]:
     """Name and one line of each template of `init`."""
     return job_templates.list_templates()

@@ -10,6 +10,7 @@ import typer
 from .. import api
 from ..errors import RaypeftError
 from ..plan.view import plan_dict, print_plan
+from ..spec.words import show
 from .app import MAKE, AsJson, ClusterOption, Overrides, app, console, errors, print_json, print_table
 
 JobFile = Annotated[Path, typer.Argument(metavar="FILE", help="A job file.")]
@@ -114,12 +115,28 @@ def schema() -> None:
 
 
 @app.command(rich_help_panel=MAKE)
-def methods(as_json: AsJson = False) -> None:
-    """List the adapter methods with their papers and fields."""
+def methods(
+    name: Annotated[str | None, typer.Argument(help="One method's fields; left out: all methods.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the adapter methods with their tasks and papers, or the fields of one.
+
+    Example: raypeft methods adalora
+    """
+    if name is not None:
+        row = api.method(name)
+        if as_json:
+            print_json(row.to_dict())
+            return
+        fields = (
+            (each.name, each.takes, "required" if each.is_required else show(each.default), each.help)
+            for each in row.fields
+        )
+        print_table(f"{row.name}: {row.what}", ["field", "takes", "default", "what"], fields)
+        return
     rows = api.methods()
     if as_json:
         print_json([row.to_dict() for row in rows])
     else:
-        print_table(
-            "Methods", ["type", "what", "paper"], ((row.name, row.summary, row.paper) for row in rows)
-        )
+        cells = ((row.name, row.what, row.trains, "yes" if row.merges else "no", row.paper) for row in rows)
+        print_table("Methods", ["type", "what", "tasks", "merges", "paper"], cells)

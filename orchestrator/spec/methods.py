@@ -6,8 +6,9 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from peft_dist.catalog import METHODS, config_class
+from peft_dist.catalog import ALL_TASKS, METHODS, config_class
 
+from ..errors import SpecError, closest
 from .adapter import method_fields, method_names
 from .places import MISSING
 from .words import in_words
@@ -42,14 +43,24 @@ class MethodRow:
     fields: tuple[FieldRow, ...]
 
     @property
-    def summary(self) -> str:
-        """One line: what it is, and its keys."""
-        return f"{self.what}; {', '.join(field.name for field in self.fields)}"
+    def trains(self) -> str:
+        """Its tasks in a word: `all`, or their names."""
+        return "all" if set(self.tasks) == set(ALL_TASKS) else ", ".join(self.tasks)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as `--json` prints them."""
         fields = [{**vars(field), "aliases": list(field.aliases)} for field in self.fields]
         return {**vars(self), "tasks": list(self.tasks), "fields": fields}
+
+
+def method_row(name: str) -> MethodRow:
+    """One method. Raises SpecError, with the closest name, where there is none."""
+    kind = name.lower().replace("-", "_")
+    if kind not in method_names():
+        near = closest(kind, method_names())
+        hint = f"Closest: '{near[0]}'." if near else "List them: raypeft methods"
+        raise SpecError(f"'{name}' is not a method.", where="raypeft methods", hint=hint)
+    return _row(kind)
 
 
 def method_rows() -> list[MethodRow]:

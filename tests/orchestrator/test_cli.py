@@ -102,7 +102,21 @@ def test_methods_lists_the_catalog(raypeft):
     _, out, _ = raypeft("methods")
     rows = json.loads(raypeft("methods", "--json")[1])
     assert [row["name"] for row in rows] == [row.name for row in method_rows()]
-    assert all(row["name"] in out and row["paper"] in out for row in rows)
+    assert all(row["name"] in out and (row["paper"] or "HF PEFT") in out for row in rows)
+    lines = {line.split()[0]: line for line in out.splitlines() if line.strip()}
+    assert " all " in lines["lora"] and "CAUSAL_LM" in lines["cpt"] and " no " in lines["prompt_tuning"]
+
+
+def test_methods_shows_the_fields_of_one(raypeft):
+    code, out, _ = raypeft("methods", "AdaLoRA")
+    assert code == 0 and out.startswith("adalora: LoRA in SVD form")
+    (line,) = [line for line in out.splitlines() if line.startswith("target_r ")]
+    assert line.split() == ["target_r", "a", "whole", "number", "8", "mean", "rank", "at", "the", "end."]
+    assert {field["name"] for field in json.loads(raypeft("methods", "ia3", "--json")[1])["fields"]} >= {
+        "target_modules"
+    }
+    code, _, err = raypeft("methods", "loar")
+    assert code != 0 and "raypeft methods: 'loar' is not a method. Closest: 'lora'." in err
 
 
 def test_init_writes_a_job_that_validates_and_overwrites_nothing(raypeft, tmp_path):
