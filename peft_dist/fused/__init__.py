@@ -8,7 +8,7 @@ twice is refused by torch.
 from peft_dist.fused.changed import by_delta, changed, changed_by_kronecker, hadamard
 from peft_dist.fused.low_rank import low_rank, pooled, projected, reflected, stretched
 from peft_dist.fused.plain import exactly, plain
-from peft_dist.fused.scaled import scaled, scaled_input
+from peft_dist.fused.scaled import scaled_input
 from peft_dist.fused.turned import skew, turned, turned_by_series
 from peft_dist.fused.wavelet import synthesis
 
@@ -23,7 +23,6 @@ __all__ = [
     "pooled",
     "projected",
     "reflected",
-    "scaled",
     "scaled_input",
     "skew",
     "stretched",

@@ -1,4 +1,4 @@
-"""A frozen layer whose input or output channels are scaled: IA3."""
+"""A frozen layer whose input channels are scaled: IA3."""
 
 from __future__ import annotations
 
@@ -9,27 +9,6 @@ from torch import Tensor
 
 from peft_dist.fused.node import Node
 from peft_dist.fused.plain import flat, linear
-
-
-def scaled(x: Tensor, W: Tensor, b: Tensor | None, scale: Tensor) -> Tensor:
-    """scale * (x W^T + b)."""
-    return _Scaled.run(x, W, b, scale)
-
-
-class _Scaled(Node):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, scale: Tensor) -> Tensor:
-        y = linear(flat(x), W, b)
-        ctx.save_for_backward(y, W, scale)
-        ctx.shape = x.shape
-        return (y * scale).view(*x.shape[:-1], -1)
-
-    @staticmethod
-    def gradients(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        y, W, scale = ctx.saved_tensors
-        g_scale = sum_of_products(g, y) if ctx.needs_input_grad[3] else None
-        g_x = torch.mm(g * scale, W).view(ctx.shape) if ctx.needs_input_grad[0] else None
-        return g_x, None, None, g_scale
 
 
 def scaled_input(x: Tensor, W: Tensor, b: Tensor | None, scale: Tensor) -> Tensor:

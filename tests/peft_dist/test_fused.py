@@ -72,11 +72,6 @@ NODES = {
         lambda b, x, D: F.linear(x, W, b) + x.unflatten(-1, (-1, 3)).sum(-2) @ D,
         ((3, OUT),),
     ),
-    "scaled": (
-        lambda b, x, s: fused.scaled(x, W, b, s),
-        lambda b, x, s: F.linear(x, W, b) * s,
-        ((OUT,),),
-    ),
     "scaled_input": (
         lambda b, x, s: fused.scaled_input(x, W, b, s),
         lambda b, x, s: F.linear(x * s, W, b),

@@ -83,9 +83,9 @@ class IA3Config(TargetedConfig, ActivationMethod):
         return y if self.is_feedforward(base.site) else y * self._scale(p, base.site)
 
     def forward(self, p: Params, base: BaseLayer, x: Tensor, enter: Enter) -> Tensor:
-        if frozen := fused.plain(base, x, p["l"]):
-            run = fused.scaled_input if self.is_feedforward(base.site) else fused.scaled
-            return run(x, *frozen, p["l"].flatten())
+        # At the output a node of its own saves less than it costs.
+        if self.is_feedforward(base.site) and (frozen := fused.plain(base, x, p["l"])):
+            return fused.scaled_input(x, *frozen, p["l"].flatten())
         return super().forward(p, base, x, enter)
 
     def delta(self, p: Params, base: BaseLayer) -> Tensor:
