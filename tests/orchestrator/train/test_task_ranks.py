@@ -76,3 +76,22 @@ def test_a_stopped_run_goes_on_to_the_same(kind, tmp_path):
     second = on_rank(tmp_path, spec, plan(micro=4), "parts")
     assert difference(whole, second) == 0.0
     assert second.metrics["eval_loss"] == whole.metrics["eval_loss"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"), [("adalora", {"init_r": 4, "target_r": 2}), ("osf", {}), ("vera", {"r": 8})]
+)
+def test_methods_that_act_as_a_whole_do_so_on_every_rank(kind, fields, tmp_path):
+    """A budget over all layers, a projected gradient, tensors that layers share: the same whoever owns which."""
+    training = {
+        "max_steps": 4,
+        "num_epochs": 4,
+        "learning_rate": 0.02,
+        "optimizer": "sgd",
+        "max_grad_norm": 0,
+    }
+    spec = task_job(tmp_path, "classification", adapter={"type": kind, **fields}, training=training)
+    (alone,) = run_on_ranks(on_rank, 1, tmp_path, spec, plan(micro=8), "alone")
+    both = run_on_ranks(on_rank, 2, tmp_path, spec, plan(workers=2, accumulation=2, stage=2), "both")
+    # four plain steps in fp32, so that only the order of sums differs
+    assert difference(alone, both[0]) < 1e-5
