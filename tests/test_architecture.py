@@ -12,8 +12,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = {
     "peft_dist": [
         {"contract", "catalog", "errors", "lazy", "linalg", "starts", "config", "folder"},
-        {"base_layer", "targets", "sharding", "pool", "rows", "replicate", "layer_api", "incremental_pca", "loss"},
-        {"fused"},
+        {"base_layer", "fused", "targets", "sharding", "pool", "rows", "replicate", "layer_api", "incremental_pca", "loss"},
         {"methods"},
         {"adapted", "tuner_layer"},
         {"inject", "merge", "checkpoint", "optim", "hooks", "prompts", "prompt_encoders", "eva", "corda", "combine", "weighted", "convert", "ahead", "xlora", "loftq", "loraplus", "lorafa", "intruders", "savable"},
