@@ -301,7 +301,9 @@ def _restored(holder: _Holder, tensors: Mapping[str, Tensor]) -> tuple[dict[str,
         if key.startswith(start) and key[len(start) :].startswith(names)
     }
     there = holder.method.restore({key[len(start) :]: v for key, v in mine.items()}, _site(holder))
-    return {saved[key]: value for key, value in there.items() if key in saved}, set(mine)
+    # What it hands on as it was and nothing takes is as unknown as any other name.
+    left = {f"{start}{key}" for key in there if key not in saved}
+    return {saved[key]: value for key, value in there.items() if key in saved}, set(mine) - left
 
 
 def _defines(method: Any, function: str) -> bool:

@@ -9,7 +9,7 @@ import bitsandbytes
 import peft
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import peft_dist
 from peft_dist import corda, eva
@@ -488,7 +488,28 @@ def low_rank(module, name: str) -> torch.Tensor:
 
 def test_a_bias_on_a_layer_without_one_is_said() -> None:
     config = peft_dist.LoraConfig(**{**LORA, "target_modules": ["down_proj"]}, lora_bias=True)
-    with pytest.warns(UserWarning, match=r"'model.layers.0.mlp.down_proj' has no bias, so that it cannot be merged"):
+    with pytest.warns(
+        UserWarning, match=r"'model.layers.0.mlp.down_proj' has no bias, so that it cannot be merged"
+    ):
         ours = peft_dist.get_peft_model(bases.llama(), config)
     with pytest.raises(PeftDistError, match="has no bias to add to"):
         ours.merge_adapter()
+
+
+@pytest.mark.parametrize("more", [{}, {"use_dora": True}], ids=["lora", "dora"])
+def test_files_that_are_half_or_hold_more_are_refused(more, tmp_path) -> None:
+    config = peft_dist.LoraConfig(**LORA, init_lora_weights="pissa", **more)
+    peft_dist.get_peft_model(bases.llama(), config).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    start = next(key for key in tensors if key.endswith("lora_start_A"))
+    for changed, message in (
+        ({key: t for key, t in tensors.items() if key != start}, "has lora_start_B without its counterpart"),
+        (
+            {**tensors, start.replace("start_A", "other"): torch.zeros(2)},
+            r"unknown here, 1 tensors, .*lora_other",
+        ),
+    ):
+        save_file(changed, file)
+        with pytest.raises(PeftDistError, match=message):
+            peft_dist.PeftModel.from_pretrained(bases.llama(), tmp_path)

@@ -36,7 +36,9 @@ class Dora(Variant):
         return {**super().params(site), "m": lengths}
 
     def restore(self, saved: Mapping[str, Tensor], site: Site) -> Mapping[str, Tensor]:
-        return {LENGTHS if key == f"{LENGTHS}.weight" else key: t for key, t in saved.items()}
+        # As some versions of HF PEFT write it.
+        named = {LENGTHS if key == f"{LENGTHS}.weight" else key: t for key, t in saved.items()}
+        return super().restore(named, site)
 
     def start_from_base(self, p: Params, base: BaseLayer) -> None:
         super().start_from_base(p, base)

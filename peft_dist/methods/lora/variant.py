@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from peft_dist import starts
 from peft_dist.contract import BaseLayer, Enter, Method, Param, Params, Site, WeightMethod
-from peft_dist.errors import ConfigError, TargetError
+from peft_dist.errors import CheckpointError, ConfigError, TargetError
 from peft_dist.lazy import lazy
 
 if TYPE_CHECKING:
@@ -59,6 +59,9 @@ class Variant(WeightMethod):
 
     def start_from_base(self, p: Params, base: BaseLayer) -> None:
         self.lora.start_from_base(p, base)
+
+    def restore(self, saved: Mapping[str, Tensor], site: Site) -> Mapping[str, Tensor]:
+        return self.lora.restore(saved, site)
 
     def replace_base(self, p: Params, base: BaseLayer) -> None:
         self.lora.replace_base(p, base)
@@ -130,6 +133,15 @@ class Residual(Variant):
                 f"lora_start_{name}", param.dims, param.shape, starts.inherit, trainable=False
             )
         return wanted
+
+    def restore(self, saved: Mapping[str, Tensor], site: Site) -> Mapping[str, Tensor]:
+        there = [key for key in ("lora_start_A", "lora_start_B") if key in saved]
+        if len(there) == 1:
+            raise CheckpointError(
+                f"{site.name}: the checkpoint has {there[0]} without its counterpart. It holds both, or, as HF PEFT's, "
+                "neither."
+            )
+        return super().restore(saved, site)
 
     def start_from_base(self, p: Params, base: BaseLayer) -> None:
         super().start_from_base(p, base)

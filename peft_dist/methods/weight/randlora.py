@@ -137,5 +137,8 @@ class RandLoraConfig(TargetedConfig, LowRankMethod):
         return {**own, "randlora_A": p["A"], "randlora_B": p["B"]} if self.save_projection else own
 
     def restore(self, saved: Mapping[str, Tensor], site: Site) -> Mapping[str, Tensor]:
-        is_shared = site.kind == "module"
-        return projections.check_saved(self, saved, ("randlora_A", "randlora_B")) if is_shared else saved
+        shared = ("randlora_A", "randlora_B")
+        if site.kind == "module":
+            return projections.check_saved(self, saved, shared)
+        # HF PEFT saves the model's at each layer again.
+        return {key: tensor for key, tensor in saved.items() if key not in shared}
