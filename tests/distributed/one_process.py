@@ -23,22 +23,35 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from peft_dist import (
     AdaLoraConfig,
     AdaptionPromptConfig,
+    BOFTConfig,
+    BoneConfig,
+    C3AConfig,
     CPTConfig,
     DeloraConfig,
+    FourierFTConfig,
     GraloraConfig,
+    HRAConfig,
     IA3Config,
+    LNTuningConfig,
     LoHaConfig,
     LoKrConfig,
     LoraConfig,
+    MissConfig,
     MultitaskPromptTuningConfig,
+    OFTConfig,
+    OSFConfig,
     PolyConfig,
     PrefixTuningConfig,
     PromptEncoderConfig,
     PromptTuningConfig,
     RandLoraConfig,
+    RoadConfig,
     Rows,
+    ShiraConfig,
+    TrainableTokensConfig,
     VBLoRAConfig,
     VeraConfig,
+    WaveFTConfig,
     XLoraConfig,
     get_peft_model,
 )
@@ -103,6 +116,21 @@ METHODS: dict[str, Callable[[], PeftConfig]] = {
         task_type="CAUSAL_LM",
     ),
     "POLY": lambda: PolyConfig(r=3, n_tasks=NUM_TASKS, n_splits=2, **SOME),
+    "FOURIERFT": lambda: FourierFTConfig(n_frequency=9, **SOME),
+    "WAVEFT": lambda: WaveFTConfig(n_frequency=9, wavelet_family="db2", **SOME),
+    "C3A": lambda: C3AConfig(block_size=8, **SOME),
+    "MISS": lambda: MissConfig(r=4, init_weights="bat", **SOME),
+    "BONE": lambda: BoneConfig(r=4, **SOME),
+    "SHIRA": lambda: ShiraConfig(r=2, **SOME),
+    "OSF": lambda: OSFConfig(effective_rank=5, **SOME),
+    "OFT": lambda: OFTConfig(oft_block_size=4, r=0, **SOME),
+    "BOFT": lambda: BOFTConfig(boft_block_size=4, boft_n_butterfly_factor=2, **SOME),
+    "HRA": lambda: HRAConfig(r=4, **SOME),
+    "ROAD": lambda: RoadConfig(variant="road_2", group_size=8, **SOME),
+    "LN_TUNING": lambda: LNTuningConfig(target_modules=["input_layernorm", "norm"], task_type="CAUSAL_LM"),
+    "TRAINABLE_TOKENS": lambda: TrainableTokensConfig(
+        token_indices=[1, 4, 9], target_modules=["embed_tokens"], task_type="CAUSAL_LM"
+    ),
 }
 
 
@@ -178,7 +206,7 @@ def disturb(model: PeftModel, seed: int = 3) -> None:
     """Moves every trained tensor off its start, the same on each rank."""
     for number, name in enumerate(model.peft_config):
         generator = torch.Generator().manual_seed(seed + number)
-        for parameter in model.adapter_tensors(name).values():
+        for parameter in trained(model, name).values():
             noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype) * 0.05
             parameter.data.add_(noise.to(parameter.device))
 
