@@ -381,7 +381,7 @@ def test_what_a_decoder_cannot_honour_is_refused(monkeypatch) -> None:
     peft = model("bart", "SEQ_2_SEQ_LM", "past", "tasks", "prompt")
     x = ids(2)
     with monkeypatch.context() as patched:
-        patched.setattr("peft_dist.prompts._positions_of", lambda base: None)
+        patched.setattr("peft_dist.prompts.decoder_positions.positions_of", lambda base: None)
         with pytest.raises(RowsError, match="counts its decoder's positions by itself"):
             peft(input_ids=x, labels=x, adapter_names=["past", BASE])
         with pytest.raises(RowsError, match="counts its decoder's positions by itself"):

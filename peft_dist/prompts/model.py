@@ -1,0 +1,74 @@
+"""The half of a PeftModel that is about prompt methods."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peft_dist.errors import AdapterError
+from peft_dist.prompts.adapters import PromptAdapters
+from peft_dist.prompts.base import arguments, has_decoder
+from peft_dist.prompts.block import in_line
+from peft_dist.prompts.encoder_decoder import place_in_both
+from peft_dist.prompts.generation import generate
+from peft_dist.prompts.labels import counted, with_loss
+from peft_dist.prompts.past import filled, past
+from peft_dist.prompts.placing import place
+from peft_dist.prompts.rows import PromptRows
+
+
+class PromptedModel(PromptAdapters):
+    """A model with a base before whose input virtual tokens may stand. `PeftModel` is the one that there is."""
+
+    def get_prompt(
+        self, batch_size: int, task_ids: Tensor | None = None, max_cache_len: int | None = None
+    ) -> Any:
+        """What the active prompt adapter puts before `batch_size` rows: (B, tokens, width), or a cache of keys
+        and values. `max_cache_len` is HF PEFT's, and not needed."""
+        rows = PromptRows(self)
+        name = rows.prompt_of(None)
+        if name is None:
+            raise AdapterError("get_prompt: no prompt adapter is active. Call set_adapter.")
+        names: list[str | None] = [name] * batch_size
+        with self.base_model.reading({} if task_ids is None else {"task_ids": task_ids}):
+            _, layers = past(rows, names, self.base.device)
+            if layers:
+                return filled(rows.base, None, layers)
+            tokens = self.methods[name].embeds(rows.given(name, names), self.training)
+        return tokens if tokens.ndim == 3 else tokens.repeat(batch_size, 1, 1)
+
+    def _prompting(self) -> bool:
+        return bool(self.adapters) and PromptRows(self).any()
+
+    def _others_may_prompt(self) -> bool:
+        return bool(self.adapters) and PromptRows(self).others_may_prompt()
+
+    def _forward_prompted(self, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """The base's forward behind virtual tokens, and the loss as the rows' methods count it."""
+        rows = PromptRows(self)
+        with self.base_model.reading(kwargs):
+            inputs = {**dict(zip(arguments(rows.base), args, strict=False)), **kwargs}
+            if self.training:
+                self._constrain()
+            losses = counted(rows, inputs)
+            items = inputs.pop("num_items_in_batch", None) if losses else None
+            if losses:
+                inputs.pop("labels")
+            given, back = place_in_both(rows, inputs) if has_decoder(rows.base) else place(rows, inputs)
+            with contextlib.nullcontext() if rows.positions.not_counted is None else rows.positions.counted():
+                outputs = self.base_model(**given)
+            outputs = outputs if back is None else in_line(outputs, *back)
+            return outputs if losses is None else with_loss(outputs, *losses, items)
+
+    def _constrain(self) -> None:
+        for name in self.adapters:
+            tensors = self.tensors(name)
+            if any(t.requires_grad for t in tensors.values()):
+                with torch.no_grad():
+                    self.methods[name].constrain(tensors)
+
+    def _generate_prompted(self, args: tuple, kwargs: dict[str, Any]) -> Any:
+        return generate(PromptRows(self), args, kwargs)
