@@ -12,7 +12,8 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from peft_dist import checkpoint, convert, inject
+from peft_dist import checkpoint, inject
+from peft_dist.arithmetic import convert
 from peft_dist.base_layer import num_elements
 from peft_dist.catalog import METHODS, prefix_of
 from peft_dist.config import PeftConfig

@@ -392,9 +392,9 @@ class BaseTuner(hooks.Hooks, PooledModule):
 
 # Methods whose class does more than sit on layers: what it is derived from beside `BaseTuner`.
 _MORE: dict[str, str] = {
-    "LORA": "peft_dist.weighted:WeightedLora",
-    "IA3": "peft_dist.weighted:WeightedIA3",
-    "ADALORA": "peft_dist.weighted:NoWeighted",
+    "LORA": "peft_dist.arithmetic.weighted:WeightedLora",
+    "IA3": "peft_dist.arithmetic.weighted:WeightedIA3",
+    "ADALORA": "peft_dist.arithmetic.weighted:NoWeighted",
     "XLORA": "peft_dist.xlora:MixtureOfLora",
     "VBLORA": "peft_dist.savable:CountsVectors",
 }

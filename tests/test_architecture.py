@@ -12,10 +12,13 @@ ROOT = Path(__file__).parent.parent
 LAYERS = {
     "peft_dist": [
         {"contract", "catalog", "errors", "lazy", "linalg", "starts", "config", "folder"},
-        {"base_layer", "fused", "targets", "sharding", "pool", "rows", "replicate", "layer_api", "incremental_pca", "loss"},
+        {"base_layer", "fused", "targets", "sharding", "pool", "rows", "replicate", "layer_api", "loss"},
         {"methods"},
         {"adapted", "tuner_layer"},
-        {"inject", "merge", "checkpoint", "optim", "hooks", "prompts", "prompt_encoders", "eva", "corda", "combine", "weighted", "convert", "ahead", "xlora", "loftq", "loraplus", "lorafa", "intruders", "savable"},
+        {
+            "inject", "merge", "checkpoint", "optim", "hooks", "prompts", "prompt_encoders", "ahead", "xlora",
+            "savable", "calibration", "arithmetic", "lora_optimizers",
+        },
         {
             "model", "tuner", "recompute", "tasks", "mixed", "compat", "loading", "registry", "status", "auto",
             "signatures", "scaling", "hotswap", "functional", "kbit",

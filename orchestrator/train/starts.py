@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 import peft_dist
-from peft_dist.corda import preprocess_corda
-from peft_dist.eva import initialize_lora_eva_weights
+from peft_dist.calibration.corda import preprocess_corda
+from peft_dist.calibration.eva import initialize_lora_eva_weights
 
 from .tasks import Batch
 

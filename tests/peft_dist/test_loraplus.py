@@ -8,7 +8,7 @@ import torch
 
 import peft_dist
 from peft_dist.errors import OptimizerError
-from peft_dist.lorafa import LoraFAOptimizer, create_lorafa_optimizer
+from peft_dist.lora_optimizers.lorafa import LoraFAOptimizer, create_lorafa_optimizer
 from tests.contract import bases
 
 CONFIGS = [

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import peft_dist
+from peft_dist.arithmetic.intruders import reduce_intruder_dimension
+from peft_dist.calibration.incremental_pca import IncrementalPCA
 from peft_dist.errors import ConfigError
-from peft_dist.incremental_pca import IncrementalPCA
-from peft_dist.intruders import reduce_intruder_dimension
 from peft_dist.methods.lora.loftq import loftq_init, nf4, principal
 from tests.contract import bases
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import peft_dist
-from peft_dist import corda, eva
+from peft_dist.calibration import corda, eva
 from peft_dist.errors import ConfigError, PeftDistError
 from peft_dist.methods.lora.loftq import int8, nf4
 from tests.contract import bases

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import peft_dist
-from peft_dist import combine
+from peft_dist.arithmetic import combine
+from peft_dist.arithmetic.weighted import COMBINATIONS
 from peft_dist.errors import AdapterError, ConfigError
-from peft_dist.weighted import COMBINATIONS
 from tests.contract import bases
 
 IDS = torch.randint(1, 64, (3, 7), generator=torch.Generator().manual_seed(3))

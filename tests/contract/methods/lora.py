@@ -5,7 +5,7 @@ import warnings
 import torch
 
 import peft_dist
-from peft_dist import corda, eva
+from peft_dist.calibration import corda, eva
 from tests.contract import bases
 from tests.contract.case import CONVS, GROUPED, LINEAR, Case, Field, Parity
 

@@ -17,8 +17,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from peft_dist import checkpoint, combine
+from peft_dist import checkpoint
 from peft_dist.adapted import Adapted, AdapterModule, Replaced
+from peft_dist.arithmetic import combine
 from peft_dist.errors import AdapterError, ConfigError, suggest
 from peft_dist.inject import adapter_modules
 from peft_dist.methods.lora.plain import as_plain

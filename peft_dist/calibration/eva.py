@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from peft_dist.adapted import Adapted
 from peft_dist.base_layer import door
+from peft_dist.calibration.incremental_pca import IncrementalPCA
 from peft_dist.errors import ConfigError
-from peft_dist.incremental_pca import IncrementalPCA
 from peft_dist.inject import adapter_modules, facts_of, places
 from peft_dist.methods.weight.lora import LoraConfig
 from peft_dist.targets import by_pattern, resolve

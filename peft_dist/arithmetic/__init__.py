@@ -1,0 +1,1 @@
+"""What is made of adapters: weighted combinations, plain LoRA, LoRA without intruders."""
