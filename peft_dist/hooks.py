@@ -17,7 +17,7 @@ from peft_dist import inject
 from peft_dist.adapted import AdapterModule
 from peft_dist.config import PeftConfig
 from peft_dist.errors import AdapterError, TargetError
-from peft_dist.targets import is_all_linear, is_target, usual_targets
+from peft_dist.targets import all_linear, is_all_linear, is_target, usual_targets
 from peft_dist.tuner_layer import BaseTunerLayer, hooked_layers
 
 
@@ -156,9 +156,7 @@ def inject_by_hooks(
     tuner._prepare_model(config, model)
     if is_all_linear(getattr(config, "target_modules", None)):
         facts = inject.facts_of(model, inject.places(model))
-        config.target_modules = [
-            name for name, kind in facts.layers.items() if kind == "linear" and name not in facts.heads
-        ]
+        config.target_modules = all_linear(config, facts)
     inside = tuple(f"{name}." for name, _ in hooked_layers(model))
     modules = [
         (key, module)

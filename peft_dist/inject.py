@@ -35,7 +35,6 @@ from peft_dist.pool import AdapterPool, PooledModule, outer_modules
 from peft_dist.replicate import replicate
 from peft_dist.rows import BASE, Current
 from peft_dist.targets import (
-    HEAD_NAMES,
     READ_BY_PARENT,
     BaseFacts,
     ends_in,
@@ -116,19 +115,24 @@ def _walk(module: nn.Module, prefix: str, seen: set[int]) -> Iterator[Place]:
 
 def facts_of(model: Any, found: dict[str, Place]) -> BaseFacts:
     """What targets are chosen from."""
-    heads = set()
-    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    for name, place in found.items():
-        if (output is not None and place.layer is _bare(output)) or (output is None and name in HEAD_NAMES):
-            heads.add(name)
+    output = asked(model, "get_output_embeddings")
+    heads = {name for name, place in found.items() if output is not None and place.layer is _bare(output)}
     kinds = {
         name: READ_BY_PARENT if isinstance(place.parent, nn.MultiheadAttention) else kind_of(place.layer)
         for name, place in found.items()
     }
     architecture = getattr(getattr(model, "config", None), "model_type", None)
-    inputs = _bare(model.get_input_embeddings()) if hasattr(model, "get_input_embeddings") else None
+    inputs = _bare(asked(model, "get_input_embeddings"))
     embedding = next((name for name, place in found.items() if place.layer is inputs), None)
     return BaseFacts(type(model).__name__, kinds, frozenset(heads), architecture, embedding=embedding)
+
+
+def asked(base: Any, getter: str) -> nn.Module | None:
+    """The layer that a base names by a method, or None: transformers' convolutional models raise there."""
+    try:
+        return getattr(base, getter)() if hasattr(base, getter) else None
+    except NotImplementedError:
+        return None
 
 
 def _bare(module: Any) -> nn.Module:

@@ -183,7 +183,7 @@ class BaseFacts:
     Args:
         name: the base's class.
         layers: every module's dotted name -> what it is: `linear`, `embedding`, `conv1d`, ... or `module`.
-        heads: names of output embeddings and classifier heads, which `all-linear` leaves out.
+        heads: names of output embeddings, which `all-linear` leaves out.
         architecture: `config.model_type`, or None.
         parameters: dotted names of the raw parameters that `target_parameters` may mean.
         embedding: name of the input embedding, or None.
@@ -214,8 +214,7 @@ def resolve(config: Any, facts: BaseFacts) -> list[str]:
     if not config.target_modules and getattr(config, "target_parameters", None):
         return []
     if is_all_linear(config.target_modules):
-        chosen = [name for name, kind in facts.layers.items() if kind == "linear" and name not in facts.heads]
-        chosen = [name for name in chosen if not _is_left_out(config, name)]
+        chosen = [name for name in all_linear(config, facts) if not _is_left_out(config, name)]
         if not chosen:
             raise TargetError(
                 f"targets: 'all-linear' matched none: {facts.name} has no linear layer that is left in."
@@ -304,6 +303,15 @@ def resolve_saved(names: Sequence[str] | None, facts: BaseFacts) -> list[str]:
 def wanted_of_a_head(name: str) -> bool:
     """Whether it is one of the names that task classes add for whichever head the base has."""
     return name in HEAD_NAMES
+
+
+def all_linear(config: Any, facts: BaseFacts) -> list[str]:
+    """Names of the linear layers but for heads: output embeddings, or of a task's base its classifier's.
+
+    Without a task nothing else would train a classifier's head, so it is a linear layer as any.
+    """
+    heads = facts.heads or (HEAD_NAMES if config.task_type is not None else ())
+    return [name for name, kind in facts.layers.items() if kind == "linear" and name not in heads]
 
 
 # The names that classifier heads go by; the task classes train them whole.

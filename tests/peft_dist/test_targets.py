@@ -5,7 +5,16 @@ from __future__ import annotations
 import peft
 import pytest
 import torch
-from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    ResNetConfig,
+    ResNetForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 import peft_dist
 from peft_dist.errors import TargetError
@@ -87,7 +96,31 @@ def test_heads_of_classifiers_are_left_out() -> None:
     sizes = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2}
     with torch.device("meta"):
         model = BertForSequenceClassification(BertConfig(vocab_size=32, **sizes))
-    assert not [name for name in resolved(model, target_modules="all-linear") if "classifier" in name]
+    names = resolved(model, target_modules="all-linear", task_type="SEQ_CLS")
+    assert "bert.pooler.dense" in names and "classifier" not in names
+
+
+def test_a_classifier_of_no_task_is_a_layer_as_any() -> None:
+    """No task class trains its head, so leaving it out would leave it as it was drawn."""
+    for library in (peft, peft_dist):
+        with torch.device("meta"):
+            sizes = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1}
+            model = ViTForImageClassification(ViTConfig(num_attention_heads=2, image_size=8, **sizes))
+        model = library.get_peft_model(model, library.LoraConfig(r=1, target_modules="all-linear"))
+        assert "classifier" in model.targeted_module_names
+
+
+@pytest.mark.parametrize("targets", (["convolution"], "all-linear"), ids=str)
+def test_bases_that_have_no_embeddings(targets) -> None:
+    """transformers' convolutional models raise where they are asked for their embeddings."""
+    sizes = {"embedding_size": 4, "hidden_sizes": [4, 8], "depths": [1, 1]}
+    found = []
+    for library in (peft, peft_dist):
+        with torch.device("meta"):
+            model = ResNetForImageClassification(ResNetConfig(**sizes))
+        model = library.get_peft_model(model, library.LoraConfig(r=1, target_modules=targets))
+        found.append(sorted(model.targeted_module_names))
+    assert found[0] == found[1] != []
 
 
 def test_all_linear_is_saved_as_the_ends_of_names() -> None:
