@@ -1,0 +1,82 @@
+"""Embeddings of the base that travel with an adapter."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import nn
+from torch.nn import Parameter
+
+from peft_dist.methods.replace.trainable_tokens import TokenRows
+from peft_dist.pool import PooledModule, outer_modules
+
+_EMBEDDING_NAMES = ("embed_tokens", "lm_head")
+
+
+def all_embeddings(model: Any) -> dict[str, Parameter]:
+    """The weights of the base's input and output embeddings, by their names in a checkpoint."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    found = {}
+    for getter in ("get_input_embeddings", "get_output_embeddings"):
+        layer = _asked(base, getter)
+        layer = getattr(layer, "base_layer", layer)
+        weight = getattr(layer, "weight", None)
+        if isinstance(weight, Parameter):
+            path = next((path for path, module in outer_modules(model) if module is layer), None)
+            if path is not None:
+                found[f"{path}.weight"] = weight
+    return found
+
+
+def embeddings_of(model: nn.Module, adapter_name: str, wish: bool | Literal["auto"]) -> dict[str, Parameter]:
+    """Those that are saved with the adapter, by their names in a checkpoint."""
+    if wish is False:
+        return {}
+    embeddings = all_embeddings(model)
+    adapted = {
+        f"{path}.base_layer.weight"
+        for path, module in outer_modules(model)
+        if isinstance(module, PooledModule)
+        and adapter_name in module.adapters
+        and path.rpartition(".")[2] in _EMBEDDING_NAMES
+        and not _trains_rows(module, adapter_name)
+        and not _is_made_elsewhere(module, adapter_name)
+    }
+    targeted = {key: parameter for key, parameter in embeddings.items() if key in adapted}
+    if targeted:
+        return targeted
+    if wish is True or _is_resized(model, adapter_name):
+        return embeddings
+    return {}
+
+
+def _asked(base: nn.Module, getter: str) -> nn.Module | None:
+    try:
+        return getattr(base, getter)() if hasattr(base, getter) else None
+    except NotImplementedError:
+        return None
+
+
+def _trains_rows(module: Any, adapter_name: str) -> bool:
+    """Whether all that the adapter has on an embedding is rows of it, so that a file need not hold the rest."""
+    return isinstance(getattr(module, "methods", {}).get(adapter_name), TokenRows)
+
+
+def _is_made_elsewhere(module: PooledModule, adapter_name: str) -> bool:
+    """Whether nothing that the adapter has there is in its file."""
+    wanted = module.wanted(adapter_name).values()
+    return bool(wanted) and not any(param.persistent for param in wanted)
+
+
+def _is_resized(model: nn.Module, adapter_name: str) -> bool:
+    """Whether the base's vocabulary differs from the one in its directory; false where that cannot be
+    seen."""
+    config = getattr(model, "peft_config", {}).get(adapter_name)
+    base_path = getattr(config, "base_model_name_or_path", None)
+    here = getattr(getattr(model, "config", None), "vocab_size", None)
+    if not base_path or here is None or not (Path(base_path) / "config.json").is_file():
+        return False
+    stored = json.loads((Path(base_path) / "config.json").read_text(encoding="utf-8")).get("vocab_size")
+    return stored is not None and stored != here

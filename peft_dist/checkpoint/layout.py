@@ -1,0 +1,6 @@
+"""What the files of an adapter are called, as in HF PEFT."""
+
+WEIGHTS_NAME = "adapter_model.safetensors"
+PICKLED_NAME = "adapter_model.bin"
+CARD_NAME = "README.md"
+DEFAULT_ADAPTER = "default"
