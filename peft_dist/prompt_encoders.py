@@ -29,7 +29,8 @@ class BasePromptEncoder(nn.Module):
 
     def __init__(self, config: Any, word_embeddings: nn.Module | None = None) -> None:
         super().__init__()
-        if not isinstance(config, PromptMethod) or getattr(config, "token_dim", None) is None:
+        method = isinstance(config, PromptMethod)
+        if not method or getattr(config, "token_dim", None) is None:
             raise ConfigError(
                 f"{type(self).__name__}: needs the config of its prompt method, with token_dim; got {config!r}."
             )

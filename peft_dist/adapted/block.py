@@ -1,0 +1,89 @@
+"""A whole block of the base to whose output adapters add."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from peft_dist.adapted.beside import beside
+from peft_dist.adapted.module import AdapterModule
+from peft_dist.base_layer import Layer
+from peft_dist.contract import BlockMethod
+from peft_dist.pool import AdapterPool, PooledModule
+from peft_dist.rows import Current, Cut, Rows, Segment
+from peft_dist.sharding import is_partitioned
+
+
+class AdaptedBlock(AdapterModule):
+    """A whole block of the base to whose output adapters add: an attention module, a decoder layer.
+
+    Attributes:
+        original_module: the frozen block. base: its door.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        name: str,
+        pool: AdapterPool,
+        current: Current,
+        base: Layer | None = None,
+        common: PooledModule | None = None,
+    ) -> None:
+        super().__init__(pool, name, current, common)
+        self.original_module: Any = module
+        self.base = base or Layer(module, name)
+
+    def __getattr__(self, attribute: str) -> Any:
+        try:
+            return super().__getattr__(attribute)
+        except AttributeError:
+            return getattr(super().__getattr__("original_module"), attribute)
+
+    @property
+    def base_layer(self) -> nn.Module:
+        """The frozen block, under the name that `Adapted` gives it."""
+        return self.original_module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = self.original_module(*args, **kwargs)
+        rows = self._current.rows
+        if self.disabled:
+            return output
+        choices = [] if rows is None else [(self.serving(s.adapter), s) for s in rows.segments]
+        used = {name for names, _ in choices for name in names}
+        if all(names == choices[0][0] for names, _ in choices):
+            names = choices[0][0] if choices else self.serving(None)
+            given = self._around(names, output, args, kwargs)
+        else:
+            assert rows is not None
+            cut = Cut(rows, self.base.site, self._current.length)
+            pieces = []
+            for names, s in choices:
+                given, its_args, its_kwargs = cut.of((output, args, kwargs), s)
+                pieces.append(self._around(names, given, its_args, its_kwargs, rows, s))
+            given = cut.joined(pieces)
+        if choices and any(is_partitioned(t) for t in self.original_module.parameters()):
+            # A method may run parts of the block: ranks that name different adapters must gather their weights
+            # equally often.
+            for name in self.adapters:
+                if name not in used:
+                    given = beside(given, self._around((name,), output, args, kwargs))
+        return given
+
+    def _around(
+        self,
+        names: Sequence[str],
+        output: Any,
+        args: tuple,
+        kwargs: Mapping[str, Any],
+        rows: Rows | None = None,
+        segment: Segment | None = None,
+    ) -> Any:
+        for name in names:
+            method: BlockMethod = self.methods[name]
+            where = (segment.start, segment.stop) if segment is not None else (0, None)
+            output = method.around(self.given(name, rows, *where), self.original_module, output, args, kwargs)
+        return output

@@ -1,0 +1,294 @@
+"""A layer with adapters on its weight, its input or its output."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peft_dist.adapted.entrance import Entrance, Framed, as_given, dtype_of, unchanged
+from peft_dist.adapted.levels import Adjusted, Level, down, up
+from peft_dist.adapted.module import AdapterModule
+from peft_dist.base_layer import Layer, door, rounded
+from peft_dist.contract import BaseLayer, Method, WeightMethod
+from peft_dist.errors import RowsError
+from peft_dist.pool import AdapterPool, PooledModule
+from peft_dist.rows import Current, Rows, Segment, Split
+
+
+class Adapted(AdapterModule):
+    """A layer with adapters on it. Not merged, disabled or named otherwise: the active adapters serve.
+
+    Attributes:
+        base_layer: the frozen layer. base: its door.
+        casts: whether inputs are cast to the adapters' dtype; false where hooks of another library do it.
+    """
+
+    casts = True
+
+    def __init__(
+        self,
+        layer: nn.Module,
+        name: str,
+        pool: AdapterPool,
+        current: Current,
+        base: Layer | None = None,
+        common: PooledModule | None = None,
+    ):
+        super().__init__(pool, name, current, common)
+        self.base_layer: Any = layer
+        self.base = base or door(layer, name)
+        self.base.adopt()
+
+    @property
+    def weight(self) -> Tensor:
+        """The frozen layer's own weight, as programs read it from any linear layer."""
+        return self.base_layer.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The frozen layer's own bias."""
+        return self.base_layer.bias
+
+    def __getattr__(self, attribute: str) -> Any:
+        try:
+            return super().__getattr__(attribute)
+        except AttributeError:
+            # in_features, num_embeddings and the like: models read them from their layers.
+            layer = super().__getattr__("base_layer")
+            if hasattr(layer, attribute) or attribute.startswith("_"):
+                return getattr(layer, attribute)
+            if found := self._facts(attribute):
+                return found
+            if (held := self._held_in_common(attribute)) is not None:
+                return held
+            return getattr(layer, attribute)
+
+    def levels(
+        self, names: Sequence[str], rows: Rows | None = None, start: int = 0, stop: int | None = None
+    ) -> list[Level]:
+        """The named adapters, in order, each with the layer that it changes. Neighbours of kind "add" change
+        the same layer; the rest change what the ones before left. `rows` from start to stop are what they
+        serve."""
+        levels: list[Level] = []
+        under: BaseLayer = self.base
+        for name in names:
+            method = self.methods[name]
+            if levels and not (method.compose == levels[-1].method.compose == "add"):
+                under = Adjusted(self.base, levels)
+            levels.append(Level(name, method, self.given(name, rows, start, stop), under))
+        return levels
+
+    def change(self, names: Sequence[str]) -> tuple[Tensor | None, Tensor | None]:
+        """(dW (out, in), db (out,)) of the named adapters together; None for what they leave as it is. A
+        collective where a method reads a partitioned weight. Adapters that have nothing here count as no
+        change."""
+        dW = db = None
+        with torch.no_grad():
+            for level in self.levels([name for name in names if name in self.methods]):
+                if self.base.site.in_:
+                    change = level.method.delta(level.p, level.under)
+                    dW = change if dW is None else self.base.plus(dW, change)
+                bias_change = level.method.bias_delta(level.p, level.under)
+                if bias_change is not None:
+                    db = bias_change if db is None else db + bias_change
+        return dW, db
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        rows = self._current.rows
+        if self.disabled:
+            return self.base_layer(*args, **kwargs)
+        if self.merged_adapters:
+            if rows is not None and rows.adapters is not None:
+                raise RowsError(
+                    f"{self._site_name}: {self.merged_adapters} are merged. Unmerge to name adapters per row."
+                )
+            return self.base_layer(*args, **kwargs)
+        if self.base.is_argument:
+            return self._as_argument(args, kwargs)
+        if len(args) != 1 or kwargs:
+            raise TypeError(f"{self._site_name}: an adapted layer takes its input alone.")
+        (x,) = args
+        if rows is None or rows.num is None:
+            return self._serve(self.serving(None), x)
+        if len(rows.segments) > 1 and (y := self._by_row(x, rows)) is not None:
+            return y
+        choices = [(self.serving(s.adapter), s.start, s.stop) for s in rows.segments]
+        if all(names == choices[0][0] for names, _, _ in choices[1:]):
+            names = choices[0][0] if choices else self.serving(None)
+            if not names:
+                return self.base_layer(x)
+            drops = self.training and any(self.methods[name].dropout for name in names)
+            if rows.samples is None or not drops:
+                return self._serve(names, x)
+            split = rows.of(self.base.site, x, self._current.length)
+            return split.restored(self._serve(names, split.x, rows.samples))
+        split = rows.of(self.base.site, x, self._current.length)
+        parts = [(self.levels(names, rows, start, stop), start, stop) for names, start, stop in choices]
+        if all(isinstance(level.method, WeightMethod) for levels, _, _ in parts for level in levels):
+            return self._mixed_weights(x, split, parts)
+        return self._mixed(split, parts)
+
+    def _as_argument(self, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """A layer whose weight is used as a function's argument: it runs with the changed weight in place."""
+        rows, parts = self._current.rows, self._parts()
+        if rows is None or rows.adapters is None:
+            return _substituted(parts, [part.serving(None) for part in parts], args, kwargs)
+        choices = [([part.serving(s.adapter) for part in parts], s) for s in rows.segments]
+        if all(names == choices[0][0] for names, _ in choices):
+            return _substituted(parts, choices[0][0], args, kwargs)
+        cut = self.base.cut(rows, self._current.length)
+        given = []
+        for names, segment in choices:
+            own_args, own_kwargs = cut.of((args, kwargs), segment)
+            given.append(_substituted(parts, names, own_args, own_kwargs, rows, segment))
+        return cut.joined(given)
+
+    def _parts(self) -> list[Adapted]:
+        """This one and those that run in the same call: of other parameters of the module, and of layers in
+        it whose weights it reads without calling them."""
+        parts = [self]
+        while isinstance(parts[-1].base_layer, Adapted):
+            parts.append(parts[-1].base_layer)
+        if self.base.site.kind == "mha":
+            parts += [child for child in self.base.layer.children() if isinstance(child, Adapted)]
+        return parts
+
+    def _serve(self, names: tuple[str, ...], x: Tensor, samples: Tensor | None = None) -> Tensor:
+        """One choice of adapters for all rows of x."""
+        if not names:
+            return self.base_layer(x)
+        entrance = Entrance(self, samples)
+        if len(names) == 1:
+            method, p = self.methods[names[0]], self.given(names[0])
+            if dtype_of(p, x) == x.dtype and not entrance.drops(method):
+                return method.forward(p, self.base, x, unchanged)
+            if dtype_of(p, x) == x.dtype or not self.casts:
+                return method.forward(p, self.base, x, entrance.of(method, p))
+            framed = Framed(self.base, x.dtype)
+            return method.forward(p, framed, x, entrance.of(method, p)).to(framed.given)
+        levels = self.levels(names)
+        inputs = down(levels, x)
+        y = self.base_layer(as_given(inputs[0], x))
+        return up(levels, inputs, y, entrance)
+
+    def _by_row(self, x: Tensor, rows: Rows) -> Tensor | None:
+        """Each row beside its own adapter's tensors, in the batch's order: where all name one adapter each, of
+        one method that runs so, and nothing is dropped; else None."""
+        names, num = rows.adapters, x.shape[0]
+        assert names is not None
+        first, bucket = self.methods.get(names[0]), self._pool.bucket(self._site_name, names[0])  # type: ignore[arg-type]
+        if bucket is None or not isinstance(first, WeightMethod) or num != len(names) or x.ndim < 3:
+            return None
+        # Many rows of few adapters with few positions each: then their tensors would be copied too often.
+        if 2 * len(rows.segments) < num and x.numel() < num * bucket.size:
+            return None
+        if first.reads or (self.training and type(first).draws is not Method.draws):
+            return None
+        p = bucket.by_row(names)
+        if p is None or (self.training and any(self.methods[s.adapter].dropout for s in rows.segments)):  # type: ignore[index]
+            return None
+        each = [self.methods[name] for name in names]  # type: ignore[index]
+        added = type(first).mixed(each, p, self.base, x.to(dtype_of(p)).unsqueeze(1))
+        if added is None:
+            return None
+        y = self.base(x)
+        return added.squeeze(1).add_(y).to(y.dtype)
+
+    def _mixed_weights(self, x: Tensor, split: Split, parts: list[tuple[list[Level], int, int]]) -> Tensor:
+        """Rows name different adapters, all of which add to W: the layer runs once, the additions part by
+        part."""
+        y = self.base_layer(x)
+        if split.rows.num != x.shape[0] and split.length is None:
+            y = y.expand(split.x.shape[0], *y.shape[1:])
+        xs = split.sorted(split.x)
+        samples = split.rows.samples
+        entrances = [
+            Entrance(self, None if samples is None else split.sorted(samples)[start:stop])
+            for _, start, stop in parts
+        ]
+        added = self._stacked(xs, parts, entrances)
+        if added is None:
+            pieces = []
+            for (levels, start, stop), entrance in zip(parts, entrances, strict=True):
+                piece = None
+                for level in levels:
+                    entered = entrance.of(level.method, level.p)(xs[start:stop])
+                    part = level.method.added(level.p, level.under, entered)  # type: ignore[attr-defined]
+                    piece = part if piece is None else piece + part
+                pieces.append(piece)
+            # One row of what the layer gives; a piece may be one vector for all positions.
+            one = y.shape[1:] if split.length is None else (split.length, *y.shape[1:])
+            added = torch.cat(
+                [
+                    (y.new_zeros(()) if piece is None else piece).expand(stop - start, *one)
+                    for piece, (_, start, stop) in zip(pieces, parts, strict=True)
+                ]
+            )
+        return (y + split.restored(split.unsorted(added))).to(y.dtype)
+
+    def _stacked(self, xs: Tensor, parts: list, entrances: list[Entrance]) -> Tensor | None:
+        """The additions of all parts by one product over stacked tensors, where the parts are alike; else
+        None."""
+        num_rows = parts[0][2] - parts[0][1]
+        if any(len(levels) != 1 or stop - start != num_rows for levels, start, stop in parts):
+            return None
+        levels = [levels[0] for levels, _, _ in parts]
+        buckets = {id(self._pool.bucket(self._site_name, level.name)) for level in levels}
+        if len(buckets) != 1 or (self.training and type(levels[0].method).draws is not Method.draws):
+            return None
+        # In the order of their slots, neighbours are read without a copy.
+        bucket = self._pool.homes[self._site_name, levels[0].name]
+        p = bucket.stacked([level.name for level in levels])
+        entered = (
+            [
+                entrance.of(level.method, level.p)(xs[start:stop])
+                for level, entrance, (_, start, stop) in zip(levels, entrances, parts, strict=True)
+            ]
+            if any(e.drops(level.method) for e, level in zip(entrances, levels, strict=True))
+            else None
+        )
+        whole = torch.cat(entered) if entered else entrances[0].of(levels[0].method, levels[0].p)(xs)
+        methods = [level.method for level in levels]
+        added = type(methods[0]).mixed(methods, p, self.base, whole.unflatten(0, (len(parts), num_rows)))  # type: ignore[attr-defined]
+        return None if added is None else added.flatten(0, 1)
+
+    def _mixed(self, split: Split, parts: list[tuple[list[Level], int, int]]) -> Tensor:
+        """Rows name different adapters of any kind: each part goes down through its levels, the layer runs
+        once on all (ranks that name different adapters must gather its weight equally often), each part goes
+        up again."""
+        xs, samples = split.sorted(split.x), split.rows.samples
+        inputs = [down(levels, xs[start:stop]) for levels, start, stop in parts]
+        y = self.base_layer(
+            split.restored(split.unsorted(torch.cat([as_given(lowest[0], xs) for lowest in inputs])))
+        )
+        ys = split.sorted(y if split.length is None else y.unflatten(0, (-1, split.length)))
+        given = []
+        for (levels, start, stop), part_inputs in zip(parts, inputs, strict=True):
+            entrance = Entrance(self, None if samples is None else split.sorted(samples)[start:stop])
+            given.append(up(levels, part_inputs, ys[start:stop], entrance))
+        return split.restored(split.unsorted(torch.cat(given)))
+
+
+def _substituted(
+    parts: Sequence[Adapted],
+    names: Sequence[tuple[str, ...]],
+    args: tuple,
+    kwargs: dict[str, Any],
+    rows: Rows | None = None,
+    segment: Segment | None = None,
+) -> Any:
+    """What the module of all parts gives while each has the named adapters in its weight."""
+    where = (segment.start, segment.stop) if segment is not None else (0, None)
+    with contextlib.ExitStack() as stack:
+        for part, here in zip(parts, names, strict=True):
+            if here:
+                changed = Adjusted(part.base, part.levels(here, rows, *where))
+                dtype = part.base.dtype
+                bias = changed.bias()
+                W = rounded(changed.weight(), dtype)
+                stack.enter_context(part.base.substituted(W, bias if bias is None else bias.to(dtype)))
+        return parts[0].base.layer(*args, **kwargs)

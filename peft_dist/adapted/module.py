@@ -1,0 +1,209 @@
+"""What every wrapper of a layer shares: whose adapters are on it, which serve, and what their methods get."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peft_dist.base_layer import Layer
+from peft_dist.contract import Draw, Method, Params
+from peft_dist.errors import AdapterError, RowsError
+from peft_dist.layer_api import LayerApi
+from peft_dist.pool import AdapterPool, PooledModule
+from peft_dist.rows import BASE, Current, Rows, stream, uniform
+from peft_dist.sharding import reach
+
+
+class AdapterModule(LayerApi, PooledModule):
+    """What the wrappers below share: whose adapters are here, and which serve.
+
+    Attributes:
+        methods: adapter -> its method here.
+        active_adapters: the names that serve rows which name none; also names that have nothing here.
+        disabled: whether the bare base serves.
+        merged_adapters: the names whose change is in the base's weights now, in the order they were merged.
+    """
+
+    base: Layer
+    _common: PooledModule | None
+    _lenders: dict[str, AdapterModule]
+
+    def __init__(
+        self, pool: AdapterPool, site_name: str, current: Current, common: PooledModule | None = None
+    ) -> None:
+        super().__init__(pool, site_name)
+        self.methods: dict[str, Any] = {}
+        self.active_adapters: list[str] = []
+        self.disabled = False
+        self.merged_adapters: list[str] = []
+        self._current = current
+        # Not a submodule: it holds what the adapters of all layers share, and hangs above them.
+        self.__dict__["_common"] = common
+        # Adapter -> the module whose tensors serve here too.
+        self.__dict__["_lenders"] = {}
+
+    def add(self, adapter: str, method: Method, layer: Layer, dtype: torch.dtype, device: Any) -> None:
+        """Makes room for an adapter's tensors, unfilled."""
+        self.hold(adapter, type(method).__name__, method.params(layer.site), dtype, device)  # type: ignore[attr-defined]
+        self.methods[adapter] = method
+
+    def borrow(self, adapter: str, method: Method, lender: AdapterModule) -> None:
+        """Lets an adapter act here by its tensors at `lender`, whose layer shares this one's weight."""
+        self.hold(adapter, type(method).__name__, {}, torch.float32, "cpu")
+        self.methods[adapter] = method
+        self._lenders[adapter] = lender
+
+    def start(self, adapter: str, layer: Layer) -> None:
+        """Fills an adapter's tensors; a collective where its method reads a partitioned weight."""
+        self._start(adapter, {name: t.detach() for name, t in self.tensors(adapter).items()}, layer)
+        self.replace_base(adapter, layer)
+
+    def replace_base(self, adapter: str, layer: Layer) -> None:
+        """Lets the adapter's method change the layer, where it does."""
+        method = self.methods[adapter]
+        if type(method).replace_base is not Method.replace_base:
+            p = self.tensors(adapter)
+            if not any(t.is_meta for t in p.values()):
+                with torch.no_grad():
+                    method.replace_base(p, layer)
+
+    def complete(self, adapter: str, missing: Sequence[str], layer: Layer) -> None:
+        """Fills the named tensors alone, as `start` would: a checkpoint lacked them."""
+        made = {name: torch.empty_like(t) for name, t in self.tensors(adapter).items()}
+        self._start(adapter, made, layer)
+        for name in missing:
+            self.tensors(adapter)[name].detach().copy_(made[name])
+
+    def _start(self, adapter: str, own: dict[str, Tensor], layer: Layer) -> None:
+        with torch.no_grad():
+            for name, param in self.wanted(adapter).items():
+                if not own[name].is_meta:
+                    param.start(own[name])
+            p = {**self.shared(adapter), **own}
+            if not any(t.is_meta for t in p.values()):
+                self.methods[adapter].start_from_base(p, layer)
+
+    def delete(self, adapter: str) -> None:
+        """Removes an adapter.
+
+        Raises:
+            AdapterError: it is merged.
+        """
+        if adapter in self.merged_adapters:
+            raise AdapterError(f"{self._site_name}: {adapter!r} is merged. Unmerge it before deleting it.")
+        self.drop(adapter)
+        del self.methods[adapter]
+        self._lenders.pop(adapter, None)
+        self.active_adapters = [name for name in self.active_adapters if name != adapter]
+
+    def serving(self, choice: str | None) -> tuple[str, ...]:
+        """The adapters here that serve rows with this choice: a name, `"__base__"`, or None for the active
+        ones. Within a forward: tensors that a user's own engine has partitioned are gathered for it."""
+        names = self.active_adapters if choice is None else () if choice == BASE else (choice,)
+        here = tuple(name for name in names if name in self.methods)
+        for name in here:
+            reach(self, self.tensors(name).values())
+        return here
+
+    def given(
+        self, adapter: str, rows: Rows | None = None, start: int = 0, stop: int | None = None
+    ) -> Params:
+        """All that the functions of the adapter's method find in `p`: its tensors here, those that its layers
+        share, and what it reads of the batch, cut to the rows start to stop of `rows` in sorted order."""
+        method, p = self.methods[adapter], self.held(adapter)
+        for name in method.reads:
+            p[name] = self._read(name, method, rows, start, stop)
+        if self.training and type(method).check_training is not Method.check_training:
+            method.check_training(p, self.base.site)
+        if self.training and type(method).draws is not Method.draws:
+            for name, draw in method.draws(self.base.site).items():
+                p[name] = self._drawn(name, draw, method, p, rows, start, stop)
+        if type(method).gradient is not Method.gradient and torch.is_grad_enabled():
+            p = {name: _projected(method, name, t, p) for name, t in p.items()}
+        return p
+
+    def held(self, adapter: str) -> dict[str, Any]:
+        """The adapter's tensors here and those that its layers share, by the method's names."""
+        return {**self.shared(adapter), **self.tensors(adapter)}
+
+    def shared(self, adapter: str) -> dict[str, Tensor]:
+        """The tensors that the layers of an adapter share, or that are borrowed here from one of them, by the
+        method's own names."""
+        if adapter in self._lenders:
+            lent = self._lenders[adapter].tensors(adapter)
+            reach(self, lent.values())
+            return lent
+        common = self._common
+        # A module that is trained whole beside an adapter shares nothing with its layers.
+        shares = type(self.methods[adapter]).shared is not Method.shared
+        if common is None or not shares or not common.has(adapter):
+            return {}
+        tensors = common.tensors(adapter)
+        reach(self, tensors.values())
+        return tensors
+
+    def _held_in_common(self, key: str) -> nn.Module | None:
+        """adapter -> the tensor that its layers share, where it hangs under this name."""
+        common = self.__dict__["_common"]
+        wanted = (common.wanted(adapter) for adapter in self.methods) if common is not None else ()
+        keys = {param.key.partition(".")[0] for params in wanted for param in params.values()}
+        return common._modules[key] if key in keys else None
+
+    def _read(self, name: str, method: Method, rows: Rows | None, start: int, stop: int | None) -> Tensor:
+        value = self._current.batch.get(name)
+        if value is None:
+            raise RowsError(
+                f"{self._site_name}: {type(method).__name__} needs {name}, one entry per sequence. Pass "
+                f"{name}=... to the model's forward or generate."
+            )
+        if rows is None or rows.num is None:
+            return value
+        if len(value) == 1:
+            value = value.expand(rows.num, *value.shape[1:])
+        if len(value) != rows.num:
+            raise RowsError(
+                f"{name} has {len(value)} entries for {rows.num} sequences. Give one per sequence."
+            )
+        return (value if rows.order is None else value[rows.order])[start:stop]
+
+    def _drawn(
+        self,
+        name: str,
+        draw: Draw,
+        method: Method,
+        p: Params,
+        rows: Rows | None,
+        start: int,
+        stop: int | None,
+    ) -> Tensor:
+        rows = rows or self._current.rows
+        tensor = next(iter(p.values()))
+        if rows is None or rows.samples is None:
+            # What a method reads has an entry for each sequence.
+            num = () if draw.each == "step" else (len(p[method.reads[0]]),)
+            return torch.rand(*num, *draw.shape, device=tensor.device)
+        key = stream(rows.seed, rows.step, f"{self._site_name}.{name}")
+        samples = rows.samples.to(tensor.device)
+        if draw.each == "step":
+            return uniform(draw.shape, samples.new_zeros(1), key)[0]
+        return uniform(draw.shape, (samples if rows.order is None else samples[rows.order])[start:stop], key)
+
+
+def _projected(method: Method, name: str, tensor: Tensor, p: Params) -> Tensor:
+    return _Projected.apply(tensor, method, name, p) if tensor.requires_grad else tensor
+
+
+class _Projected(torch.autograd.Function):
+    """A tensor as it is, whose gradient its method projects."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, method: Method, name: str, p: Params) -> Tensor:
+        ctx.method, ctx.name, ctx.p = method, name, {key: t.detach() for key, t in p.items()}
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        return ctx.method.gradient(ctx.name, gradient, ctx.p), None, None, None

@@ -1,0 +1,143 @@
+"""A module in whose place adapters put tensors of their own."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from peft_dist.adapted.beside import Beside
+from peft_dist.adapted.module import AdapterModule
+from peft_dist.base_layer import Layer
+from peft_dist.contract import Params
+from peft_dist.errors import RowsError
+from peft_dist.pool import AdapterPool, PooledModule
+from peft_dist.rows import Current, Rows
+from peft_dist.sharding import is_partitioned, whole_shape
+
+
+class Replaced(AdapterModule):
+    """A module that adapters replace by tensors of their own: `modules_to_save`.
+
+    Attributes:
+        original_module: the frozen module. base: its door.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        name: str,
+        pool: AdapterPool,
+        current: Current,
+        base: Layer | None = None,
+        common: PooledModule | None = None,
+    ) -> None:
+        super().__init__(pool, name, current, common)
+        self.original_module: Any = module
+        self.base = base or Layer(module, name)
+        # A copy without memory and without an engine's hooks, into which an adapter's tensors are put to run
+        # it.
+        self.__dict__["_shell"] = _shell(module)
+
+    def __getattr__(self, attribute: str) -> Any:
+        try:
+            return super().__getattr__(attribute)
+        except AttributeError:
+            return getattr(super().__getattr__("original_module"), attribute)
+
+    @property
+    def base_layer(self) -> nn.Module:
+        """The frozen module, under the name that `Adapted` gives it."""
+        return self.original_module
+
+    def train(self, mode: bool = True) -> Replaced:
+        self._shell.train(mode)
+        return super().train(mode)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        rows = self._current.rows
+        if self.disabled:
+            return self.original_module(*args, **kwargs)
+        if rows is None or rows.adapters is None:
+            return self._run(self.serving(None), args, kwargs)
+        choices = [(self.serving(s.adapter), s.start, s.stop) for s in rows.segments]
+        if len(choices) == 1:
+            y = self._run(choices[0][0], args, kwargs)
+            if choices[0][0] and self._is_apart() and isinstance(y, Tensor):
+                y = Beside.apply(y, self.original_module(*args, **kwargs))
+            return y
+        return self._mixed(rows, choices, args, kwargs)
+
+    def _is_apart(self) -> bool:
+        """Whether the frozen module is partitioned. Then each rank runs it, forward and backward, whether or
+        not its rows use it: ranks that name different adapters must gather its weight equally often."""
+        return any(is_partitioned(t) for t in self.original_module.parameters())
+
+    def _run(self, names: tuple[str, ...], args: tuple, kwargs: dict[str, Any]) -> Any:
+        if not names:
+            return self.original_module(*args, **kwargs)
+        p = self.held(names[-1])
+        dtype = next(iter(p.values())).dtype
+        wanted = [a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() else a for a in args]
+        y = self._called(p, tuple(wanted), kwargs)
+        cast = any(mine is not given for mine, given in zip(wanted, args, strict=True))
+        return y.to(args[0].dtype) if cast and isinstance(y, Tensor) else y
+
+    def _called(self, p: Params, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """What the module gives with the tensors p in the place of its own."""
+        shell: Any = self._shell
+        own = shell._parameters
+        if (
+            shell._modules
+            or shell._buffers
+            or any(own[name] is None for name in p)
+            or torch.compiler.is_compiling()
+        ):
+            buffers = dict(self.base.layer.named_buffers())
+            return functional_call(shell, {**buffers, **p}, args, kwargs)
+        # A norm, most often: nothing to look for below it.
+        empty = dict(own)
+        own.update(p)
+        try:
+            return shell(*args, **kwargs)
+        finally:
+            own.update(empty)
+
+    def _mixed(self, rows: Rows, choices: list, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+        if len(args) != 1 or kwargs:
+            raise RowsError(
+                f"{self._site_name}: rows can name different adapters only where a module takes one input."
+            )
+        split = rows.of(self.base.site, args[0], self._current.length)
+        xs = split.sorted(split.x)
+        apart = self._is_apart()
+        bare = (
+            split.sorted(self.original_module(split.x))
+            if apart or any(not n for n, _, _ in choices)
+            else None
+        )
+        pieces = [
+            self._run(names, (xs[start:stop],), {}) if names else bare[start:stop]  # type: ignore[index]
+            for names, start, stop in choices
+        ]
+        given = torch.cat(pieces)
+        if apart:
+            given = Beside.apply(given, bare)
+        return split.restored(split.unsorted(given))
+
+
+def _shell(module: nn.Module) -> nn.Module:
+    empty = {
+        id(p): nn.Parameter(torch.empty(whole_shape(p), dtype=p.dtype, device="meta"), requires_grad=False)
+        for p in module.parameters()
+    }
+    shell = copy.deepcopy(module, memo=dict(empty))
+    for part in shell.modules():
+        part._forward_hooks.clear()
+        part._forward_pre_hooks.clear()
+        part._backward_hooks.clear()
+        part._backward_pre_hooks.clear()
+    return shell
