@@ -22,6 +22,7 @@ from peft_dist.errors import AdapterError, CheckpointError, ConfigError
 from peft_dist.hooks import hooked_names, without_hooked
 from peft_dist.lazy import lazy
 from peft_dist.prompts import PromptedModel
+from peft_dist.prompts.generation import rows_each
 from peft_dist.rows import BASE, Rows
 from peft_dist.sharding import refuse_foreign_engine
 from peft_dist.tuner import BaseTuner, tuner_class
@@ -213,7 +214,31 @@ class PeftModel(PromptedModel):
             if self._prompting():
                 return self._generate_prompted(args, kwargs)
             self.base_model.look_ahead.leave_cache(kwargs)
-            return self.get_base_model().generate(*args, **kwargs)
+            with self._named_again(rows_each(self.get_base_model(), kwargs)):
+                return self.get_base_model().generate(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def _named_again(self, times: int) -> Iterator[None]:
+        """Each row's name said for all the rows that `generate` makes of it: all but an encoder gets those."""
+        given, base = self._adapters.current.rows, self.get_base_model()
+        if given is None or given.adapters is None or times == 1:
+            yield
+            return
+        names = tuple(name for name in given.adapters for _ in range(times))
+        made = dataclasses.replace(given, adapters=names)
+        encoder = base.get_encoder() if base.config.is_encoder_decoder else nn.Module()
+
+        def serve(rows: Rows, *_: Any) -> None:
+            self._adapters.current.rows = rows
+
+        before = encoder.register_forward_pre_hook(lambda *_: serve(given))
+        after = encoder.register_forward_hook(lambda *_: serve(made), always_call=True)
+        try:
+            with self.using(made):
+                yield
+        finally:
+            before.remove()
+            after.remove()
 
     def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
         """Turns gradient checkpointing on; the embeddings' output then requires a gradient, without which a

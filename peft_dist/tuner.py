@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import importlib
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -173,11 +174,16 @@ class BaseTuner(hooks.Hooks, PooledModule):
         """Makes one adapter, or several, active; only active ones are trained, and none in
         `inference_mode`.
 
+        Merged adapters are unmerged first, with a warning, as in HF PEFT.
+
         Raises:
             AdapterError: there is none of this name.
         """
         names = self.known(adapter_name)
         inject.check_together(self.model, names)
+        if any(module.merged_adapters for _, module in inject.adapter_modules(self.model)):
+            warnings.warn("Adapters are merged; they are unmerged before others become active.", stacklevel=2)
+            self.unmerge_adapter()
         self._active = names
         inject.activate(self.model, names)
         for _, layer in hooked_layers(self.model):

@@ -21,7 +21,7 @@ from peft_dist.prompts.rows import PromptRows
 def generate(rows: PromptRows, args: tuple, kwargs: dict[str, Any]) -> Any:
     """The base's generate behind virtual tokens: each step's arguments are changed on their way."""
     base, served = rows.base, rows.current.rows
-    expansion = _rows_each(rows.base, kwargs)
+    expansion = rows_each(rows.base, kwargs)
     if has_decoder(rows.base):
         if args:
             kwargs = {"input_ids": args[0], **kwargs}
@@ -42,7 +42,8 @@ def generate(rows: PromptRows, args: tuple, kwargs: dict[str, Any]) -> Any:
         return base.generate(*args, **kwargs)
 
 
-def _rows_each(base: Any, kwargs: dict[str, Any]) -> int:
+def rows_each(base: Any, kwargs: dict[str, Any]) -> int:
+    """How many rows `generate` makes of each it is given: beams, or sequences to return."""
     settings = kwargs.get("generation_config") or base.generation_config
     wanted = [kwargs.get(n) or getattr(settings, n, None) or 1 for n in ("num_beams", "num_return_sequences")]
     return max(wanted)

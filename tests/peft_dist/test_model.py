@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import subprocess
 import sys
@@ -134,6 +135,52 @@ def test_disabling_unmerges_for_its_time() -> None:
     torch.testing.assert_close(model(IDS).logits, before, rtol=1e-5, atol=1e-5)
     model.unmerge_adapter()
     assert torch.equal(model(IDS).logits, before)
+
+
+def test_activating_unmerges() -> None:
+    model = two()
+    model.merge_adapter()
+    with pytest.warns(
+        UserWarning, match="Adapters are merged; they are unmerged before others become active"
+    ):
+        model.set_adapter("b")
+    other = two()
+    other.set_adapter("b")
+    assert torch.equal(model(IDS).logits, other(IDS).logits)
+    with pytest.raises(AdapterError):
+        model.merge_adapter()
+        model.set_adapter("c")
+    assert model.get_model_status().merged_adapters == ["b"]
+
+
+@pytest.mark.parametrize(
+    "arguments", ({"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2}), ids=str
+)
+@pytest.mark.parametrize("kind", ("decoder", "encoder and decoder"))
+def test_beams_have_the_adapter_of_their_row(kind, arguments) -> None:
+    """One adapter at a time is the oracle."""
+    torch.manual_seed(0)
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2, "vocab_size": 32}
+    base, targets = llama(), ["q_proj", "down_proj"]
+    if kind != "decoder":
+        base = T5ForConditionalGeneration(T5Config(**sizes, dropout_rate=0, decoder_start_token_id=0)).eval()
+        targets = ["q", "v", "wo"]
+    model = peft_dist.get_peft_model(base, peft_dist.LoraConfig(r=2, target_modules=targets), "a")
+    model.add_adapter("b", peft_dist.LoraConfig(r=2, target_modules=targets))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(std=0.7)
+    ids, arguments = torch.randint(3, 30, (3, 5)), {"max_new_tokens": 5, "min_new_tokens": 5, **arguments}
+    names = ["a", "__base__", "b"]
+    rows = model.generate(input_ids=ids, adapter_names=names, do_sample=False, **arguments)
+    each = len(rows) // 3
+    for i, name in enumerate(names):
+        with model.disable_adapter() if name == "__base__" else contextlib.nullcontext():
+            if name != "__base__":
+                model.set_adapter(name)
+            alone = model.generate(input_ids=ids[i : i + 1], do_sample=False, **arguments)
+        assert torch.equal(rows[each * i : each * (i + 1)], alone)
 
 
 def test_deleting() -> None:
