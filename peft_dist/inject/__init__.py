@@ -1,0 +1,23 @@
+"""Adapters into a base: chooses the layers, wraps them in place, makes room, fills, freezes the rest."""
+
+from peft_dist.inject.making import Adapters, adapter_dtype, check_name, forget, freeze, inject
+from peft_dist.inject.places import adapter_modules, asked, facts_of, places, remove_wrappers
+from peft_dist.inject.serving import activate, check_together, delete, set_requires_grad
+
+__all__ = [
+    "Adapters",
+    "activate",
+    "adapter_dtype",
+    "adapter_modules",
+    "asked",
+    "check_name",
+    "check_together",
+    "delete",
+    "facts_of",
+    "forget",
+    "freeze",
+    "inject",
+    "places",
+    "remove_wrappers",
+    "set_requires_grad",
+]
