@@ -42,7 +42,9 @@ def set_adapter(
     """
     names = _known(model, adapter_name)
     for module in model.modules():
-        if isinstance(module, layer_cls) or (isinstance(module, AdapterModule) and layer_cls is BaseTunerLayer):
+        if isinstance(module, layer_cls) or (
+            isinstance(module, AdapterModule) and layer_cls is BaseTunerLayer
+        ):
             module.set_adapter(names, inference_mode=inference_mode)  # type: ignore[operator]
 
 

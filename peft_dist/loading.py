@@ -183,7 +183,9 @@ def _why(path: str, source: str, error: Exception) -> str:
 
 def _check_complete(path: str, task: str, model: nn.Module, report: dict[str, Any]) -> None:
     """Refuses a model some of whose weights were made up because the files do not hold them."""
-    missing = sorted({*report.get("missing_keys", ()), *(key for key, *_ in report.get("mismatched_keys", ()))})
+    missing = sorted(
+        {*report.get("missing_keys", ()), *(key for key, *_ in report.get("mismatched_keys", ()))}
+    )
     if task in _NEW_HEAD_ALLOWED:
         prefix = getattr(model, "base_model_prefix", "")
         missing = [key for key in missing if key.startswith(f"{prefix}.") or not prefix]
