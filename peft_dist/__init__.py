@@ -64,13 +64,13 @@ _NAMES = {
     "peft_dist.methods.weight.waveft": ("WaveFTConfig",),
     "peft_dist.methods.weight.xlora": ("XLoraConfig",),
     "peft_dist.mixed": ("PeftMixedModel",),
-    "peft_dist.model": (
-        "PeftModel",
+    "peft_dist.entry": (
         "get_peft_model",
         "get_peft_model_state_dict",
         "inject_adapter_in_model",
         "set_peft_model_state_dict",
     ),
+    "peft_dist.model": ("PeftModel",),
     "peft_dist.optim": ("AdapterOptimizer", "Hyper"),
     "peft_dist.registry": (
         "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",

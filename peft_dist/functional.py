@@ -9,12 +9,12 @@ from torch import nn
 
 from peft_dist import inject
 from peft_dist.adapted import AdapterModule
+from peft_dist.entry import get_peft_model_state_dict as get_peft_model_state_dict
+from peft_dist.entry import inject_adapter_in_model as inject_adapter_in_model
+from peft_dist.entry import set_peft_model_state_dict as set_peft_model_state_dict
 from peft_dist.errors import AdapterError, suggest
 from peft_dist.hooks import cast_adapter_dtype as cast_adapter_dtype
 from peft_dist.hooks import delete_hooked
-from peft_dist.model import get_peft_model_state_dict as get_peft_model_state_dict
-from peft_dist.model import inject_adapter_in_model as inject_adapter_in_model
-from peft_dist.model import set_peft_model_state_dict as set_peft_model_state_dict
 from peft_dist.tuner_layer import BaseTunerLayer, hooked_layers
 
 __all__ = [

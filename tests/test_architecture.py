@@ -20,7 +20,7 @@ LAYERS = {
             "savable", "calibration", "arithmetic", "lora_optimizers",
         },
         {
-            "model", "tuner", "recompute", "tasks", "mixed", "compat", "loading", "registry", "status", "auto",
+            "model", "entry", "tuner", "recompute", "tasks", "mixed", "compat", "loading", "registry", "status", "auto",
             "signatures", "scaling", "hotswap", "functional", "kbit",
         },
         {"__init__"},

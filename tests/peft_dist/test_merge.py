@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from peft_dist import checkpoint, merge
+from peft_dist.entry import get_peft_model
 from peft_dist.errors import AdapterError, MergeError
 from peft_dist.methods.activation.ia3 import IA3Config
 from peft_dist.methods.prompt.prompt_tuning import PromptTuningConfig
 from peft_dist.methods.weight.lora import LoraConfig
-from peft_dist.model import PeftModel, get_peft_model
+from peft_dist.model import PeftModel
 
 IDS = torch.randint(0, 32, (2, 7), generator=torch.Generator().manual_seed(5))
 MERGEABLE = {
