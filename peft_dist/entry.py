@@ -10,7 +10,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from peft_dist import checkpoint, inject
-from peft_dist.catalog import METHODS, prefix_of
+from peft_dist.catalog import prefix_of
 from peft_dist.config import PeftConfig
 from peft_dist.errors import ConfigError
 from peft_dist.hooks import hooked_names
@@ -67,13 +67,6 @@ def get_peft_model(
                 stacklevel=2,
             )
         peft_config.revision = revision
-    prefix = prefix_of(str(peft_config.peft_type)) if peft_config.peft_type in METHODS else ""
-    if prefix and adapter_name in prefix:
-        warnings.warn(
-            f"Adapter name {adapter_name!r} should not be contained in the prefix {prefix!r}: HF PEFT may "
-            "initialise such an adapter anew when it loads it.",
-            stacklevel=2,
-        )
     with as_it_was(model):
         if mixed:
             return TASK_CLASSES[MIXED](model, peft_config, adapter_name)

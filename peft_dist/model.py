@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from peft_dist import checkpoint, inject
 from peft_dist.arithmetic import convert
 from peft_dist.base_layer import num_elements
-from peft_dist.catalog import METHODS
+from peft_dist.catalog import METHODS, prefix_of
 from peft_dist.config import PeftConfig
 from peft_dist.contract import PromptMethod
 from peft_dist.errors import AdapterError, CheckpointError, ConfigError
@@ -96,6 +97,11 @@ class PeftModel(PromptedModel):
         """
         self._add(adapter_name, peft_config, autocast_adapter_dtype, low_cpu_mem_usage, start=True)
         self.set_requires_grad(adapter_name, False)
+
+    def prepare_model_for_gradient_checkpointing(self, model: Any) -> None:
+        """Lets what the embeddings of `model` give require a gradient, without which layers that are
+        recomputed under a frozen base would give their adapters none."""
+        model.enable_input_require_grads()
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Makes one adapter, or several, active; only active ones are trained, and none in
@@ -466,6 +472,8 @@ class PeftModel(PromptedModel):
         self, name: str, config: PeftConfig, autocast: bool, low_cpu_mem_usage: bool, start: bool
     ) -> None:
         inject.check_name(name, self.peft_config)
+        if start:
+            _warn_of_prefix(name, config.peft_type)
         refuse_foreign_engine(self, f"adapter {name!r} cannot be added")
         base = self.get_base_model()
         for place, module in inject.adapter_modules(base):
@@ -573,6 +581,16 @@ def as_it_was(model: nn.Module) -> Iterator[None]:
         if config is None:
             model.__dict__.pop("peft_config", None)
         raise
+
+
+def _warn_of_prefix(name: str, peft_type: Any) -> None:
+    prefix = prefix_of(str(peft_type)) if peft_type in METHODS else ""
+    if prefix and name in prefix:
+        warnings.warn(
+            f"Adapter name {name!r} should not be contained in the prefix {prefix!r}: HF PEFT may initialise "
+            "such an adapter anew when it loads it.",
+            stacklevel=4,
+        )
 
 
 def has_hooks(peft_type: Any) -> bool:

@@ -281,19 +281,24 @@ def _refuse_inner(field_name: str, name: str, chosen: Sequence[str]) -> None:
 def resolve_saved(names: Sequence[str] | None, facts: BaseFacts) -> list[str]:
     """Names of the modules that `modules_to_save` means: whole names or suffixes, none inside another.
 
+    Warns of a name that matches nothing beside others that match.
+
     Raises:
-        TargetError: a name matches nothing.
+        TargetError: none of the names matches.
     """
     chosen: list[str] = []
+    absent: list[str] = []
     for wanted in names or ():
         found = [name for name in facts.layers if ends_in([wanted], name)]
-        if not found and not wanted_of_a_head(wanted):
-            near = closest(wanted, {name.rpartition(".")[2] for name in facts.layers if name})
-            raise TargetError(
-                f"modules_to_save: {wanted!r} matched no module of {facts.name}."
-                + (f" Similar: {near[0]!r}." if near else "")
-            )
+        absent += [] if found or wanted_of_a_head(wanted) else [wanted]
         chosen += [name for name in found if name not in chosen]
+    if absent and not chosen:
+        near = closest(absent[0], {name.rpartition(".")[2] for name in facts.layers if name})
+        raise TargetError(
+            f"modules_to_save: {absent[0]!r} matched no module of {facts.name}."
+            + (f" Similar: {near[0]!r}." if near else "")
+        )
+    _warn_of_unmatched(absent, f"module of {facts.name}", list(facts.layers), "modules_to_save")
     for name in chosen:
         if facts.layers[name] == READ_BY_PARENT:
             _refuse_inner("modules_to_save", name, chosen)

@@ -216,9 +216,23 @@ class BaseTuner(hooks.Hooks, PooledModule):
         if adapter_name in self._active:
             left = [name for name in self._active if name != adapter_name]
             self._active = left or list(self.peft_config)[:1]
+            if self._active and not left:
+                warnings.warn(
+                    f"Adapter {adapter_name} was active which is now deleted. Setting active adapter to "
+                    f"{self._active[0]}.",
+                    stacklevel=3,
+                )
             inject.activate(self.model, self._active)
             for name in self._active:
                 self.set_requires_grad(name, not self.peft_config[name].inference_mode)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether `convert_to_lora` can say the adapter's changes by two factors a layer: all its layers are
+        linear, and what it changes there does not depend on the input."""
+        modules = list(self._adapters.sites.get(adapter_name, {}).values())
+        return bool(modules) and all(
+            module.methods[adapter_name].merges and module.base.site.kind == "linear" for module in modules
+        )
 
     def known(self, names: str | Sequence[str]) -> list[str]:
         """The names, as a list.
