@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: quickstart test test-fast check format benchmarks assets clean help
+.PHONY: quickstart test test-fast check format benchmarks assets tables clean help
 
 help:           ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -39,6 +39,9 @@ format: $(READY)        ## put the code into the house style
 
 benchmarks: $(READY)    ## the claims of speed and memory, each beside its peer
 	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
+
+tables: $(READY)        ## write docs/methods.md anew, by running every method
+	$(BIN)/python -m tests.contract.methods_table
 
 assets: $(READY)        ## rebuild the embedded base, tokenizer and data
 	$(BIN)/python jobs/assets/build.py all

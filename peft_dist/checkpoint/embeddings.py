@@ -9,6 +9,7 @@ from typing import Any, Literal
 from torch import nn
 from torch.nn import Parameter
 
+from peft_dist.inject import asked
 from peft_dist.methods.replace.trainable_tokens import TokenRows
 from peft_dist.pool import PooledModule, outer_modules
 
@@ -20,7 +21,7 @@ def all_embeddings(model: Any) -> dict[str, Parameter]:
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     found = {}
     for getter in ("get_input_embeddings", "get_output_embeddings"):
-        layer = _asked(base, getter)
+        layer = asked(base, getter)
         layer = getattr(layer, "base_layer", layer)
         weight = getattr(layer, "weight", None)
         if isinstance(weight, Parameter):
@@ -50,13 +51,6 @@ def embeddings_of(model: nn.Module, adapter_name: str, wish: bool | Literal["aut
     if wish is True or _is_resized(model, adapter_name):
         return embeddings
     return {}
-
-
-def _asked(base: nn.Module, getter: str) -> nn.Module | None:
-    try:
-        return getattr(base, getter)() if hasattr(base, getter) else None
-    except NotImplementedError:
-        return None
 
 
 def _trains_rows(module: Any, adapter_name: str) -> bool:

@@ -117,7 +117,7 @@ class PromptAdapters(PooledModule):
 
     def _embedding(self) -> tuple[nn.Module, EmbeddingLayer]:
         base = self.get_base_model()
-        layer = base.get_input_embeddings() if hasattr(base, "get_input_embeddings") else None
+        layer = inject.asked(base, "get_input_embeddings")
         bare = layer
         while isinstance(bare, AdapterModule):
             bare = bare.base_layer
