@@ -21,7 +21,10 @@ from tests.contract.case import Case
 
 # Methods of other packages name a module with their own cases in this variable.
 FILES = [
-    *(f"{methods.__name__}.{name}" for name in sorted(m.name for m in pkgutil.iter_modules(methods.__path__))),
+    *(
+        f"{methods.__name__}.{name}"
+        for name in sorted(m.name for m in pkgutil.iter_modules(methods.__path__))
+    ),
     *filter(None, os.environ.get("PEFT_DIST_CASES", "").split(",")),
 ]
 CASES = tuple(case for name in FILES for case in importlib.import_module(name).CASES)
