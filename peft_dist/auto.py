@@ -14,7 +14,7 @@ from peft_dist import tasks
 from peft_dist.config import PeftConfig
 from peft_dist.errors import ConfigError
 from peft_dist.folder import is_hub_id, local_folder
-from peft_dist.loading import load_base
+from peft_dist.loading import AUTO_CLASSES, load_base
 from peft_dist.model import PeftModel
 
 TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
@@ -60,7 +60,7 @@ def base_of(
             trust_remote_code=trust_remote_code,
         )
     if config.task_type is not None:
-        found: Any = getattr(transformers, _AUTO[str(config.task_type)])
+        found: Any = getattr(transformers, AUTO_CLASSES[str(config.task_type)])
     else:
         found = _mapped(config, import_allowlist)
     more = {"trust_remote_code": True} if trust_remote_code else {}
@@ -73,16 +73,6 @@ def base_of(
         **more,
         **kwargs,
     )
-
-
-_AUTO = {
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
-    "FEATURE_EXTRACTION": "AutoModel",
-}
 
 
 def _mapped(config: PeftConfig, import_allowlist: Sequence[str] | None) -> Any:

@@ -16,7 +16,7 @@ from peft_dist.errors import BaseModelError, suggest
 from peft_dist.folder import FolderError, check_safetensors, is_hub_id, local_folder
 
 # The head that each task needs on top of the base; tasks whose head a base seldom has may start a new one.
-_AUTO_CLASSES = {
+AUTO_CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM",
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
     "SEQ_CLS": "AutoModelForSequenceClassification",
@@ -52,16 +52,16 @@ def load_base(
         BaseModelError: it is missing, has no safetensors, is cut short, lacks weights, or its architecture is
             unknown here.
     """
-    if task not in _AUTO_CLASSES:
-        known = ", ".join(_AUTO_CLASSES)
+    if task not in AUTO_CLASSES:
+        known = ", ".join(AUTO_CLASSES)
         raise BaseModelError(
-            f"load_base: task is {task!r}; it is one of {known}.{suggest(task, _AUTO_CLASSES)}"
+            f"load_base: task is {task!r}; it is one of {known}.{suggest(task, AUTO_CLASSES)}"
         )
     source = path
     if not is_hub_id(path):
         folder = _checked_folder(path)
         source = str(folder)
-    auto_class = getattr(transformers, _AUTO_CLASSES[task])
+    auto_class = getattr(transformers, AUTO_CLASSES[task])
     try:
         config = transformers.AutoConfig.from_pretrained(
             source, revision=revision, trust_remote_code=trust_remote_code

@@ -5,47 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import nn
-
+from peft_dist.adapted.around import Around
 from peft_dist.adapted.beside import beside
-from peft_dist.adapted.module import AdapterModule
-from peft_dist.base_layer import Layer
 from peft_dist.contract import BlockMethod
-from peft_dist.pool import AdapterPool, PooledModule
-from peft_dist.rows import Current, Cut, Rows, Segment
+from peft_dist.rows import Cut, Rows, Segment
 from peft_dist.sharding import is_partitioned
 
 
-class AdaptedBlock(AdapterModule):
-    """A whole block of the base to whose output adapters add: an attention module, a decoder layer.
-
-    Attributes:
-        original_module: the frozen block. base: its door.
-    """
-
-    def __init__(
-        self,
-        module: nn.Module,
-        name: str,
-        pool: AdapterPool,
-        current: Current,
-        base: Layer | None = None,
-        common: PooledModule | None = None,
-    ) -> None:
-        super().__init__(pool, name, current, common)
-        self.original_module: Any = module
-        self.base = base or Layer(module, name)
-
-    def __getattr__(self, attribute: str) -> Any:
-        try:
-            return super().__getattr__(attribute)
-        except AttributeError:
-            return getattr(super().__getattr__("original_module"), attribute)
-
-    @property
-    def base_layer(self) -> nn.Module:
-        """The frozen block, under the name that `Adapted` gives it."""
-        return self.original_module
+class AdaptedBlock(Around):
+    """A whole block of the base to whose output adapters add: an attention module, a decoder layer."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         output = self.original_module(*args, **kwargs)

@@ -9,49 +9,22 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from peft_dist.adapted.around import Around
 from peft_dist.adapted.beside import Beside
-from peft_dist.adapted.module import AdapterModule
-from peft_dist.base_layer import Layer
 from peft_dist.contract import Params
 from peft_dist.errors import RowsError
-from peft_dist.pool import AdapterPool, PooledModule
-from peft_dist.rows import Current, Rows
+from peft_dist.rows import Rows
 from peft_dist.sharding import is_partitioned, whole_shape
 
 
-class Replaced(AdapterModule):
-    """A module that adapters replace by tensors of their own: `modules_to_save`.
+class Replaced(Around):
+    """A module that adapters replace by tensors of their own: `modules_to_save`."""
 
-    Attributes:
-        original_module: the frozen module. base: its door.
-    """
-
-    def __init__(
-        self,
-        module: nn.Module,
-        name: str,
-        pool: AdapterPool,
-        current: Current,
-        base: Layer | None = None,
-        common: PooledModule | None = None,
-    ) -> None:
-        super().__init__(pool, name, current, common)
-        self.original_module: Any = module
-        self.base = base or Layer(module, name)
+    def __init__(self, module: nn.Module, *args: Any, **kwargs: Any) -> None:
+        super().__init__(module, *args, **kwargs)
         # A copy without memory and without an engine's hooks, into which an adapter's tensors are put to run
         # it.
         self.__dict__["_shell"] = _shell(module)
-
-    def __getattr__(self, attribute: str) -> Any:
-        try:
-            return super().__getattr__(attribute)
-        except AttributeError:
-            return getattr(super().__getattr__("original_module"), attribute)
-
-    @property
-    def base_layer(self) -> nn.Module:
-        """The frozen module, under the name that `Adapted` gives it."""
-        return self.original_module
 
     def train(self, mode: bool = True) -> Replaced:
         self._shell.train(mode)
