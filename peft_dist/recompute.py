@@ -4,7 +4,7 @@ model was running then is kept with each recomputation."""
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import nn
@@ -12,9 +12,19 @@ from torch import nn
 from peft_dist.rows import Current
 
 
-def remember(base: nn.Module, current: Current) -> None:
-    """Lets each checkpointed layer of `base` see, when it is recomputed, what `current` says now."""
-    for module in base.modules():
+def layers(base: nn.Module) -> list[nn.Module]:
+    """The modules of `base` that gradient checkpointing may run again."""
+    return [module for module in base.modules() if _may_run_again(module)]
+
+
+def _may_run_again(module: nn.Module) -> bool:
+    name = "gradient_checkpointing"
+    return name in module.__dict__ or hasattr(type(module), name)
+
+
+def remember(modules: Iterable[nn.Module], current: Current) -> None:
+    """Lets each of `modules` see, when it runs again, what `current` says now."""
+    for module in modules:
         run = module.__dict__.get("_gradient_checkpointing_func")
         if run is not None and getattr(run, "current", None) is not current:
             module.__dict__["_gradient_checkpointing_func"] = _Remembering(run, current)

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from peft_dist import checkpoint, hooks, inject, merge
+from peft_dist import checkpoint, hooks, inject, merge, recompute
 from peft_dist.ahead import LookAhead
 from peft_dist.catalog import METHODS, class_name, config_class, entry, prefix_of
 from peft_dist.config import PeftConfig
@@ -24,7 +24,6 @@ from peft_dist.contract import Controller, Method, Params
 from peft_dist.errors import AdapterError, ConfigError, MergeError, suggest
 from peft_dist.lazy import lazy
 from peft_dist.pool import PooledModule
-from peft_dist.recompute import remember
 from peft_dist.targets import usual_targets
 from peft_dist.tuner_layer import hooked_layers, layer_class, merge_hooked, unmerge_hooked
 
@@ -80,6 +79,7 @@ class BaseTuner(hooks.Hooks, PooledModule):
     def _open(self, model: nn.Module, configs: dict[str, PeftConfig], adapters: inject.Adapters) -> None:
         PooledModule.__init__(self, adapters.pool, "")
         adapters.common = self
+        self._run_again: tuple[tuple[str, ...], list[nn.Module]] = ((), [])
         self.model = model
         self.peft_config = configs
         self._adapters = adapters
@@ -285,16 +285,20 @@ class BaseTuner(hooks.Hooks, PooledModule):
         current = self._adapters.current
         before = current.batch
         current.batch = {**before, **{name: kwargs.pop(name) for name in names if name in kwargs}}
-        ahead = self.look_ahead.serving()
-        if (current.batch or current.rows or ahead) and getattr(
-            self.model, "is_gradient_checkpointing", False
-        ):
-            remember(self.model, current)
+        if current.batch or current.rows or self.look_ahead.serving():
+            recompute.remember(self._layers_run_again(), current)
         try:
             with self.look_ahead.watching():
                 yield
         finally:
             current.batch = before
+
+    def _layers_run_again(self) -> list[nn.Module]:
+        # Looked for once for each set of adapters: a base may get its layers when an adapter is added.
+        names = tuple(self.peft_config)
+        if self._run_again[0] != names:
+            self._run_again = names, recompute.layers(self.model)
+        return self._run_again[1]
 
     # --- what acts on an adapter as a whole
 

@@ -46,6 +46,6 @@ def test_without_remembering_the_gradients_are_others(monkeypatch) -> None:
     """The negative control: the same, with the mechanism taken away."""
     made = model()
     wanted = gradients(made)
-    monkeypatch.setattr("peft_dist.tuner.remember", lambda base, current: None)
+    monkeypatch.setattr("peft_dist.recompute.remember", lambda modules, current: None)
     made.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
     assert any((g - w).abs().max() > 1e-6 for g, w in zip(gradients(made), wanted, strict=True))
