@@ -40,7 +40,7 @@ PLANTED = "planted-" + secrets.token_hex(12)
 TOKEN = secrets.token_hex(32)
 
 STAND_IN = """
-import importlib.util, json, os, sys, time
+import importlib.util, json, os, signal, sys, time
 import orchestrator, ray
 from orchestrator.cluster import load_cluster
 ray.init(address="auto", log_to_driver=False)
@@ -64,10 +64,13 @@ if "--wait" in sys.argv:
     class Worker:
         def pid(self): return os.getpid()
     worker = Worker.remote()
-    print("PIDS", os.getpid(), ray.get(worker.pid.remote()), flush=True)
+    pids = os.getpid(), ray.get(worker.pid.remote())
     try:
+        print("PIDS", *pids, flush=True)
         time.sleep(600)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):   # Ray makes the second of a SIGTERM
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.SIG_IGN)
         time.sleep(4)   # longer than the 3 s after which Ray would kill it by default
         print("saved a checkpoint", flush=True)
         sys.exit(130)
