@@ -41,8 +41,10 @@ def peft_types(module: AdapterModule) -> set[str]:
 def _type_of(method: Any) -> str | None:
     """Of a config, or of the variant of one that sits at a layer and holds it."""
     own = getattr(method, "peft_type", None)
+    if own:
+        return str(own)
     held = [value for value in vars(method).values() if isinstance(value, PeftConfig)]
-    return str(own) if own else str(held[0].peft_type) if held else None
+    return str(held[0].peft_type) if held else None
 
 
 class BaseTunerLayer(metaclass=Answers):

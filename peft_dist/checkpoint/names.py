@@ -59,7 +59,7 @@ def holders(model: nn.Module, adapter_name: str) -> list[Holder]:
     found: list[Holder] = []
     unchanged: list[str] = []
     for path, module in outer_modules(model):
-        if isinstance(module, BaseTunerLayer) and not isinstance(module, PooledModule):
+        if not isinstance(module, PooledModule) and isinstance(module, BaseTunerLayer):
             tensors: Any = HookedTensors(module)
             if adapter_name in tensors.adapters:
                 found.append(Holder(tensors, path, path, None, adapter_name))
