@@ -118,7 +118,7 @@ class Bucket:
             {name for name, p in held.items() if self._is_view(slot, p, name)}
             for slot, held in enumerate(self.held)
         ]
-        self.arrays = {name: a.new_zeros((len(a) + more, *a.shape[1:])) for name, a in old.items()}
+        self.arrays = {name: a.new_empty((len(a) + more, *a.shape[1:])) for name, a in old.items()}
         for name, a in old.items():
             if len(a) and not a.is_meta:
                 self.arrays[name][: len(a)] = a
