@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from peft_dist.contract import Method
 from peft_dist.errors import ConfigError
-from peft_dist.rows import drop, stream
+from peft_dist.rows import drop, stream, token_input
 
 
 def looks_ahead(method: Any) -> bool:
@@ -79,8 +79,7 @@ class LookAhead:
         if not names:
             return
         current = self.tuner._adapters.current
-        sized = args[0] if args else kwargs.get("input_ids")
-        sized = kwargs.get("inputs_embeds") if sized is None else sized
+        sized = token_input(args, kwargs)
         if not isinstance(sized, Tensor):
             raise ConfigError(f"adapter {names[0]!r}: needs input_ids or inputs_embeds. Pass them.")
         for name in names:

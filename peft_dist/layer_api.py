@@ -57,9 +57,7 @@ class LayerApi:
         """Lets adapters be trained here, or not."""
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         for adapter in names:
-            if adapter in self.methods:
-                for key, param in self.wanted(adapter).items():  # type: ignore[attr-defined]
-                    self.tensors(adapter)[key].requires_grad_(requires_grad and param.trainable)  # type: ignore[attr-defined]
+            self.let_train(adapter, requires_grad)  # type: ignore[attr-defined]
 
     def merge(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> None:
         """Adds the named adapters' change to this layer's weight; the active ones' where none is named."""

@@ -22,7 +22,7 @@ from peft_dist.hooks import without_hooked
 from peft_dist.lazy import lazy
 from peft_dist.prompts import PromptedModel
 from peft_dist.prompts.generation import rows_each
-from peft_dist.rows import BASE, Rows
+from peft_dist.rows import BASE, Rows, token_input
 from peft_dist.sharding import refuse_foreign_engine
 from peft_dist.tuner import BaseTuner, tuner_class
 from peft_dist.tuner_layer import hooked_layers
@@ -127,9 +127,8 @@ class PeftModel(PromptedModel):
             self.drop(adapter_name)
 
     def _let_tokens_train(self, names: Sequence[str], requires_grad: bool) -> None:
-        for name in set(names) & set(self.adapters):
-            for key, param in self.wanted(name).items():
-                self.tensors(name)[key].requires_grad_(requires_grad and param.trainable)
+        for name in names:
+            self.let_train(name, requires_grad)
 
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[None]:
@@ -199,8 +198,7 @@ class PeftModel(PromptedModel):
 
     def _measure(self, base: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Notes how many positions the base is given now, at each of its calls: `generate` makes many."""
-        sized = args[0] if args else kwargs.get("input_ids")
-        sized = kwargs.get("inputs_embeds") if sized is None else sized
+        sized = token_input(args, kwargs)
         if isinstance(sized, Tensor) and sized.ndim > 1:
             self._adapters.current.length = sized.shape[1]
 

@@ -242,6 +242,12 @@ class PooledModule(nn.Module):
         self._fill_fixed(adapter)
         self.take_in(adapter)
 
+    def let_train(self, adapter: str, requires_grad: bool) -> None:
+        """Lets the adapter's tensors be trained, or not; frozen ones stay frozen. Nothing where it has none."""
+        for name, param in self.wanted(adapter).items():
+            held, key = self._places[adapter][name]
+            held[key].requires_grad_(requires_grad and param.trainable)
+
     def fill(self, adapter: str) -> None:
         """Fills the adapter's tensors as its method starts them."""
         self.part(adapter)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -177,6 +177,13 @@ class Cut:
         if isinstance(first, (tuple, list)):
             return type(first)(self.joined(each) for each in zip(*parts, strict=True))
         return first
+
+
+def token_input(args: tuple, kwargs: Mapping[str, Any]) -> Any:
+    """What a call of a model gives it to read: `input_ids`, or `inputs_embeds` in their place; (rows, positions)
+    come first in both."""
+    given = args[0] if args else kwargs.get("input_ids")
+    return kwargs.get("inputs_embeds") if given is None else given
 
 
 @dataclass

@@ -197,9 +197,8 @@ class BaseTuner(hooks.Hooks, PooledModule):
         inject.set_requires_grad(self.model, names, requires_grad)
         for _, layer in hooked_layers(self.model):
             layer.set_requires_grad(names, requires_grad)
-        for name in set(names) & set(self.adapters):
-            for key, param in self.wanted(name).items():
-                self.tensors(name)[key].requires_grad_(requires_grad and param.trainable)
+        for name in names:
+            self.let_train(name, requires_grad)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Removes an adapter and its tensors; the first of the others becomes active where none is left so.

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from peft_dist.adapted import AdapterModule
+from peft_dist.adapted import AdapterModule, bare
 from peft_dist.catalog import class_name
 from peft_dist.config import PeftConfig
 from peft_dist.contract import Param
@@ -254,9 +254,7 @@ def _kind(module: AdapterModule, peft_type: str) -> str:
     base: Any = getattr(module, "base", None)
     if base is not None and base.site.kind == "experts":
         return "ParamWrapper"
-    layer: Any = module
-    while isinstance(layer, AdapterModule):
-        layer = layer.base_layer
+    layer = bare(module)
     name = type(layer).__name__
     if name in ("Linear8bitLt", "Linear4bit"):
         return name if peft_type in _OWN_QUANTISED else "Linear"

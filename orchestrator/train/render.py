@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import jinja2
@@ -19,10 +18,10 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from orchestrator.chat_template import ensure_chat_template
 from orchestrator.errors import DataError
 
+from .chunks import chunks
 from .outline import IGNORED, Outline
 from .records import Message, Record
 
-BATCH = 512
 Span = tuple[int, int]
 
 
@@ -65,8 +64,7 @@ def render(records: Iterable[Record], tokenizer: Any, sequence_len: int) -> Iter
     """Yields the example of each record, in order, cut at `sequence_len` tokens; the same for the same
     input."""
     ensure_chat_template(tokenizer)
-    records = iter(records)
-    while batch := list(islice(records, BATCH)):
+    for batch in chunks(records):
         rendered: dict[int, Example] = {}
         chats = [i for i, record in enumerate(batch) if record.messages is not None]
         texts = [i for i, record in enumerate(batch) if record.messages is None]

@@ -5,7 +5,7 @@ batches in which rows name different adapters. Storage, mathematics and layer ki
 from peft_dist.adapted.block import AdaptedBlock
 from peft_dist.adapted.layer import Adapted
 from peft_dist.adapted.levels import Adjusted, Level
-from peft_dist.adapted.module import AdapterModule
+from peft_dist.adapted.module import AdapterModule, bare
 from peft_dist.adapted.replaced import Replaced
 
-__all__ = ["Adapted", "AdaptedBlock", "AdapterModule", "Adjusted", "Level", "Replaced"]
+__all__ = ["Adapted", "AdaptedBlock", "AdapterModule", "Adjusted", "Level", "Replaced", "bare"]

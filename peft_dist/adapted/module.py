@@ -192,6 +192,11 @@ class AdapterModule(LayerApi, PooledModule):
         return uniform(draw.shape, (samples if rows.order is None else samples[rows.order])[start:stop], key)
 
 
+def bare(module: Any) -> Any:
+    """A module beneath all wrappers."""
+    return module.get_base_layer() if isinstance(module, AdapterModule) else module
+
+
 def _projected(method: Method, name: str, tensor: Tensor, p: Params) -> Tensor:
     return _Projected.apply(tensor, method, name, p) if tensor.requires_grad else tensor
 

@@ -96,12 +96,7 @@ class WeightedLora:
             ]
             if shifts:
                 biases[name] = torch.stack(shifts).sum(0)
-        self.peft_config[adapter_name] = _config(configs, made, bool(biases), kept)
-        try:
-            self.inject_adapter(self.model, adapter_name)
-        except BaseException:
-            del self.peft_config[adapter_name]
-            raise
+        _put(self, adapter_name, _config(configs, made, bool(biases), kept))
         for name, module in adapter_modules(self.model):
             if adapter_name in module.adapters and isinstance(module, Adapted):
                 own = module.tensors(adapter_name)
@@ -151,12 +146,7 @@ class WeightedIA3:
         for field in ("target_modules", "feedforward_modules"):
             setattr(config, field, _union(field, [getattr(each, field) for each in configs]))
         config.modules_to_save = _saved_names(configs)
-        self.peft_config[adapter_name] = config
-        try:
-            self.inject_adapter(self.model, adapter_name)
-        except BaseException:
-            del self.peft_config[adapter_name]
-            raise
+        _put(self, adapter_name, config)
         for name, module in adapter_modules(self.model):
             if adapter_name not in module.adapters:
                 continue
@@ -185,6 +175,16 @@ class NoWeighted:
 
 
 # What may be combined
+
+
+def _put(tuner: Any, adapter: str, config: Any) -> None:
+    """Adds an adapter, or leaves the tuner as it was."""
+    tuner.peft_config[adapter] = config
+    try:
+        tuner.inject_adapter(tuner.model, adapter)
+    except BaseException:
+        del tuner.peft_config[adapter]
+        raise
 
 
 def _check_adapters(

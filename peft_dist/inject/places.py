@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from peft_dist.adapted import Adapted, AdapterModule
+from peft_dist.adapted import Adapted, AdapterModule, bare
 from peft_dist.base_layer import (
     ParameterLayer,
     kind_of,
@@ -31,10 +31,7 @@ class Place:
     @property
     def layer(self) -> nn.Module:
         """The base's own layer."""
-        layer: Any = self.module
-        while isinstance(layer, AdapterModule):
-            layer = layer.base_layer
-        return layer
+        return bare(self.module)
 
     def wrapper(self, kind: type[AdapterModule], parameter: str | None = None) -> AdapterModule | None:
         """The wrapper of this kind around the layer, or around one raw parameter of it, where there is
@@ -74,13 +71,13 @@ def _walk(module: nn.Module, prefix: str, seen: set[int]) -> Iterator[Place]:
 def facts_of(model: Any, found: dict[str, Place]) -> BaseFacts:
     """What targets are chosen from."""
     output = asked(model, "get_output_embeddings")
-    heads = {name for name, place in found.items() if output is not None and place.layer is _bare(output)}
+    heads = {name for name, place in found.items() if output is not None and place.layer is bare(output)}
     kinds = {
         name: READ_BY_PARENT if isinstance(place.parent, nn.MultiheadAttention) else kind_of(place.layer)
         for name, place in found.items()
     }
     architecture = getattr(getattr(model, "config", None), "model_type", None)
-    inputs = _bare(asked(model, "get_input_embeddings"))
+    inputs = bare(asked(model, "get_input_embeddings"))
     embedding = next((name for name, place in found.items() if place.layer is inputs), None)
     return BaseFacts(type(model).__name__, kinds, frozenset(heads), architecture, embedding=embedding)
 
@@ -91,12 +88,6 @@ def asked(base: Any, getter: str) -> nn.Module | None:
         return getattr(base, getter)() if hasattr(base, getter) else None
     except NotImplementedError:
         return None
-
-
-def _bare(module: Any) -> nn.Module:
-    while isinstance(module, AdapterModule):
-        module = module.base_layer
-    return module
 
 
 def adapter_modules(model: nn.Module) -> Iterator[tuple[str, AdapterModule]]:

@@ -53,8 +53,7 @@ def set_requires_grad(model: nn.Module, names: list[str], requires_grad: bool) -
     frozen."""
     for _, module in adapter_modules(model):
         for name in names:
-            for key, param in module.wanted(name).items():
-                module.tensors(name)[key].requires_grad_(requires_grad and param.trainable)
+            module.let_train(name, requires_grad)
 
 
 def delete(model: nn.Module, adapter: str) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_dist import inject
-from peft_dist.adapted import AdapterModule
+from peft_dist.adapted import bare
 from peft_dist.base_layer import EmbeddingLayer, door
 from peft_dist.config import PeftConfig
 from peft_dist.contract import BaseLayer, PastMethod, PromptMethod
@@ -118,12 +118,10 @@ class PromptAdapters(PooledModule):
     def _embedding(self) -> tuple[nn.Module, EmbeddingLayer]:
         base = self.get_base_model()
         layer = inject.asked(base, "get_input_embeddings")
-        bare = layer
-        while isinstance(bare, AdapterModule):
-            bare = bare.base_layer
-        if layer is None or not isinstance(bare, nn.Embedding):
+        own = bare(layer)
+        if layer is None or not isinstance(own, nn.Embedding):
             raise ConfigError(f"{type(base).__name__} has no input embeddings, which a prompt method needs.")
-        opened = door(bare, "input embeddings")
+        opened = door(own, "input embeddings")
         assert isinstance(opened, EmbeddingLayer)
         return layer, opened
 

@@ -11,7 +11,6 @@ import contextlib
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from orchestrator.errors import DataError, closest
 from orchestrator.spec.job import DatasetSpec
 from peft_dist.lazy import lazy
 
+from ..chunks import chunks
 from ..outline import IGNORED, Outline
 from ..records import hash_of, present, text_in
 from ..sources import SourceRow
@@ -29,7 +29,6 @@ from .encoding import encode
 from .task import Answering, Batch, Facts, Padded, Task, pad_id
 
 sklearn = lazy("sklearn.metrics")
-_BATCH = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,8 +86,7 @@ class Classification(Task):
 
     @classmethod
     def render(cls, records: Iterable[Record], tokenizer: Any, sequence_len: int) -> Iterator[Labelled]:
-        records = iter(records)
-        while batch := list(islice(records, _BATCH)):
+        for batch in chunks(records):
             encoded: dict[int, Any] = {}
             for is_pair in (False, True):
                 chosen = [i for i, record in enumerate(batch) if (record.pair is not None) == is_pair]

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 
 from orchestrator.spec.job import DatasetSpec
 
+from ..chunks import chunks
 from ..outline import IGNORED, Outline
 from ..records import hash_of, present, text_in
 from ..sources import SourceRow
@@ -32,7 +32,6 @@ from .task import Answering, Batch, Padded, Step, Task, pad_id
 TEMPERATURE = 0.05
 PLACES = 3
 """Texts of a row at most: anchor, positive, negative."""
-_BATCH = 512
 _CHUNK = 1024
 """Anchors that are compared with all candidates at a time."""
 
@@ -101,8 +100,7 @@ class Embedding(Task):
 
     @classmethod
     def render(cls, records: Iterable[Record], tokenizer: Any, sequence_len: int) -> Iterator[Paired]:
-        records = iter(records)
-        while batch := list(islice(records, _BATCH)):
+        for batch in chunks(records):
             encoded = iter(
                 encode(tokenizer, [text for record in batch for text in record.texts], None, sequence_len)
             )

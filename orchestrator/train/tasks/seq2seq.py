@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from orchestrator.errors import ModelError
 from orchestrator.spec.job import DatasetSpec, EvalSpec
 from peft_dist.lazy import lazy
 
+from ..chunks import chunks
 from ..outline import IGNORED, Outline
 from ..records import hash_of, text_in
 from ..sources import SourceRow
@@ -28,7 +28,6 @@ sacrebleu = lazy("sacrebleu")
 rouge_scorer = lazy("rouge_score.rouge_scorer")
 MOST_WRITTEN = 256
 """Rows whose texts are written for the metrics, where `eval.max_rows` does not say more or less."""
-_BATCH = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +84,7 @@ class Seq2Seq(Task):
 
     @classmethod
     def render(cls, records: Iterable[Record], tokenizer: Any, sequence_len: int) -> Iterator[Translated]:
-        records = iter(records)
-        while batch := list(islice(records, _BATCH)):
+        for batch in chunks(records):
             sources = encode(tokenizer, [record.source for record in batch], None, sequence_len)
             targets = tokenizer(text_target=[record.target for record in batch], verbose=False)["input_ids"]
             for record, source, target in zip(batch, sources, targets, strict=True):

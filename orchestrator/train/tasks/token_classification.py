@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from orchestrator.errors import DataError
 from orchestrator.spec.job import DatasetSpec
 from peft_dist.lazy import lazy
 
+from ..chunks import chunks
 from ..outline import IGNORED, Outline
 from ..records import hash_of, kind_of, present
 from ..sources import SourceRow
@@ -28,7 +28,6 @@ from .task import Answering, Batch, Facts, Padded, Task, pad_id, right_padded
 
 seqeval = lazy("seqeval.metrics")
 OUTSIDE = "O"
-_BATCH = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +85,7 @@ class TokenClassification(Task):
     @classmethod
     def render(cls, records: Iterable[Record], tokenizer: Any, sequence_len: int) -> Iterator[Tagged]:
         check_offsets(tokenizer, "token-classification")
-        records = iter(records)
-        while batch := list(islice(records, _BATCH)):
+        for batch in chunks(records):
             texts = [" ".join(record.words) for record in batch]
             found = tokenizer(texts, return_offsets_mapping=True, verbose=False)
             for record, ids, offsets in zip(batch, found["input_ids"], found["offset_mapping"], strict=True):

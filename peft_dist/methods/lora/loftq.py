@@ -13,7 +13,7 @@ from peft_dist import starts
 from peft_dist.contract import BaseLayer, Param, Params, Site
 from peft_dist.errors import ConfigError
 from peft_dist.lazy import lazy
-from peft_dist.methods.lora.variant import Variant, linear_alone
+from peft_dist.methods.lora.variant import Variant, linear_alone, with_start
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -94,13 +94,7 @@ class Loftq(Variant):
         return linear_alone(lora, site)
 
     def params(self, site: Site) -> dict[str, Param]:
-        wanted = super().params(site)
-        for name in ("A", "B"):
-            param = wanted[name]
-            wanted[f"{name}0"] = Param(
-                f"lora_start_{name}", param.dims, param.shape, starts.zeros, trainable=False
-            )
-        return wanted
+        return with_start(super().params(site), starts.zeros)
 
     def start_from_base(self, p: Params, base: BaseLayer) -> None:
         super().start_from_base(p, base)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -16,6 +16,16 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 torch = lazy("torch")
+
+
+def with_start(wanted: dict[str, Param], start: Callable[[Tensor], object]) -> dict[str, Param]:
+    """LoRA's tensors and beside them A0 and B0, frozen, of their shapes: what a start from the base keeps."""
+    kept = {
+        f"{name}0": Param(f"lora_start_{name}", param.dims, param.shape, start, trainable=False)
+        for name, param in wanted.items()
+        if name in ("A", "B")
+    }
+    return {**wanted, **kept}
 
 
 @dataclass(frozen=True)
@@ -126,13 +136,7 @@ class Residual(Variant):
                 f"LoraConfig.r: {r} at {site.name!r}, which is {site.out} x {site.in_}: init_lora_weights "
                 f"{self.lora.init_lora_weights!r} takes at most {min(site.out, site.in_)} directions of it."
             )
-        wanted = super().params(site)
-        for name in ("A", "B"):
-            param = wanted[name]
-            wanted[f"{name}0"] = Param(
-                f"lora_start_{name}", param.dims, param.shape, starts.inherit, trainable=False
-            )
-        return wanted
+        return with_start(super().params(site), starts.inherit)
 
     def restore(self, saved: Mapping[str, Tensor], site: Site) -> Mapping[str, Tensor]:
         there = [key for key in ("lora_start_A", "lora_start_B") if key in saved]
