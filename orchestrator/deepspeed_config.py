@@ -1,7 +1,8 @@
 """The job's `deepspeed` -> the dict that DeepSpeed is given. Pure; DeepSpeed itself is not imported.
 
 Stages 0 to 2 leave the frozen base whole on every worker; AdapterOptimizer shards the adapter's optimizer states
-(1) and gradients (2). Stage 3 has DeepSpeed partition the base. Precision is ours at every stage: DeepSpeed's fp16
+(1) and gradients (2). Stage 3 has DeepSpeed partition the base, whose pieces rest in the nodes' memory where
+`offload_param` says so. Precision is ours at every stage: DeepSpeed's fp16
 and bf16 sections stay off, since they would cast every floating parameter.
 """
 
@@ -10,7 +11,7 @@ from __future__ import annotations
 from copy import deepcopy
 from typing import Any
 
-from .spec.deepspeed_keys import check_deepspeed, keys_without_effect, ours, zero_stage
+from .spec.deepspeed_keys import check_deepspeed, keys_without_effect, offload_param, ours, zero_stage
 from .spec.job import JobSpec
 from .spec.places import Tree, raise_all
 
@@ -40,10 +41,12 @@ def deepspeed_config(spec: JobSpec, hidden: int | None = None) -> dict[str, Any]
     for key in keys_without_effect(config):
         _remove(config, key)
     zero = config.get("zero_optimization") or {}
-    zero = {key: value for key, value in zero.items() if value != "auto" and "offload" not in key}
+    zero = {key: value for key, value in zero.items() if value != "auto" and key != "offload_param"}
     zero["stage"] = stage
     if stage == 3:
         zero = {**_STAGE_3, **zero}
+        if (offload := offload_param(spec.deepspeed)) is not None:
+            zero["offload_param"] = offload
         if zero["stage3_prefetch_bucket_size"] == "auto":
             zero["stage3_prefetch_bucket_size"] = int(0.9 * hidden * hidden) if hidden else 50_000_000
     config = {key: value for key, value in config.items() if value != "auto"}

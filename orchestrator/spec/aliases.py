@@ -112,7 +112,7 @@ def _not(value: Any) -> Any:
 
 def _adapter_type(value: Any) -> Any:
     if value == "qlora":
-        raise ValueError("'qlora' is a 4-bit base, which this version does not have yet. Write lora.")
+        raise ValueError("'qlora' is LoRA on a 4-bit base. Write lora, and model.load_in_4bit: true.")
     if isinstance(value, str):
         return value.lower().replace("-", "_")
     raise ValueError(f"{show(value)} is not a method. List them: raypeft methods")
@@ -135,6 +135,14 @@ def _strategy(steps_key: str) -> Change:
         raise ValueError(f"{show(value)} has no counterpart. Write {steps_key} with a number of steps.")
 
     return change
+
+
+def _dtype(value: Any) -> Any:
+    """`torch.bfloat16` and `bf16` as torch names it."""
+    if isinstance(value, str):
+        word = value.removeprefix("torch.")
+        return {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}.get(word, word)
+    return value
 
 
 _OPTIMIZERS = _one_of(
@@ -186,6 +194,24 @@ ROWS: tuple[Alias, ...] = (
     *_maps("model.base_model", "base_model", "model_name_or_path", "model_id"),
     *_maps("model.revision", "revision_of_model", "model_revision"),
     *_maps("model.trust_remote_code", "trust_remote_code"),
+    *_maps("model.load_in_8bit", "load_in_8bit"),
+    *_maps("model.load_in_4bit", "load_in_4bit", "quantization_bit"),
+    *_maps("model.bnb_4bit_quant_type", "bnb_4bit_quant_type", "quantization_type"),
+    *_maps("model.bnb_4bit_use_double_quant", "bnb_4bit_use_double_quant", "double_quantization"),
+    *_maps("model.bnb_4bit_compute_dtype", "bnb_4bit_compute_dtype", change=_dtype),
+    *_maps("model.bnb_4bit_quant_storage", "bnb_4bit_quant_storage", change=_dtype),
+    Alias("bnb_config_kwargs", "model"),
+    *_refused(
+        "Remove it: bits are those of bitsandbytes.",
+        "quantization_method",
+        accepts=("bnb", "bitsandbytes", "BNB"),
+    ),
+    *_refused("Remove it: each worker's part of the base is on its own device.", "quantization_device_map"),
+    *_refused(
+        "Write model.load_in_4bit or load_in_8bit; a base saved by GPTQ is not read.",
+        "gptq",
+        accepts=(False,),
+    ),
     *_refused(_TOKENIZER, "model_type", "tokenizer_type", "tokenizer_config", "tokenizer_use_fast"),
     *_refused(_TOKENIZER, "use_fast_tokenizer", "special_tokens", "tokens", "resize_vocab", "add_tokens"),
     *_refused(_TOKENIZER, "template", "chat_template_jinja", "default_system_message", "base_model_config"),
@@ -381,15 +407,28 @@ def resolve_aliases(tree: Tree) -> list[Problem]:
 def _adapter_in_one_word(tree: Tree, problems: list[Problem]) -> None:
     """`adapter: lora` is `adapter: {type: lora}`."""
     value = tree.get(("adapter",))
+    if isinstance(value, dict) and value.get("type") == "qlora":
+        _qlora(tree, tree.places[("adapter", "type")], problems)
+        value["type"] = "lora"
+        return
     if value is MISSING or isinstance(value, dict) or value is None:
         return
     place = tree.places[("adapter",)]
+    if value == "qlora":
+        _qlora(tree, place, problems)
+        value = "lora"
     try:
         kind = _adapter_type(value)
     except ValueError as error:
         _drop(tree, ("adapter",), Problem(("adapter",), str(error)), problems)
         return
     tree.put(("adapter",), {"type": kind}, {(): place, ("type",): place})
+
+
+def _qlora(tree: Tree, place: Place, problems: list[Problem]) -> None:
+    """Axolotl's word for LoRA on a 4-bit base."""
+    tree.put(("adapter: qlora",), True, {(): place})
+    _move(tree, ("adapter: qlora",), ("model", "load_in_4bit"), None, problems)
 
 
 def _drop(tree: Tree, path: Path, problem: Problem | None, problems: list[Problem]) -> None:
@@ -411,8 +450,8 @@ def _resolve(tree: Tree, row: Alias, problems: list[Problem]) -> None:
             path, f"{show(value)}: not a key of a job." if row.accepts else "not a key of a job.", row.instead
         )
         _drop(tree, path, None if accepted else refusal, problems)
-    elif row.name == "resources_per_worker":
-        _resources_per_worker(tree, problems)
+    elif row.name in _SEVERAL:
+        _SEVERAL[row.name](tree, problems)
     else:
         _move(tree, path, tuple(row.target.split(".")), row.change, problems)
 
@@ -429,6 +468,58 @@ def _resources_per_worker(tree: Tree, problems: list[Problem]) -> None:
     for name in list(value):
         _move(tree, (*path, name), ("resources", names[name]), None, problems)
     _drop(tree, path, None, problems)
+
+
+def _quantization_bit(tree: Tree, problems: list[Problem]) -> None:
+    """LLaMA-Factory's 8 or 4."""
+    path: Path = ("quantization_bit",)
+    keys = {8: "load_in_8bit", 4: "load_in_4bit"}
+    key = keys.get(value) if isinstance(value := tree.get(path), int) else None
+    if key is None:
+        problem = Problem(
+            path,
+            f"{show(value)} bits have no counterpart.",
+            "Write model.load_in_4bit or load_in_8bit: true.",
+        )
+        _drop(tree, path, problem, problems)
+    else:
+        _move(tree, path, ("model", key), lambda _: True, problems)
+
+
+_BNB_KEYS = {
+    "load_in_8bit": None,
+    "load_in_4bit": None,
+    "bnb_4bit_quant_type": None,
+    "bnb_4bit_use_double_quant": None,
+    "bnb_4bit_compute_dtype": _dtype,
+    "bnb_4bit_quant_storage": _dtype,
+}
+"""Those of bitsandbytes' config that are ours too."""
+
+
+def _bnb_config_kwargs(tree: Tree, problems: list[Problem]) -> None:
+    """Axolotl's mapping of bitsandbytes' own keys."""
+    path: Path = ("bnb_config_kwargs",)
+    value = tree.get(path)
+    if not isinstance(value, dict):
+        _drop(tree, path, Problem(path, f"{show(value)} is not a mapping.", "Write model keys."), problems)
+        return
+    others = [str(name) for name in value if name not in _BNB_KEYS]
+    if others:
+        hint = f"Of bitsandbytes' there are: {', '.join(_BNB_KEYS)}."
+        _drop(tree, path, Problem(path, f"'{others[0]}' is not a key of a job.", hint), problems)
+        return
+    for name in list(value):
+        _move(tree, (*path, name), ("model", name), _BNB_KEYS[name], problems)
+    _drop(tree, path, None, problems)
+
+
+_SEVERAL: dict[str, Callable[[Tree, list[Problem]], None]] = {
+    "resources_per_worker": _resources_per_worker,
+    "quantization_bit": _quantization_bit,
+    "bnb_config_kwargs": _bnb_config_kwargs,
+}
+"""Keys whose value says which of ours is meant."""
 
 
 def _move(tree: Tree, path: Path, target: Path, change: Change | None, problems: list[Problem]) -> None:

@@ -2,7 +2,7 @@
 
 Batch, precision, clipping and optimizer are the job's (`training.*`): the adapter's tensors belong to our own
 AdapterOptimizer at every stage, so DeepSpeed never sees them. What DeepSpeed does here is to partition the frozen
-base at stage 3.
+base at stage 3, and with `offload_param` to keep its pieces in the nodes' memory rather than on the devices.
 """
 
 from __future__ import annotations
@@ -14,8 +14,11 @@ from ..errors import closest
 from .job import JobSpec
 from .places import Path, Problem
 from .rules import accumulation
+from .words import show
 
-STAGES = {"zero0": 0, "zero1": 1, "zero2": 2, "zero3": 3}
+STAGES = {"zero0": 0, "zero1": 1, "zero2": 2, "zero3": 3, "zero3-offload": 3}
+OFFLOAD = {"device": "cpu", "pin_memory": True}
+"""`offload_param` of `zero3-offload`."""
 
 NO_EFFECT = (
     "optimizer",
@@ -25,6 +28,7 @@ NO_EFFECT = (
     "zero_optimization.contiguous_gradients",
     "zero_optimization.elastic_checkpoint",
     "zero_optimization.ignore_unused_parameters",
+    "zero_optimization.offload_optimizer",
     "zero_optimization.overlap_comm",
     "zero_optimization.reduce_bucket_size",
     "zero_optimization.reduce_scatter",
@@ -66,7 +70,6 @@ KNOWN = (
 
 KNOWN_ZERO = (
     "stage",
-    "offload_optimizer",
     "offload_param",
     "cpu_offload",
     "cpu_offload_params",
@@ -86,10 +89,6 @@ KNOWN_ZERO = (
 )
 
 _NOT_YET = {
-    "zero_optimization.offload_optimizer": "this version does not offload yet.",
-    "zero_optimization.offload_param": "this version does not offload yet.",
-    "zero_optimization.cpu_offload": "this version does not offload yet.",
-    "zero_optimization.cpu_offload_params": "this version does not offload yet.",
     "zero_optimization.zero_hpz_partition_size": "this version does not have it yet.",
     "zero_optimization.zero_quantized_weights": "this version does not have it yet.",
     "zero_optimization.zero_quantized_gradients": "this version does not have it yet.",
@@ -97,8 +96,10 @@ _NOT_YET = {
     "activation_checkpointing": "activations are recomputed by training.gradient_checkpointing.",
     "amp": "precision is training.precision.",
     "torch_autocast": "precision is training.precision.",
-    "aio": "this version does not offload yet.",
+    "aio": "nothing is kept on disks here.",
 }
+
+_OFFLOAD_KEYS = ("device", "pin_memory", "buffer_count", "buffer_size", "max_in_cpu", "ratio", "nvme_path")
 
 
 def zero_stage(deepspeed: str | dict[str, Any]) -> int:
@@ -114,7 +115,18 @@ def check_deepspeed(spec: JobSpec) -> list[Problem]:
     """What in a user's config contradicts the job, is not there yet, or is misspelt."""
     if isinstance(spec.deepspeed, str):
         return []
-    return [*_shape(spec.deepspeed), *_not_yet(spec.deepspeed), *_conflicts(spec)]
+    config = spec.deepspeed
+    return [*_shape(config), *_not_yet(config), *_offload(config), *_conflicts(spec)]
+
+
+def offload_param(deepspeed: str | dict[str, Any]) -> dict[str, Any] | None:
+    """Where the base's pieces rest between uses: DeepSpeed's section; None for the devices themselves."""
+    if isinstance(deepspeed, str):
+        return dict(OFFLOAD) if deepspeed == "zero3-offload" else None
+    section = _at(deepspeed, "zero_optimization.offload_param")
+    if not isinstance(section, dict) or section.get("device", "cpu") == "none":
+        return None
+    return {key: value for key, value in {**OFFLOAD, **section}.items() if value != "auto"}
 
 
 def keys_without_effect(deepspeed: str | dict[str, Any]) -> list[str]:
@@ -162,14 +174,40 @@ def _unknown(key: str, known: tuple[str, ...] | list[str]) -> Problem:
 
 def _not_yet(config: dict[str, Any]) -> Iterator[Problem]:
     for key, why in _NOT_YET.items():
-        value = _at(config, key)
-        asks = (
-            value.get("device", "cpu") != "none"
-            if isinstance(value, dict) and "offload" in key
-            else bool(value)
-        )
-        if value is not None and asks:
+        if _at(config, key):
             yield Problem(_path(key), why, "Remove it.")
+
+
+def _offload(config: dict[str, Any]) -> Iterator[Problem]:
+    for key in ("cpu_offload", "cpu_offload_params"):
+        if _at(config, f"zero_optimization.{key}"):
+            yield Problem(
+                _path(f"zero_optimization.{key}"),
+                "is what DeepSpeed called it once.",
+                "Write zero_optimization: {stage: 3, offload_param: {device: cpu}}.",
+            )
+    section, path = _at(config, "zero_optimization.offload_param"), "zero_optimization.offload_param"
+    if section is None:
+        return
+    if not isinstance(section, dict):
+        yield Problem(_path(path), "is not a mapping.", "Write offload_param: {device: cpu}.")
+        return
+    for key in section:
+        if key not in _OFFLOAD_KEYS:
+            yield _unknown(f"{path}.{key}", [f"{path}.{known}" for known in _OFFLOAD_KEYS])
+    device = section.get("device", "cpu")
+    if device not in ("cpu", "none"):
+        yield Problem(
+            _path(f"{path}.device"),
+            f"{show(device)}: pieces of the base rest on the devices or in the nodes' memory.",
+            "Write device: cpu, or none.",
+        )
+    elif device == "cpu" and zero_stage(config) != 3:
+        yield Problem(
+            _path(path),
+            f"only stage 3 has pieces of the base to keep elsewhere; the stage is {zero_stage(config)}.",
+            "Write zero_optimization.stage: 3, or remove it.",
+        )
 
 
 def ours(spec: JobSpec) -> dict[str, tuple[str, Any]]:

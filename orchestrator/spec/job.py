@@ -75,6 +75,23 @@ class ModelSpec(Section):
         default="main", description="the hub's branch, tag or commit; pinned to a commit when submitted"
     )
     trust_remote_code: bool = Field(default=False, description="run code that the model's repository brings")
+    load_in_8bit: bool = Field(
+        default=False, description="keep the base's linear layers in 8 bits (LLM.int8)"
+    )
+    load_in_4bit: bool = Field(default=False, description="keep the base's linear layers in 4 bits (QLoRA)")
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = Field(
+        default="nf4", description="the levels of 4 bits: those of a normal distribution, or floats"
+    )
+    bnb_4bit_use_double_quant: bool = Field(
+        default=True, description="4 bits: quantise the blocks' scales as well"
+    )
+    bnb_4bit_compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto", description="4 bits: what a weight is multiplied in; auto: training.precision"
+    )
+    bnb_4bit_quant_storage: Literal["auto", "uint8", "float32", "bfloat16", "float16"] = Field(
+        default="auto",
+        description="4 bits: the dtype that codes are packed into; auto: the base's own at ZeRO-3, else uint8",
+    )
 
 
 DatasetType = Literal[
@@ -343,7 +360,7 @@ class DeploySpec(Section):
     cpus_per_replica: AboveZero = Field(default=1, description="CPUs and threads of a replica")
 
 
-DeepSpeed = Literal["zero0", "zero1", "zero2", "zero3"] | str | dict[str, Any]
+DeepSpeed = Literal["zero0", "zero1", "zero2", "zero3", "zero3-offload"] | str | dict[str, Any]
 
 
 class JobSpec(Section):

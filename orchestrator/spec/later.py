@@ -4,17 +4,10 @@ from __future__ import annotations
 
 from .places import Path
 
-_WHOLE_PRECISION = "Remove it: this version keeps the base in the precision it was saved in."
 _NO_PACKING = "Remove it: each row is a sequence of its own in this version."
 _NO_TRACKING = "Remove it: metrics are in the run's folder (metrics.jsonl) and on raypeft status."
 
 LATER: dict[str, str] = {
-    "model.load_in_4bit": _WHOLE_PRECISION,
-    "model.load_in_8bit": _WHOLE_PRECISION,
-    "model.bnb_4bit_quant_type": _WHOLE_PRECISION,
-    "model.bnb_4bit_use_double_quant": _WHOLE_PRECISION,
-    "model.bnb_4bit_compute_dtype": _WHOLE_PRECISION,
-    "model.bnb_4bit_quant_storage": _WHOLE_PRECISION,
     "data.sample_packing": _NO_PACKING,
     "retry.worker_failure": "Remove it: a lost worker is replaced twice in this version.",
     "retry.preemption": "Remove it: a preempted worker counts as a lost one in this version.",
@@ -29,17 +22,6 @@ LATER: dict[str, str] = {
 """Dotted key -> what to do in this version."""
 
 LATER_FLAT: dict[str, str] = {
-    "load_in_4bit": _WHOLE_PRECISION,
-    "load_in_8bit": _WHOLE_PRECISION,
-    "quantization_bit": _WHOLE_PRECISION,
-    "quantization_method": _WHOLE_PRECISION,
-    "quantization_type": _WHOLE_PRECISION,
-    "double_quantization": _WHOLE_PRECISION,
-    "bnb_4bit_quant_type": _WHOLE_PRECISION,
-    "bnb_4bit_use_double_quant": _WHOLE_PRECISION,
-    "bnb_4bit_compute_dtype": _WHOLE_PRECISION,
-    "bnb_4bit_quant_storage": _WHOLE_PRECISION,
-    "bnb_config_kwargs": _WHOLE_PRECISION,
     "sample_packing": _NO_PACKING,
     "eval_sample_packing": _NO_PACKING,
     "pad_to_sequence_len": _NO_PACKING,
@@ -76,14 +58,6 @@ def not_yet(path: Path) -> tuple[str, str] | None:
 def not_yet_flat(key: str) -> tuple[str, str] | None:
     """Likewise for another project's key at the top level."""
     return (_SAYS, LATER_FLAT[key]) if key in LATER_FLAT else None
-
-
-def offload_stage(stage: str) -> tuple[str, str]:
-    """Likewise for `deepspeed: zero3-offload`."""
-    return (
-        f"'{stage}': this version does not offload yet.",
-        "Write zero3, and more workers where memory runs out.",
-    )
 
 
 def elastic() -> tuple[str, str]:

@@ -20,7 +20,7 @@ from .aliases import resolve_aliases
 from .deepspeed_keys import STAGES, check_deepspeed
 from .document import decode, parse_document
 from .job import JobSpec
-from .later import elastic, offload_stage
+from .later import elastic
 from .overrides import apply_overrides
 from .places import Path, Place, Problem, Tree, dotted, raise_all
 from .rules import check_rules
@@ -270,9 +270,7 @@ def _resolve_deepspeed(tree: Tree, directory: FilePath, problems: list[Problem])
     if not isinstance(value, str) or value in STAGES:
         return
     problem: Problem | None = None
-    if value.startswith("zero") and "offload" in value and not value.endswith(".json"):
-        problem = Problem(path, *offload_stage(value))
-    elif not value.endswith(".json"):
+    if not value.endswith(".json"):
         near = closest(value, STAGES)
         hint = f"Closest: '{near[0]}'." if near else f"Stages: {', '.join(STAGES)}."
         problem = Problem(path, f"'{value}' is neither a stage nor a path to a .json file.", hint)

@@ -10,14 +10,16 @@ from peft_dist.catalog import METHODS
 
 from ..errors import closest
 from .conditions import parse_comparison
-from .job import DeploySpec, GateSpec, JobSpec
+from .job import DeploySpec, GateSpec, JobSpec, ModelSpec
 from .places import Path, Problem
 from .tasks import SERVED, TASKS, evaluated_types, measured_metrics, task_type
+from .words import show
 
 
 def check_rules(spec: JobSpec, written: Collection[Path], warnings: list[str]) -> list[Problem]:
     """What breaks a rule across sections; `written` are the keys that stand in the file."""
     found = [
+        *_bits(spec),
         *_batch(spec, written),
         *_gate(spec),
         *_evaluation(spec),
@@ -27,6 +29,22 @@ def check_rules(spec: JobSpec, written: Collection[Path], warnings: list[str]) -
     ]
     warnings += _warnings(spec, written)
     return found
+
+
+def _bits(spec: JobSpec) -> Iterator[Problem]:
+    model = spec.model
+    if model.load_in_4bit and model.load_in_8bit:
+        yield Problem(
+            ("model", "load_in_8bit"), "true beside model.load_in_4bit: true.", "Keep one of the two."
+        )
+    for name, field in ModelSpec.model_fields.items():
+        value = getattr(model, name)
+        if name.startswith("bnb_4bit_") and not model.load_in_4bit and value != field.default:
+            yield Problem(
+                ("model", name),
+                f"{show(value)}: of a 4-bit base, and model.load_in_4bit is false.",
+                "Write load_in_4bit: true beside it, or remove it.",
+            )
 
 
 def accumulation(spec: JobSpec) -> tuple[int, int]:

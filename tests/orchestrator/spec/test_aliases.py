@@ -15,6 +15,22 @@ MAPPED = {
     "revision_of_model": ("v1", "model.revision", "v1"),
     "model_revision": ("v1", "model.revision", "v1"),
     "trust_remote_code": ("true", "model.trust_remote_code", True),
+    "load_in_8bit": ("true", "model.load_in_8bit", True),
+    "load_in_4bit": ("true", "model.load_in_4bit", True),
+    "quantization_bit": ("4", "model.load_in_4bit", True),
+    "bnb_4bit_quant_type": ("fp4\nload_in_4bit: true", "model.bnb_4bit_quant_type", "fp4"),
+    "quantization_type": ("fp4\nload_in_4bit: true", "model.bnb_4bit_quant_type", "fp4"),
+    "bnb_4bit_use_double_quant": (
+        "false\nload_in_4bit: true", "model.bnb_4bit_use_double_quant", False
+    ),
+    "double_quantization": ("false\nload_in_4bit: true", "model.bnb_4bit_use_double_quant", False),
+    "bnb_4bit_compute_dtype": (
+        "torch.bfloat16\nload_in_4bit: true", "model.bnb_4bit_compute_dtype", "bfloat16"
+    ),
+    "bnb_4bit_quant_storage": ("bf16\nload_in_4bit: true", "model.bnb_4bit_quant_storage", "bfloat16"),
+    "bnb_config_kwargs": (
+        "{load_in_4bit: true, bnb_4bit_compute_dtype: fp16}", "model.bnb_4bit_compute_dtype", "float16"
+    ),
     "finetuning_type": ("lora", "adapter.type", "lora"),
     "peft_type": ("IA3", "adapter.type", "ia3"),
     "lora_r": ("4", "adapter.r", 4),
@@ -135,6 +151,14 @@ def test_key_of_a_later_version(name):
     )
 
 
+@pytest.mark.parametrize("text", ["adapter: qlora", "adapter: {type: qlora, r: 4}", "quantization_bit: 4"])
+def test_what_others_call_a_base_in_4_bits(text):
+    model = spec_of(text).model
+    assert model.load_in_4bit and not model.load_in_8bit
+    assert spec_of(text).adapter.type == "lora"
+    assert spec_of("quantization_bit: 8").model.load_in_8bit
+
+
 def test_hints_name_the_next_step():
     assert all(hint.startswith(("Remove it", "Write")) for hint in [*LATER.values(), *LATER_FLAT.values()])
 
@@ -149,6 +173,18 @@ def test_an_empty_value_asks_for_nothing(name):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ("quantization_bit: 3",
+         "jobs/x.yaml:3 quantization_bit: 3 bits have no counterpart. Write model.load_in_4bit or load_in_8bit: true."),
+        ("adapter: qlora\nload_in_4bit: false",
+         "jobs/x.yaml:4 load_in_4bit: false contradicts adapter (line 3): true; both mean model.load_in_4bit. "
+         "Keep one of them, best model.load_in_4bit."),
+        ("finetuning_type: qlora",
+         "jobs/x.yaml:3 finetuning_type: 'qlora' is LoRA on a 4-bit base. Write lora, and model.load_in_4bit: true."),
+        ("bnb_config_kwargs: {llm_int8_threshold: 6.0}",
+         "jobs/x.yaml:3 bnb_config_kwargs: 'llm_int8_threshold' is not a key of a job. Of bitsandbytes' there are: "
+         "load_in_8bit, load_in_4bit, bnb_4bit_quant_type, bnb_4bit_use_double_quant, bnb_4bit_compute_dtype, "
+         "bnb_4bit_quant_storage."),
+        ("bnb_config_kwargs: 4", "jobs/x.yaml:3 bnb_config_kwargs: 4 is not a mapping. Write model keys."),
         ("lora_r: 8\nadapter: {r: 4}",
          "jobs/x.yaml:3 lora_r: 8 contradicts adapter.r (line 4): 4; both mean adapter.r. "
          "Keep one of them, best adapter.r."),
@@ -166,8 +202,6 @@ def test_an_empty_value_asks_for_nothing(name):
          "training.precision. Keep one of them, best training.precision."),
         ("optim: adamw_bnb_8bit",
          "jobs/x.yaml:3 optim: 'adamw_bnb_8bit' has no counterpart. Write training.optimizer: adamw or sgd."),
-        ("adapter: qlora",
-         "jobs/x.yaml:3 adapter: 'qlora' is a 4-bit base, which this version does not have yet. Write lora."),
         ("finetuning_type: full",
          "jobs/x.yaml:3 finetuning_type: 'full' trains the base itself; this trains adapters. "
          "List them: raypeft methods"),

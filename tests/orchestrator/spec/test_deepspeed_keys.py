@@ -60,10 +60,20 @@ def test_auto_is_filled_in():
          "here."),
         ("{optimizer: {params: {lr: 1}}}", "deepspeed.optimizer.params.lr: 1 contradicts training.learning_rate: "
                                            "0.0002. Write training.learning_rate alone."),
-        ("{zero_optimization: {stage: 3, offload_param: {device: cpu}}}",
-         "deepspeed.zero_optimization.offload_param: this version does not offload yet. Remove it."),
-        ("{zero_optimization: {stage: 2, offload_optimizer: {device: cpu}}}",
-         "deepspeed.zero_optimization.offload_optimizer: this version does not offload yet. Remove it."),
+        ("{zero_optimization: {stage: 2, offload_param: {device: cpu}}}",
+         "deepspeed.zero_optimization.offload_param: only stage 3 has pieces of the base to keep elsewhere; the stage "
+         "is 2. Write zero_optimization.stage: 3, or remove it."),
+        ("{zero_optimization: {stage: 3, offload_param: {device: nvme}}}",
+         "deepspeed.zero_optimization.offload_param.device: 'nvme': pieces of the base rest on the devices or in the "
+         "nodes' memory. Write device: cpu, or none."),
+        ("{zero_optimization: {stage: 3, offload_param: {pin_memori: true}}}",
+         "deepspeed.zero_optimization.offload_param.pin_memori: is not a key of DeepSpeed's config. "
+         "Closest: 'zero_optimization.offload_param.pin_memory'."),
+        ("{zero_optimization: {stage: 3, offload_param: cpu}}",
+         "deepspeed.zero_optimization.offload_param: is not a mapping. Write offload_param: {device: cpu}."),
+        ("{zero_optimization: {stage: 3, cpu_offload_params: true}}",
+         "deepspeed.zero_optimization.cpu_offload_params: is what DeepSpeed called it once. Write zero_optimization: "
+         "{stage: 3, offload_param: {device: cpu}}."),
         ("{zero_optimization: {stage: 4}}",
          "deepspeed.zero_optimization.stage: 4 is not a stage. Stages: 0, 1, 2, 3."),
         ("{zero_optimisation: {stage: 2}}",
@@ -84,3 +94,19 @@ def test_what_agrees_is_no_conflict():
     assert zero_stage(spec.deepspeed) == 2
     assert deepspeed_config(spec)["fp16"] == {"enabled": False}  # our own loop scales the loss
     assert zero_stage({}) == 0
+
+
+def test_the_base_s_pieces_rest_in_the_nodes_memory():
+    by_name = deepspeed_config(spec_of("deepspeed: zero3-offload\n"))["zero_optimization"]
+    assert by_name["stage"] == 3 and by_name["offload_param"] == {"device": "cpu", "pin_memory": True}
+    text = "deepspeed: {zero_optimization: {stage: 3, offload_param: {device: cpu, pin_memory: false}}}\n"
+    given = deepspeed_config(spec_of(text))["zero_optimization"]
+    assert given["offload_param"] == {"device": "cpu", "pin_memory": False}
+    none = deepspeed_config(spec_of(text.replace("device: cpu", "device: none")))["zero_optimization"]
+    assert "offload_param" not in none
+
+
+def test_an_adapter_s_states_are_ours_and_stay_where_they_are():
+    spec = spec_of("deepspeed: {zero_optimization: {stage: 3, offload_optimizer: {device: cpu}}}\n")
+    assert "offload_optimizer" not in deepspeed_config(spec)["zero_optimization"]
+    assert warnings(spec)[0].startswith("deepspeed: no effect here: zero_optimization.offload_optimizer. ")
