@@ -402,7 +402,8 @@ class _Attempt:
     def _layout(self) -> str:
         plan = self.plan
         workers = (
-            f"{plan.num_workers} {'GPU' if plan.use_gpu else 'CPU'} worker{'s' * (plan.num_workers > 1)}"
+            f"{f'{plan.counts[0]} to ' if plan.sizes else ''}{plan.num_workers} "
+            f"{'GPU' if plan.use_gpu else 'CPU'} worker{'s' * (plan.num_workers > 1)}"
         )
         return f"{workers}, ZeRO-{plan.zero_stage}, {plan.global_batch_size} rows a step"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..cluster import ClusterFacts
@@ -13,7 +13,9 @@ from ..spec.deepspeed_keys import zero_stage
 from ..spec.job import JobSpec
 from ..spec.places import Tree, raise_all
 from ..spec.rules import accumulation, check_rules
+from ..spec.rules import sizes as sizes_of
 from ..spec.tasks import TASKS, task_type
+from ..spec.workers import GroupSize, forwards, numbers
 from .adapter_sizes import AdapterSizes, adapter_sizes
 from .memory import Memory, Step, estimate, is_known
 from .model_sizes import ModelSizes
@@ -38,10 +40,12 @@ FRAMEWORK_GPU = 900 * 2**20
 class Plan:
     """How a job will run.
 
-    `global_batch_size = num_workers * micro_batch_size * gradient_accumulation_steps`.
+    `global_batch_size = num_workers * micro_batch_size * gradient_accumulation_steps`; of an elastic job at most, where
+    its workers do not share the batch evenly.
     """
 
     num_workers: int
+    """The most that it runs with; those of this attempt in a worker's own plan."""
     bundle: dict[str, float]
     """Ray resources of one worker: `{"CPU": 1}` or `{"CPU": 1, "GPU": 1}`."""
     placement: str
@@ -65,11 +69,36 @@ class Plan:
     """Trained elements; None where the base's shapes are not known."""
     cluster: str = ""
     """Where the cluster's facts were read; empty where they are not known."""
+    sizes: tuple[GroupSize, ...] = ()
+    """The numbers of workers with which an elastic job steps, ascending; empty where the number is fixed."""
 
     @property
     def use_gpu(self) -> bool:
         """Whether each worker is given (part of) a GPU."""
         return self.bundle.get("GPU", 0) > 0
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """The numbers of workers with which the job steps, ascending."""
+        return tuple(size.num_workers for size in self.sizes) or (self.num_workers,)
+
+    def at(self, num_workers: int, micro_batch_size: int | None = None) -> Plan:
+        """The plan of one attempt: the same global batch over so many workers, so many rows a forward."""
+        micro = micro_batch_size or self.micro_batch_size
+        steps = forwards(self.global_batch_size, micro, num_workers)
+        batch = {
+            "train_batch_size": num_workers * micro * steps,
+            "train_micro_batch_size_per_gpu": micro,
+            "gradient_accumulation_steps": steps,
+        }
+        config = {key: batch.get(key, value) for key, value in self.deepspeed.items()}
+        return replace(
+            self,
+            num_workers=num_workers,
+            micro_batch_size=micro,
+            gradient_accumulation_steps=steps,
+            deepspeed=config,
+        )
 
 
 def make_plan(
@@ -93,7 +122,9 @@ def make_plan(
         notes.append("The cluster is not known: whether the workers fit is not checked.")
     else:
         check_placement(spec, bundle, cluster)
-    steps, batch = accumulation(spec)
+    _, batch = accumulation(spec)
+    counts = sizes_of(spec)
+    notes += _elastic(spec, counts)
     length = sequence_len(spec, sizes)
     if rows.longest is not None and rows.longest < length:
         notes.append(f"The longest row has about {rows.longest} tokens, of {length} that are allowed.")
@@ -111,14 +142,14 @@ def make_plan(
     fits = _fits(bundle, cluster, memory, shortage, notes)
     notes += deepspeed_warnings(spec)
     return Plan(
-        num_workers=spec.resources.num_workers,
+        num_workers=counts[-1].num_workers,
         bundle=bundle,
         placement=spec.resources.placement,
         labels=dict(spec.resources.labels),
         zero_stage=zero_stage(spec.deepspeed),
         deepspeed=deepspeed_config(spec, sizes.hidden if sizes else None),
         micro_batch_size=spec.training.micro_batch_size,
-        gradient_accumulation_steps=steps,
+        gradient_accumulation_steps=counts[-1].gradient_accumulation_steps,
         global_batch_size=batch,
         memory=memory,
         fits=fits,
@@ -127,7 +158,22 @@ def make_plan(
         base_parameters=sizes.parameters if sizes else None,
         adapter_parameters=adapter.parameters if adapter else None,
         cluster=cluster.source if cluster else "",
+        sizes=counts if spec.resources.max_workers > spec.resources.min_workers else (),
     )
+
+
+def _elastic(spec: JobSpec, counts: tuple[GroupSize, ...]) -> list[str]:
+    """What an elastic job does with its range, and which numbers of workers are passed over."""
+    least, most = spec.resources.min_workers, spec.resources.max_workers
+    if least == most:
+        return []
+    used = {size.num_workers for size in counts}
+    left_out = [count for count in range(least, most + 1) if count not in used]
+    notes = [f"Elastic: it steps with {numbers(counts)} workers; the rows of a step stay the same."]
+    if left_out:
+        shown = ", ".join(map(str, left_out[:8])) + (", ..." if len(left_out) > 8 else "")
+        notes.append(f"Not used: {shown} workers, with which a step takes as many forwards as with fewer.")
+    return notes
 
 
 def sequence_len(spec: JobSpec, sizes: ModelSizes | None) -> int:
@@ -142,12 +188,12 @@ def _bundle(spec: JobSpec, cluster: ClusterFacts | None, notes: list[str]) -> di
     gpus = resources.gpus_per_worker
     if gpus == "auto":
         most = max(cluster.max_gpus, sum(node.gpus for node in cluster.nodes)) if cluster else 0
-        gpus = 1.0 if most >= resources.num_workers else 0.0
+        gpus = 1.0 if most >= resources.min_workers else 0.0
         if cluster is None:
             notes.append("GPUs are not known: planned without. resources.gpus_per_worker: 1 asks for them.")
-        elif 0 < most < resources.num_workers:
+        elif 0 < most < resources.min_workers:
             notes.append(
-                f"The cluster has {most:g} GPUs for {resources.num_workers} workers: planned on CPU."
+                f"The cluster has {most:g} GPUs for {resources.min_workers} workers: planned on CPU."
                 f" resources.num_workers: {int(most)} would use them."
             )
     bundle = {"CPU": float(resources.cpus_per_worker)}
@@ -185,7 +231,7 @@ def _memory(
             has_vocabulary=TASKS[spec.data.datasets[0].type].task in ("CAUSAL_LM", "SEQ_2_SEQ_LM"),
         ),
         stage=zero_stage(spec.deepspeed),
-        num_workers=spec.resources.num_workers,
+        num_workers=spec.resources.min_workers,  # fewer share more
         optimizer=spec.training.optimizer,
         framework=FRAMEWORK_GPU if on_gpu else FRAMEWORK_CPU,
     )

@@ -35,7 +35,7 @@ Bundle = Mapping[str, float]
 
 def check_placement(spec: JobSpec, bundle: Bundle, cluster: ClusterFacts) -> None:
     """Raises PlacementError where the workers can never be placed; a cluster that is merely busy passes."""
-    wanted, most = spec.resources.num_workers, most_workers(spec, bundle, cluster)
+    wanted, most = spec.resources.min_workers, most_workers(spec, bundle, cluster)
     if wanted <= most:
         return
     labels = spec.resources.labels
@@ -151,7 +151,7 @@ def memory_shortage(spec: JobSpec, bundle: Bundle, cluster: ClusterFacts, worker
 def _spread(spec: JobSpec, bundle: Bundle, nodes: list[NodeFacts]) -> list[int]:
     """Workers on each node: PACK fills one after the other, SPREAD gives in turn."""
     room = [capacity({"CPU": node.cpus, "GPU": node.gpus}, bundle) for node in nodes]
-    placed, left = [0] * len(nodes), spec.resources.num_workers
+    placed, left = [0] * len(nodes), spec.resources.min_workers
     if spec.resources.placement.endswith("PACK"):
         for index in sorted(range(len(nodes)), key=lambda each: -room[each]):
             placed[index] = min(room[index], left)

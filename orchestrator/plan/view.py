@@ -9,6 +9,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from ..spec.workers import GroupSize
 from . import Plan
 from .placement import describe, show_bytes
 
@@ -46,13 +47,16 @@ def plan_view(plan: Plan, name: str = "") -> RenderableType:
 
 
 def _rows(plan: Plan) -> list[tuple[str, str]]:
-    workers = f"{plan.num_workers} x {describe(plan.bundle)}, {plan.placement}"
+    count = f"{plan.counts[0]} to {plan.num_workers}" if plan.sizes else f"{plan.num_workers}"
+    workers = f"{count} x {describe(plan.bundle)}, {plan.placement}"
     if plan.labels:
         workers += ", labels " + ", ".join(f"{key}={value}" for key, value in plan.labels.items())
     batch = (
         f"{plan.num_workers} worker{'' if plan.num_workers == 1 else 's'} x {plan.micro_batch_size} rows"
         f" x {plan.gradient_accumulation_steps} accumulated = {plan.global_batch_size} rows a step"
     )
+    if plan.sizes:
+        batch = f"{plan.global_batch_size} rows a step, whatever the number of workers"
     rows = [
         ("workers", workers),
         ("cluster", plan.cluster or "not known"),
@@ -60,6 +64,7 @@ def _rows(plan: Plan) -> list[tuple[str, str]]:
         ("batch", batch),
         ("row", f"at most {plan.sequence_len} tokens"),
     ]
+    rows += [("", _sharing(plan, size)) for size in plan.sizes]
     if plan.base_parameters is not None and plan.adapter_parameters is not None:
         share = plan.adapter_parameters / max(1, plan.base_parameters)
         rows.append(
@@ -67,6 +72,17 @@ def _rows(plan: Plan) -> list[tuple[str, str]]:
         )
     rows.append(("fits", {True: "yes", False: "no", None: "not known"}[plan.fits]))
     return rows
+
+
+def _sharing(plan: Plan, size: GroupSize) -> str:
+    """How so many workers share a step's rows."""
+    one = size.num_workers == 1
+    steps = size.gradient_accumulation_steps
+    evenly = size.num_workers * plan.micro_batch_size * steps == plan.global_batch_size
+    return (
+        f"{size.num_workers} worker{'' if one else 's'} x {'' if evenly else 'at most '}{plan.micro_batch_size} rows"
+        f" x {steps} accumulated"
+    )
 
 
 def _memory_table(plan: Plan) -> Table:

@@ -24,6 +24,7 @@ from pydantic import (
 )
 
 from .durations import parse_duration
+from .workers import parse_workers
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}\Z")
 _NAME_RULE = "A name is 1 to 100 letters, digits, '.', '_' or '-', and starts with a letter or a digit."
@@ -55,6 +56,19 @@ Duration = Annotated[
     float, BeforeValidator(parse_duration), WithJsonSchema({"type": ["number", "string"], "minimum": 0})
 ]
 Share = Annotated[float, Field(ge=0, le=1)]
+Times = NonNegativeInt | Literal["unlimited"]
+Workers = Annotated[
+    int | tuple[int, int],
+    BeforeValidator(parse_workers),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "integer", "minimum": 1},
+                {"type": "array", "items": {"type": "integer", "minimum": 1}, "minItems": 2, "maxItems": 2},
+            ]
+        }
+    ),
+]
 Text = Annotated[str, Field(min_length=1)]
 AboveZero = Annotated[FiniteFloat, Field(gt=0)]
 NotNegative = Annotated[FiniteFloat, Field(ge=0)]
@@ -284,7 +298,9 @@ class TrainingSpec(Section):
 class ResourcesSpec(Section):
     """`resources`: how many workers, and what each needs."""
 
-    num_workers: PositiveInt = Field(default=1, description="processes that train together")
+    num_workers: Workers = Field(
+        default=1, description="processes that train together; [min, max]: as many as there is room for"
+    )
     gpus_per_worker: NotNegative | Literal["auto"] = Field(
         default="auto", description="1 where the cluster has GPUs for all workers, else 0"
     )
@@ -294,6 +310,16 @@ class ResourcesSpec(Section):
         default="PACK",
         description="together on few nodes, or spread over many; STRICT_ refuses anything else",
     )
+
+    @property
+    def min_workers(self) -> int:
+        """The fewest workers that the run steps with."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
+
+    @property
+    def max_workers(self) -> int:
+        """The most workers that it takes."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
 
     @field_validator("gpus_per_worker")
     @classmethod
@@ -312,9 +338,22 @@ class StorageSpec(Section):
 
 
 class RetrySpec(Section):
-    """`retry`: how long to try."""
+    """`retry`: how often a run is started again, and how long it may take."""
 
+    worker_failure: Times = Field(
+        default=2, description="new starts after a worker or its node was lost; or unlimited"
+    )
+    preemption: Times = Field(
+        default="unlimited", description="new starts after workers were told to leave; or a number"
+    )
+    oom: Times = Field(
+        default=0,
+        description="new starts after memory ran out, each with half the rows per forward; or unlimited",
+    )
     start_timeout: Duration = Field(default="10m", description="how long to wait for a place on the cluster")  # type: ignore[assignment]
+    max_duration: Duration | None = Field(
+        default=None, description="after so long the run saves a checkpoint and ends; waiting counts"
+    )
 
 
 class EvalSpec(Section):
@@ -379,7 +418,7 @@ class JobSpec(Section):
     )
     resources: ResourcesSpec = Field(default=ResourcesSpec(), description="the workers")
     storage: StorageSpec = Field(default=StorageSpec(), description="runs and checkpoints")
-    retry: RetrySpec = Field(default=RetrySpec(), description="how long to try")
+    retry: RetrySpec = Field(default=RetrySpec(), description="how often and how long to try")
     secrets: dict[str, str] = Field(
         default_factory=dict, description="NAME: env, or file:/path; never a literal"
     )

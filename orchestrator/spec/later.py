@@ -9,10 +9,6 @@ _NO_TRACKING = "Remove it: metrics are in the run's folder (metrics.jsonl) and o
 
 LATER: dict[str, str] = {
     "data.sample_packing": _NO_PACKING,
-    "retry.worker_failure": "Remove it: a lost worker is replaced twice in this version.",
-    "retry.preemption": "Remove it: a preempted worker counts as a lost one in this version.",
-    "retry.oom": "Remove it: lower training.micro_batch_size where memory runs out.",
-    "retry.max_duration": "Remove it: stop a run with raypeft cancel ID; it saves first.",
     "deploy.rollout": "Remove it: the gated version takes the alias at once in this version.",
     "deploy.scale": "Remove it: write deploy.num_replicas for a fixed number.",
     "deploy.engine": "Remove it: the engine chooses these by itself in this version.",
@@ -58,11 +54,3 @@ def not_yet(path: Path) -> tuple[str, str] | None:
 def not_yet_flat(key: str) -> tuple[str, str] | None:
     """Likewise for another project's key at the top level."""
     return (_SAYS, LATER_FLAT[key]) if key in LATER_FLAT else None
-
-
-def elastic() -> tuple[str, str]:
-    """Likewise for `resources.num_workers: [min, max]`."""
-    return (
-        "a list [min, max] asks for an elastic job, which this version does not have yet.",
-        "Write one number.",
-    )

@@ -20,7 +20,6 @@ from .aliases import resolve_aliases
 from .deepspeed_keys import STAGES, check_deepspeed
 from .document import decode, parse_document
 from .job import JobSpec
-from .later import elastic
 from .overrides import apply_overrides
 from .places import Path, Place, Problem, Tree, dotted, raise_all
 from .rules import check_rules
@@ -204,10 +203,6 @@ def _validated(
     if "name" not in tree.values and stem is not None:
         tree.values["name"] = stem
     _resolve_deepspeed(tree, directory, problems)
-    if isinstance(tree.get(("resources", "num_workers")), list):
-        path: Path = ("resources", "num_workers")
-        problems.append(Problem(path, *elastic()))
-        tree.values["resources"]["num_workers"] = 1
     problems += check_adapter(tree)
     try:
         spec = _model(tree.values)

@@ -14,6 +14,7 @@ from .job import DeploySpec, GateSpec, JobSpec, ModelSpec
 from .places import Path, Problem
 from .tasks import SERVED, TASKS, evaluated_types, measured_metrics, task_type
 from .words import show
+from .workers import GroupSize, forwards, group_sizes
 
 
 def check_rules(spec: JobSpec, written: Collection[Path], warnings: list[str]) -> list[Problem]:
@@ -48,20 +49,32 @@ def _bits(spec: JobSpec) -> Iterator[Problem]:
 
 
 def accumulation(spec: JobSpec) -> tuple[int, int]:
-    """(gradient_accumulation_steps, global_batch_size) of a spec that keeps the rules."""
-    step = spec.resources.num_workers * spec.training.micro_batch_size
-    if spec.training.global_batch_size is not None:
-        return spec.training.global_batch_size // step, spec.training.global_batch_size
+    """(gradient_accumulation_steps, global_batch_size) of a spec that keeps the rules, with the most workers that it
+    takes."""
+    workers, micro = spec.resources.max_workers, spec.training.micro_batch_size
+    if (size := spec.training.global_batch_size) is not None:
+        return forwards(size, micro, workers), size
     steps = spec.training.gradient_accumulation_steps or 1
-    return steps, step * steps
+    return steps, workers * micro * steps
+
+
+def sizes(spec: JobSpec) -> tuple[GroupSize, ...]:
+    """The numbers of workers with which the job can step, ascending; the last is as good as its largest."""
+    _, size = accumulation(spec)
+    return group_sizes(
+        spec.resources.min_workers, spec.resources.max_workers, size, spec.training.micro_batch_size
+    )
 
 
 def _batch(spec: JobSpec, written: Collection[Path]) -> Iterator[Problem]:
-    training, workers = spec.training, spec.resources.num_workers
+    training, workers = spec.training, spec.resources.max_workers
     step, size = workers * training.micro_batch_size, training.global_batch_size
     if size is None:
         return
     path: Path = ("training", "global_batch_size")
+    if workers > spec.resources.min_workers:
+        yield from _elastic_batch(spec, size, path)
+        return
     times = f"{workers} worker{'s' * (workers > 1)} x {training.micro_batch_size} rows"
     if size % step:
         near = sorted({max(step, size // step * step), (size // step + 1) * step})
@@ -75,6 +88,26 @@ def _batch(spec: JobSpec, written: Collection[Path]) -> Iterator[Problem]:
             f"{size} is not {times} x {training.gradient_accumulation_steps} accumulation steps"
             f" = {step * (training.gradient_accumulation_steps or 1)}.",
             f"Remove training.gradient_accumulation_steps: {size // step} follows from the others.",
+        )
+
+
+def _elastic_batch(spec: JobSpec, size: int, path: Path) -> Iterator[Problem]:
+    """Any number of workers shares a batch; each needs a row of it."""
+    training, resources = spec.training, spec.resources
+    if size < resources.max_workers:
+        yield Problem(
+            path,
+            f"{size} rows are fewer than the {resources.max_workers} workers that may share them.",
+            f"Write at least {resources.max_workers}, or lower resources.num_workers.",
+        )
+        return
+    steps = forwards(size, training.micro_batch_size, resources.max_workers)
+    if training.gradient_accumulation_steps not in (None, steps):
+        yield Problem(
+            path,
+            f"{size} rows over {resources.max_workers} workers x {training.micro_batch_size} rows are {steps} "
+            f"accumulation step{'s' * (steps > 1)}, not {training.gradient_accumulation_steps}.",
+            "Remove training.gradient_accumulation_steps: it follows from the others.",
         )
 
 

@@ -116,14 +116,14 @@ def _fill_groups(spec: JobSpec, ray_cluster: dict[str, Any], where: str) -> None
     most = 0
     for group in fitting:
         per_pod = _per_pod(group, asked.cpus_per_worker, gpus, asked.labels)
-        needed = math.ceil(asked.num_workers / per_pod)
-        if needed <= group["maxReplicas"]:
+        needed = min(math.ceil(asked.max_workers / per_pod), group["maxReplicas"])
+        if needed * per_pod >= asked.min_workers:
             for other in groups:
                 other["replicas"] = max(other.get("minReplicas", 0), needed if other is group else 0)
             return
         most = max(most, per_pod * group["maxReplicas"])
     raise PlacementError(
-        f"{asked.num_workers} workers are more than a worker group can ever give ({most}).",
+        f"{asked.min_workers} workers are more than a worker group can ever give ({most}).",
         where=where,
         hint="Ask for fewer in resources.num_workers, or raise maxReplicas.",
     )

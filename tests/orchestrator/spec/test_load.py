@@ -116,8 +116,6 @@ def test_errors_are_told_together_one_a_line(text, message):
         "deploy: {rollout: {canary_percent: 10}}",
         "deploy: {scale: {min_replicas: 0}}",
         "deploy: {engine: {max_context: 1}}",
-        "retry: {oom: 1}",
-        "resources: {num_workers: [1, 2]}",
     ],
 )
 def test_keys_of_later_versions_say_so(key):
