@@ -90,6 +90,10 @@ class RunError(RaypeftError):
     code = "run"
 
 
+class LeaseError(RunError):
+    """A run that another driver writes: it cannot be taken, or was taken from this one."""
+
+
 class TrainingError(RaypeftError):
     """A run that failed while it trained: NaN, a worker lost too often."""
 

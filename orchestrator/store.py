@@ -7,8 +7,8 @@
     ROOT/ID/logs/worker-RANK.log    what each worker printed
     ROOT/ID/checkpoints/, final/    the trainer's
 
-Who writes run.json holds the run: the document names the process. A process that took it over has changed the
-document, so that the next write of the one before fails: that is the fence.
+run.json also carries the lease (`lease.py`): a driver that took the run over has changed the document, so that every
+later write of the one before fails: that is the fence.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from . import objects, stored
-from .errors import RaypeftError, RunError, StorageError, closest
+from . import lease, objects, stored
+from .errors import LeaseError, RaypeftError, RunError, StorageError, closest
 from .journal import Journal, read_lines
+from .lease import Fence, Holder, holder_of
 from .objects import NotFound, join
-from .processes import ProcessId, is_alive, this_process
 from .run_state import CREATED, ENDED, check_transition, has_ended
 from .runner import Event
 from .spec.canonical import (
@@ -43,32 +43,7 @@ from .spec.job import JobSpec
 from .spec.rules import accumulation
 
 _TRAINS_ON = ("training.num_epochs", "training.max_steps")
-RENEW_S, LAPSE_S = 30.0, 180.0
-"""A holder shows that it lives every so often; after so long without, another host may take its run over."""
 _DATA = "the data's content"
-
-_held: weakref.WeakValueDictionary[str, Run] = weakref.WeakValueDictionary()
-"""The runs that this process has open, by their holder's token."""
-
-
-@dataclass(frozen=True)
-class Holder:
-    """Who writes a run. Times are unix seconds."""
-
-    process: ProcessId
-    token: str
-    since: float
-    renewed: float
-
-    def is_gone(self) -> bool:
-        """Whether it writes no more: dead, or silent for long on another host."""
-        alive = is_alive(self.process)
-        if alive is None:
-            return time.time() - self.renewed > LAPSE_S
-        return not alive or (self.process == this_process() and self.token not in _held)
-
-    def __str__(self) -> str:
-        return f"{self.process}, since {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(self.since))}"
 
 
 @dataclass(frozen=True)
@@ -124,17 +99,25 @@ class RunStore:
         self.url = objects.normal_url(root_url)
 
     def open(
-        self, name: str, spec: JobSpec, data_hash: str, *, new: bool = False, resume: bool = False
+        self,
+        name: str,
+        spec: JobSpec,
+        data_hash: str,
+        *,
+        new: bool = False,
+        resume: bool = False,
+        say: Callable[[str], None] = lambda text: None,
     ) -> Run:
         """The run of (name, hash of spec and data), for writing: a new one, or the one that there is.
 
         Args:
             new: make another run, numbered, whatever there is.
             resume: go on with this name's latest run although keys changed that may.
+            say: told in a sentence where a driver that shows no life is watched before its run is taken over.
 
         Raises:
-            RunError: the name has a run of another spec, a key changed that may not, or somebody
-                writes it now.
+            RunError: the name has a run of another spec, or a key changed that may not.
+            LeaseError: another driver has it.
             StorageError: the storage is read-only, full or cannot keep two writers apart.
         """
         spec_hash = canonical_hash(spec)
@@ -143,15 +126,15 @@ class RunStore:
         runs = sorted((run for run in self.list() if run.name == name), key=lambda run: run.number)
         same = [run for run in runs if run.identity == identity]
         if new or not runs:
-            return self._create(name, spec, data_hash, number=runs[-1].number + 1 if runs else 1)
+            return self._create(name, spec, data_hash, runs[-1].number + 1 if runs else 1, say)
         if same:
-            return Run(self, same[-1].id, spec)
+            return Run(self, same[-1].id, spec, say)
         latest = runs[-1]
         changed = _changed(latest, spec, data_hash)
         if not resume:
             raise _taken(latest, spec, changed)
         _check_may_resume(latest, spec, changed)
-        run = Run(self, latest.id, spec)
+        run = Run(self, latest.id, spec, say)
         run._adopt(spec, data_hash, changed)
         return run
 
@@ -238,19 +221,24 @@ class RunStore:
         url = join(self.url, id, "run.json")
         return _record(stored.load(objects.read(url)[0], url), join(self.url, id))
 
-    def _create(self, name: str, spec: JobSpec, data_hash: str, *, number: int) -> Run:
+    def _create(
+        self, name: str, spec: JobSpec, data_hash: str, number: int, say: Callable[[str], None]
+    ) -> Run:
         spec_hash = canonical_hash(spec)
         identity = run_identity(spec_hash, data_hash)
         id = f"{name}-{identity[:8]}" if number == 1 else f"{name}-{number}-{identity[:8]}"
         document = {
             "id": id, "name": name, "number": number, "identity": identity, "spec_hash": spec_hash,
             "data_hash": data_hash, "training_id": id, "created": time.time(), "updated": time.time(),
-            "state": CREATED, "fence": 0, "holder": None, "spec": resolved_yaml(spec), "facts": {},
+            "state": CREATED, "fence": 0, "holder": None, "checkpoints": {}, "spec": resolved_yaml(spec),
+            "facts": {},
         }  # fmt: skip
         objects.clean(join(self.url, id))
         made = objects.create_if_absent(join(self.url, id, "run.json"), stored.dump(document))
         try:
-            return Run(self, id, spec)  # where another was first, it holds the run and this one is refused
+            return Run(
+                self, id, spec, say
+            )  # where another was first, it holds the run and this one is refused
         except StorageError:
             if made:
                 with contextlib.suppress(StorageError):
@@ -259,21 +247,26 @@ class RunStore:
 
 
 class Run:
-    """One run, held for writing from its making to `close` (or the end of `with`).
+    """One run, held for writing from its making to `close` (or the end of `with`). Its lease is renewed meanwhile.
 
     Raises:
-        RunError: somebody else writes it.
+        LeaseError: somebody else writes it.
     """
 
-    def __init__(self, store: RunStore, id: str, spec: JobSpec) -> None:
+    def __init__(
+        self, store: RunStore, id: str, spec: JobSpec, say: Callable[[str], None] = lambda text: None
+    ) -> None:
         self.id, self.spec = id, spec
         self.url = join(store.url, id)
         self._token = secrets.token_hex(8)
         self._lock = threading.RLock()
         self._closed = threading.Event()
         self._journals: dict[str, Journal] = {}
-        self._document, self._etag = self._take()
-        _held[self._token] = self
+        self._lost: LeaseError | None = None
+        self._on_lost: Callable[[], None] = lambda: None
+        self._document = lease.take(join(self.url, "run.json"), self._token, self, say)
+        self.fence = Fence(join(self.url, "run.json"), self._token, self._document["fence"])
+        """What commits of this run carry; a group of workers takes an advanced one."""
         try:
             if not objects.exists(join(self.url, "spec.yaml")):
                 objects.write(join(self.url, "spec.yaml"), resolved_yaml(spec).encode())
@@ -365,7 +358,7 @@ class Run:
 
     def append_log(self, rank: int, text: str) -> None:
         """Keeps what a worker printed."""
-        self._check_held()
+        self._check_writable()
         self._journal(log_url(self.url, rank)).append(text.encode())
 
     def log_url(self, rank: int) -> str:
@@ -389,48 +382,39 @@ class Run:
             try:
                 for journal in self._journals.values():
                     journal.close()
-                with contextlib.suppress(RunError):  # another has it: nothing to let go of
+                with contextlib.suppress(LeaseError):  # another has it: nothing to let go of
                     self._change(lambda document: document.update(holder=None))
             finally:
-                _held.pop(self._token, None)
+                lease.release(self._token)
 
-    def _take(self) -> tuple[dict[str, Any], str]:
-        url = join(self.url, "run.json")
-        while True:
-            data, etag = objects.read(url)
-            document = stored.load(data, url)
-            holder = _holder(document)
-            if holder is not None and not holder.is_gone():
-                raise RunError(
-                    f"run '{self.id}' is being written by {holder}.",
-                    hint=f"Follow it: raypeft logs {self.id} -f. Stop it: raypeft cancel {self.id}.",
-                )
-            document["fence"] += 1
-            document["holder"] = {
-                **asdict(this_process()), "token": self._token, "since": time.time(), "renewed": time.time(),
-            }  # fmt: skip
-            if taken := objects.replace_if(url, etag, stored.dump(document)):
-                return document, taken
+    def when_lost(self, call: Callable[[], None]) -> None:
+        """Has `call` called, once and from another thread, should another driver take the run over."""
+        self._on_lost = call
+
+    def check_held(self) -> None:
+        """Raises LeaseError where another driver is known to have taken the run over."""
+        if self._lost is not None:
+            raise self._lost
 
     def _change(self, change: Callable[[dict[str, Any]], object]) -> None:
-        """Stores the changed document, unless another process has taken the run over."""
-        url = join(self.url, "run.json")
-        with self._lock:
-            document = json.loads(json.dumps(self._document))
+        """Stores the changed document, unless another driver has taken the run over."""
+
+        def edit(document: dict[str, Any]) -> None:
             change(document)
-            document["updated"] = time.time()
-            if document["holder"]:
-                document["holder"]["renewed"] = time.time()
-            data = stored.dump(document)
-            etag = objects.replace_if(url, self._etag, data)
-            if etag is None:
-                now = stored.load(objects.read(url)[0], url)
-                holder = _holder(now)
-                raise RunError(
-                    f"run '{self.id}' was taken over by {holder or 'another process'}.",
-                    hint="This process stops writing it.",
-                )
-            self._document, self._etag = stored.load(data, url), etag
+            lease.renew(document)
+
+        with self._lock:
+            self.check_held()
+            try:
+                self._document = lease.change(join(self.url, "run.json"), self._token, None, edit)
+            except LeaseError as error:
+                self._lose(error)
+                raise
+
+    def _lose(self, error: LeaseError) -> None:
+        first, self._lost = self._lost is None, error
+        if first:
+            self._on_lost()
 
     def _adopt(self, spec: JobSpec, data_hash: str, changed: list[str]) -> None:
         """Goes on with a spec of which keys changed that may."""
@@ -448,12 +432,13 @@ class Run:
         self._change(change)
         objects.write(join(self.url, "spec.yaml"), resolved_yaml(spec).encode())
 
-    def _check_held(self) -> None:
+    def _check_writable(self) -> None:
+        self.check_held()
         if self._closed.is_set():
             raise RunError(f"run '{self.id}' is closed.", hint="Open it again to write it.")
 
     def _append(self, file: str, line: dict[str, Any], *, flush: bool = False) -> None:
-        self._check_held()
+        self._check_writable()
         self._journal(join(self.url, file)).append(stored.dump_line(line), flush=flush)
 
     def _flush(self) -> None:
@@ -484,17 +469,17 @@ def log_url(run_url: str, rank: int) -> str:
 
 
 def _renew(reference: weakref.ref[Run], closed: threading.Event) -> None:
-    """Shows that the holder lives, until the run is closed or forgotten."""
-    while not closed.wait(RENEW_S):
+    """Renews the lease until the run is closed, forgotten or another's."""
+    while not closed.wait(lease.RENEW_S):
         run = reference()
         if run is None:
             return
         try:
             run._change(lambda document: None)
-        except RunError:
-            return  # taken over: the run's own next write says so
+        except LeaseError:
+            return  # whoever holds the run has been told
         except StorageError:
-            pass  # the next turn tries again, long before the hold lapses
+            pass  # the next turn tries again, long before the lease runs out
         del run
 
 
@@ -503,19 +488,11 @@ def run_identity(spec_hash: str, data_hash: str) -> str:
     return hashlib.sha256(f"{spec_hash} {data_hash}".encode()).hexdigest()
 
 
-def _holder(document: dict[str, Any]) -> Holder | None:
-    held = document.get("holder")
-    if not held:
-        return None
-    process = ProcessId(held["host"], held["boot"], held["pid"], held["started"])
-    return Holder(process, held["token"], held["since"], held["renewed"])
-
-
 def _record(document: dict[str, Any], url: str) -> RunRecord:
     """Reads what another version may have written: unknown keys are passed over."""
-    holder = _holder(document)
+    holder = holder_of(document)
     state, cause = document["state"], document.get("cause")
-    if state not in ENDED and (holder is None or holder.is_gone()):
+    if state not in ENDED and (holder is None or holder.seems_gone()):
         cause = f"its driver died: {holder}." if holder else "its driver left."
         state = "interrupted"
     return RunRecord(

@@ -28,7 +28,7 @@ LAYERS = {
     "orchestrator": [
         {"__init__", "errors", "spec", "home", "processes"},
         {
-            "plan", "deepspeed_config", "objects", "stored", "journal", "store", "run_state",
+            "plan", "deepspeed_config", "objects", "stored", "journal", "lease", "store", "run_state",
             "registry", "lineage", "identity", "gate", "adapter_folder", "model_folder", "weights_table",
             "cluster", "local_ray", "keeper", "devices", "chat_template", "runner", "ask",
         },
