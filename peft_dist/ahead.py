@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from peft_dist.contract import Method
 from peft_dist.errors import ConfigError
 from peft_dist.rows import drop, stream, token_input
+from peft_dist.sharding import reach
 
 
 def looks_ahead(method: Any) -> bool:
@@ -95,7 +96,9 @@ class LookAhead:
                 "could be decided what the layers do."
             )
         for name in names:
-            made = self.tuner.peft_config[name].ahead(self.tuner.tensors(name), states[-1], self._drop)
+            p = self.tuner.tensors(name)
+            reach(self.tuner, p.values())
+            made = self.tuner.peft_config[name].ahead(p, states[-1], self._drop)
             self.given[name] = made
             self.log += [made] if self.logs else []
             current.batch = {**current.batch, **made}

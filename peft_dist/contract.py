@@ -430,7 +430,7 @@ class PromptMethod(Method):
         return None
 
     def constrain(self, p: Params) -> None:
-        """Brings tensors back to where they may be, in place; before each forward while training."""
+        """Brings tensors back to where they may be, in place; before each forward that records gradients."""
         return None
 
     def targets(self, labels: Tensor, p: Params) -> tuple[Tensor, Tensor] | None:

@@ -117,23 +117,28 @@ def restore_bits(parameter: Weight, bits: Tensor) -> None:
 
 @torch.no_grad()
 def set_whole(parameter: Weight, value: Tensor) -> None:
-    """Sets the parameter to `value` wherever its values are kept, cast to its dtype; a collective if sharded.
+    """Sets the parameter to `value` wherever its values are kept, cast to its dtype; also while a forward uses
+    it.
 
     A parameter that a user's own DeepSpeed engine trains has an fp32 master in that engine, which the next
-    step would write back over a plain copy: it is set too.
+    step would write back over a plain copy: it is set too. Nothing is sent; every rank must call it.
 
     Args:
         value: of the parameter's whole shape, the same on every rank.
     """
     if is_partitioned(parameter):
-        with gathered([parameter], modify=True):
+        pieces = deepspeed.runtime.zero.partition_parameters
+        if parameter.ds_status == pieces.ZeroParamStatus.INFLIGHT:
+            _wait_for(parameter)
+        size, rank = parameter.ds_tensor.numel(), parameter.ds_zero_partition_rank
+        whole = value.new_zeros(size * parameter.ds_zero_partition_world_size)
+        whole[: value.numel()] = value.flatten()
+        piece = whole.narrow(0, size * rank, size)
+        parameter.ds_tensor.data.copy_(piece)
+        if parameter.ds_status == pieces.ZeroParamStatus.AVAILABLE:
             parameter.data.copy_(value)
         if hasattr(parameter, "_z3_optimizer"):
-            size, rank = parameter.ds_tensor.numel(), parameter.ds_zero_partition_rank
-            master = value.new_zeros(size * parameter.ds_zero_partition_world_size, dtype=torch.float32)
-            master[: value.numel()] = value.flatten()
-            piece = master.narrow(0, size * rank, size)
-            deepspeed.utils.safe_set_local_fp32_param(parameter, piece)
+            deepspeed.utils.safe_set_local_fp32_param(parameter, piece.to(parameter.device, torch.float32))
         return
     parameter.data.copy_(value)
     if hasattr(parameter, "_hp_mapping"):

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from peft_dist.contract import PromptMethod
 from peft_dist.errors import AdapterError
 from peft_dist.prompts.adapters import PromptAdapters
 from peft_dist.prompts.base import arguments, has_decoder
@@ -18,6 +19,7 @@ from peft_dist.prompts.labels import counted, with_loss
 from peft_dist.prompts.past import filled, past
 from peft_dist.prompts.placing import place
 from peft_dist.prompts.rows import PromptRows
+from peft_dist.sharding import set_whole, whole
 
 
 class PromptedModel(PromptAdapters):
@@ -51,7 +53,7 @@ class PromptedModel(PromptAdapters):
         rows = PromptRows(self)
         with self.base_model.reading(kwargs):
             inputs = {**dict(zip(arguments(rows.base), args, strict=False)), **kwargs}
-            if self.training:
+            if torch.is_grad_enabled():
                 self._constrain()
             losses = counted(rows, inputs)
             items = inputs.pop("num_items_in_batch", None) if losses else None
@@ -65,10 +67,16 @@ class PromptedModel(PromptAdapters):
 
     def _constrain(self) -> None:
         for name in self.adapters:
-            tensors = self.tensors(name)
-            if any(t.requires_grad for t in tensors.values()):
-                with torch.no_grad():
-                    self.methods[name].constrain(tensors)
+            method, tensors = self.methods[name], self.tensors(name)
+            trained = {key: t for key, t in tensors.items() if t.requires_grad}
+            if not trained or type(method).constrain is PromptMethod.constrain:
+                continue
+            # On copies, since a user's own engine may keep the values elsewhere too.
+            p = {key: whole(t) for key, t in tensors.items()}
+            with torch.no_grad():
+                method.constrain(p)
+            for key, tensor in trained.items():
+                set_whole(tensor, p[key])
 
     def _generate_prompted(self, args: tuple, kwargs: dict[str, Any]) -> Any:
         return generate(PromptRows(self), args, kwargs)
