@@ -17,9 +17,10 @@ from peft_dist.base_layer import num_elements
 from peft_dist.catalog import METHODS, prefix_of
 from peft_dist.config import PeftConfig
 from peft_dist.contract import PromptMethod
-from peft_dist.errors import AdapterError, CheckpointError, ConfigError
+from peft_dist.errors import AdapterError, CheckpointError, ConfigError, MergeError
 from peft_dist.hooks import without_hooked
 from peft_dist.lazy import lazy
+from peft_dist.merge import refuse_unmergeable
 from peft_dist.prompts import PromptedModel
 from peft_dist.prompts.generation import rows_each
 from peft_dist.rows import BASE, Rows, token_input
@@ -29,6 +30,8 @@ from peft_dist.tuner_layer import hooked_layers
 
 # It knows of models, and is loaded when it is asked.
 status = lazy("peft_dist.status")
+# It knows of checkpoints of whole models.
+gathered = lazy("peft_dist.merged.gathered")
 
 
 class PeftModel(PromptedModel):
@@ -289,6 +292,71 @@ class PeftModel(PromptedModel):
             whole_model=state_dict,
             **kwargs,
         )
+
+    def save_merged(
+        self,
+        save_directory: str | Path,
+        max_shard_size: int | str = "5GB",
+        *,
+        adapter_names: str | Sequence[str] | None = None,
+        dtype: Any = None,
+        tokenizer: Any = None,
+        is_main_process: bool | None = None,
+    ) -> None:
+        """Writes the base with adapters in its weights as an ordinary Hugging Face checkpoint: safetensors files, their
+        index, config, generation config and tokenizer, which `AutoModel*.from_pretrained` opens. The model stays as it
+        is.
+
+        To be called on all ranks where the base is partitioned: each layer is gathered alone, and one rank writes. What
+        is written appears when it is whole. Quantised layers are written dequantised, merged in what they compute in.
+
+        Args:
+            max_shard_size: of one file: `5GB`, `500MB`, or bytes.
+            adapter_names: in the order in which they act; the active ones, or those that are merged, by default.
+            dtype: of the floating weights, such as `torch.bfloat16`; by default each tensor's own.
+            tokenizer: saved with it; by default that of the directory or hub id that the base is from.
+            is_main_process: whether this process writes; by default rank 0 of the default group does.
+
+        Raises:
+            AdapterError: there is no such adapter.
+            MergeError: one cannot be merged, a checkpoint of this architecture cannot hold the result, or it cannot be
+                written; `save_directory` is then as it was.
+        """
+        names = self._to_merge(adapter_names)
+        origin = {
+            "base": self.peft_config[names[0]].base_model_name_or_path,
+            "adapters": {name: str(self.peft_config[name].peft_type) for name in names},
+        }
+        gathered.save_merged(
+            self.get_base_model(),
+            names,
+            save_directory,
+            max_shard_size=max_shard_size,
+            dtype=dtype,
+            tokenizer=tokenizer,
+            is_main_process=is_main_process,
+            origin=origin,
+        )
+
+    def _to_merge(self, adapter_names: str | Sequence[str] | None) -> list[str]:
+        """The adapters that are meant; refuses those that no weight can hold."""
+        base = self.get_base_model()
+        merged = next((m.merged_adapters for _, m in inject.adapter_modules(base) if m.merged_adapters), None)
+        names = list(merged or self.active_adapters) if adapter_names is None else self._known(adapter_names)
+        names = list(dict.fromkeys(names))
+        if not names:
+            raise AdapterError(
+                "save_merged: no adapter is active. Call set_adapter, or name some by adapter_names."
+            )
+        refuse_unmergeable(self.peft_config, names)
+        hooked = [name for name in names if has_hooks(self.peft_config[name].peft_type)]
+        if hooked:
+            raise MergeError(
+                f"adapter {hooked[0]!r}: {self.peft_config[hooked[0]].peft_type} is given by hooks of its own, which "
+                "change the base in place. Call merge_and_unload, and save the model that it gives."
+            )
+        inject.check_together(base, names)
+        return names
 
     @classmethod
     def from_pretrained(

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = {
     "peft_dist": [
         {"contract", "catalog", "errors", "lazy", "linalg", "starts", "config", "folder"},
-        {"base_layer", "fused", "targets", "sharding", "pool", "rows", "replicate", "layer_api", "loss"},
+        {"base_layer", "fused", "packed", "targets", "sharding", "pool", "rows", "replicate", "layer_api", "loss"},
         {"methods"},
         {"adapted", "tuner_layer"},
         {
@@ -21,7 +21,7 @@ LAYERS = {
         },
         {
             "model", "entry", "tuner", "recompute", "tasks", "mixed", "compat", "loading", "registry", "status", "auto",
-            "signatures", "scaling", "hotswap", "functional", "kbit",
+            "signatures", "scaling", "hotswap", "functional", "kbit", "merged",
         },
         {"__init__"},
     ],

@@ -124,6 +124,10 @@ class Layer:
         """W + dW, for any two matrices that `apply` takes; torch adds nothing in 8-bit floats."""
         return W.to(dW.dtype) + dW if W.dtype.itemsize == 1 else W + dW
 
+    def as_stored(self, matrix: Tensor) -> Tensor:
+        """A matrix (out, in) in the shape that the layer stores its weight in; no copy."""
+        return self._as_stored(matrix)
+
     def cut(self, rows: Rows, length: int | None) -> Cut:
         """How a call of the layer is taken apart by rows, where its weight is an argument."""
         return Cut(rows, self.site, length)

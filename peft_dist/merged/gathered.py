@@ -1,0 +1,144 @@
+"""A model with its adapters' changes, written as a checkpoint of its base's architecture, tensor by tensor.
+
+Nothing of the model is changed. Where its base is partitioned, each layer is gathered alone, on all ranks, and one rank
+writes; the others go along. What one rank finds wrong, all raise.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from peft_dist.errors import MergeError, PeftDistError
+from peft_dist.merged import folder as folders
+from peft_dist.merged.changes import Merged, tensors_of
+from peft_dist.merged.plan import Item, Plan, plan_merged
+from peft_dist.merged.shards import Shards, size_in_bytes
+from peft_dist.sharding import gathered, is_partitioned
+
+
+def save_merged(
+    base: Any,
+    names: Sequence[str],
+    directory: str | os.PathLike[str],
+    *,
+    max_shard_size: int | str = "5GB",
+    dtype: torch.dtype | str | None = None,
+    tokenizer: Any = None,
+    is_main_process: bool | None = None,
+    origin: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes `base` with the named adapters in its weights. See `PeftModel.save_merged`."""
+    target = os.fspath(directory)
+    max_bytes = size_in_bytes(max_shard_size)
+    plan = plan_merged(base, names, dtype_of(dtype))
+    tensors = tensors_of(plan.places, plan.changes, plan.places)
+    ranks = _Ranks(any(is_partitioned(t) for t in tensors), is_main_process)
+    shards = plan.shards(max_bytes)
+    with ExitStack() as stack:
+        files = None
+        with ranks.agreeing():
+            if ranks.writes:
+                folder = stack.enter_context(folders.aside(target))
+                folders.check_room(folder, plan.entries)
+                _write_small_files(folder, base, plan, shards, tokenizer, origin)
+                files = stack.enter_context(Shards(folder, shards, {"format": "pt"}, create=True))
+        merged = Merged(plan.changes, plan.dtypes)
+        for step in plan.steps:
+            keys = [key for item in step for key in item.keys]
+            with gathered(tensors_of(keys, plan.changes, plan.places)), ranks.agreeing():
+                if files is not None:
+                    for item in step:
+                        write_item(item, merged, plan, files)
+                merged.forget()
+        with ranks.agreeing():
+            stack.close()
+
+
+def write_item(item: Item, merged: Merged, plan: Plan, files: Shards) -> None:
+    """Makes an item's tensors and writes them."""
+    values = {key: merged.value(key, plan.places.get(key)) for key in item.keys}
+    if item.group.converter is None:
+        (value,) = values.values()
+        files.write(item.entries[0].key, value.pieces())
+        return
+    whole = {key: value.whole() for key, value in values.items()}
+    values.clear()
+    for key, tensor in item.group.converted(whole, plan.outline.model).items():
+        files.write(key, [tensor])
+
+
+def dtype_of(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """`dtype`, also by its name (`bfloat16`, `bf16`, `torch.float32`); None for "auto".
+
+    Raises:
+        MergeError: it is none that a model's weights are kept in.
+    """
+    short = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64", "half": "float16"}
+    if dtype is None or dtype == "auto":
+        return None
+    if isinstance(dtype, str):
+        name = dtype.removeprefix("torch.")
+        dtype = getattr(torch, short.get(name, name), None) or dtype
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        raise MergeError(
+            f"dtype: {dtype!r}; a merged model is float32, bfloat16, float16, float64, or as its base (auto)."
+        )
+    return dtype  # type: ignore[return-value]
+
+
+def _write_small_files(
+    folder: Path,
+    base: Any,
+    plan: Plan,
+    shards: Sequence[Any],
+    tokenizer: Any,
+    origin: Mapping[str, Any] | None,
+) -> None:
+    config = plan.outline.config
+    folders.write_code(folder, base, config)
+    folders.write_config(folder, config, type(base).__name__, shards)
+    folders.write_generation_config(folder, base)
+    folders.copy_tokenizer(folder, [getattr(base, "name_or_path", None)], tokenizer)
+    if origin is not None:
+        folders.write_origin(folder, origin)
+
+
+class _Ranks:
+    """Whether this process writes, and whether the others have to hear of what it meets.
+
+    Args:
+        is_collective: something rests in pieces, so all ranks are here.
+    """
+
+    def __init__(self, is_collective: bool, is_main_process: bool | None) -> None:
+        self.is_collective = is_collective and dist.is_initialized() and dist.get_world_size() > 1
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        self.writes = rank == 0 if is_main_process is None else is_main_process
+        self.error: Exception | None = None
+
+    @contextmanager
+    def agreeing(self) -> Iterator[None]:
+        """An error within it is raised, on all ranks, when all have come so far."""
+        found: Exception | None = None
+        try:
+            yield
+        except (PeftDistError, OSError, RuntimeError) as error:
+            found = error
+        if not self.is_collective:
+            if found is not None:
+                raise found
+            return
+        said: list[str | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(said, None if found is None else str(found))
+        if found is not None:
+            raise found
+        other = next((text for text in said if text is not None), None)
+        if other is not None:
+            raise MergeError(f"another rank could not write the merged model: {other}")
