@@ -100,6 +100,16 @@ class TrainingError(RaypeftError):
     code = "training"
 
 
+class NotFiniteError(TrainingError):
+    """A loss or a gradient that is no number any more; the last good checkpoint stays."""
+
+
+class OutOfTimeError(RaypeftError):
+    """`retry.max_duration` is over; the run was saved first."""
+
+    code, exit_code = "out_of_time", 124
+
+
 class ServeError(RaypeftError):
     """An endpoint or a deployment that is not there or cannot be made."""
 

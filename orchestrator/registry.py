@@ -1,6 +1,7 @@
 """Immutable adapter versions `name@version`, their aliases, and who holds them.
 
-ROOT/adapters/NAME/book.json            aliases, holders, deletions, forced deployments: changed by replace_if
+ROOT/adapters/NAME/book.json            aliases, holders, deletions, forced deployments, the fences of runs that
+                                        register: changed by replace_if
 ROOT/adapters/NAME/numbers/N.json       a version number, given out once and for ever
 ROOT/adapters/NAME/N/                   a version: a directory that HF PEFT loads as it is
 ROOT/adapters/NAME/N/train_rows.txt     hashes of the rows that its weights were trained on
@@ -24,7 +25,7 @@ from typing import Any
 
 from . import objects, stored
 from .adapter_folder import AdapterFolder, check_adapter
-from .errors import RaypeftError, RegistryError, StorageError, closest
+from .errors import LeaseError, RaypeftError, RegistryError, StorageError, closest
 from .lineage import Lineage, row_hashes, rows_file
 from .objects import NotFound, join
 
@@ -108,34 +109,76 @@ class Registry:
     # versions
 
     def register(
-        self, name: str, source: str | Path, lineage: Lineage, *, train_rows: Iterable[str] = ()
+        self,
+        name: str,
+        source: str | Path,
+        lineage: Lineage,
+        *,
+        train_rows: Iterable[str] = (),
+        fence: int | None = None,
     ) -> AdapterVersion:
         """Stores the local folder `source` as the next version of `name`.
 
         Args:
             train_rows: hashes of the rows that it was trained on. Those of a parent in this registry are
                 added, since they shaped these weights too.
+            fence: the number under which the lineage's run is written: the run gets one version, whoever
+                registers it, and a writer that was overtaken gets none. None: each call makes a version.
 
         Raises:
             RegistryError: the name breaks the rule.
             ModelError: the folder is not a whole adapter in safetensors.
+            LeaseError: a later writer of the run has registered it, or is about to.
         """
         check_name(name)
         folder = check_adapter(Path(source))
         objects.clean(self._name_url(name))
         rows = list(dict.fromkeys([*train_rows, *sorted(self._rows_of_parent(lineage))]))
+        run_id = str(lineage.run_id)
+        if fence is not None and (known := self.claim(name, run_id, fence)) is not None:
+            return self.get(f"{name}@{known}")
         before = objects.nearest_existing(join(self._name_url(name), "numbers"))
         number = self._next_number(name, lineage.run_id)
         try:
+            if fence is not None:
+                self._fenced(name, run_id, fence, lambda entry: entry.update(number=number))
             with tempfile.TemporaryDirectory() as scratch:
                 staged = Path(scratch) / "version"
                 with objects.explaining(str(staged)):
                     _stage(folder, name, number, lineage, rows, staged)
                 objects.put_tree(staged, self._version_url(name, number), manifest=MANIFEST)
+            if fence is not None:
+                self._fenced(name, run_id, fence, lambda entry: None)
         except BaseException:
-            self._take_back(name, number, before)
+            self._take_back(name, number, before, run_id, fence)
             raise
         return self.get(f"{name}@{number}")
+
+    def claim(self, name: str, run_id: str, fence: int) -> int | None:
+        """Makes void what earlier writers of a run still register: what is not whole by now is struck out.
+
+        Returns:
+            The number of the version that one of them has registered; None where there is none.
+
+        Raises:
+            LeaseError: a later writer was here.
+        """
+        known: list[int] = []
+
+        def take(book: dict[str, Any]) -> None:
+            known.clear()
+            entry = book["runs"].get(run_id, {"fence": 0, "number": None})
+            _check_fence(entry, run_id, fence)
+            number = entry["number"]
+            if number is not None and number not in book["deleted"]:
+                if objects.exists(join(self._version_url(name, number), MANIFEST)):
+                    known.append(number)
+                elif entry["fence"] < fence:
+                    book["deleted"] = sorted({*book["deleted"], number})
+            book["runs"][run_id] = {"fence": fence, "number": known[0] if known else None}
+
+        self._change_book(name, take)
+        return known[0] if known else None
 
     def get(self, ref: str) -> AdapterVersion:
         """`name@version`, `name@alias`, or a bare `name`, which is `name@production`."""
@@ -376,7 +419,7 @@ class Registry:
         )
 
     def _book(self, name: str) -> tuple[dict[str, Any], str | None]:
-        empty: dict[str, Any] = {"aliases": {}, "holders": {}, "deleted": [], "forced": []}
+        empty: dict[str, Any] = {"aliases": {}, "holders": {}, "deleted": [], "forced": [], "runs": {}}
         if not _NAME.fullmatch(name):
             return empty, None
         url = join(self._name_url(name), "book.json")
@@ -398,25 +441,41 @@ class Registry:
             _give_way(attempt)
         raise _busy(url)
 
+    def _fenced(self, name: str, run_id: str, fence: int, edit: Callable[[dict[str, Any]], object]) -> None:
+        """Changes a run's entry in the book, unless a later writer of the run has claimed it."""
+
+        def change(book: dict[str, Any]) -> None:
+            entry = book["runs"][run_id]
+            _check_fence(entry, run_id, fence)
+            edit(entry)
+
+        self._change_book(name, change)
+
     def _next_number(self, name: str, run_id: str | None) -> int:
         folder = join(self._name_url(name), "numbers")
         note = stored.dump({"run_id": run_id, "at": time.time()})
         taken = [int(entry.partition(".")[0]) for entry in objects.list_(folder)]
-        number = max(taken, default=0) + 1
+        number = max([*taken, *self._book(name)[0]["deleted"]], default=0) + 1
         while not objects.create_if_absent(join(folder, f"{number}.json"), note):
             number += 1
         return number
 
-    def _take_back(self, name: str, number: int, before: str) -> None:
+    def _take_back(self, name: str, number: int, before: str, run_id: str, fence: int | None) -> None:
         """After a failed registration: nothing of it stays, as far as the storage lets us."""
+
+        def free() -> None:
+            if fence is not None:  # a later writer may have struck the number out: then nobody gets it again
+                self._fenced(name, run_id, fence, lambda entry: entry.update(number=None))
+            objects.delete(join(self._name_url(name), "numbers", f"{number}.json"))
+
         for undo in (
             lambda: objects.delete_tree(self._version_url(name, number)),
-            lambda: objects.delete(join(self._name_url(name), "numbers", f"{number}.json")),
+            free,
             lambda: objects.remove_empty(join(self._name_url(name), "numbers"), before),
         ):
             try:
                 undo()
-            except StorageError:
+            except RaypeftError:
                 continue  # the error that made it fail is the one to tell
 
     def _clean(self, name: str) -> None:
@@ -470,6 +529,15 @@ class Registry:
         return RegistryError(
             f"{meaning} there is no such alias. Its versions: {_refs(name, numbers)}.{known}",
             hint=f"Name one of them, or set the alias: raypeft alias {name}@{numbers[-1]} {alias}.",
+        )
+
+
+def _check_fence(entry: dict[str, Any], run_id: str, fence: int) -> None:
+    if entry["fence"] > fence:
+        raise LeaseError(
+            f"run '{run_id}' was taken over by another driver, which registers it: number {entry['fence']}, "
+            f"this is {fence}.",
+            hint="This process stops writing it.",
         )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from .lease import Fence
 from .plan import Plan
 from .spec.job import JobSpec
 
@@ -39,6 +40,8 @@ class TrainRequest:
     compare: Mapping[str, str] = field(default_factory=dict)
     """Adapters to evaluate beside this run's: `{"production": directory or URL}`; the bare base always is."""
     secrets: Mapping[str, str] = field(default_factory=dict, repr=False)
+    fence: Fence | None = None
+    """The right to commit to the run; None where nobody else can."""
 
 
 @dataclass(frozen=True)

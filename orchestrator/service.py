@@ -16,7 +16,15 @@ from typing import Any, Protocol
 
 from . import adapter_folder
 from .cluster import Cluster, ClusterFacts, check_storage
-from .errors import Interrupted, RaypeftError, RegistryError, ServeError
+from .errors import (
+    Interrupted,
+    LeaseError,
+    OutOfTimeError,
+    RaypeftError,
+    RegistryError,
+    ServeError,
+    StorageError,
+)
 from .gate import check, names_in
 from .identity import BaseIdentity, base_identity, data_hash
 from .lineage import Lineage, count_trained_on, row_hashes
@@ -221,7 +229,11 @@ def run_job(
         base = base_identity(spec.model.base_model, spec.model.revision)
         data = data_hash(spec)
     environment.registry.check_writable()
-    with environment.runs.open(spec.name, spec, data, new=new, resume=resume) as run:
+
+    def say(text: str) -> None:  # nothing is kept yet: the run is not held
+        on_event({"event": "warning", "t": round(time.time(), 3), "message": text})
+
+    with environment.runs.open(spec.name, spec, data, new=new, resume=resume, say=say) as run:
         attempt = _Attempt(
             spec,
             plan,
@@ -241,8 +253,11 @@ def run_job(
             raise Interrupted(
                 f"run '{run.id}' was interrupted.", hint="The same command goes on from its last checkpoint."
             ) from interrupt
+        except LeaseError:
+            raise  # the run is another driver's: its state is not ours to say
         except RaypeftError as error:
-            run.set_state("interrupted" if isinstance(error, Interrupted) else "failed", cause=str(error))
+            state = "interrupted" if isinstance(error, Interrupted | OutOfTimeError) else "failed"
+            run.set_state(state, cause=str(error))
             raise
         return replace(result, wall_s=round(time.time() - began, 3))
 
@@ -263,20 +278,36 @@ def _in_environment(secrets: dict[str, str]) -> Iterator[None]:
 
 
 def _recorder(run: Run, on_event: OnEvent) -> OnEvent:
-    """Keeps each event in the run's folder, then shows it."""
+    """Keeps each event in the run's folder, then shows it. What the storage does not take now waits for the next
+    event: no training ends for a line of its story."""
+    has_failed = False
 
     def emit(event: Event) -> None:
-        if event["event"] == "log":  # of interest to `raypeft logs` alone
-            run.append_log(event["rank"], event["text"])
-            return
+        nonlocal has_failed
         event = {"t": round(time.time(), 3), **event}
-        if event["event"] in ("progress", "eval"):
-            run.append_metrics(event)
-        if event["event"] != "progress":
-            run.append_event(event)
-        on_event(event)
+        try:
+            _keep(run, event)
+        except StorageError as error:
+            if not has_failed:
+                message = f"events cannot be stored now, and wait: {error}"
+                on_event({"event": "warning", "t": event["t"], "message": message})
+            has_failed = True
+        else:
+            has_failed = False
+        if event["event"] != "log":  # of interest to `raypeft logs` alone
+            on_event(event)
 
     return emit
+
+
+def _keep(run: Run, event: Event) -> None:
+    if event["event"] == "log":
+        run.append_log(event["rank"], event["text"])
+        return
+    if event["event"] in ("progress", "eval"):
+        run.append_metrics(event)
+    if event["event"] != "progress":
+        run.append_event(event)
 
 
 @dataclass
@@ -369,6 +400,8 @@ class _Attempt:
 
     def _registered(self) -> AdapterVersion | None:
         """The version that an earlier attempt of this run registered, also where it died before saying so."""
+        if self.run.record.state == "registering":  # by a driver that may be cut off and not yet dead
+            self.environment.registry.claim(self.name, self.run.training_id, self.run.fence.number)
         mine = (
             v
             for v in self.environment.registry.versions(self.name)
@@ -387,17 +420,34 @@ class _Attempt:
             init_from=self._init_from(),
             compare={"production": production.url} if production else {},
             secrets=self.secrets,
+            fence=self.run.fence,
         )
         self._say("starting", f"run {self.run.id}: {self._layout()}")
         runner = self.environment.open_runner()
         runner.start(request)
+        self.run.when_lost(runner.stop)
         with self.stop.stops(runner):
-            for event in runner.events():
-                self.emit(event)
+            self._follow(runner)
         outcome = runner.outcome()
         if self.stop.came:  # when all steps were done: what is left is for the next attempt
             raise KeyboardInterrupt
         return outcome
+
+    def _follow(self, runner: Runner) -> None:
+        """Keeps and shows what the workers tell, to their end. They are stopped where it can be kept no more.
+
+        Raises:
+            LeaseError: another driver has taken the run over.
+        """
+        try:
+            for event in runner.events():
+                self.emit(event)
+        except RaypeftError:
+            runner.stop()
+            for _ in runner.events():
+                pass
+            raise
+        self.run.check_held()
 
     def _layout(self) -> str:
         plan = self.plan
@@ -461,7 +511,10 @@ class _Attempt:
         with tempfile.TemporaryDirectory() as scratch:
             folder = get_tree(outcome.adapter_dir, Path(scratch) / "adapter")
             rows = row_hashes(read(outcome.train_rows)[0])
-            version = registry.register(self.name, folder, lineage, train_rows=rows)
+            self._enter("registering", f"registering {self.name}")
+            version = registry.register(
+                self.name, folder, lineage, train_rows=rows, fence=self.run.fence.number
+            )
         if self.spec.register_.alias:
             registry.set_alias(self.name, version.version, self.spec.register_.alias)
         self._enter(

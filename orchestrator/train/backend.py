@@ -15,6 +15,8 @@ from typing import Any
 import ray
 from ray.train.backend import Backend, BackendConfig
 
+from . import preemption
+
 _listening: list[socket.socket] = []
 """Rank 0's: the port on which the others find it, bound before it is told to anyone."""
 
@@ -26,6 +28,7 @@ class MeetingBackend(Backend):
 
     def on_start(self, worker_group: Any, backend_config: BackendConfig) -> None:
         """Opens a port at rank 0 and names it to all."""
+        worker_group.execute(preemption.listen)
         address, port = worker_group.execute_single(0, listen)
         worker_group.execute(meet_at, address, port)
 

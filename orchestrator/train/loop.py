@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from orchestrator.errors import TrainingError
+from orchestrator.errors import NotFiniteError, StorageError
 from orchestrator.runner import TrainRequest
 from peft_dist.optim import AdapterOptimizer
 
@@ -97,7 +97,7 @@ class Training:
 
         Raises:
             Stopped: a stop was asked for; the checkpoint is saved.
-            TrainingError: the loss or a gradient is not a number; earlier checkpoints stay.
+            NotFiniteError: the loss or a gradient is not a number; earlier checkpoints stay.
         """
         for batch in self._batches():
             if self.group.any(self.should_stop):
@@ -120,7 +120,7 @@ class Training:
         finite.
 
         Raises:
-            TrainingError: the loss or the gradients are not finite.
+            NotFiniteError: the loss or the gradients are not finite.
         """
         step = batch.step + 1
         torch.manual_seed(_mixed(self.spec.training.seed, step, self.group.rank))
@@ -168,12 +168,21 @@ class Training:
             replace(self.position, loss_scale=self.scale.value, scale_good_steps=self.scale.good_steps),
             self.save_adapter,
             state if self.group.is_first else None,
+            self.request.fence,
         )
         if self.group.is_first:
-            prune(self.request.run_dir, self.spec.storage.keep_best, self.spec.storage.keep_latest)
+            self._prune()
         self.saved_step = self.position.step
         self._emit("checkpoint", step=self.position.step, path=url)
         self._throughput.pause_ended()
+
+    def _prune(self) -> None:
+        """What cannot be deleted now costs room and nothing else: the next checkpoint tries again."""
+        storage = self.spec.storage
+        try:
+            prune(self.request.run_dir, storage.keep_best, storage.keep_latest, self.request.fence)
+        except StorageError as error:
+            self._emit("warning", message=f"older checkpoints were not all deleted: {error}")
 
     def _batches(self) -> Any:
         training, plan = self.spec.training, self.plan
@@ -220,7 +229,7 @@ class Training:
             self.save()
         raise Stopped
 
-    def _not_finite(self, what: str, value: float, step: int) -> TrainingError:
+    def _not_finite(self, what: str, value: float, step: int) -> NotFiniteError:
         kept = (
             f"the last good checkpoint is at step {self.saved_step}"
             if self.saved_step
@@ -232,7 +241,7 @@ class Training:
             if self.scale.enabled
             else f"{lower} or look at the rows of this step."
         )
-        return TrainingError(
+        return NotFiniteError(
             f"the {what} of step {step} is {value}: training stopped, and {kept}.",
             where=f"run {self.request.run_id}",
             hint=hint,

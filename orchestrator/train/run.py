@@ -19,7 +19,17 @@ from peft_dist.optim import AdapterOptimizer, Hyper
 
 from . import raw_tensors
 from .batches import num_steps
-from .checkpoint import MANIFEST, Checkpoint, Position, at_step, local_copy, newest_good, seal
+from .checkpoint import (
+    Checkpoint,
+    Position,
+    at_step,
+    clean_folders,
+    local_copy,
+    named,
+    newest_good,
+    put_sealed,
+    seal,
+)
 from .controllers import without_controllers
 from .data import Examples, load_examples
 from .evaluate import ADAPTER, Evaluation, Stopped, compare
@@ -261,19 +271,22 @@ class _Run:
         return f"evaluating on {len(self.evaluation.used)} rows: {', '.join(models)}"
 
     def _save_final(self) -> str:
-        url = objects.join(self.request.run_dir, "final")
+        url = objects.join(self.request.run_dir, named("final", self.request.fence))
         folder = self.scratch / "final"
         self._save_adapter(str(folder))
         if self.group.is_first:
             seal(folder, step=self.training.position.step)
-            objects.delete_tree(url)
-            objects.put_tree(folder, url, manifest=MANIFEST)
+            put_sealed(folder, url)
+            if (fence := self.request.fence) is not None:
+                fence.check()
+                clean_folders(self.request.run_dir, "final", fence)
         return url
 
     def _write_hashes(self, name: str, rows: Iterable[Row]) -> str:
         url = objects.join(self.request.run_dir, name)
         if self.group.is_first:
-            objects.write(url, "".join(f"{row.row_hash}\n" for row in rows).encode())
+            content = "".join(f"{row.row_hash}\n" for row in rows).encode()
+            objects.persistently(lambda: objects.write(url, content))
         return url
 
     def _emit(self, kind: str, **fields: Any) -> None:

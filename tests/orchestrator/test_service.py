@@ -370,7 +370,7 @@ def _until(condition, timeout_s: float = 10.0) -> None:
 def test_each_state_is_kept_once_and_in_order(house):
     house.run(job())
     states = [event["state"] for event in house.environment.runs.events("docs") if event["event"] == "state"]
-    assert states == ["starting", "training", "gating", "registered", "deploying", "done"]
+    assert states == ["starting", "training", "gating", "registering", "registered", "deploying", "done"]
     assert [event["state"] for event in house.events if event["event"] == "state"] == states
 
 
