@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from peft_dist import packed
 from peft_dist.errors import ShardingError
 from peft_dist.lazy import lazy
 
@@ -187,6 +188,41 @@ def elements_at_rest(model: nn.Module) -> int:
     return held
 
 
+def bytes_at_rest(model: nn.Module) -> int:
+    """How many bytes of memory this rank holds of the base of `model` now, its adapters left out.
+
+    Every storage that can be reached from its modules counts, once and whole: parameters, the pieces that
+    DeepSpeed keeps of them, buffers, bitsandbytes' codes and statistics wherever they hang, tables that layers
+    share.
+    """
+    base, storages = base_of(model), {}
+    with bare(base):
+        for module in base.modules():
+            for tensor in _reachable(vars(module), set()):
+                storage = tensor.untyped_storage()
+                storages[storage.data_ptr(), tensor.device] = storage.nbytes()
+    return sum(storages.values())
+
+
+def _reachable(value: Any, seen: set[int]) -> Iterator[Tensor]:
+    """Tensors in `value`: in containers, on tensors, and in bitsandbytes' states."""
+    if id(value) in seen or isinstance(value, nn.Module):
+        return
+    seen.add(id(value))
+    if isinstance(value, Tensor):
+        if not value.is_meta:
+            yield value
+        yield from _reachable(vars(value), seen)
+    elif isinstance(value, Mapping):
+        for item in list(value.values()):
+            yield from _reachable(item, seen)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _reachable(item, seen)
+    elif any(kind.__module__.startswith("bitsandbytes.") for kind in type(value).__mro__):
+        yield from _reachable(vars(value), seen)
+
+
 def disable_deepspeed_op_builds() -> None:
     """Declares every DeepSpeed op incompatible, so that none is ever compiled at run time; torch does the
     work.
@@ -214,11 +250,14 @@ def partition_base(model: nn.Module, deepspeed_config: Mapping[str, Any]) -> Non
         ShardingError: the stage is not 3, a precision section is on, no process group is up, the base is
             partitioned already, or has parameters that are trained beside its adapters.
     """
-    _check(model, deepspeed_config)
+    check_partitionable(deepspeed_config)
+    _check(model)
     disable_deepspeed_op_builds()
-    base = _base_of(model)
-    with _bare(base) as num_adapted:
+    base = base_of(model)
+    with bare(base) as num_adapted:
         _freeze(base, num_adapted)
+        for layer in base.modules():
+            packed.make_partitionable(layer)
         engine, *_ = deepspeed.initialize(model=base, config=_engine_config(deepspeed_config))
     # Not a child module: the engine holds the base, and the base would then hold itself.
     base.__dict__[_ENGINE] = engine
@@ -231,17 +270,23 @@ def partition_base(model: nn.Module, deepspeed_config: Mapping[str, Any]) -> Non
     _release_when_done(base, offload)
 
 
-def _base_of(model: Any) -> Any:
+def base_of(model: Any) -> Any:
+    """The base that a model with adapters has, or the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def is_partitioned_base(model: nn.Module) -> bool:
     """Whether `partition_base` was called on this model or on its base."""
-    base = _base_of(model)
+    base = base_of(model)
     return _ENGINE in base.__dict__
 
 
-def _check(model: nn.Module, config: Mapping[str, Any]) -> None:
+def check_partitionable(config: Mapping[str, Any]) -> None:
+    """Raises if no base can be partitioned with this config, or not in this process.
+
+    Raises:
+        ShardingError: the stage is not 3, a precision section is on, or no process group is up.
+    """
     stage = config.get("zero_optimization", {}).get("stage", 0)
     if stage != 3:
         raise ShardingError(
@@ -262,6 +307,9 @@ def _check(model: nn.Module, config: Mapping[str, Any]) -> None:
             "process "
             "needs no partition."
         )
+
+
+def _check(model: nn.Module) -> None:
     if is_partitioned_base(model) or any(is_partitioned(p) for p in model.parameters()):
         raise ShardingError("partition_base: this base is partitioned already.")
     # DeepSpeed itself looks at the first parameter alone.
@@ -283,7 +331,7 @@ def _engine_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _bare(base: nn.Module) -> Iterator[int]:
+def bare(base: nn.Module) -> Iterator[int]:
     """Within the context the adapted layers, whose number it gives, are replaced by the layers they adapt.
 
     DeepSpeed's hooks then sit on the base's own modules alone; on an adapter's modules they would ask
@@ -307,8 +355,8 @@ def _bare(base: nn.Module) -> Iterator[int]:
             parent._modules[key] = child
 
 
-def _freeze(bare: nn.Module, num_adapted: int) -> None:
-    trained = [name for name, parameter in bare.named_parameters() if parameter.requires_grad]
+def _freeze(base: nn.Module, num_adapted: int) -> None:
+    trained = [name for name, parameter in base.named_parameters() if parameter.requires_grad]
     if trained and num_adapted:
         raise ShardingError(
             f"partition_base: {len(trained)} of the base's own parameters are trained, such as "
@@ -316,7 +364,7 @@ def _freeze(bare: nn.Module, num_adapted: int) -> None:
             "engine without an optimizer keeps only frozen ones. Name their modules in modules_to_save "
             "instead."
         )
-    bare.requires_grad_(False)
+    base.requires_grad_(False)
 
 
 def _let_embeddings_require_grad(base: nn.Module) -> None:

@@ -13,8 +13,9 @@ from peft_dist.base_layer.attention import AttentionLayer
 from peft_dist.base_layer.convolution import KINDS, ConvLayer
 from peft_dist.base_layer.layer import Layer
 from peft_dist.base_layer.linear import Conv1DLayer, EmbeddingLayer, LinearLayer
-from peft_dist.base_layer.quantised import Linear4bitLayer, Linear8bitLayer, is_4bit, is_8bit
+from peft_dist.base_layer.quantised import Linear4bitLayer, Linear8bitLayer
 from peft_dist.errors import BaseLayerError
+from peft_dist.packed import is_4bit, is_8bit
 
 DOORS: tuple[tuple[type[nn.Module], type[Layer]], ...] = (
     (Conv1D, Conv1DLayer),

@@ -2,11 +2,8 @@
 
 W is what the codes stand for: codes x scale of the row / 127 in 8-bit, the code's level x the scale of its
 block in 4-bit. A change is added to that in fp32 and the sum is quantised anew, so a merged weight is exactly
-quantise(dequantise(W) + dW). What is kept at a merge are the codes and scales themselves.
-
-On CPUs with AVX512-BF16 bitsandbytes repacks a 4-bit weight in the first forward in eval mode and rounds its
-scales to bf16 for good. A layer that gets an adapter is kept from that, so that training and evaluating, in
-whatever order, see one weight; one that was repacked before is laid out again from what is left.
+quantise(dequantise(W) + dW). What is kept at a merge are the codes and scales themselves, a rank's pieces of
+them where they are partitioned.
 """
 
 from __future__ import annotations
@@ -21,30 +18,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from peft_dist import packed
 from peft_dist.base_layer.layer import Layer
 from peft_dist.lazy import lazy
-from peft_dist.sharding import gathered, whole_shape
+from peft_dist.sharding import gathered, stored_bits, whole_shape
 
 bitsandbytes = lazy("bitsandbytes")
 
 
-def is_8bit(kind: type[nn.Module]) -> bool:
-    """Whether it is bitsandbytes' Linear8bitLt; does not import bitsandbytes."""
-    return _is_named(kind, "Linear8bitLt")
-
-
-def is_4bit(kind: type[nn.Module]) -> bool:
-    """Whether it is bitsandbytes' Linear4bit; does not import bitsandbytes."""
-    return _is_named(kind, "Linear4bit")
-
-
-def _is_named(kind: type, name: str) -> bool:
-    return any(k.__name__ == name and k.__module__.startswith("bitsandbytes.") for k in kind.__mro__)
-
-
 def num_elements(parameter: Any) -> int:
-    """How many numbers a parameter stands for: a partitioned one's all, two for each byte of a packed 4-bit
-    one."""
+    """How many numbers of the model a parameter stands for: a partitioned one's all, two for each byte of a
+    packed 4-bit one, none where it holds scales of codes."""
+    if packed.is_statistic(parameter):
+        return 0
     stored = whole_shape(parameter).numel()
     is_packed = type(parameter).__name__ == "Params4bit" and parameter.bnb_quantized
     return stored * 2 * parameter.element_size() if is_packed else stored
@@ -65,11 +51,22 @@ class QuantisedLayer(Layer):
         bias = (("bias", (self.layer.out_features,)),) if self.layer.bias is not None else ()
         return (("weight", shape), *bias)
 
+    def adopt(self) -> None:
+        packed.settle(self.layer)
+
     def tensor(self, key: str) -> Tensor:
         if key != self.key:
             return super().tensor(key)
-        with torch.no_grad(), gathered([self.layer.weight]):
+        with torch.no_grad(), gathered(self._stored_in()):
             return self._dequantised()
+
+    def stored(self) -> dict[str, Any]:
+        parts = packed.statistics(self.layer)
+        return {**super().stored(), **{key: stored_bits(part) for key, part in parts.items()}}
+
+    def _stored_in(self) -> list[Any]:
+        """The parameters that hold W."""
+        return [self.layer.weight, *packed.statistics(self.layer).values()]
 
     def apply(self, W: Tensor, x: Tensor) -> Tensor:
         return F.linear(x, W)
@@ -78,7 +75,7 @@ class QuantisedLayer(Layer):
         if key != self.key or self.layer.weight.is_meta:
             super()._add(key, change)
             return
-        with torch.no_grad(), gathered([self.layer.weight], modify=True):
+        with torch.no_grad(), gathered(self._stored_in(), modify=True):
             W = self._dequantised().float()
             self._quantise(W + change.to(W.device, torch.float32))
 
@@ -116,58 +113,39 @@ class Linear8bitLayer(QuantisedLayer):
         # bitsandbytes quantises and multiplies in half precision.
         return torch.float16
 
-    def adopt(self) -> None:
-        weight = self.layer.weight
-        if self._has_codes() or weight.has_fp16_weights or weight.is_meta:
-            return
-        # Its first forward would do the same.
-        self._quantise(weight.data)
-
     def stored(self) -> dict[str, Any]:
         kept = super().stored()
-        if self._has_codes():
-            kept["scales"] = self._scales().clone()
+        if self._has_codes() and "SCB" not in kept:
+            kept["scales"] = packed.scales_8bit(self.layer).clone()
         return kept
 
     def restore_(self, stored: Mapping[str, Any]) -> None:
         super().restore_({key: bits for key, bits in stored.items() if key != "scales"})
-        if "weight" in stored:
-            self._set(self.layer.weight.data, stored.get("scales"))
+        if "weight" in stored and "SCB" not in stored:
+            packed.set_8bit(self.layer, self.layer.weight.data, stored.get("scales"))
 
     def _has_codes(self) -> bool:
         return self.layer.weight.dtype == torch.int8
-
-    def _scales(self) -> Tensor:
-        scales = self.layer.weight.SCB
-        return self.layer.state.SCB if scales is None else scales
 
     def _dequantised(self) -> Tensor:
         weight = self.layer.weight
         if weight.is_meta:
             return torch.empty(self.shape, device="meta")
         if self._has_codes():
-            codes, scales = weight.data, self._scales()
+            codes, scales = weight.data, packed.scales_8bit(self.layer)
         elif weight.has_fp16_weights:
             return weight.detach()
         else:
-            codes, scales = _int8(weight.data)
+            codes, scales = packed.int8(weight.data)
         return bitsandbytes.functional.int8_vectorwise_dequant(codes, scales.to(codes.device))
 
     def _quantise(self, W: Tensor) -> None:
         weight = self.layer.weight
         if weight.has_fp16_weights:
             weight.data.copy_(W)
-            self._set(weight.data, None)
+            packed.set_8bit(self.layer, weight.data, None)
         else:
-            self._set(*_int8(W))
-
-    def _set(self, data: Tensor, scales: Tensor | None) -> None:
-        layer, weight = self.layer, self.layer.weight
-        weight.data = data
-        layer.state.reset_grads()
-        if scales is not None:
-            # As after `.to`: the next forward hands both on to the state.
-            weight.CB, weight.SCB = weight.data, scales
+            packed.set_8bit(self.layer, *packed.int8(W))
 
 
 class Linear4bitLayer(QuantisedLayer):
@@ -177,18 +155,16 @@ class Linear4bitLayer(QuantisedLayer):
     def dtype(self) -> torch.dtype:
         return self.layer.compute_dtype or torch.float32
 
-    def adopt(self) -> None:
-        layer = self.layer
-        layer.support_avx512bf16_for_cpu = False
-        state = self._state()
-        if state is None or not getattr(state, "packing_format_for_cpu", False):
-            return
-        self._set(*_laid_out(layer.weight.data, state))
-
     def stored(self) -> dict[str, Any]:
-        return {**super().stored(), "quant_state": copy.deepcopy(self._state())}
+        kept = super().stored()
+        if "absmax" not in kept:
+            kept["quant_state"] = copy.deepcopy(packed.quant_state(self.layer))
+        return kept
 
     def restore_(self, stored: Mapping[str, Any]) -> None:
+        if "quant_state" not in stored:
+            super().restore_(stored)
+            return
         rest = {key: bits for key, bits in stored.items() if key not in ("weight", "quant_state")}
         super().restore_(rest)
         if "weight" in stored:
@@ -196,25 +172,20 @@ class Linear4bitLayer(QuantisedLayer):
             device = self.layer.weight.device
             if state is not None:
                 state.to(device)
-            self._set(stored["weight"].to(device, copy=True), state)
-
-    def _state(self) -> Any:
-        """The scales and what belongs to them; None before the weight is quantised."""
-        state = getattr(self.layer.weight, "quant_state", None)
-        return self.layer.quant_state if state is None else state
+            packed.set_4bit(self.layer, stored["weight"].to(device, copy=True), state)
 
     def _dequantised(self) -> Tensor:
-        weight, state = self.layer.weight.data, self._state()
+        weight, state = self.layer.weight.data, packed.quant_state(self.layer)
         if weight.is_meta:
             return torch.empty(self.shape, device="meta")
         if state is None:
             return weight.detach()
         if getattr(state, "packing_format_for_cpu", False):
-            weight, state = _laid_out(weight, state)
+            weight, state = packed.laid_out(weight, state)
         return bitsandbytes.functional.dequantize_4bit(weight, state)
 
     def _quantise(self, W: Tensor) -> None:
-        weight, state = self.layer.weight, self._state()
+        weight, state = self.layer.weight, packed.quant_state(self.layer)
         if state is None:
             weight.data.copy_(W)
             return
@@ -227,37 +198,7 @@ class Linear4bitLayer(QuantisedLayer):
         )
         # What the weight counts as is what it was loaded in, not fp32, in which the sum was made.
         made.dtype = state.dtype
-        self._set(data, made)
-
-    def _set(self, data: Tensor, state: Any) -> None:
-        layer, weight = self.layer, self.layer.weight
-        weight.data = data
-        weight.quant_state = layer.quant_state = state
-
-
-def _int8(W: Tensor) -> tuple[Tensor, Tensor]:
-    """int8 codes (out, in) of W and the scale (out,) of each row."""
-    codes, scales, _ = bitsandbytes.functional.int8_vectorwise_quant(W.contiguous().to(torch.float16))
-    return codes, scales
-
-
-def _laid_out(packed: Tensor, state: Any) -> tuple[Tensor, Any]:
-    """Codes and scales that bitsandbytes repacked for a CPU's own kernel, as they are everywhere else. The
-    scales are what that kernel multiplies with: rounded to bf16 when it repacked them."""
-    functional = bitsandbytes.functional
-    scales = state.absmax
-    codes_only = copy.copy(state)
-    codes_only.original_nested = False
-    codes, _ = functional._convert_weight_packed_for_cpu_inverse(packed, codes_only)
-    made = functional.QuantState(
-        absmax=scales.T.flatten().float(),
-        shape=state.shape,
-        code=state.code,
-        blocksize=state.blocksize,
-        quant_type=state.quant_type,
-        dtype=state.original_dtype,
-    )
-    return codes, made
+        packed.set_4bit(self.layer, data, made)
 
 
 class _Quiet(logging.Filter):
