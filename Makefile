@@ -23,10 +23,11 @@ quickstart: $(READY)    ## train, gate, register, deploy and ask, on the embedde
 	$(BIN)/raypeft run jobs/quickstart.yaml
 
 test: $(READY)          ## all tests but the full matrix
-	$(BIN)/python -m pytest -m "not matrix"
+	@$(BIN)/python -m pytest -n 2 --dist loadfile -m "not ray and not matrix"; first=$$?; \
+	  $(BIN)/python -m pytest -m "ray and not matrix" && exit $$first
 
 test-fast: $(READY)     ## the tests that take seconds
-	$(BIN)/python -m pytest -m "not slow and not ray and not matrix"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not ray and not matrix"
 
 check: $(READY)         ## style, lint and types
 	$(BIN)/ruff check .
