@@ -1,0 +1,456 @@
+"""What is lost when parts of a running job die: one job, again and again, each time with another fault.
+
+    python benchmarks/chaos.py [--seeds 20] [--only worker node ...] [--steps 30] [--write]
+
+Runs a small job (two workers, the embedded base) on a Ray of several nodes on this machine, lets it come to a step
+that the seed draws, and then, a moment later that it draws too, does the fault:
+
+    worker, node, driver, head       SIGKILL: to a worker; to all of a node with one; to the driver; to Ray's head
+    sigterm-worker, sigterm-driver   SIGTERM, as before a machine goes: a checkpoint is due, and nothing is lost
+    truncated, flipped               the driver is killed, and the newest checkpoint damaged before the next one
+
+A fault of the driver or the head is followed, as by whoever watches over it, by the same command once more. A line
+says where the run stood, how many steps it repeats, how many it may (those since the last checkpoint that was told,
+or since the one before where that one is damaged), how long it took to step again, and whether the adapter and its
+losses are those of an undisturbed run. Exits with 1 where a run lost more, ended differently or did not end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import queue
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.2")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+
+import ray  # noqa: E402
+from ray.cluster_utils import Cluster as RayCluster  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
+
+from orchestrator import keeper  # noqa: E402
+from orchestrator.cluster import ClusterFacts, NodeFacts, cluster_at  # noqa: E402
+from orchestrator.errors import RaypeftError  # noqa: E402
+from orchestrator.registry import Registry  # noqa: E402
+from orchestrator.service import Environment, StopRequest, run_job  # noqa: E402
+from orchestrator.spec.load import load_job_mapping  # noqa: E402
+from orchestrator.store import RunStore  # noqa: E402
+from orchestrator.train.checkpoint import OPTIMIZER_FILE  # noqa: E402
+from orchestrator.train.launch import RayRunner  # noqa: E402
+
+KILLS = ("worker", "node", "driver", "head")
+OTHERS = ("sigterm-worker", "sigterm-driver", "truncated", "flipped")
+SAVE_STEPS = 4
+LIMIT_S = 300.0
+"""For one trial; what has not ended by then counts as hanging."""
+LEAVE_S = 60.0
+"""A driver that lost its head leaves by itself within this, or is killed."""
+
+
+def job(steps: int) -> dict[str, Any]:
+    """The job; its folder is the driver's business."""
+    return {
+        "name": "chaos",
+        "model": {"base_model": str(ROOT / "jobs/assets/tiny-llama")},
+        "data": {
+            "datasets": [{"path": str(ROOT / "jobs/assets/python-docs.jsonl"), "type": "chat"}],
+            "val_set_size": 8,
+            "sequence_len": 128,
+        },
+        "adapter": {"type": "lora", "r": 8},
+        "training": {
+            "max_steps": steps, "micro_batch_size": 2, "learning_rate": 1e-3, "save_steps": SAVE_STEPS,
+            "eval_steps": 1000,
+        },
+        "resources": {"num_workers": 2},
+        "storage": {"keep_latest": 3},
+    }  # fmt: skip
+
+
+# the driver, in a process of its own
+
+
+def drive(folder: Path, address: str, steps: int) -> int:
+    """`raypeft run` of the job on the Ray at `address`: prints its events as JSON, and at last a result or an error."""
+    stop = StopRequest()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.ask())
+    environment = Environment(
+        cluster=cluster_at("http://127.0.0.1:1"),
+        runs=RunStore(folder / "runs"),
+        registry=Registry(folder / "registry"),
+        open_runner=lambda: RayRunner(address),
+        open_endpoints=lambda: None,  # type: ignore[arg-type,return-value]
+        facts=lambda: ClusterFacts((NodeFacts(3, memory=8 << 30),), 3, 0, source="chaos"),
+    )
+
+    def show(event: dict[str, Any]) -> None:
+        print(json.dumps(event, default=str), flush=True)
+
+    try:
+        result = run_job(load_job_mapping(job(steps)).spec, environment, on_event=show, stop=stop)
+    except RaypeftError as error:
+        show({"event": "error", "message": str(error)})
+        return error.exit_code
+    show({"event": "result", **result.to_dict()})
+    return 0
+
+
+class Driver:
+    """A driver's process, and what it says, with the time at which it was heard."""
+
+    def __init__(self, folder: Path, address: str, steps: int) -> None:
+        command = [sys.executable, __file__, "--drive", str(folder), address, "--steps", str(steps)]
+        with open(folder / "driver.err", "ab") as errors:
+            self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, cwd=folder)
+        self.said: queue.Queue[dict[str, Any] | None] = queue.Queue()
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    def _listen(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            with contextlib.suppress(ValueError):
+                self.said.put(json.loads(line))
+        self.said.put(None)
+
+    def kill(self) -> None:
+        """SIGKILL, and waits."""
+        self.process.kill()
+        self.process.wait()
+
+
+# Ray, several nodes on this machine
+
+
+class Machines:
+    """A head without CPUs and three nodes with one each: two workers, and a node to spare."""
+
+    def __init__(self) -> None:
+        self._start()
+
+    def _start(self) -> None:
+        self.ray = RayCluster(
+            initialize_head=True,
+            head_node_args={"num_cpus": 0, "object_store_memory": 100 << 20, "include_dashboard": False},
+        )
+        self.fill()
+
+    @property
+    def address(self) -> str:
+        """Of the head."""
+        return self.ray.address
+
+    def fill(self) -> None:
+        """Nodes that are missing join."""
+        while len(self.ray.worker_nodes) < 3:
+            self.ray.add_node(num_cpus=1, object_store_memory=80 << 20)
+
+    def workers(self) -> list[tuple[Any, int]]:
+        """Node and process of each worker of a run."""
+        found = []
+        for node in self.ray.worker_nodes:
+            raylet = node.all_processes["raylet"][0].process.pid
+            found += [(node, pid) for pid in keeper.descendants(raylet) if _is_worker(pid)]
+        return found
+
+    def lose_node(self, node: Any) -> None:
+        """SIGKILL to a node's raylet and to all that it started."""
+        below = [pid for each in node.all_processes["raylet"] for pid in keeper.descendants(each.process.pid)]
+        self.ray.remove_node(node, allow_graceful=False)
+        keeper.send(signal.SIGKILL, below)
+
+    def lose_head(self) -> None:
+        """SIGKILL to the head's processes."""
+        self.ray.head_node.kill_all_processes(check_alive=False, allow_graceful=False)
+
+    def again(self) -> None:
+        """A new cluster in the place of one without a head."""
+        self.end()
+        self._start()
+
+    def end(self) -> None:
+        """Takes everything down."""
+        with contextlib.suppress(Exception):
+            self.ray.shutdown()
+        keeper.end(lambda: [pid for pid in keeper.descendants(os.getpid()) if _is_rays(pid)])
+
+
+def _is_worker(pid: int) -> bool:
+    return b"RayTrainWorker" in _command(pid)
+
+
+def _is_rays(pid: int) -> bool:
+    return any(name in _command(pid) for name in (b"ray::", b"raylet", b"gcs_server", b"/ray/"))
+
+
+def _command(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
+# one trial
+
+
+@dataclass
+class Outcome:
+    """A line of the table."""
+
+    seed: int
+    fault: str
+    at_step: int = 0
+    resumed_at: int | None = None
+    steps_lost: int | None = None
+    may_lose: int = 0
+    again_s: float | None = None
+    """Seconds from the fault to the next step."""
+    difference: float | None = None
+    """Largest difference of a weight from the undisturbed run's adapter."""
+    loss_difference: float | None = None
+    wall_s: float = 0.0
+    problem: str = ""
+
+    @property
+    def is_good(self) -> bool:
+        """Whether it lost no more than it may and ended as if nothing had been."""
+        return not self.problem
+
+    def __str__(self) -> str:
+        lost = "-" if self.steps_lost is None else str(self.steps_lost)
+        again = "-" if self.again_s is None else f"{self.again_s:.1f}"
+        equal = {None: "-", 0.0: "bit for bit"}.get(self.difference, f"to {self.difference}")
+        return (
+            f"{self.seed:>4} {self.fault:<15} {self.at_step:>7} {lost:>6} {self.may_lose:>8} {again:>9} "
+            f"{equal:<12} {self.problem or 'good'}"
+        )
+
+
+HEADER = f"{'seed':>4} {'fault':<15} {'at step':>7} {'lost':>6} {'may lose':>8} {'again, s':>9} {'equal':<12}"
+
+
+class Trial:
+    """One run with one fault."""
+
+    def __init__(self, machines: Machines, folder: Path, steps: int, seed: int, fault: str) -> None:
+        self.machines, self.folder, self.steps, self.fault = machines, folder, steps, fault
+        draw = random.Random(f"{seed} {fault}")
+        self.fault_step = draw.randint(SAVE_STEPS + 1 if fault in ("truncated", "flipped") else 1, steps - 2)
+        self.delay_s = draw.uniform(0, 0.5)
+        self.draw = draw
+        self.outcome = Outcome(seed, fault)
+        self.step, self.saved = 0, [0]
+        self.fault_at: float | None = None
+        self.result: dict[str, Any] | None = None
+
+    def run(self) -> dict[str, Any]:
+        """To the end, through the fault; returns what the driver said at last."""
+        began = time.monotonic()
+        starts = 0
+        while self.result is None:
+            starts += 1
+            if starts > 3:
+                raise TimeoutError(f"did not end after {starts - 1} drivers: {self._last_error()}")
+            self._follow(Driver(self.folder, self.machines.address, self.steps), began + LIMIT_S)
+        self.outcome.wall_s = round(time.monotonic() - began, 1)
+        return self.result
+
+    def _follow(self, driver: Driver, deadline: float) -> None:
+        try:
+            while True:
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    raise TimeoutError("it hangs")
+                try:
+                    event = driver.said.get(timeout=min(left, 1.0))
+                except queue.Empty:
+                    continue
+                if event is None:
+                    return
+                self._hear(event)
+                if self.fault_at is None and self.step >= self.fault_step and self.fault != "none":
+                    time.sleep(self.delay_s)
+                    while not driver.said.empty():
+                        self._hear(driver.said.get() or {})
+                    self._strike(driver)
+        finally:
+            if driver.process.poll() is None and self.result is not None:
+                driver.process.wait(60)
+            driver.kill()
+
+    def _hear(self, event: dict[str, Any]) -> None:
+        kind = event.get("event")
+        if kind == "progress":
+            if self.fault_at is not None and self.outcome.again_s is None:
+                resumed = event["step"] - 1
+                self.outcome.again_s = round(time.monotonic() - self.fault_at, 1)
+                self.outcome.resumed_at, self.outcome.steps_lost = resumed, self.outcome.at_step - resumed
+            self.step = event["step"]
+        elif kind == "checkpoint":
+            self.saved.append(event["step"])
+        elif kind == "result":
+            self.result = event
+        elif kind == "error":
+            self.last = event["message"]
+
+    def _strike(self, driver: Driver) -> None:
+        outcome = self.outcome
+        outcome.at_step, outcome.may_lose = self.step, self.step - self.saved[-1]
+        self.fault_at = time.monotonic()
+        if self.fault in ("worker", "sigterm-worker"):
+            number = signal.SIGKILL if self.fault == "worker" else signal.SIGTERM
+            os.kill(self.draw.choice(self.machines.workers())[1], number)
+        elif self.fault == "node":
+            self.machines.lose_node(self.draw.choice(self.machines.workers())[0])
+        elif self.fault == "driver":
+            driver.kill()
+        elif self.fault == "sigterm-driver":
+            driver.process.terminate()
+        elif self.fault == "head":
+            self.machines.lose_head()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                driver.process.wait(LEAVE_S)
+            driver.kill()
+            self.machines.again()
+        else:
+            driver.kill()
+            self._damage()
+        if self.fault.startswith("sigterm"):
+            outcome.may_lose = 0
+
+    def _damage(self) -> None:
+        (run,) = (self.folder / "runs").iterdir()
+        found = {
+            int(path.name.split(".")[0].removeprefix("step-")): path
+            for path in (run / "checkpoints").iterdir()
+        }
+        newest, *before = sorted(found, reverse=True)
+        file = found[newest] / OPTIMIZER_FILE
+        data = bytearray(file.read_bytes())
+        if self.fault == "truncated":
+            del data[len(data) // 2 :]
+        else:
+            data[self.draw.randrange(len(data))] ^= 1 << self.draw.randrange(8)
+        file.write_bytes(data)
+        self.outcome.may_lose = self.outcome.at_step - (before[0] if before else 0)
+
+    def _last_error(self) -> str:
+        return getattr(self, "last", "it said nothing")
+
+
+def weights(folder: Path, result: dict[str, Any]) -> dict[str, Any]:
+    """The registered adapter's tensors."""
+    version = Registry(folder / "registry").get(result["adapter"])
+    return load_file(Path(version.url) / "adapter_model.safetensors")
+
+
+def trial(machines: Machines, steps: int, seed: int, fault: str, whole: tuple[dict, dict] | None) -> Any:
+    """One run; returns its outcome, or, for the undisturbed one, its result and weights."""
+    folder = Path(tempfile.mkdtemp(prefix="chaos-"))
+    try:
+        one = Trial(machines, folder, steps, seed, fault)
+        machines.fill()
+        try:
+            result = one.run()
+            ours = weights(folder, result)
+        except (TimeoutError, RaypeftError) as error:
+            if whole is None:
+                raise
+            one.outcome.problem = str(error)
+            return one.outcome
+        if whole is None:
+            return result, ours
+        outcome, (expected, theirs) = one.outcome, whole
+        outcome.difference = max(float((ours[name] - theirs[name]).abs().max()) for name in theirs)
+        key = "eval_loss"
+        outcome.loss_difference = abs(result["metrics"][key] - expected["metrics"][key])
+        if outcome.at_step == 0:
+            outcome.problem = "the fault never came"
+        elif outcome.steps_lost is not None and outcome.steps_lost > outcome.may_lose:
+            outcome.problem = f"LOST {outcome.steps_lost} steps"
+        elif outcome.difference > 1e-5 or outcome.loss_difference > 1e-5:
+            outcome.problem = f"ENDED DIFFERENTLY by {outcome.difference:.1e}"
+        return outcome
+    finally:
+        if os.environ.get("CHAOS_KEEP") is None:
+            shutil.rmtree(folder, ignore_errors=True)
+        else:
+            print(f"kept: {folder}")
+
+
+def main() -> int:
+    """Does what is asked for and prints the table; 1 where a run lost more than it may."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seeds", type=int, default=20, help="how many runs have something killed")
+    parser.add_argument("--first", type=int, default=0, help="the first seed")
+    parser.add_argument(
+        "--only", nargs="+", choices=[*KILLS, *OTHERS], metavar="FAULT", help="all by default"
+    )
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--write", action="store_true", help="keep the table in benchmarks/results")
+    parser.add_argument("--drive", nargs=2, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.drive:
+        return drive(Path(arguments.drive[0]), arguments.drive[1], arguments.steps)
+    kills = [fault for fault in KILLS if fault in (arguments.only or KILLS)]
+    rest = [fault for fault in OTHERS if fault in (arguments.only or OTHERS)]
+    seeds = range(arguments.first, arguments.first + arguments.seeds)
+    todo = [(seed, kills[seed % len(kills)]) for seed in seeds] if kills else []
+    todo += [(seed, fault) for seed, fault in enumerate(rest)]
+    machines, outcomes = Machines(), []
+    try:
+        began = time.monotonic()
+        whole = trial(machines, arguments.steps, 0, "none", None)
+        print(
+            f"undisturbed: {time.monotonic() - began:.0f} s, eval_loss {whole[0]['metrics']['eval_loss']:.6f}"
+        )
+        print(HEADER, flush=True)
+        for seed, fault in todo:
+            outcomes.append(trial(machines, arguments.steps, seed, fault, whole))
+            print(outcomes[-1], flush=True)
+    finally:
+        machines.end()
+    bad = [outcome for outcome in outcomes if not outcome.is_good]
+    print(f"{len(outcomes) - len(bad)} of {len(outcomes)} good")
+    if arguments.write:
+        write(outcomes, arguments.steps)
+    return int(bool(bad))
+
+
+def write(outcomes: list[Outcome], steps: int) -> None:
+    """Keeps the table."""
+    date, hardware = time.strftime("%Y-%m-%d"), f"{os.cpu_count()}cpu-{platform.machine()}"
+    result = ROOT / "benchmarks/results" / f"{date}-{hardware}-chaos.json"
+    found = {
+        "date": date,
+        "hardware": hardware,
+        "ray": ray.__version__,
+        "steps": steps,
+        "save_steps": SAVE_STEPS,
+        "trials": [{**asdict(each), "good": each.is_good} for each in outcomes],
+    }
+    result.write_text(json.dumps(found, indent=1) + "\n")
+    print(f"written to {result.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
