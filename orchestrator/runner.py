@@ -20,7 +20,7 @@ progress    step, total_steps, epoch, loss, learning_rate, grad_norm, tokens_per
 eval        step, metrics: {name: number}
 checkpoint  step, path
 warning     message
-failure     attempt, rank, cause, will_retry
+failure     attempt, rank (or null), kind (worker lost, node lost, ...), cause, will_retry
 log         rank, text: what a worker printed, secrets taken out; kept in the run's logs, never shown as it comes
 """
 

@@ -7,6 +7,7 @@ import os
 from typing import Any
 
 from ray.train.v2._internal.execution.controller import TrainController
+from ray.train.v2._internal.execution.failure_handling import FailureDecision, FailurePolicy
 from ray.train.v2._internal.execution.worker_group import WorkerGroup
 
 WORKER_ENVIRONMENT = {
@@ -20,7 +21,18 @@ SETTINGS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",
     "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0",
+    # an actor that watches for nodes about to go; `attempts.py` does
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
 }
+
+
+class EndAtOnce(FailurePolicy):
+    """No second group under the same controller: whether a run starts again, and with how many workers, is not known
+    here."""
+
+    def make_decision(self, training_failed_error: Any) -> FailureDecision:
+        """See Ray's FailurePolicy."""
+        return FailureDecision.RAISE
 
 
 class RunWorkerGroup(WorkerGroup):
@@ -37,9 +49,6 @@ class RunController(TrainController):
 
     worker_group_cls = RunWorkerGroup
 
-    def __init__(self, is_single_node: bool, **parts: Any) -> None:
+    def __init__(self, **parts: Any) -> None:
         os.environ.update(SETTINGS)
-        if is_single_node:
-            # it watches for nodes that are about to go; here that would be this one
-            os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
         super().__init__(**parts)

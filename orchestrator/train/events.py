@@ -33,6 +33,7 @@ class Mailbox:
         self._arrived = asyncio.Event()
         self._stop = False
         self._secrets: dict[str, str] = {}
+        self._places: dict[int, str] = {}
 
     async def push(self, events: list[Event]) -> bool:
         """Takes events in; True where the workers should checkpoint and leave."""
@@ -41,15 +42,22 @@ class Mailbox:
             self._arrived.set()
         return self._stop
 
-    async def failed(self, attempt: int, rank: int, cause: str, will_retry: bool) -> None:
-        """Takes in the end of a group of workers."""
+    async def failed(self, cause: str, **facts: Any) -> None:
+        """Takes in the end of a group of workers: `attempt, rank, kind, will_retry`, and the cause."""
         cause = without_secrets(cause, self._secrets.values())
-        await self.push([
-            {
-                "event": "failure", "t": time.time(), "attempt": attempt, "rank": rank, "cause": cause,
-                "will_retry": will_retry,
-            }
-        ])  # fmt: skip
+        await self.push([{"event": "failure", "t": time.time(), "cause": cause, **facts}])
+
+    async def begin(self) -> None:
+        """Forgets the last group of workers: where they were, and that they were to leave."""
+        self._stop, self._places = False, {}
+
+    async def placed(self, rank: int, node_id: str) -> None:
+        """Notes on which node a worker of this group is."""
+        self._places[rank] = node_id
+
+    async def places(self) -> dict[int, str]:
+        """Rank -> the id of its node, of the workers that have begun."""
+        return dict(self._places)
 
     async def take(self, timeout_s: float) -> list[Event]:
         """All events since the last call; waits up to `timeout_s` for the first."""
@@ -98,6 +106,10 @@ class Reporter:
         with self._lock:
             self._buffer.append({"event": kind, "t": time.time(), **fields})
         self._wake.set()
+
+    def request_stop(self) -> None:
+        """Has this worker ask the others for a checkpoint at their next step, and to leave."""
+        self.stop_requested = True
 
     def close(self) -> None:
         """Sends what is left and ends the thread; waits for at most five seconds."""

@@ -1,78 +1,115 @@
-"""Why a group of workers failed, in one line, and whether starting it again can help."""
+"""Why a group of workers failed: its kind, and one line for the user."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
 
-from ray.exceptions import OutOfMemoryError, RayActorError
-from ray.train import WorkerGroupError
-from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
-from ray.train.v2._internal.execution.failure_handling import (
-    DefaultFailurePolicy,
-    FailureDecision,
+from ray.exceptions import OutOfMemoryError, RayActorError, RayError
+from ray.train import ControllerError, WorkerGroupError
+from ray.train.v2._internal.exceptions import (
+    WorkerGroupStartupFailedError,
+    WorkerGroupStartupTimeoutError,
+    WorkerHealthCheckFailedError,
+    WorkerHealthCheckTimeoutError,
 )
-from ray.train.v2.api.config import FailureConfig
 
-from orchestrator.errors import RaypeftError, TrainingError
+from orchestrator.errors import (
+    DataError,
+    ModelError,
+    NotFiniteError,
+    RaypeftError,
+    SpecError,
+    StorageError,
+    TrainingError,
+)
 
-MAX_WORKER_LOSSES = 2
-"""How often a run starts its workers again after it has lost one."""
+from .retries import FailureKind
 
 _BROKEN_LINK = ("connection closed", "connection reset", "broken pipe", "gloo", "nccl", "timed out", "socket")
 _OUT_OF_MEMORY = (
     "out of memory",
     "outofmemory",
     "can't allocate memory",
+    "cannot allocate memory",
     "oom-kill",
     "memory usage threshold",
+)
+_LOGS = "See raypeft logs."
+_OF_USERS: tuple[tuple[type[RaypeftError], FailureKind], ...] = (
+    (DataError, FailureKind.DATA),
+    (SpecError, FailureKind.CONFIG),
+    (ModelError, FailureKind.CONFIG),
+    (StorageError, FailureKind.STORAGE),
+    (NotFiniteError, FailureKind.NAN),
 )
 
 
 @dataclass(frozen=True)
 class Failure:
-    """The cause of a group's end: the rank that began it, one line, the error for the user, and whether a new
-    attempt can help."""
+    """The end of a group: its kind, the rank that began it where one did, one line, and the error for the user."""
 
-    rank: int
+    kind: FailureKind
+    rank: int | None
     cause: str
     error: RaypeftError
-    can_retry: bool
 
 
-def failure_of(failures: Mapping[int, BaseException]) -> Failure:
+def failure_of(error: BaseException, lost_nodes: Mapping[int, str] | None = None) -> Failure:
+    """What ended `Trainer.train`.
+
+    Args:
+        error: what it raised.
+        lost_nodes: the ranks whose nodes are gone, and how to call each node.
+    """
+    if isinstance(error, WorkerGroupError):
+        return failure_of_ranks(error.worker_failures, lost_nodes or {})
+    if lost_nodes:
+        return _lost_node(lost_nodes)
+    inner = error.controller_failure if isinstance(error, ControllerError) else error
+    if isinstance(inner, WorkerGroupStartupTimeoutError | WorkerGroupStartupFailedError):
+        return _of(FailureKind.WORKER_LOST, None, f"the workers did not start: {last_line(inner)}", _LOGS)
+    if isinstance(inner, RayActorError):
+        return _of(FailureKind.WORKER_LOST, None, f"what leads the workers was lost: {_death(inner)}", _LOGS)
+    if isinstance(inner, RayError):
+        return _of(FailureKind.WORKER_LOST, None, f"Ray lost the workers: {last_line(inner)}", _LOGS)
+    return _of(FailureKind.ERROR, None, f"Ray Train failed: {last_line(inner)}", _LOGS)
+
+
+def failure_of_ranks(
+    failures: Mapping[int, BaseException], lost_nodes: Mapping[int, str] | None = None
+) -> Failure:
     """Picks the cause among the ranks' errors.
 
     When one rank fails the others fail with it, by a broken connection; so a user's error goes before memory,
-    memory before the loss of a worker, and a broken connection comes last.
+    memory before the loss of a node or a worker, and a broken connection comes last.
     """
     ranked = sorted(failures.items(), key=lambda item: (_weight(item[1]), item[0]))
     rank, error = ranked[0]
-    kind = _weight(error)
-    if kind == 0:
+    weight, where = _weight(error), f"worker {rank}"
+    if weight == 0:
         assert isinstance(error, RaypeftError)
-        return Failure(rank, one_line(error), error, can_retry=False)
-    where = f"worker {rank}"
-    if kind == 1:
-        cause = f"{where} ran out of memory: {one_line(error)}"
+        return Failure(kind_of(error), rank, one_line(error), error)
+    if weight == 1:
         hint = "Lower training.micro_batch_size or data.sequence_len, or set gradient_checkpointing: true."
-        return Failure(rank, cause, TrainingError(cause, hint=hint), can_retry=False)
-    if kind == 2:
-        cause = f"{where} was lost: {_death(error)}"
-        return Failure(rank, cause, TrainingError(cause, hint="See raypeft logs."), can_retry=True)
-    if kind == 4:
-        cause = f"{where} lost the others: {one_line(error)}"
-        return Failure(rank, cause, TrainingError(cause, hint="See raypeft logs."), can_retry=True)
+        return _of(FailureKind.OUT_OF_MEMORY, rank, f"{where} ran out of memory: {one_line(error)}", hint)
+    preempted = next((each for each, failed in ranked if _is_preempted(failed)), None)
+    if preempted is not None:
+        cause = f"worker {preempted} was taken away with its node, as the cluster had announced."
+        return _of(FailureKind.PREEMPTION, preempted, cause, _LOGS)
+    if lost_nodes and weight in (2, 4):
+        return _lost_node(lost_nodes)
+    if weight == 2:
+        return _of(FailureKind.WORKER_LOST, rank, f"{where} was lost: {_death(error)}", _LOGS)
+    if weight == 4:
+        return _of(FailureKind.WORKER_LOST, rank, f"{where} lost the others: {one_line(error)}", _LOGS)
     cause = f"{where} failed with {type(error).__name__}: {one_line(error)}"
-    return Failure(rank, cause, TrainingError(cause, hint="See raypeft logs."), can_retry=False)
+    return _of(FailureKind.ERROR, rank, cause, _LOGS)
 
 
-def user_error(error: BaseException, where: str) -> RaypeftError:
-    """What ended `TorchTrainer.fit`, for the user."""
-    if isinstance(error, WorkerGroupError):
-        return failure_of(error.worker_failures).error
-    return TrainingError(f"Ray Train failed: {last_line(error)}", where=where, hint="See raypeft logs.")
+def kind_of(error: RaypeftError) -> FailureKind:
+    """The kind of an error that a worker raised for the user."""
+    return next((kind for cls, kind in _OF_USERS if isinstance(error, cls)), FailureKind.ERROR)
 
 
 def last_line(error: BaseException) -> str:
@@ -87,29 +124,22 @@ def one_line(error: BaseException) -> str:
     return text if len(text) <= 300 else text[:297] + "..."
 
 
-class RunFailurePolicy(DefaultFailurePolicy):
-    """Ray's policy, but what a new attempt cannot mend ends the run at once; each failure is told to the
-    mailbox.
+def _of(kind: FailureKind, rank: int | None, cause: str, hint: str) -> Failure:
+    return Failure(kind, rank, cause, TrainingError(cause, hint=hint))
 
-    It lives in Ray Train's controller.
-    """
 
-    def __init__(self, mailbox: Any, max_losses: int = MAX_WORKER_LOSSES) -> None:
-        super().__init__(FailureConfig(max_failures=max_losses))
-        self._mailbox, self._attempt = mailbox, 0
+def _lost_node(lost_nodes: Mapping[int, str]) -> Failure:
+    rank = min(lost_nodes)
+    ranks = sorted(each for each, node in lost_nodes.items() if node == lost_nodes[rank])
+    who = f"worker{'s' * (len(ranks) > 1)} {_listed(ranks)} {'were' if len(ranks) > 1 else 'was'}"
+    more = len(set(lost_nodes.values())) - 1
+    others = f", and {more} more node{'s' * (more > 1)}" if more else ""
+    cause = f"node {lost_nodes[rank]}, on which {who}, does not answer{others}."
+    return _of(FailureKind.NODE_LOST, rank, cause, _LOGS)
 
-    def make_decision(self, training_failed_error: Any) -> FailureDecision:
-        """Retry or raise; see Ray's FailurePolicy."""
-        if not isinstance(training_failed_error, WorkerGroupError):
-            return super().make_decision(training_failed_error)
-        failure = failure_of(training_failed_error.worker_failures)
-        decision = (
-            super().make_decision(training_failed_error) if failure.can_retry else FailureDecision.RAISE
-        )
-        self._attempt += 1
-        will_retry = decision == FailureDecision.RETRY
-        self._mailbox.failed.remote(self._attempt, failure.rank, failure.cause, will_retry)
-        return decision
+
+def _listed(ranks: Collection[int]) -> str:
+    return ", ".join(map(str, ranks))
 
 
 def _weight(error: BaseException) -> int:
@@ -120,11 +150,17 @@ def _weight(error: BaseException) -> int:
         return 0
     if isinstance(error, MemoryError | OutOfMemoryError) or any(word in text for word in _OUT_OF_MEMORY):
         return 1
-    if isinstance(error, RayActorError | WorkerHealthCheckFailedError):
+    if isinstance(error, RayActorError | WorkerHealthCheckFailedError | WorkerHealthCheckTimeoutError):
         return 2
     if isinstance(error, RuntimeError | OSError) and any(word in text for word in _BROKEN_LINK):
         return 4
     return 3
+
+
+def _is_preempted(error: BaseException) -> bool:
+    """Whether Ray says that the worker's node was drained."""
+    inner = getattr(error, "health_check_failure", error)
+    return isinstance(inner, RayActorError) and inner.preempted
 
 
 def _death(error: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""A job's plan on Ray Train: places the workers, follows them, starts them again, stops them."""
+"""A job's plan on Ray: `runner.Runner`, its session, its events, its end."""
 
 from __future__ import annotations
 
@@ -11,15 +11,18 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.exceptions import RayError
-from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from orchestrator.errors import ClusterError, Interrupted, PlacementError, RaypeftError
+from orchestrator.errors import ClusterError, Interrupted, OutOfTimeError, PlacementError, RaypeftError
 from orchestrator.runner import Event, TrainOutcome, TrainRequest
+from orchestrator.spec.durations import format_duration
 from peft_dist.lazy import lazy
 
+from .attempts import Attempts, Group, Leave
+from .elastic import growth_interval
 from .events import Mailbox
-from .placement import NodeRoom, what_is_missing, why_impossible
+from .nodes import RayCluster
+from .placement import why_impossible
 
 if TYPE_CHECKING:
     from orchestrator.train import failures, trainer
@@ -28,24 +31,21 @@ else:
     failures = lazy("orchestrator.train.failures")
     trainer = lazy("orchestrator.train.trainer")
 
-STOP_GRACE_S = 20.0
-"""From `stop` until workers that have not left by themselves are ended; the runner promises 30 s in all."""
-
 
 class RayRunner:
     """`runner.Runner` on Ray Train. A Ray session is up, or `gcs_address` names one to join."""
 
     _mailbox: Any
     """The actor of `events.Mailbox`."""
+    _attempts: Attempts
+    """The groups of workers; from `start` on."""
 
     def __init__(self, gcs_address: str | None = None) -> None:
         self._address = gcs_address
         self._thread: threading.Thread | None = None
-        self._trainer: trainer.Trainer | None = None
         self._end: dict[str, Any] | None = None
         self._error: BaseException | None = None
         self._first_step_s = float("nan")
-        self._stopped_at: float | None = None
 
     def start(self, request: TrainRequest) -> None:
         """Checks that the workers can be placed at all, then trains in the background.
@@ -53,13 +53,14 @@ class RayRunner:
         Raises:
             ClusterError: Ray does not answer.
             PlacementError: the cluster can never give the workers.
+            SpecError: the time between two growths, in the environment, is no duration.
         """
         self._began = time.monotonic()
         self._request = request
         if not ray.is_initialized():
             self._connect()
-        nodes, most = cluster_rooms(), ray._private.state.state.get_max_resources_from_cluster_config()
-        if problem := why_impossible(request.plan, nodes, most):
+        cluster, growth_s = RayCluster(), growth_interval()
+        if problem := why_impossible(request.plan, cluster.rooms(), cluster.grows_to()):
             raise PlacementError(
                 problem, where="resources", hint="Lower resources.num_workers or what each worker asks for."
             )
@@ -68,7 +69,9 @@ class RayRunner:
         self._mailbox = mailbox.options(scheduling_strategy=here).remote()
         if request.secrets:
             ray.get(self._mailbox.put_secrets.remote(dict(request.secrets)))
-        self._is_single_node = len(nodes) == 1 and not most
+        self._attempts = Attempts(
+            request, cluster, MailboxDesk(self._mailbox), self._open_group, growth_s=growth_s
+        )
         self._thread = threading.Thread(target=self._drive, name="ray-train", daemon=True)
         self._thread.start()
 
@@ -83,37 +86,32 @@ class RayRunner:
                 self._lose_cluster()
                 arrived, has_ended = [], True
             for event in arrived:
-                if event["event"] == "progress" and self._first_step_s != self._first_step_s:
-                    self._first_step_s = time.monotonic() - self._began
+                if event["event"] == "progress":
+                    self._attempts.stepped()
+                    if self._first_step_s != self._first_step_s:
+                        self._first_step_s = time.monotonic() - self._began
                 yield event
             if has_ended and not arrived:
                 self._close()
                 return
-            if self._is_overdue() and self._trainer is not None:
-                self._trainer.abort()
 
     def stop(self) -> None:
-        """Asks the workers to checkpoint at their next step and to leave; ends them after `STOP_GRACE_S`."""
-        if self._stopped_at is None:
-            self._stopped_at = time.monotonic()
-        self._mailbox.request_stop.remote()
+        """Asks the workers to checkpoint at their next step and to leave; ends those that do not."""
+        self._attempts.stop()
 
     def outcome(self) -> TrainOutcome:
         """The result.
 
         Raises:
             Interrupted: it was stopped; the checkpoint is there.
+            OutOfTimeError: retry.max_duration is over; the checkpoint is there.
             RaypeftError: what ended the run.
         """
         if self._error is not None:
             raise self._user_error(self._error)
         if self._end is None or self._end["is_stopped"]:
             steps = self._end["steps"] if self._end else 0
-            saved = f"The checkpoint of step {steps} is saved; run" if steps else "Run"
-            raise Interrupted(
-                f"run '{self._request.run_id}' was stopped after {steps} step(s).",
-                hint=f"{saved} the same command again to go on.",
-            )
+            raise self._ended_early(steps)
         end = {key: value for key, value in self._end.items() if key != "is_stopped"}
         return TrainOutcome(first_step_s=self._first_step_s, **end)
 
@@ -125,54 +123,32 @@ class RayRunner:
                 f"no Ray answers: {error}", where=self._address, hint="Start one with `raypeft up`."
             ) from error
 
+    def _ended_early(self, steps: int) -> RaypeftError:
+        """Stopped, or out of time, after so many steps."""
+        run, saved = self._request.run_id, f"The checkpoint of step {steps} is saved" if steps else ""
+        limit = self._request.spec.retry.max_duration
+        if self._attempts.leave == Leave.TIME and limit is not None:
+            way_on = f"run the same command again to go on for {format_duration(limit)} more."
+            return OutOfTimeError(
+                f"run '{run}' ended after {steps} step(s): retry.max_duration ({format_duration(limit)}) is over.",
+                hint=f"{saved}; {way_on}" if saved else f"{way_on[0].upper()}{way_on[1:]}",
+            )
+        return Interrupted(
+            f"run '{run}' was stopped after {steps} step(s).",
+            hint=f"{saved}; run the same command again to go on."
+            if saved
+            else "Run the same command again to go on.",
+        )
+
+    def _open_group(self, request: TrainRequest) -> Group:
+        return trainer.Trainer(request, self._mailbox)
+
     def _drive(self) -> None:
-        """The thread: waits for room, trains, keeps what came of it."""
+        """The thread: all groups of workers, one after the other."""
         try:
-            if not self._wait_for_room():
-                return
-            self._trainer = trainer.Trainer(self._request, self._mailbox, is_single_node=self._is_single_node)
-            if self._stopped_at is None:
-                self._end = self._trainer.train()
+            self._end = self._attempts.run()
         except BaseException as error:
             self._error = error
-
-    def _wait_for_room(self) -> bool:
-        """Returns once the cluster has room for all workers; False where a stop was asked for meanwhile.
-
-        The workers' bundles are reserved as one placement group, so that an autoscaler sees the demand, and
-        are let go again for Ray Train's own group.
-        """
-        plan = self._request.plan
-        patience = self._request.spec.retry.start_timeout
-        labels = [plan.labels] * plan.num_workers if plan.labels else None
-        began, said = time.time(), ""
-        group = placement_group(
-            [dict(plan.bundle)] * plan.num_workers, strategy=plan.placement, bundle_label_selector=labels
-        )
-        try:
-            while not group.wait(1):
-                if self._stopped_at is not None:
-                    return False
-                missing = what_is_missing(plan, cluster_rooms())
-                since = time.strftime("%H:%M:%S", time.localtime(began))
-                if time.time() - began > patience:
-                    raise PlacementError(
-                        f"no room after {patience:g} s of waiting for {missing}.",
-                        where="resources",
-                        hint="Free the cluster, ask for less, or raise retry.start_timeout.",
-                    )
-                if missing != said:
-                    self._tell("state", state="waiting", message=f"waiting since {since} for {missing}")
-                    said = missing
-        finally:
-            remove_placement_group(group)
-        return self._stopped_at is None
-
-    def _is_overdue(self) -> bool:
-        return self._stopped_at is not None and time.monotonic() - self._stopped_at > STOP_GRACE_S
-
-    def _tell(self, kind: str, **fields: Any) -> None:
-        self._mailbox.push.remote([{"event": kind, "t": time.time(), **fields}])
 
     def _lose_cluster(self) -> None:
         """The mailbox does not answer: the session is gone."""
@@ -191,19 +167,39 @@ class RayRunner:
     def _user_error(self, error: BaseException) -> RaypeftError:
         if isinstance(error, RaypeftError):
             return error
-        if self._stopped_at is not None:
-            return Interrupted(
-                f"run '{self._request.run_id}' was stopped; its workers did not leave by themselves.",
+        ending = self._attempts.leave
+        if ending in (Leave.STOP, Leave.TIME):
+            why = "was stopped" if ending == Leave.STOP else "ran out of retry.max_duration"
+            kind = Interrupted if ending == Leave.STOP else OutOfTimeError
+            return kind(
+                f"run '{self._request.run_id}' {why}; its workers did not leave by themselves.",
                 hint="Run the same command again: it goes on from the last checkpoint.",
             )
-        return failures.user_error(error, where=f"run {self._request.run_id}")
+        return failures.failure_of(error).error
 
 
-def cluster_rooms() -> list[NodeRoom]:
-    """The cluster's live nodes, with what each has and what is free."""
-    free = ray._private.state.available_resources_per_node()
-    return [
-        NodeRoom(node["Resources"], free.get(node["NodeID"], {}), node.get("Labels", {}))
-        for node in ray.nodes()
-        if node["Alive"]
-    ]
+class MailboxDesk:
+    """The driver's side of the mailbox; `attempts.Desk`."""
+
+    def __init__(self, mailbox: Any) -> None:
+        self._mailbox = mailbox
+
+    def begin(self) -> None:
+        """Before a group of workers: none is placed, none is to leave."""
+        ray.get(self._mailbox.begin.remote())
+
+    def ask_to_leave(self) -> None:
+        """Workers save a checkpoint at their next step and leave."""
+        self._mailbox.request_stop.remote()
+
+    def places(self) -> dict[int, str]:
+        """Rank -> the id of its node."""
+        return ray.get(self._mailbox.places.remote())
+
+    def tell(self, kind: str, **fields: Any) -> None:
+        """An event of the driver's own."""
+        self._mailbox.push.remote([{"event": kind, "t": time.time(), **fields}])
+
+    def failed(self, **fields: Any) -> None:
+        """The end of a group of workers, as an event."""
+        self._mailbox.failed.remote(**fields)

@@ -1,4 +1,4 @@
-"""Whether a cluster can ever give a plan its workers, and what it lacks now. Pure; `launch.py` asks Ray."""
+"""Whether a cluster can ever give a plan its workers, and what it lacks now. Pure; `nodes.py` asks Ray."""
 
 from __future__ import annotations
 
@@ -16,24 +16,60 @@ class NodeRoom:
     total: Mapping[str, float]
     free: Mapping[str, float] = field(default_factory=dict)
     labels: Mapping[str, str] = field(default_factory=dict)
+    node_id: str = ""
+
+
+def places_in_all(plan: Plan, nodes: Sequence[NodeRoom]) -> int:
+    """How many of the plan's workers the nodes could hold were they empty."""
+    return _places(plan, [node.total for node in nodes if has_labels(node.labels, plan.labels)])
+
+
+def places_now(plan: Plan, nodes: Sequence[NodeRoom], own: Mapping[str, int] | None = None) -> int:
+    """For how many of the plan's workers there is room now.
+
+    Args:
+        own: this run's own workers by the id of their node; their room counts as free.
+    """
+    own = own or {}
+    return _places(
+        plan,
+        [
+            {
+                name: node.free.get(name, 0) + own.get(node.node_id, 0) * amount
+                for name, amount in plan.bundle.items()
+            }
+            for node in nodes
+            if has_labels(node.labels, plan.labels)
+        ],
+    )
+
+
+def _places(plan: Plan, rooms: Sequence[Mapping[str, float]]) -> int:
+    counts = [capacity(room, plan.bundle) for room in rooms]
+    return {
+        "STRICT_PACK": max(counts, default=0),
+        "STRICT_SPREAD": sum(1 for count in counts if count > 0),
+    }.get(plan.placement, sum(counts))
 
 
 def why_impossible(
     plan: Plan, nodes: Sequence[NodeRoom], most: Mapping[str, float] | None = None
 ) -> str | None:
-    """One sentence on why the workers can never be placed; None where they can, busy or not.
+    """One sentence on why the workers can never be placed; None where they can, busy or not. An elastic run needs its
+    least number.
 
     Args:
         nodes: the nodes that are up.
         most: what the autoscaler could give in all, by resource; None where the cluster does not grow.
     """
-    wanted = f"{plan.num_workers} x {describe(plan.bundle)}"
+    least = plan.counts[0]
+    wanted = f"{least} x {describe(plan.bundle)}"
     if most:
         for resource, amount in plan.bundle.items():
             available = max(most.get(resource, 0), sum(node.total.get(resource, 0) for node in nodes))
-            if amount * plan.num_workers > available:
+            if amount * least > available:
                 return (
-                    f"{wanted} needs {amount * plan.num_workers:g} {resource}, "
+                    f"{wanted} needs {amount * least:g} {resource}, "
                     f"the cluster grows to {available:g} at most."
                 )
         return None
@@ -41,12 +77,8 @@ def why_impossible(
     if plan.labels and not fitting:
         labels = ", ".join(f"{key}={value}" for key, value in plan.labels.items())
         return f"no node has the labels {labels}; the cluster has {len(nodes)} node(s)."
-    room = [capacity(node.total, plan.bundle) for node in fitting]
-    places = {
-        "STRICT_PACK": max(room, default=0),
-        "STRICT_SPREAD": sum(1 for count in room if count > 0),
-    }.get(plan.placement, sum(room))
-    if places >= plan.num_workers:
+    places = places_in_all(plan, fitting)
+    if places >= least:
         return None
     totals = {resource: sum(node.total.get(resource, 0) for node in fitting) for resource in plan.bundle}
     return (

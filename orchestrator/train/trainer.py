@@ -1,5 +1,4 @@
-"""The TorchTrainer of a plan, with a controller that starts fast and a failure policy that knows what
-helps."""
+"""The TorchTrainer of one group of workers, with a controller that starts fast and leaves every decision to us."""
 
 from __future__ import annotations
 
@@ -15,15 +14,14 @@ from ray.exceptions import RayError
 from ray.train import TrainingFailedError
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.callbacks.working_dir_setup import WorkingDirectorySetupCallback
-from ray.train.v2.api.config import LoggingConfig, RunConfig, ScalingConfig
+from ray.train.v2.api.config import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.v2.torch.torch_trainer import TorchTrainer  # as ray.train.torch has it, with its types
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from orchestrator.runner import TrainRequest
 
 from .backend import MeetingConfig
-from .controller import RunController
-from .failures import RunFailurePolicy
+from .controller import EndAtOnce, RunController
 from .worker import run_worker
 
 _NOT_NEEDED = (
@@ -35,21 +33,19 @@ _NOT_NEEDED = (
 
 
 class Trainer(TorchTrainer):
-    """A TorchTrainer from a plan. It keeps its controller's handle, to end a run that does not leave by
-    itself.
+    """A TorchTrainer from a plan. It keeps its controller's handle, to end a group that does not leave by
+    itself."""
 
-    Args:
-        is_single_node: no node can be taken away from under the run.
-    """
-
-    def __init__(self, request: TrainRequest, mailbox: Any, *, is_single_node: bool) -> None:
+    def __init__(self, request: TrainRequest, mailbox: Any) -> None:
         plan = request.plan
-        self._mailbox, self._is_single_node = mailbox, is_single_node
         self._controller: Any = None
         # Ray Train insists on storage of its own, and puts nothing there: checkpoints are ours
         self._storage = tempfile.mkdtemp(prefix="raypeft-")
+        # a new number for this group: what one before it, cut off and not yet dead, still commits is refused
+        fence = request.fence.advanced() if request.fence else None
+        told = replace(request, secrets={}, fence=fence)
         super().__init__(
-            cast(Any, functools.partial(run_worker, replace(request, secrets={}), mailbox, os.getcwd())),
+            cast(Any, functools.partial(run_worker, told, mailbox, os.getcwd())),
             torch_config=cast(Any, MeetingConfig()),
             scaling_config=ScalingConfig(
                 num_workers=plan.num_workers,
@@ -93,12 +89,10 @@ class Trainer(TorchTrainer):
         return [each for each in super()._create_default_callbacks() if not isinstance(each, _NOT_NEEDED)]
 
     def _initialize_and_run_controller(self, **parts: Any) -> Any:
-        parts["failure_policy"] = RunFailurePolicy(self._mailbox)
+        parts["failure_policy"] = EndAtOnce(FailureConfig())
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         controller: Any = (
-            ray.remote(num_cpus=0)(RunController)
-            .options(scheduling_strategy=here)
-            .remote(self._is_single_node, **parts)
+            ray.remote(num_cpus=0)(RunController).options(scheduling_strategy=here).remote(**parts)
         )
         self._controller = controller
         try:

@@ -21,6 +21,7 @@ from orchestrator.devices import RankFacts, backend_of, device_of, precision_of
 from orchestrator.runner import Event, TrainRequest
 from peft_dist.lazy import lazy
 
+from . import preemption
 from .backend import listening
 from .events import Reporter
 from .output import captured
@@ -56,7 +57,9 @@ def run_worker(request: TrainRequest, mailbox: Any, folder: str) -> dict[str, An
         return ray.get(mailbox.push.remote(events))
 
     rank = ray.train.get_context().get_world_rank()
+    mailbox.placed.remote(rank, ray.get_runtime_context().get_node_id())
     reporter = Reporter(push)
+    preemption.when_asked(reporter.request_stop)
     with contextlib.closing(reporter), captured(_log_to(reporter, rank), secrets.values()):
         try:
             return asdict(_train(request, reporter))
