@@ -319,6 +319,15 @@ class PooledModule(nn.Module):
         self._fill_fixed(adapter)
         self.take_in(adapter)
 
+    def empty(self, adapter: str) -> None:
+        """Lets go of the memory of the adapter's tensors: they rest on meta, to be filled again."""
+        wanted, family = self._wanted[adapter], self._families[adapter]
+        dtype = next(
+            (t.dtype for t in self.tensors(adapter).values() if t.is_floating_point()), torch.float32
+        )
+        self.drop(adapter)
+        self.hold(adapter, family, wanted, dtype, "meta")
+
     def take_in(self, adapter: str) -> None:
         """Lets the pool see where the adapter's Parameters are now, and of which dtype."""
         trained = {name: p for name, p in self.tensors(adapter).items() if isinstance(p, nn.Parameter)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,6 +16,7 @@ from peft_dist.adapted import AdapterModule
 from peft_dist.checkpoint.embeddings import all_embeddings
 from peft_dist.checkpoint.layout import DEFAULT_ADAPTER
 from peft_dist.checkpoint.names import Holder, adapter_parameters, defines, holders, join, known_adapter
+from peft_dist.checkpoint.reading import read
 from peft_dist.contract import PromptMethod
 from peft_dist.errors import CheckpointError
 from peft_dist.sharding import set_whole, whole_shape
@@ -71,25 +73,84 @@ def load_state_dict(
             holder.module.take_saved_form(adapter_name)  # type: ignore[attr-defined, operator]
     missing = []
     for holder, restored in given:
-        device = _device(holder.module)
-        holder.module.materialise(adapter_name, device)
-        holder.module.part(adapter_name)
-        own = holder.module.tensors(adapter_name)
-        for name, value in restored.items():
-            set_whole(own[name], value)
-        holder.module.unite(adapter_name)
-        wanted = holder.module.wanted(adapter_name)
-        absent = [name for name in holder.saved.values() if name not in restored]
-        # What is not trained follows from the config and the base.
-        derived = [name for name in absent if not wanted[name].trainable]
-        if derived:
-            _derive(holder, derived)
-        missing += [holder.hung(name) for name in absent if name not in derived]
-        if isinstance(holder.module, AdapterModule) and hasattr(holder.module, "base"):
-            holder.module.replace_base(adapter_name, holder.module.base)
+        missing += _fill(holder, restored, _device(holder.module))
     for key, parameter in embeddings.items():
         set_whole(parameter, tensors[key])
     return LoadResult(missing, [key for key in tensors if key not in used and not _is_again(key, used)])
+
+
+def match_one(
+    holder: Holder, tensors: Mapping[str, Tensor], config: Any = None
+) -> tuple[dict[str, Tensor], LoadResult]:
+    """(what one layer takes of a checkpoint, by the method's names; what did not meet); nothing is filled.
+
+    Args:
+        tensors: those whose names begin with the layer's. config: of the adapter.
+
+    Raises:
+        CheckpointError: a shape differs, or a number is not finite.
+    """
+    wanted = holder.module.wanted(holder.adapter)
+    if defines(config, "fitted"):
+        here = holder.module.tensors(holder.adapter)
+        tensors = config.fitted(
+            tensors, {join(holder.layer, key): here[name] for key, name in holder.saved.items()}
+        )
+    restored, used = _restored(holder, tensors)
+    _check_shapes(holder.adapter, [(holder, restored)], tensors, {}, False)
+    _check_finite(holder.adapter, tensors, used)
+    missing = [name for name in holder.saved.values() if name not in restored and wanted[name].trainable]
+    unknown = [key for key in tensors if key not in used]
+    return restored, LoadResult([holder.hung(name) for name in missing], unknown)
+
+
+def load_one(holder: Holder, tensors: Mapping[str, Tensor], config: Any, device: Any) -> None:
+    """Fills the tensors of an adapter at one layer, on `device`, as `load_state_dict` fills those of all.
+
+    Raises:
+        CheckpointError: as `match_one`; nothing is changed.
+    """
+    _fill(holder, match_one(holder, tensors, config)[0], device)
+
+
+def _fill(holder: Holder, restored: Mapping[str, Tensor], device: Any) -> list[str]:
+    """Gives a holder's tensors memory and values; the names of those that are missing."""
+    adapter_name = holder.adapter
+    holder.module.materialise(adapter_name, device)
+    holder.module.part(adapter_name)
+    own = holder.module.tensors(adapter_name)
+    for name, value in restored.items():
+        set_whole(own[name], value)
+    holder.module.unite(adapter_name)
+    wanted = holder.module.wanted(adapter_name)
+    absent = [name for name in holder.saved.values() if name not in restored]
+    # What is not trained follows from the config and the base.
+    derived = [name for name in absent if not wanted[name].trainable]
+    if derived:
+        _derive(holder, derived)
+    if isinstance(holder.module, AdapterModule) and hasattr(holder.module, "base"):
+        holder.module.replace_base(adapter_name, holder.module.base)
+    return [holder.hung(name) for name in absent if name not in derived]
+
+
+def parts_of(model: Any, config: Any, adapter_name: str) -> list[tuple[Parameter, Tensor]]:
+    """The adapter's tensors that come from saved adapters which `config`, read from a checkpoint, is made of,
+    each with its value there.
+
+    Raises:
+        ConfigError: such an adapter is not there, or fits no layer here.
+    """
+    from_there = copy.copy(config)
+    from_there.assemble(model.get_base_model(), read)
+    found = []
+    for wrapper in model.base_model._adapters.sites[adapter_name].values():
+        own = wrapper.tensors(adapter_name)
+        for name, param in from_there.params(wrapper.base.site).items():
+            if not param.persistent:
+                value = torch.empty(param.shape, dtype=own[name].dtype)
+                param.start(value)
+                found.append((own[name], value))
+    return found
 
 
 def _is_again(key: str, used: set[str]) -> bool:

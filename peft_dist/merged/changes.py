@@ -125,8 +125,8 @@ def _check_merged(wrapper: Adapted, names: Sequence[str]) -> None:
         )
 
 
-def check_biases(base: Any, wrappers: Iterable[Any], names: Sequence[str]) -> None:
-    """Raises MergeError where an adapter adds to the bias of a layer that has none. A collective as `merged` is."""
+def check_biases(wrappers: Iterable[Any], names: Sequence[str]) -> None:
+    """Raises MergeError where an adapter adds to the bias of a layer that has none."""
     for wrapper in wrappers:
         if wrapper.base.site.bias or wrapper.base.site.kind in ("mha", "experts"):
             continue

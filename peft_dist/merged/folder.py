@@ -140,6 +140,12 @@ def write_generation_config(folder: Path, base: Any) -> None:
         made.save_pretrained(folder)
 
 
+def copy_generation_config(folder: Path, source: Path) -> None:
+    """That of the base, where it has one."""
+    if (source / "generation_config.json").is_file():
+        shutil.copyfile(source / "generation_config.json", folder / "generation_config.json")
+
+
 def copy_tokenizer(folder: Path, sources: Sequence[str | None], tokenizer: Any = None) -> None:
     """A tokenizer's files: of `tokenizer`, or of the first source that has any. Nothing where none has.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,12 +67,14 @@ def plan_merged(
     names: Sequence[str],
     dtype: torch.dtype | None = None,
     is_apart: Callable[[Sequence[str]], bool] = lambda tie: False,
+    left_out: Collection[str] = (),
 ) -> Plan:
     """What a checkpoint of `base` with the named adapters in its weights holds.
 
     Args:
         dtype: of the floating tensors; None: the base's own, of a quantised layer what it computes in.
         is_apart: whether what the architecture ties has several values by itself.
+        left_out: names of tensors that are not written.
 
     Raises:
         MergeError: no checkpoint of the base's architecture can hold it; says where and why.
@@ -93,9 +95,9 @@ def plan_merged(
         changes,
         {key: _dtype_of(base, place, dtype) for key, place in places.items()},
     )
-    check_biases(base, [w for w in _every_wrapper(places)], names)
+    check_biases(_every_wrapper(places), names)
     conversion = Conversion(outline.model, getattr(base, "_weight_conversions", None))
-    wanted = {key: t for key, t in outline.tensors().items() if key not in skipped}
+    wanted = {key: t for key, t in outline.tensors().items() if key not in skipped and key not in left_out}
     items = [item_of(group, wanted, made.dtypes, outline) for group in conversion.to_files(wanted)]
     made.steps = in_steps(items, changes)
     return made
@@ -126,8 +128,7 @@ def in_steps(items: Iterable[Item], changes: Mapping[str, Change | None]) -> lis
                 steps[known[0]] += steps[other]
                 steps[other] = []
             steps[known[0]].append(item)
-        at |= {need: known[0] for need in needs}
-        at |= {need: known[0] for need, step in at.items() if step in known}
+        at |= dict.fromkeys([*needs, *(need for need, step in at.items() if step in known)], known[0])
     return [step for step in steps if step]
 
 
