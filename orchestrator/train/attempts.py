@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Protocol
 
 from orchestrator.errors import PlacementError, RaypeftError, TrainingError
+from orchestrator.plan import Plan
 from orchestrator.runner import TrainRequest
 from peft_dist.lazy import lazy
 
 from .elastic import Growth, size_to_try
-from .nodes import Reservation, away_from
+from .nodes import away_from
 from .placement import NodeRoom, places_in_all, places_now, what_is_missing
 from .retries import FailureKind, Retries, smaller_micro_batch
 
@@ -36,6 +38,10 @@ SAVE_GRACE_S = 300.0
 WATCH_S = 1.0
 """How often a group that trains is looked after."""
 
+SILENT_LOOKS = 3
+"""How many looks in a row a node must not answer to count as lost. Its workers may be alive and step on without it, or
+their peers may wait in a collective for minutes."""
+
 
 class Leave(StrEnum):
     """Why workers are asked to save a checkpoint and to leave."""
@@ -46,14 +52,21 @@ class Leave(StrEnum):
     NODE_GOING = "node going"
 
 
+class Reservation(Protocol):
+    """Room for workers, or the wish for it; `nodes.Reservation`."""
+
+    def wait(self, timeout_s: float) -> bool: ...
+    def release(self) -> None: ...
+
+
 class Cluster(Protocol):
     """What the attempts ask of a cluster; `nodes.RayCluster`."""
 
     def rooms(self) -> list[NodeRoom]: ...
     def grows_to(self) -> Mapping[str, float]: ...
     def going(self) -> set[str]: ...
-    def silent(self, node_ids: Any) -> dict[str, str]: ...
-    def reserve(self, plan: Any, num_workers: int, without: Any = ()) -> Reservation: ...
+    def silent(self, node_ids: Iterable[str]) -> dict[str, str]: ...
+    def reserve(self, plan: Plan, num_workers: int, without: Collection[str] = ()) -> Reservation: ...
 
 
 class Group(Protocol):
@@ -96,6 +109,7 @@ class Attempts:
         self._cluster, self._desk, self._open, self._clock = cluster, desk, open_group, clock
         self._retries, self._growth = Retries(request.spec.retry), Growth(self._plan.counts, growth_s)
         self._silent: dict[str, str] = {}
+        self._unanswered: Counter[str] = Counter()
         self._group: Group | None = None
         self._demand: Reservation | None = None
         self._began, self._asked_at = clock(), 0.0
@@ -148,10 +162,11 @@ class Attempts:
         group = self._group
         if group is None:
             return
-        if self.is_overdue():
+        own = Counter(self._desk.places().values())
+        if self.is_overdue() or self._has_lost_a_node(own):
             group.abort()
         elif self.leave is None and self._is_stepping:
-            self._look_at_nodes()
+            self._look_at_nodes(own)
 
     def _watch(self) -> None:
         while not self._over.wait(WATCH_S):
@@ -161,11 +176,18 @@ class Attempts:
                 # a cluster that does not answer for a moment is looked at again; one that is gone ends the run
                 self._desk.tell("log", rank=0, text=f"raypeft: looking at the cluster failed: {error}\n")
 
-    def _look_at_nodes(self) -> None:
-        """Leaves nodes that are going, and grows where there is room."""
-        own: dict[str, int] = {}
-        for node_id in self._desk.places().values():
-            own[node_id] = own.get(node_id, 0) + 1
+    def _has_lost_a_node(self, own: Counter[str]) -> bool:
+        """Whether a node of this group's workers has not answered for `SILENT_LOOKS` looks."""
+        silent = self._cluster.silent(own)
+        self._unanswered = Counter({node_id: self._unanswered[node_id] + 1 for node_id in silent})
+        return any(looks >= SILENT_LOOKS for looks in self._unanswered.values())
+
+    def _look_at_nodes(self, own: Counter[str]) -> None:
+        """Leaves nodes that are going, and grows where there is room.
+
+        Args:
+            own: this group's workers by the id of their node.
+        """
         if self._cluster.going() & set(own):
             self._ask(Leave.NODE_GOING)
             return

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -58,7 +58,7 @@ class RayCluster:
         """The ids of nodes that have been told to go: drained, or announced by the cloud."""
         return set(state.get_draining_nodes())
 
-    def silent(self, node_ids: Collection[str]) -> dict[str, str]:
+    def silent(self, node_ids: Iterable[str]) -> dict[str, str]:
         """Those of the nodes that are dead or do not answer: id -> how a user knows it."""
         nodes = {node["NodeID"]: node for node in ray.nodes()}
         return {
