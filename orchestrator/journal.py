@@ -17,17 +17,20 @@ from . import objects
 from .objects import NotFound, join
 
 _PART_BYTES = 256 << 10
+_MOST_WAITING_BYTES = 8 << 20
 _INTERVAL_S = 2.0
 """Seconds that appended text may wait before it is written to an object store."""
 
 
 class Journal:
-    """The writer. On object storage text waits up to two seconds for the next append, `flush` or `close`."""
+    """The writer. On object storage text waits up to two seconds for the next append, `flush` or `close`; on any,
+    what could not be written waits for the next of them."""
 
     def __init__(self, url: str) -> None:
         self.url = objects.normal_url(url)
         self._parts = None if objects.is_local(url) else _Parts(self.url)
         self._file: int | None = None
+        self._waiting = b""
         self._lock = threading.Lock()
 
     def append(self, data: bytes, *, flush: bool = False) -> None:
@@ -40,17 +43,23 @@ class Journal:
             if self._parts is not None:
                 self._parts.append(data, flush)
                 return
-            with objects.explaining(self.url):
-                if self._file is None:
-                    self._file = _open_at_line_start(Path(self.url))
-                while data:  # a write to a nearly full disk may take only a part
-                    data = data[os.write(self._file, data) :]
+            self._waiting = (self._waiting + data)[-_MOST_WAITING_BYTES:]
+            self._write()
 
     def flush(self) -> None:
         """Writes what waits."""
         with self._lock:
             if self._parts is not None:
                 self._parts.flush()
+            elif self._waiting:
+                self._write()
+
+    def _write(self) -> None:
+        with objects.explaining(self.url):
+            if self._file is None:
+                self._file = _open_at_line_start(Path(self.url))
+            while self._waiting:  # a write to a nearly full disk may take only a part
+                self._waiting = self._waiting[os.write(self._file, self._waiting) :]
 
     def close(self) -> None:
         """Writes what waits and ends; a later `append` opens again."""
@@ -101,7 +110,7 @@ class _Parts:
         self.folder = f"{url}.parts"
         self.number: int | None = None
         self.last = b""
-        self.is_written = True
+        self.is_written, self.is_new = True, True
         self.written_at = float("-inf")
 
     def append(self, data: bytes, flush: bool) -> None:
@@ -115,10 +124,17 @@ class _Parts:
             return
         if self.number is None:
             self.number = int(max(objects.list_(self.folder), default="0")) + 1
-        objects.write(join(self.folder, f"{self.number:06d}"), self.last)
-        self.is_written, self.written_at = True, time.monotonic()
+        if self.is_new:  # a writer that was overtaken may begin one too, and neither writes over the other's
+            while not objects.create_if_absent(self._part(), self.last):
+                self.number += 1
+        else:
+            objects.write(self._part(), self.last)
+        self.is_written, self.is_new, self.written_at = True, False, time.monotonic()
         if len(self.last) > _PART_BYTES:
-            self.number, self.last = self.number + 1, b""
+            self.number, self.last, self.is_new = self.number + 1, b"", True
+
+    def _part(self) -> str:
+        return join(self.folder, f"{self.number:06d}")
 
 
 class _LocalReader:

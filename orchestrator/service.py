@@ -425,7 +425,6 @@ class _Attempt:
         self._say("starting", f"run {self.run.id}: {self._layout()}")
         runner = self.environment.open_runner()
         runner.start(request)
-        self.run.when_lost(runner.stop)
         with self.stop.stops(runner):
             self._follow(runner)
         outcome = runner.outcome()
@@ -439,6 +438,7 @@ class _Attempt:
         Raises:
             LeaseError: another driver has taken the run over.
         """
+        self.run.when_lost(runner.stop)
         try:
             for event in runner.events():
                 self.emit(event)
@@ -447,6 +447,8 @@ class _Attempt:
             for _ in runner.events():
                 pass
             raise
+        finally:
+            self.run.when_lost(lambda: None)
         self.run.check_held()
 
     def _layout(self) -> str:

@@ -382,10 +382,12 @@ class Run:
             try:
                 for journal in self._journals.values():
                     journal.close()
-                with contextlib.suppress(LeaseError):  # another has it: nothing to let go of
-                    self._change(lambda document: document.update(holder=None))
             finally:
-                lease.release(self._token)
+                try:
+                    with contextlib.suppress(LeaseError):  # another has it: nothing to let go of
+                        self._change(lambda document: document.update(holder=None))
+                finally:
+                    lease.release(self._token)
 
     def when_lost(self, call: Callable[[], None]) -> None:
         """Has `call` called, once and from another thread, should another driver take the run over."""
