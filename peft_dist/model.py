@@ -16,7 +16,7 @@ from peft_dist.arithmetic import convert
 from peft_dist.base_layer import num_elements
 from peft_dist.catalog import METHODS, prefix_of
 from peft_dist.config import PeftConfig
-from peft_dist.contract import PromptMethod
+from peft_dist.contract import Method, PromptMethod
 from peft_dist.errors import AdapterError, CheckpointError, ConfigError, MergeError
 from peft_dist.hooks import without_hooked
 from peft_dist.lazy import lazy
@@ -24,7 +24,7 @@ from peft_dist.merge import refuse_unmergeable
 from peft_dist.prompts import PromptedModel
 from peft_dist.prompts.generation import rows_each
 from peft_dist.rows import BASE, Rows, token_input
-from peft_dist.sharding import refuse_foreign_engine
+from peft_dist.sharding import refuse_foreign_engine, set_whole
 from peft_dist.tuner import BaseTuner, tuner_class
 from peft_dist.tuner_layer import hooked_layers
 
@@ -449,6 +449,10 @@ class PeftModel(PromptedModel):
         learned = ("rank_pattern",) if config.peft_type == "ADALORA" else ()
         for key in (*_OF_NO_ACCOUNT, *learned):
             here.pop(key, None), there.pop(key, None)
+        # Where the adapters that it mixes lie is no setting, which they are is one.
+        mixes = isinstance(config, Method) and type(config).assemble is not Method.assemble
+        for settings in (here, there) if mixes else ():
+            settings["adapters"] = list(settings["adapters"])
         other = [key for key in here if _unordered(here[key]) != _unordered(there.get(key))]
         if other:
             raise AdapterError(
@@ -457,7 +461,10 @@ class PeftModel(PromptedModel):
             )
         if config.peft_type == "ADALORA":
             self.peft_config[name].rank_pattern = config.rank_pattern  # type: ignore[attr-defined]
+        parts = checkpoint.parts_of(self, config, name) if mixes else []
         result = checkpoint.load_state_dict(self, tensors, name)
+        for tensor, value in parts:
+            set_whole(tensor, value)
         _check_all_met(name, result)
         if not is_trainable and self.training:
             self.eval()

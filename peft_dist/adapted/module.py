@@ -14,7 +14,7 @@ from peft_dist.errors import AdapterError, RowsError
 from peft_dist.layer_api import LayerApi
 from peft_dist.pool import AdapterPool, PooledModule
 from peft_dist.rows import BASE, Current, Rows, stream, uniform
-from peft_dist.sharding import reach
+from peft_dist.sharding import is_partitioned, reach, set_whole, whole, whole_shape
 
 
 class AdapterModule(LayerApi, PooledModule):
@@ -72,17 +72,20 @@ class AdapterModule(LayerApi, PooledModule):
 
     def complete(self, adapter: str, missing: Sequence[str], layer: Layer) -> None:
         """Fills the named tensors alone, as `start` would: a checkpoint lacked them."""
-        made = {name: torch.empty_like(t) for name, t in self.tensors(adapter).items()}
+        own = self.tensors(adapter)
+        made = {name: torch.empty(whole_shape(t), dtype=t.dtype, device=t.device) for name, t in own.items()}
         self._start(adapter, made, layer)
         for name in missing:
-            self.tensors(adapter)[name].detach().copy_(made[name])
+            set_whole(own[name], made[name])
 
     def _start(self, adapter: str, own: dict[str, Tensor], layer: Layer) -> None:
         with torch.no_grad():
             for name, param in self.wanted(adapter).items():
                 if not own[name].is_meta:
                     param.start(own[name])
-            p = {**self.shared(adapter), **own}
+            shared = self._shared(adapter)
+            # No forward runs for which they could be gathered.
+            p = {name: whole(t) if is_partitioned(t) else t for name, t in shared.items()} | own
             if not any(t.is_meta for t in p.values()):
                 self.methods[adapter].start_from_base(p, layer)
 
@@ -132,18 +135,17 @@ class AdapterModule(LayerApi, PooledModule):
     def shared(self, adapter: str) -> dict[str, Tensor]:
         """The tensors that the layers of an adapter share, or that are borrowed here from one of them, by the
         method's own names."""
+        tensors = self._shared(adapter)
+        reach(self, tensors.values())
+        return tensors
+
+    def _shared(self, adapter: str) -> dict[str, Tensor]:
         if adapter in self._lenders:
-            lent = self._lenders[adapter].tensors(adapter)
-            reach(self, lent.values())
-            return lent
+            return self._lenders[adapter].tensors(adapter)
         common = self._common
         # A module that is trained whole beside an adapter shares nothing with its layers.
         shares = type(self.methods[adapter]).shared is not Method.shared
-        if common is None or not shares or not common.has(adapter):
-            return {}
-        tensors = common.tensors(adapter)
-        reach(self, tensors.values())
-        return tensors
+        return common.tensors(adapter) if common is not None and shares and common.has(adapter) else {}
 
     def _held_in_common(self, key: str) -> nn.Module | None:
         """adapter -> the tensor that its layers share, where it hangs under this name."""

@@ -4,7 +4,7 @@ Nothing here knows a method. Only safetensors are read or written.
 """
 
 from peft_dist.checkpoint.card import write_card
-from peft_dist.checkpoint.filling import LoadResult, load_state_dict
+from peft_dist.checkpoint.filling import LoadResult, load_state_dict, parts_of
 from peft_dist.checkpoint.layout import CARD_NAME, DEFAULT_ADAPTER, PICKLED_NAME, WEIGHTS_NAME
 from peft_dist.checkpoint.names import adapter_parameters
 from peft_dist.checkpoint.reading import SavedAdapter, read, read_config
@@ -22,6 +22,7 @@ __all__ = [
     "SavedAdapter",
     "adapter_parameters",
     "load_state_dict",
+    "parts_of",
     "read",
     "read_config",
     "save",

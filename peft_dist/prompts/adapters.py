@@ -19,6 +19,7 @@ from peft_dist.contract import BaseLayer, PastMethod, PromptMethod
 from peft_dist.errors import ConfigError, TaskError
 from peft_dist.pool import PooledModule
 from peft_dist.prompts.base import arguments, backbone, base_sizes, reads_one_way, refuse_recomputation
+from peft_dist.sharding import refuse_foreign_engine, set_whole, whole
 
 PROMPTS = "prompt_encoder"
 
@@ -74,13 +75,16 @@ class PromptAdapters(PooledModule):
         """Fills tensors that a checkpoint lacked from the method's start."""
         method, own = self.methods[adapter], self.tensors(adapter)
         with torch.no_grad():
-            made = {name: t.detach().clone() for name, t in own.items()}
+            made = {name: whole(t) for name, t in own.items()}
             for name in names:
                 self.wanted(adapter)[name].start(made[name])
             method.start_from_base(made, base)
-            for name in names:
-                own[name].copy_(made[name])
-            method.resume(own)
+            for name, t in own.items():
+                if name not in names:
+                    made[name] = whole(t)
+            method.resume(made)
+            for name, t in own.items():
+                set_whole(t, made[name])
 
     def take_saved_form(self, adapter: str) -> None:
         """Lets go of what made an adapter's tokens and is not saved with them, before a checkpoint is read."""
@@ -88,6 +92,11 @@ class PromptAdapters(PooledModule):
         wanted = method.params(self.base.site)
         if wanted.keys() == self.wanted(adapter).keys():
             return
+        refuse_foreign_engine(
+            self,
+            f"adapter {adapter!r} cannot be loaded: its checkpoint holds tokens without the network that makes "
+            "them, in whose place they would be trained",
+        )
         old = next(iter(self.tensors(adapter).values()))
         family = self._families[adapter]
         super().drop(adapter)
