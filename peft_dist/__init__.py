@@ -27,7 +27,7 @@ _NAMES = {
     "peft_dist.kbit": ("prepare_model_for_int8_training", "prepare_model_for_kbit_training"),
     "peft_dist.calibration.loftq": ("replace_lora_weights_loftq",),
     "peft_dist.lora_optimizers.loraplus": ("create_loraplus_optimizer",),
-    "peft_dist.loading": ("load_base",),
+    "peft_dist.loading": ("load_base", "meta_base"),
     "peft_dist.methods.activation.boft": ("BOFTConfig",),
     "peft_dist.methods.activation.hra": ("HRAConfig",),
     "peft_dist.methods.activation.ia3": ("IA3Config",),

@@ -10,7 +10,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeAlias
 
 import torch
@@ -38,6 +38,12 @@ _NOT_FOR_A_BASE = (
     "train_micro_batch_size_per_gpu",
     "gradient_accumulation_steps",
 )
+# What rounds or adds up the pieces that it gathers: codes that are stored as floats are no numbers.
+_NOT_FOR_CODES = {
+    "zero_quantized_weights": "quantise what it gathers",
+    "zero_quantized_nontrainable_weights": "quantise what it gathers",
+    "stage3_use_all_reduce_for_fetch_params": "add pieces up instead of gathering them",
+}
 
 
 def is_partitioned(parameter: Weight) -> bool:
@@ -177,6 +183,16 @@ def reach(module: nn.Module, parameters: Iterable[Weight]) -> None:
             parameter.all_gather()
 
 
+def partition_like(parameter: nn.Parameter, other: Weight) -> None:
+    """Partitions a whole frozen parameter as `other` is; a collective, of which rank 0's values are kept. Does
+    nothing where `other` is whole."""
+    if not is_partitioned(other) or is_partitioned(parameter):
+        return
+    other.convert_to_zero_parameters(param_list=[parameter])
+    if (registry := getattr(other, _REGISTRY, None)) is not None:
+        setattr(parameter, _REGISTRY, registry)
+
+
 def elements_at_rest(model: nn.Module) -> int:
     """How many elements of the model's parameters this rank holds now: whole ones, or its own pieces."""
     held = 0
@@ -234,7 +250,12 @@ def disable_deepspeed_op_builds() -> None:
     vars(deepspeed.ops)["__compatible_ops__"] = collections.defaultdict(bool)
 
 
-def partition_base(model: nn.Module, deepspeed_config: Mapping[str, Any]) -> None:
+def partition_base(
+    model: nn.Module,
+    deepspeed_config: Mapping[str, Any],
+    *,
+    pieces: Callable[[str, Weight], Tensor] | None = None,
+) -> None:
     """Partitions the base of `model` over the ranks (ZeRO-3) and freezes it; then call `model(...)` as
     before.
 
@@ -245,29 +266,93 @@ def partition_base(model: nn.Module, deepspeed_config: Mapping[str, Any]) -> Non
     Args:
         deepspeed_config: of it, `zero_optimization` and what concerns communication is used; batch sizes,
             clipping, optimizer and scheduler are not DeepSpeed's here.
+        pieces: of a base that is on the meta device: gives this rank's piece, flat, of each such parameter of
+            the bare base, in their order: ceil(elements / ranks) elements from rank times that on, fewer where
+            the parameter ends. It may use collectives.
 
     Raises:
         ShardingError: the stage is not 3, a precision section is on, no process group is up, the base is
-            partitioned already, or has parameters that are trained beside its adapters.
+            partitioned already, is on the meta device with nothing to fill it, or has parameters that are
+            trained beside its adapters.
     """
     check_partitionable(deepspeed_config)
     _check(model)
+    config = _engine_config(deepspeed_config)
     disable_deepspeed_op_builds()
     base = base_of(model)
     with bare(base) as num_adapted:
         _freeze(base, num_adapted)
         for layer in base.modules():
             packed.make_partitionable(layer)
-        engine, *_ = deepspeed.initialize(model=base, config=_engine_config(deepspeed_config))
+        _lay_out(base, config, pieces)
+        with _led_by_a_float(base):
+            engine, *_ = deepspeed.initialize(model=base, config=config)
     # Not a child module: the engine holds the base, and the base would then hold itself.
     base.__dict__[_ENGINE] = engine
     offload = engine.optimizer
-    registry = base.ds_inflight_param_registry
     for parameter in base.parameters():
         if is_partitioned(parameter):
-            setattr(parameter, _REGISTRY, registry)
+            setattr(parameter, _REGISTRY, base.ds_inflight_param_registry)
     _let_embeddings_require_grad(base)
     _release_when_done(base, offload)
+
+
+def _lay_out(base: nn.Module, config: dict[str, Any], pieces: Callable[[str, Weight], Tensor] | None) -> None:
+    """Makes of each meta parameter one that DeepSpeed has partitioned; none of them is ever whole."""
+    empty = [(name, parameter) for name, parameter in base.named_parameters() if parameter.is_meta]
+    if not empty:
+        return
+    if pieces is None:
+        raise ShardingError(
+            f"partition_base: {empty[0][0]} and {len(empty) - 1} more parameters are on the meta device. Fill the "
+            "base with peft_dist.load_base(..., zero_stage=3, into=model), which partitions it too."
+        )
+    zero = config["zero_optimization"]
+    for key in ("zero_hpz_partition_size", "zero_quantized_weights", "zero_quantized_nontrainable_weights"):
+        if zero.get(key, 0) > 1 or zero.get(key) is True:
+            raise ShardingError(
+                f"partition_base: zero_optimization.{key} needs each weight whole once; a base that is read in pieces "
+                "never is. Leave the key out, or load the base first."
+            )
+    if (zero.get("offload_param") or {}).get("device") == "nvme":
+        raise ShardingError(
+            "partition_base: zero_optimization.offload_param.device is nvme; a base that is read in pieces rests on "
+            "its device or in memory. Write cpu."
+        )
+    layout = deepspeed.zero.Init(config_dict_or_path=config)
+    for name, parameter in empty:
+        piece = pieces(name, parameter)
+        _no_longer_meta(parameter, layout.local_device)
+        layout._convert_to_deepspeed_param(parameter)
+        _rest(parameter, piece.detach(), layout)
+
+
+def _no_longer_meta(parameter: Weight, device: torch.device) -> None:
+    """The same Parameter, of its shape, on a device, where it takes one element: whoever holds it keeps it."""
+    values = torch.empty((), dtype=parameter.dtype, device=device).expand(parameter.shape)
+    other = torch.Tensor._make_subclass(type(parameter), values, False)  # type: ignore[arg-type]
+    other.__dict__.update(parameter.__dict__)
+    torch.utils.swap_tensors(parameter, other)
+
+
+def _rest(parameter: Weight, piece: Tensor, layout: Any) -> None:
+    """Gives a parameter its piece, as if DeepSpeed had cut it."""
+    world = parameter.ds_zero_partition_world_size
+    size = -(-parameter.ds_numel // world)
+    device = layout.local_device if parameter.ds_persist else torch.device(str(layout.remote_device))
+    if piece.numel() < size:
+        padded = piece.new_zeros(size)
+        padded[: piece.numel()] = piece
+        piece = padded
+    piece = piece.to(device)
+    if layout.pin_memory and device.type == "cpu":
+        piece = deepspeed.accelerator.get_accelerator().pin_memory(piece)
+    own: Any = piece
+    own.ds_numel, own.final_location = size, None
+    own.status = deepspeed.runtime.zero.partition_parameters.PartitionedParamStatus.AVAILABLE
+    parameter.ds_tensor, parameter.ds_numel_aligned = own, size * world
+    # It has its piece, so this only lets go of the rest.
+    parameter.partition()
 
 
 def base_of(model: Any) -> Any:
@@ -301,6 +386,12 @@ def check_partitionable(config: Mapping[str, Any]) -> None:
                 "packed "
                 "4-bit weights included. Leave the section out: the base keeps the dtype it was loaded in."
             )
+    for key, what in _NOT_FOR_CODES.items():
+        if config["zero_optimization"].get(key):
+            raise ShardingError(
+                f"partition_base: zero_optimization.{key} is true; DeepSpeed would {what}, and the base is to be "
+                "the same on every rank as in one process. Leave it out."
+            )
     if not dist.is_initialized():
         raise ShardingError(
             "partition_base: no process group is up. Call torch.distributed.init_process_group first; one "
@@ -312,6 +403,16 @@ def check_partitionable(config: Mapping[str, Any]) -> None:
 def _check(model: nn.Module) -> None:
     if is_partitioned_base(model) or any(is_partitioned(p) for p in model.parameters()):
         raise ShardingError("partition_base: this base is partitioned already.")
+    unfit = [
+        name
+        for name, layer in base_of(model).named_modules()
+        if packed.is_8bit(type(layer)) and _in_halves(layer)
+    ]
+    if unfit:
+        raise ShardingError(
+            f"partition_base: {unfit[0]} is a Linear8bitLt with has_fp16_weights=True, which quantises its whole "
+            "weight in each forward. Load the base with has_fp16_weights=False."
+        )
     # DeepSpeed itself looks at the first parameter alone.
     first = next(model.parameters(), None)
     if first is not None and first.dtype == torch.float64:
@@ -321,11 +422,16 @@ def _check(model: nn.Module) -> None:
         )
 
 
+def _in_halves(layer: Any) -> bool:
+    return bool(layer.weight.has_fp16_weights)
+
+
 def _engine_config(config: Mapping[str, Any]) -> dict[str, Any]:
     ours = {key: value for key, value in config.items() if key not in _NOT_FOR_A_BASE}
-    # A weight kept for a reuse that never comes (an evaluation has no backward) would rest whole on every
-    # rank.
-    ours["zero_optimization"] = {"stage3_max_reuse_distance": 0, **config["zero_optimization"]}
+    # A weight kept for a reuse that never comes (an evaluation has no backward) would rest whole on every rank,
+    # as would each small one under a threshold above 0.
+    leeway = {"stage3_max_reuse_distance": 0, "stage3_param_persistence_threshold": 0}
+    ours["zero_optimization"] = {**leeway, **config["zero_optimization"]}
     ours["train_micro_batch_size_per_gpu"] = 1
     return ours
 
@@ -353,6 +459,25 @@ def bare(base: nn.Module) -> Iterator[int]:
     finally:
         for parent, key, child in replaced:
             parent._modules[key] = child
+
+
+@contextlib.contextmanager
+def _led_by_a_float(base: nn.Module) -> Iterator[None]:
+    """Within the context the first parameter of `base` is a float: DeepSpeed asks the first one's dtype, and knows
+    none of a quantised layer's."""
+    first = next(base.parameters(), None)
+    if first is None or first.is_floating_point():
+        yield
+        return
+    own = dict(base._parameters)
+    base._parameters.clear()
+    base.register_parameter("_leading", nn.Parameter(torch.zeros(1), requires_grad=False))
+    for key, parameter in own.items():
+        base.register_parameter(key, parameter)
+    try:
+        yield
+    finally:
+        del base._parameters["_leading"]
 
 
 def _freeze(base: nn.Module, num_adapted: int) -> None:
