@@ -98,15 +98,21 @@ class LookAhead:
         for name in names:
             p = self.tuner.tensors(name)
             reach(self.tuner, p.values())
-            made = self.tuner.peft_config[name].ahead(p, states[-1], self._drop)
+            # As its layers are, whatever mode the base was left in.
+            trains = any(layer.training for layer in self.tuner._adapters.sites[name].values())
+            made = self.tuner.peft_config[name].ahead(p, states[-1], self._drop if trains else _kept)
             self.given[name] = made
             self.log += [made] if self.logs else []
             current.batch = {**current.batch, **made}
 
     def _drop(self, x: Tensor, p: float, name: str) -> Tensor:
         rows = self.tuner._adapters.current.rows
-        if not p or not self.tuner.model.training:
+        if not p:
             return x
         if rows is None or rows.samples is None:
             return F.dropout(x, p)
         return drop(x, p, rows.samples, stream(rows.seed, rows.step, name))
+
+
+def _kept(x: Tensor, p: float, name: str) -> Tensor:
+    return x

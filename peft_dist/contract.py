@@ -430,7 +430,8 @@ class PromptMethod(Method):
         return None
 
     def constrain(self, p: Params) -> None:
-        """Brings tensors back to where they may be, in place; before each forward that records gradients."""
+        """Brings trained tensors, of which `p` may hold some alone, back to where they may be, in place: before
+        each forward that they serve and that records gradients, and before each update."""
         return None
 
     def targets(self, labels: Tensor, p: Params) -> tuple[Tensor, Tensor] | None:

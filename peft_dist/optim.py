@@ -29,6 +29,13 @@ from peft_dist.errors import OptimizerError
 from peft_dist.sharding import is_partitioned
 
 _BUCKET_BYTES = 64 * 2**20
+_CONSTRAINT = "_peft_dist_constraint"
+
+
+def constrain_before_update(parameter: Parameter | Tensor, constrain: Callable[[Tensor], None]) -> None:
+    """Lets `constrain` bring the parameter's values back to where they may be, in place, before each of its updates:
+    also on a rank whose rows do not name its adapter, and not where no rank's do."""
+    setattr(parameter, _CONSTRAINT, constrain)
 
 
 @dataclass(frozen=True)
@@ -218,6 +225,9 @@ class AdapterOptimizer:
             used = [t for t in adapter.tensors if t.has_grad]
             if not used or not math.isfinite(norms[name]):
                 continue
+            for tensor in used:
+                if constrain := getattr(tensor.parameter, _CONSTRAINT, None):
+                    constrain(tensor.parameter.data)
             self._update(adapter, used, norm, scale)
             updated.extend(used)
         if self.stage > 0 and self._world > 1:

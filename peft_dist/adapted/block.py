@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from torch import Tensor
+
 from peft_dist.adapted.around import Around
 from peft_dist.adapted.beside import beside
 from peft_dist.contract import BlockMethod
@@ -38,7 +40,10 @@ class AdaptedBlock(Around):
             # equally often.
             for name in self.adapters:
                 if name not in used:
-                    given = beside(given, self._around((name,), output, args, kwargs))
+                    method: BlockMethod = self.methods[name]
+                    # Without a gradient, not with one of zero: the optimizer leaves what no rank used alone.
+                    p = {key: _apart(t) for key, t in self.given(name).items()}
+                    given = beside(given, method.around(p, self.original_module, output, args, kwargs))
         return given
 
     def _around(
@@ -55,3 +60,8 @@ class AdaptedBlock(Around):
             where = (segment.start, segment.stop) if segment is not None else (0, None)
             output = method.around(self.given(name, rows, *where), self.original_module, output, args, kwargs)
         return output
+
+
+def _apart(value: Any) -> Any:
+    """The same values, whose gradient goes nowhere else."""
+    return value.detach().requires_grad_(value.requires_grad) if isinstance(value, Tensor) else value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from peft_dist.contract import PromptMethod
 from peft_dist.errors import AdapterError
+from peft_dist.optim import constrain_before_update
 from peft_dist.prompts.adapters import PromptAdapters
 from peft_dist.prompts.base import arguments, has_decoder
 from peft_dist.prompts.block import in_line
@@ -66,10 +68,15 @@ class PromptedModel(PromptAdapters):
             return outputs if losses is None else with_loss(outputs, *losses, items)
 
     def _constrain(self) -> None:
+        serving = self.base_model._serving()
         for name in self.adapters:
             method, tensors = self.methods[name], self.tensors(name)
             trained = {key: t for key, t in tensors.items() if t.requires_grad}
             if not trained or type(method).constrain is PromptMethod.constrain:
+                continue
+            for key, tensor in trained.items():
+                constrain_before_update(tensor, functools.partial(_constrain_one, method, key))
+            if name not in serving:
                 continue
             # On copies, since a user's own engine may keep the values elsewhere too.
             p = {key: whole(t) for key, t in tensors.items()}
@@ -80,3 +87,7 @@ class PromptedModel(PromptAdapters):
 
     def _generate_prompted(self, args: tuple, kwargs: dict[str, Any]) -> Any:
         return generate(PromptRows(self), args, kwargs)
+
+
+def _constrain_one(method: PromptMethod, key: str, tensor: Tensor) -> None:
+    method.constrain({key: tensor})

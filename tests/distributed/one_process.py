@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -151,7 +151,7 @@ def experts() -> dict[str, str]:
     return {str(number): f"{folder}/{number}" for number in range(2)}
 
 
-def base() -> LlamaForCausalLM:
+def base(initializer_range: float = 0.02) -> LlamaForCausalLM:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCAB,
@@ -161,6 +161,7 @@ def base() -> LlamaForCausalLM:
         num_attention_heads=2,
         num_key_value_heads=2,
         max_position_embeddings=32,
+        initializer_range=initializer_range,
     )
     # X-LoRA's tokens are decided from a run over all of them.
     config.use_cache = False
@@ -187,10 +188,10 @@ def batch(step: int, micro: int) -> tuple[Tensor, Tensor, Tensor]:
     return ids[share], labels[share], indices[share]
 
 
-def num_target_tokens(step: int) -> int:
+def num_target_tokens(step: int, micro_batches: int = MICRO_BATCHES) -> int:
     """Over the whole global batch, on every rank."""
     total = 0
-    for micro in range(MICRO_BATCHES):
+    for micro in range(micro_batches):
         for row in range(PER_MICRO_BATCH):
             total += LENGTH - max(1, 1 + (row * 3 + step + micro) % (LENGTH - 3))
     return total
@@ -251,34 +252,54 @@ def train(
     `choose` names the adapter of a sample by its place in its micro-batch; all ranks use the active one if
     None.
     """
-    _, world = rank_and_world()
     report: dict[str, Any] = {"losses": [], "norms": [], "gradients": {}, "at_rest": []}
     for step in steps:
         optimizer.zero_grad()
-        loss_sum = torch.zeros((), dtype=torch.float64)
-        for micro in range(MICRO_BATCHES):
-            ids, labels, indices = batch(step, micro)
-            names = None if choose is None else [choose(int(i) % PER_MICRO_BATCH) for i in indices]
-            with model.using(Rows(adapters=names, samples=indices, seed=SEED, step=step)):
-                more = read(model, indices)
-                logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), **more).logits
-                loss = token_loss_sum(logits, labels) / num_target_tokens(step)
-                loss.backward()
-            loss_sum += loss.detach()
+        loss_sum = backward(model, step, choose)
         optimizer.reduce()
         if step == steps[0]:
-            report["gradients"] = {
-                f"{name}/{key}": parameter.grad.clone()
-                for name in optimizer.names
-                for key, parameter in trained(model, name).items()
-                if parameter.grad is not None
-            }
+            report["gradients"] = gradients(model, optimizer.names)
         report["norms"].append(optimizer.step())
         report["at_rest"].append(elements_at_rest(model))
-        if world > 1:
-            dist.all_reduce(loss_sum)
-        report["losses"].append(loss_sum.item())
+        report["losses"].append(over_all_ranks(loss_sum))
     return report
+
+
+def backward(
+    model: PeftModel,
+    step: int,
+    choose: Callable[[int], str | None] | None = None,
+    micro_batches: int = MICRO_BATCHES,
+) -> Tensor:
+    """The gradients of this rank's share of a step's global batch, and its share of the loss."""
+    loss_sum = torch.zeros((), dtype=torch.float64)
+    for micro in range(micro_batches):
+        ids, labels, indices = batch(step, micro)
+        names = None if choose is None else [choose(int(i) % PER_MICRO_BATCH) for i in indices]
+        with model.using(Rows(adapters=names, samples=indices, seed=SEED, step=step)):
+            more = read(model, indices)
+            logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), **more).logits
+            loss = token_loss_sum(logits, labels) / num_target_tokens(step, micro_batches)
+            loss.backward()
+        loss_sum += loss.detach()
+    return loss_sum
+
+
+def gradients(model: PeftModel, names: Iterable[str]) -> dict[str, Tensor]:
+    """Those that this rank keeps, by adapter and name."""
+    return {
+        f"{name}/{key}": parameter.grad.clone()
+        for name in names
+        for key, parameter in trained(model, name).items()
+        if parameter.grad is not None
+    }
+
+
+def over_all_ranks(share: Tensor) -> float:
+    """The sum of the ranks' shares of a loss."""
+    if rank_and_world()[1] > 1:
+        dist.all_reduce(share)
+    return share.item()
 
 
 def read(model: PeftModel, indices: Tensor) -> dict[str, Tensor]:
@@ -302,6 +323,19 @@ def evaluate(model: PeftModel) -> Tensor:
 def saved(model: PeftModel, folder: str) -> Path:
     """The directory into which all ranks saved the model; every rank returns when it is there."""
     model.save_pretrained(folder)
+    together()
+    return Path(folder)
+
+
+def of_rank_0(folder: str) -> str:
+    """The folder that rank 0 names, on every rank."""
+    named = [folder]
+    if dist.is_initialized():
+        dist.broadcast_object_list(named)
+    return named[0]
+
+
+def together() -> None:
+    """Returns when every rank is here."""
     if dist.is_initialized():
         dist.barrier()
-    return Path(folder)
