@@ -50,8 +50,11 @@ class PlainView(View):
         self.last = 0.0
 
     def __call__(self, event: Event) -> None:
-        if event["event"] == "progress":
-            is_last = event["step"] == event["total_steps"]
+        if event["event"] in ("progress", "merging"):
+            done, total = (
+                ("step", "total_steps") if event["event"] == "progress" else ("bytes", "total_bytes")
+            )
+            is_last = event[done] == event[total]
             if not is_last and time.monotonic() - self.last < PLAIN_INTERVAL_S:
                 return
             self.last = time.monotonic()
@@ -93,6 +96,14 @@ class LiveView(View):
                 completed=event["step"],
                 total=event["total_steps"],
                 facts=progress_facts(event) if self.console.width >= WIDE else short_facts(event),
+            )
+        elif kind == "merging":
+            self.bar.update(
+                self.task,
+                description="merging",
+                completed=event["bytes"] >> 20,
+                total=event["total_bytes"] >> 20,
+                facts=f"MiB  {event['num_workers']} {'worker' if event['num_workers'] == 1 else 'workers'}",
             )
         else:
             if kind == "state":
@@ -141,6 +152,9 @@ def describe(event: Event) -> str:
     match event["event"]:
         case "progress":
             return f"step {event['step']}/{event['total_steps']}  {progress_facts(event)}"
+        case "merging":
+            share = 100 * event["bytes"] / max(event["total_bytes"], 1)
+            return f"merged {event['bytes'] / 1e9:.2f} of {event['total_bytes'] / 1e9:.2f} GB ({share:.0f} %)"
         case "eval":
             return f"step {event['step']}  " + describe_metrics(event["metrics"])
         case "checkpoint":

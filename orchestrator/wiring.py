@@ -14,7 +14,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from . import local_ray
-from .cluster import Cluster, ClusterFacts
+from .cluster import Cluster, ClusterFacts, load_cluster
 from .errors import ClusterError, ModelError, RaypeftError
 from .objects import get_tree
 from .registry import Registry
@@ -24,6 +24,7 @@ from .spec.job import JobSpec
 from .store import RunStore
 
 if TYPE_CHECKING:
+    from .merging.merge import WriteFiles
     from .serve.endpoints import EndpointInfo, RayEndpoints
     from .train.inspection import Inspection
 
@@ -214,6 +215,15 @@ def evaluate(spec: JobSpec, adapter_dir: str) -> dict[str, float]:
     from .train.measure import measure_adapter
 
     return measure_adapter(spec, adapter_dir)
+
+
+def merge_files(cluster: Cluster) -> WriteFiles:
+    """What writes a merged checkpoint, by tasks of the Ray that this process joins: the machine's own, where the
+    cluster is reached through Ray's Jobs API."""
+    connect(load_cluster("local") if cluster.is_remote else cluster)
+    from .merging.tasks import write_files
+
+    return write_files
 
 
 @contextmanager

@@ -32,7 +32,7 @@ LAYERS = {
             "registry", "lineage", "identity", "gate", "adapter_folder", "model_folder", "weights_table",
             "cluster", "local_ray", "keeper", "devices", "chat_template", "runner", "ask",
         },
-        {"service", "train"},
+        {"service", "train", "merging"},
         {"sweep", "serve", "submit"},
         {"wiring"},
         {"api", "terminal", "cli", "__main__"},

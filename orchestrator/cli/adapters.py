@@ -1,4 +1,4 @@
-"""Commands on the registry: adapters, show, alias, register, pull, delete, eval."""
+"""Commands on the registry: adapters, show, alias, register, pull, merge, delete, eval."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from .. import api
-from ..terminal import describe_metrics
+from ..terminal import JsonView, describe_metrics, view_for
 from .app import (
     ADAPTERS,
     AdapterArgument,
@@ -17,6 +17,7 @@ from .app import (
     app,
     complete_adapters,
     console,
+    errors,
     print_json,
     print_table,
     when,
@@ -122,6 +123,58 @@ def pull(
     """Copy a version out of the registry; HF PEFT loads the directory as it is."""
     version = api.pull(ref, directory, cluster=cluster)
     console.print(f"{version.ref} is in {directory}", highlight=False)
+
+
+@app.command(rich_help_panel=ADAPTERS)
+def merge(
+    ref: Annotated[
+        str,
+        typer.Argument(
+            metavar="NAME@V", help="A version, or an adapter's directory.", autocompletion=complete_adapters
+        ),
+    ],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="A directory or URL that is not there yet.")],
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16; else as the base has it.")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option("--workers", "-w", help="Tasks at once; lowered to what memory allows.")
+    ] = None,
+    base: Annotated[str | None, typer.Option(help="The base, where the recorded one is not meant.")] = None,
+    max_shard_size: Annotated[str, typer.Option(help="Of one file.")] = "5GB",
+    trust_remote_code: Annotated[
+        bool, typer.Option(help="Run the Python code that comes with the base.")
+    ] = False,
+    cluster: ClusterOption = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write the base with an adapter in its weights: a complete model, made without loading the base.
+
+    Example: raypeft merge python-docs@2 merged/python-docs --dtype bfloat16 --workers 2
+    """
+    with view_for(as_json=as_json, quiet=quiet, console=errors) as view:
+        result = api.merge(
+            ref,
+            out,
+            base=base,
+            dtype=dtype,
+            workers=workers,
+            max_shard_size=max_shard_size,
+            trust_remote_code=trust_remote_code,
+            cluster=cluster,
+            on_event=view,
+        )
+    if as_json:
+        JsonView()({"event": "result", **result.to_dict()})
+    elif not quiet:
+        console.print(
+            f"{result.adapter} is in {result.out}: {result.num_parameters:,} parameters, "
+            f"{result.num_bytes / 1e9:.2f} GB in {len(result.files)} "
+            f"{'file' if len(result.files) == 1 else 'files'} ({result.wall_s:.0f} s)",
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 @app.command(rich_help_panel=ADAPTERS)

@@ -115,6 +115,12 @@ class OfflineMerge:
         return max([*read, *(entry.num_bytes for entry in self.plan.entries)])
 
     @property
+    def num_parameters(self) -> int:
+        """Floating numbers that are written."""
+        floating = [entry for entry in self.plan.entries if entry.dtype.is_floating_point]
+        return sum(entry.num_bytes // entry.dtype.itemsize for entry in floating)
+
+    @property
     def digest(self) -> str:
         """What two processes that plan the same files have in common."""
         said = [(entry.key, str(entry.dtype), entry.shape) for entry in self.plan.entries]
