@@ -21,6 +21,7 @@ from peft_dist.errors import AdapterError, CheckpointError, ConfigError, MergeEr
 from peft_dist.hooks import without_hooked
 from peft_dist.lazy import lazy
 from peft_dist.merge import refuse_unmergeable
+from peft_dist.pool import outer_modules
 from peft_dist.prompts import PromptedModel
 from peft_dist.prompts.generation import rows_each
 from peft_dist.rows import BASE, Rows, token_input
@@ -251,6 +252,13 @@ class PeftModel(PromptedModel):
         base = self.get_base_model()
         base.gradient_checkpointing_enable(*args, **kwargs)
         base.enable_input_require_grads()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> PeftModel:
+        # Whoever moves the model to a device, as a DeepSpeed engine does, finds adapters there that can train.
+        if self._adapters.pool.waiting and inject.leaves_meta(fn) and not _is_on_meta(self.get_base_model()):
+            inject.start_waiting(self)
+        super()._apply(fn, recurse)
+        return self
 
     # --- storage
 
@@ -577,6 +585,8 @@ class PeftModel(PromptedModel):
             }
         base.peft_config = self.peft_config
         inject.activate(base, self.active_adapters)
+        if self._adapters.pool.waiting:
+            inject.start_when_partitioned(self)
 
     def _check_together(self, name: str, config: PeftConfig) -> None:
         """A method given by hooks stands alone on a base."""
@@ -625,6 +635,12 @@ _OF_NO_ACCOUNT = (
     "auto_mapping",
     "task_type",
 )
+
+
+def _is_on_meta(base: nn.Module) -> bool:
+    return any(
+        p.is_meta for _, module in outer_modules(base) for p in module._parameters.values() if p is not None
+    )
 
 
 def _unordered(value: Any) -> Any:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_dist.contract import Param
+from peft_dist.errors import AdapterError
 
 
 class Bucket:
@@ -147,9 +148,14 @@ class _Stack(torch.autograd.Function):
 
 
 class AdapterPool:
-    """Every bucket of one model, by (site, method, shapes, dtype, device)."""
+    """Every bucket of one model, by (site, method, shapes, dtype, device).
+
+    Attributes:
+        waiting: (site, adapter) where tensors were made on meta and have no values yet.
+    """
 
     def __init__(self) -> None:
+        self.waiting: set[tuple[str, str]] = set()
         self.buckets: dict[tuple, Bucket] = {}
         self.homes: dict[tuple[str, str], Bucket] = {}
 
@@ -241,6 +247,28 @@ class PooledModule(nn.Module):
         }
         self._fill_fixed(adapter)
         self.take_in(adapter)
+        if any(t.is_meta for t in self.tensors(adapter).values()):
+            self._pool.waiting.add((self._site_name, adapter))
+
+    def is_waiting(self, adapter: str) -> bool:
+        """Whether tensors of the adapter here rest on meta, without values."""
+        key = (self._site_name, adapter)
+        if key not in self._pool.waiting or not self.has(adapter):
+            return False
+        if any(t.is_meta for t in self.tensors(adapter).values()):
+            return True
+        # Another library gave them values.
+        self._pool.waiting.discard(key)
+        return False
+
+    def check_filled(self, adapter: str) -> None:
+        """Raises AdapterError where the adapter's tensors here have no values yet."""
+        if self.is_waiting(adapter):
+            where = f"{self._site_name}: " if self._site_name else ""
+            raise AdapterError(
+                f"{where}adapter {adapter!r} is still on the meta device: its tensors have no values. Load a "
+                "checkpoint into it, or give the base its values and call peft_dist.inject.start_waiting(model)."
+            )
 
     def let_train(self, adapter: str, requires_grad: bool) -> None:
         """Lets the adapter's tensors be trained, or not; frozen ones stay frozen. Nothing where it has none."""
@@ -296,6 +324,7 @@ class PooledModule(nn.Module):
     def drop(self, adapter: str) -> None:
         """Removes the adapter's tensors."""
         self._pool.release(self._site_name, adapter)
+        self._pool.waiting.discard((self._site_name, adapter))
         for param in self._wanted.pop(adapter).values():
             first, _, _ = param.key.partition(".")
             holder = self._modules.get(first)
@@ -308,16 +337,21 @@ class PooledModule(nn.Module):
         del self._places[adapter], self._families[adapter]
 
     def materialise(self, adapter: str, device: Any) -> None:
-        """Gives tensors that rest on meta real memory on `device`, unfilled; others stay as they are."""
+        """Gives tensors that rest on meta real memory on `device`, unfilled; others stay as they are. A Parameter
+        stays the one that it is, since an optimizer may have it."""
         if not any(p.is_meta for p in self.tensors(adapter).values()):
             return
         for held, key in self._places[adapter].values():
             old = held[key]
             if old.is_meta:
                 room = torch.empty_like(old, device=device)
-                held[key] = nn.Parameter(room, old.requires_grad) if isinstance(old, nn.Parameter) else room
+                if isinstance(old, nn.Parameter):
+                    torch.utils.swap_tensors(old, nn.Parameter(room, old.requires_grad))
+                else:
+                    held[key] = room
         self._fill_fixed(adapter)
         self.take_in(adapter)
+        self._pool.waiting.discard((self._site_name, adapter))
 
     def empty(self, adapter: str) -> None:
         """Lets go of the memory of the adapter's tensors: they rest on meta, to be filled again."""

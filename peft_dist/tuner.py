@@ -262,6 +262,8 @@ class BaseTuner(hooks.Hooks, PooledModule):
             return getattr(self.model, attribute)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self._pool.waiting:
+            inject.check_started(self, [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)])
         with self.reading(kwargs):
             outputs = self.model(*args, **kwargs)
         loss: Any = getattr(outputs, "loss", None)

@@ -58,8 +58,12 @@ class AdapterModule(LayerApi, PooledModule):
 
     def start(self, adapter: str, layer: Layer) -> None:
         """Fills an adapter's tensors; a collective where its method reads a partitioned weight."""
-        self._start(adapter, {name: t.detach() for name, t in self.tensors(adapter).items()}, layer)
+        self.begin(adapter, layer)
         self.replace_base(adapter, layer)
+
+    def begin(self, adapter: str, layer: Layer) -> None:
+        """The first half of `start`: the tensors alone."""
+        self._start(adapter, {name: t.detach() for name, t in self.tensors(adapter).items()}, layer)
 
     def replace_base(self, adapter: str, layer: Layer) -> None:
         """Lets the adapter's method change the layer, where it does."""
@@ -107,6 +111,9 @@ class AdapterModule(LayerApi, PooledModule):
         ones. Within a forward: tensors that a user's own engine has partitioned are gathered for it."""
         names = self.active_adapters if choice is None else () if choice == BASE else (choice,)
         here = tuple(name for name in names if name in self.methods)
+        if self._pool.waiting and self.base.device.type != "meta":
+            for name in here:
+                self.check_filled(name)
         for name in here:
             reach(self, self.tensors(name).values())
         return here

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from peft_dist import packed
 from peft_dist.adapted import Adapted, AdaptedBlock, AdapterModule, Replaced
 from peft_dist.base_layer import (
     Layer,
     ParameterLayer,
-    adopt_quantised,
 )
 from peft_dist.config import PeftConfig
 from peft_dist.contract import Method
@@ -147,7 +147,6 @@ def _inject(
         )
     set_how_stored(config, targeted)
     freeze(model)
-    adopt_quantised(place.layer for place in found.values())
     fills = start and not low_cpu_mem_usage
     try:
         if shared:
@@ -224,8 +223,10 @@ def _leave_fast_paths(model: nn.Module, found: dict[str, Place]) -> None:
 
 
 def freeze(model: nn.Module) -> None:
-    """The base's own parameters get no gradient; adapters' are left as they are."""
-    for _, module in outer_modules(model):
+    """The base's own parameters get no gradient and keep their values; adapters' are left as they are."""
+    modules = [module for _, module in outer_modules(model)]
+    packed.settle_base(model, modules)
+    for module in modules:
         for parameter in module._parameters.values():
             if parameter is not None and parameter.requires_grad:
                 parameter.requires_grad_(False)

@@ -71,6 +71,14 @@ class PromptAdapters(PooledModule):
             saved = self.methods[name].export(p, self.base.site)
         return (next(iter(p.values())) if saved is None else saved["prompt_embeddings"]).cpu()
 
+    def begin(self, adapter: str, base: BaseLayer) -> None:
+        """Fills an adapter's tensors as its method starts them; a collective where it reads a partitioned
+        embedding."""
+        self.fill(adapter)
+        p = {key: t.detach() for key, t in self.tensors(adapter).items()}
+        with torch.no_grad():
+            self.methods[adapter].start_from_base(p, base)
+
     def complete(self, adapter: str, names: Sequence[str], base: BaseLayer) -> None:
         """Fills tensors that a checkpoint lacked from the method's start."""
         method, own = self.methods[adapter], self.tensors(adapter)
@@ -149,10 +157,7 @@ class PromptAdapters(PooledModule):
         self.methods[name] = method
         if start and not low_cpu_mem_usage:
             try:
-                self.fill(name)
-                p = {key: t.detach() for key, t in self.tensors(name).items()}
-                with torch.no_grad():
-                    config.start_from_base(p, embedding)
+                self.begin(name, embedding)
             except BaseException:
                 self.drop(name)
                 raise

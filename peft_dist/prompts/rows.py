@@ -83,6 +83,7 @@ class PromptRows:
 
     def given(self, name: str, names: Sequence[str | None]) -> dict[str, Tensor]:
         """All that the adapter's method finds in `p`: its tensors, and what it reads of its rows."""
+        self.model.check_filled(name)
         p: dict[str, Tensor] = dict(self.model.tensors(name))
         reach(self.model, p.values())
         mine = [row for row, other in enumerate(names) if other == name]
