@@ -19,7 +19,9 @@ from __future__ import annotations
 
 import copy
 import functools
+import logging
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -34,6 +36,7 @@ bitsandbytes = lazy("bitsandbytes")
 _NESTED_BLOCK = 256
 _STATISTICS = ("SCB", "absmax", "nested_absmax", "nested_offset")
 _MARK = "_peft_dist_statistic"
+_WAITING = "_peft_dist_quantised_layers"
 
 
 def is_8bit(kind: type[nn.Module]) -> bool:
@@ -48,6 +51,11 @@ def is_4bit(kind: type[nn.Module]) -> bool:
 
 def _is_named(kind: type, name: str) -> bool:
     return any(k.__name__ == name and k.__module__.startswith("bitsandbytes.") for k in kind.__mro__)
+
+
+def quantised_name(kind: type[nn.Module]) -> str | None:
+    """What bitsandbytes calls such a layer, also one that is partitionable; None for any other."""
+    return "Linear8bitLt" if is_8bit(kind) else "Linear4bit" if is_4bit(kind) else None
 
 
 def is_statistic(parameter: Any) -> bool:
@@ -67,6 +75,7 @@ def settle(layer: Any) -> None:
     On CPUs with AVX512-BF16 bitsandbytes repacks a 4-bit weight in the first forward in eval mode, rounds its
     scales to bf16 for good, and lets no gradient through; such a layer is laid out again from what is left. An
     8-bit layer that is not quantised yet is, as its first forward would.
+
     """
     if is_4bit(type(layer)):
         layer.support_avx512bf16_for_cpu = False
@@ -76,10 +85,54 @@ def settle(layer: Any) -> None:
             layer.weight.data = data
             layer.weight.quant_state = layer.quant_state = state
     elif is_8bit(type(layer)) and not layer.weight.has_fp16_weights:
+        _quiet()
         kind: Any = type(layer.state)
         layer.state.__class__ = _steady(kind)
         if layer.weight.dtype != torch.int8 and not layer.weight.is_meta:
             set_8bit(layer, *int8(layer.weight.data))
+
+
+def settle_base(base: nn.Module, modules: Iterable[nn.Module]) -> None:
+    """Keeps the quantised layers among the modules of a base as they are, with or without an adapter on them: a
+    gradient goes through all.
+
+    Where an engine of the user's own partitions them later, they become partitionable before the next forward.
+    """
+    found = [module for module in modules if _is_quantised(type(module))]  # type: ignore[arg-type]
+    for layer in found:
+        settle(layer)
+    if found and _WAITING not in base.__dict__:
+        base.register_forward_pre_hook(_follow_the_weights, prepend=True)
+    if found:
+        base.__dict__[_WAITING] = tuple(found)
+
+
+@functools.cache
+def _is_quantised(kind: Any) -> bool:
+    return is_8bit(kind) or is_4bit(kind)
+
+
+def _follow_the_weights(base: nn.Module, args: Any) -> None:
+    """Before a forward: codes and statistics of weights that were partitioned meanwhile are partitioned too."""
+    waiting = base.__dict__[_WAITING]
+    if waiting and hasattr(waiting[0].weight, "ds_id"):
+        for layer in waiting:
+            if not statistics(layer) and not getattr(layer.weight, "has_fp16_weights", False):
+                _follow_the_weight(layer)
+        base.__dict__[_WAITING] = ()
+
+
+def _follow_the_weight(layer: Any) -> None:
+    weight = layer.weight
+    stored_in = weight.quant_storage if is_4bit(type(layer)) else torch.int8
+    if weight.dtype != stored_in:
+        raise BaseLayerError(
+            f"a {type(layer).__name__} whose codes are kept as {stored_in} was cast to {weight.dtype}, and holds no "
+            "weight any more. DeepSpeed's fp16 and bf16 sections cast every floating parameter: leave them out, "
+            "or load the base with bnb_4bit_quant_storage=torch.uint8."
+        )
+    make_partitionable(layer)
+    weight.convert_to_zero_parameters(param_list=list(statistics(layer).values()))
 
 
 @functools.cache
@@ -372,3 +425,17 @@ class _Partitionable4bit:
     def _dequantised_as(self, dtype: torch.dtype) -> Tensor:
         state = self.weight.quant_state
         return bitsandbytes.functional.dequantize_4bit(self.weight.data, state).to(dtype)
+
+
+class _Quiet(logging.Filter):
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not str(record.msg).startswith("MatMul8bitLt: inputs will be cast")
+
+
+_QUIET = _Quiet()
+
+
+def _quiet() -> None:
+    """Lets bitsandbytes multiply fp32 without saying at each call that it casts to fp16."""
+    # A filter that is there already is not added again.
+    logging.getLogger("bitsandbytes.autograd._functions").addFilter(_QUIET)

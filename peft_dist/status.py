@@ -13,6 +13,7 @@ from peft_dist.adapted import AdapterModule, Replaced
 from peft_dist.base_layer import has_door
 from peft_dist.errors import AdapterError
 from peft_dist.model import PeftModel
+from peft_dist.packed import quantised_name
 from peft_dist.tuner_layer import BaseTunerLayer, HookedTensors, layer_title, peft_types
 
 Flag: TypeAlias = "bool | Literal['irregular']"
@@ -161,9 +162,8 @@ def _agreed(values: Iterable[Any]) -> Any:
 def _quantised(module: Any) -> str | None:
     """HF PEFT names a backend for the methods that it reaches quantised weights of by one."""
     layer = module.get_base_layer()
-    kind = type(layer).__name__
     known = {"Linear8bitLt": "bnb 8bit", "Linear4bit": "bnb 4bit"}
     generic = {"BOFT", "MISS", "BONE", "OFT", "SHIRA", "VERA"}
     if not isinstance(module, AdapterModule) or not peft_types(module) & generic or not has_door(layer):
         return None
-    return known.get(kind)
+    return known.get(quantised_name(type(layer)) or "")

@@ -19,6 +19,7 @@ from peft_dist.adapted import AdapterModule, bare
 from peft_dist.catalog import class_name
 from peft_dist.config import PeftConfig
 from peft_dist.contract import Param
+from peft_dist.packed import quantised_name
 from peft_dist.pool import outer_modules
 
 
@@ -255,8 +256,7 @@ def _kind(module: AdapterModule, peft_type: str) -> str:
     if base is not None and base.site.kind == "experts":
         return "ParamWrapper"
     layer = bare(module)
-    name = type(layer).__name__
-    if name in ("Linear8bitLt", "Linear4bit"):
+    if name := quantised_name(type(layer)):
         return name if peft_type in _OWN_QUANTISED else "Linear"
     return next((kind for kind in _KINDS[1:7] if isinstance(layer, getattr(nn, kind, ()))), "Linear")
 
