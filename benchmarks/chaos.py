@@ -1,6 +1,6 @@
 """What is lost when parts of a running job die: one job, again and again, each time with another fault.
 
-    python benchmarks/chaos.py [--seeds 20] [--only worker node ...] [--steps 30] [--write]
+    python benchmarks/chaos.py [--seeds 20] [--only worker node ...] [--steps 60] [--write]
 
 Runs a small job (two workers, the embedded base) on a Ray of several nodes on this machine, lets it come to a step
 that the seed draws, and then, a moment later that it draws too, does the fault:
@@ -56,7 +56,8 @@ from orchestrator.train.checkpoint import OPTIMIZER_FILE  # noqa: E402
 from orchestrator.train.launch import RayRunner  # noqa: E402
 
 KILLS = ("worker", "node", "driver", "head")
-OTHERS = ("sigterm-worker", "sigterm-driver", "truncated", "flipped")
+DAMAGES = ("truncated", "flipped")
+OTHERS = ("sigterm-worker", "sigterm-driver", *DAMAGES)
 SAVE_STEPS = 4
 LIMIT_S = 300.0
 """For one trial; what has not ended by then counts as hanging."""
@@ -252,11 +253,11 @@ class Trial:
     def __init__(self, machines: Machines, folder: Path, steps: int, seed: int, fault: str) -> None:
         self.machines, self.folder, self.steps, self.fault = machines, folder, steps, fault
         draw = random.Random(f"{seed} {fault}")
-        self.fault_step = draw.randint(SAVE_STEPS + 1 if fault in ("truncated", "flipped") else 1, steps - 2)
+        self.fault_step = draw.randint(SAVE_STEPS + 1 if fault in DAMAGES else 1, steps - 15)
         self.delay_s = draw.uniform(0, 0.5)
         self.draw = draw
         self.outcome = Outcome(seed, fault)
-        self.step, self.saved = 0, [0]
+        self.step, self.saved, self.kept = 0, [0], 0
         self.fault_at: float | None = None
         self.result: dict[str, Any] | None = None
 
@@ -296,23 +297,35 @@ class Trial:
             driver.kill()
 
     def _hear(self, event: dict[str, Any]) -> None:
-        kind = event.get("event")
+        kind, outcome = event.get("event"), self.outcome
         if kind == "progress":
-            if self.fault_at is not None and self.outcome.again_s is None:
-                resumed = event["step"] - 1
-                self.outcome.again_s = round(time.monotonic() - self.fault_at, 1)
-                self.outcome.resumed_at, self.outcome.steps_lost = resumed, self.outcome.at_step - resumed
+            if outcome.resumed_at is not None and outcome.again_s is None and self.fault_at is not None:
+                outcome.again_s = round(time.monotonic() - self.fault_at, 1)
             self.step = event["step"]
         elif kind == "checkpoint":
             self.saved.append(event["step"])
+        elif kind == "state" and event["state"] == "training" and self.fault_at is not None:
+            self._resumed(int(event["message"].split()[3]))  # training from step N to M
         elif kind == "result":
             self.result = event
         elif kind == "error":
             self.last = event["message"]
 
-    def _strike(self, driver: Driver) -> None:
+    def _resumed(self, at: int) -> None:
+        """The workers begin again. What was heard since the fault had happened before it took effect."""
         outcome = self.outcome
-        outcome.at_step, outcome.may_lose = self.step, self.step - self.saved[-1]
+        if outcome.resumed_at is not None:
+            return
+        outcome.resumed_at, outcome.at_step, outcome.steps_lost = at, self.step, self.step - at
+        if self.fault.startswith("sigterm"):
+            outcome.may_lose = 0
+        elif self.fault in DAMAGES:
+            outcome.may_lose = self.step - self.kept
+        else:
+            outcome.may_lose = self.step - self.saved[-1]
+
+    def _strike(self, driver: Driver) -> None:
+        self.outcome.at_step = self.step
         self.fault_at = time.monotonic()
         if self.fault in ("worker", "sigterm-worker"):
             number = signal.SIGKILL if self.fault == "worker" else signal.SIGTERM
@@ -332,14 +345,12 @@ class Trial:
         else:
             driver.kill()
             self._damage()
-        if self.fault.startswith("sigterm"):
-            outcome.may_lose = 0
 
     def _damage(self) -> None:
         (run,) = (self.folder / "runs").iterdir()
         found = {
             int(path.name.split(".")[0].removeprefix("step-")): path
-            for path in (run / "checkpoints").iterdir()
+            for path in (run / "checkpoints").glob("step-*")
         }
         newest, *before = sorted(found, reverse=True)
         file = found[newest] / OPTIMIZER_FILE
@@ -349,7 +360,7 @@ class Trial:
         else:
             data[self.draw.randrange(len(data))] ^= 1 << self.draw.randrange(8)
         file.write_bytes(data)
-        self.outcome.may_lose = self.outcome.at_step - (before[0] if before else 0)
+        self.kept = before[0] if before else 0
 
     def _last_error(self) -> str:
         return getattr(self, "last", "it said nothing")
@@ -405,7 +416,7 @@ def main() -> int:
     parser.add_argument(
         "--only", nargs="+", choices=[*KILLS, *OTHERS], metavar="FAULT", help="all by default"
     )
-    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--write", action="store_true", help="keep the table in benchmarks/results")
     parser.add_argument("--drive", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()

@@ -5,7 +5,7 @@
     ROOT/ID/events.jsonl            every change of state, checkpoint, warning and failure
     ROOT/ID/metrics.jsonl           progress and evaluations
     ROOT/ID/logs/worker-RANK.log    what each worker printed
-    ROOT/ID/checkpoints/, final/    the trainer's
+    ROOT/ID/checkpoints/, final.F/  the trainer's
 
 run.json also carries the lease (`lease.py`): a driver that took the run over has changed the document, so that every
 later write of the one before fails: that is the fence.
