@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_dist.base_layer import adopt_quantised
+from peft_dist.packed import settle_base
 
 # Quantisations whose half-precision tensors belong to their kernels and stay as they are.
 _LEFT_AS_THEY_ARE = frozenset({"gptq", "aqlm", "eetq", "torchao", "hqq"})
@@ -32,7 +32,7 @@ def prepare_model_for_kbit_training(
     """
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    adopt_quantised(model.modules())
+    settle_base(model, model.modules())
     method = str(getattr(model, "quantization_method", None) or "").rpartition(".")[2].lower()
     is_left = method in _LEFT_AS_THEY_ARE or getattr(model, "hqq_quantized", False)
     if not is_left:

@@ -2,7 +2,7 @@
 meta."""
 
 from peft_dist.base_layer.attention import OUT_PROJ
-from peft_dist.base_layer.doors import adopt_quantised, door, has_door, kind_of
+from peft_dist.base_layer.doors import door, has_door, kind_of
 from peft_dist.base_layer.experts import ParameterLayer
 from peft_dist.base_layer.layer import Layer, rounded
 from peft_dist.base_layer.linear import Conv1DLayer, EmbeddingLayer, LinearLayer
@@ -15,7 +15,6 @@ __all__ = [
     "Layer",
     "LinearLayer",
     "ParameterLayer",
-    "adopt_quantised",
     "door",
     "has_door",
     "kind_of",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
@@ -41,16 +40,6 @@ def has_door(layer: nn.Module) -> bool:
     """Whether an adapter can change the weight of such a layer."""
     kind: Any = type(layer)
     return _door_of(kind) is not None
-
-
-def adopt_quantised(layers: Iterable[nn.Module]) -> None:
-    """Keeps quantised layers as they are, with or without an adapter: a gradient goes through all of them, and
-    none gets through one that bitsandbytes has repacked for inference."""
-    for layer in layers:
-        kind: Any = type(layer)
-        opened = _door_of(kind)
-        if opened is not None and opened.is_quantised:
-            opened(layer, "").adopt()
 
 
 def kind_of(layer: Any) -> str:

@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import logging
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from peft_dist import packed
 from peft_dist.base_layer.layer import Layer
@@ -103,10 +102,6 @@ class QuantisedLayer(Layer):
 class Linear8bitLayer(QuantisedLayer):
     """bitsandbytes' Linear8bitLt: int8 codes, one scale a row. Codes and scales hang on the weight until the
     first forward, and on the layer's `state` from then on."""
-
-    def __init__(self, layer: nn.Module, name: str) -> None:
-        super().__init__(layer, name)
-        _quiet()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -199,17 +194,3 @@ class Linear4bitLayer(QuantisedLayer):
         # What the weight counts as is what it was loaded in, not fp32, in which the sum was made.
         made.dtype = state.dtype
         packed.set_4bit(self.layer, data, made)
-
-
-class _Quiet(logging.Filter):
-    def filter(self, record: logging.LogRecord) -> bool:
-        return not str(record.msg).startswith("MatMul8bitLt: inputs will be cast")
-
-
-_QUIET = _Quiet()
-
-
-def _quiet() -> None:
-    """Lets bitsandbytes multiply fp32 without saying at each call that it casts to fp16."""
-    # A filter that is there already is not added again.
-    logging.getLogger("bitsandbytes.autograd._functions").addFilter(_QUIET)
