@@ -188,8 +188,9 @@ class Machines:
 
     def end(self) -> None:
         """Takes everything down."""
-        with contextlib.suppress(Exception):
-            self.ray.shutdown()
+        for node in [*self.ray.worker_nodes, self.ray.head_node]:
+            with contextlib.suppress(Exception):  # what is left of it goes below
+                node.kill_all_processes(check_alive=False, allow_graceful=False)
         keeper.end(lambda: [pid for pid in keeper.descendants(os.getpid()) if _is_rays(pid)])
 
 
