@@ -71,10 +71,8 @@ class Told:
 
 def preempted(folder: Path, spec, made_plan, run: str, rank: int):
     torch.set_num_threads(1)
-    mine = int(os.environ["RANK"]) if "RANK" in os.environ else torch.distributed.get_rank()
-    return train(
-        request(folder, spec, made_plan, run=run), reporter=ToldByItself(4 if mine == rank else None)
-    )
+    told = Told(4 if torch.distributed.get_rank() == rank else None)
+    return train(request(folder, spec, made_plan, run=run), reporter=told)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
