@@ -426,8 +426,8 @@ def main() -> int:
     kills = [fault for fault in KILLS if fault in (arguments.only or KILLS)]
     rest = [fault for fault in OTHERS if fault in (arguments.only or OTHERS)]
     seeds = range(arguments.first, arguments.first + arguments.seeds)
-    todo = [(seed, kills[seed % len(kills)]) for seed in seeds] if kills else []
-    todo += [(seed, fault) for seed, fault in enumerate(rest)]
+    todo = [(arguments.first + number, fault) for number, fault in enumerate(rest)]
+    todo += [(seed, kills[seed % len(kills)]) for seed in seeds] if kills else []
     machines, outcomes = Machines(), []
     try:
         began = time.monotonic()
@@ -439,17 +439,17 @@ def main() -> int:
         for seed, fault in todo:
             outcomes.append(trial(machines, arguments.steps, seed, fault, whole))
             print(outcomes[-1], flush=True)
+            if arguments.write:
+                write(outcomes, arguments.steps)
     finally:
         machines.end()
     bad = [outcome for outcome in outcomes if not outcome.is_good]
     print(f"{len(outcomes) - len(bad)} of {len(outcomes)} good")
-    if arguments.write:
-        write(outcomes, arguments.steps)
     return int(bool(bad))
 
 
 def write(outcomes: list[Outcome], steps: int) -> None:
-    """Keeps the table."""
+    """Keeps the table as far as it is."""
     date, hardware = time.strftime("%Y-%m-%d"), f"{os.cpu_count()}cpu-{platform.machine()}"
     result = ROOT / "benchmarks/results" / f"{date}-{hardware}-chaos.json"
     found = {
@@ -461,7 +461,6 @@ def write(outcomes: list[Outcome], steps: int) -> None:
         "trials": [{**asdict(each), "good": each.is_good} for each in outcomes],
     }
     result.write_text(json.dumps(found, indent=1) + "\n")
-    print(f"written to {result.relative_to(ROOT)}")
 
 
 if __name__ == "__main__":
