@@ -20,8 +20,8 @@ To reach: ours at most HF PEFT's, and at most 1.05 x (base + arithmetic).
 Saving at stage 3: `model.save_pretrained` on all ranks, files written, beside the whole model gathered by
 `engine._zero3_consolidated_16bit_state_dict()` without writing it. To reach: a tenth.
 
-With `--device cuda` there is a rank a GPU, at most two, over nccl; the base is bf16, or nf4 with `--bits 4`, of a 1B and a
-7B shape from random weights; the wall clock of a synchronised step is taken, of the slowest rank.
+With `--device cuda` there is a rank a GPU, at most two, over nccl; the base is bf16, or nf4 with `--bits 4`, of a
+1B and a 7B shape from random weights; the wall clock of a synchronised step is taken, of the slowest rank.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--no-saving", action="store_true", help="the steps alone")
-    parser.add_argument("--profile", action="store_true", help="where our side's time goes, by function")
+    parser.add_argument("--parts", action="store_true", help="also forward, backward, reduce and step, each")
     parser.add_argument("--write", action="store_true", help="keep the result in benchmarks/results")
     chosen = parser.parse_args()
     import torch
@@ -106,8 +106,10 @@ def main() -> None:
         for width in bits:
             for stage in chosen.stages:
                 case = Case(stage, shape, width, chosen.device, chosen.rounds, world)
-                line = steps_line(case, on_ranks(steps, case, chosen.profile))
+                line = steps_line(case, on_ranks(steps, case))
                 print(line["text"], flush=True)
+                if chosen.parts:
+                    print(parts_text(case, on_ranks(parts, case)), flush=True)
                 found.append(line)
     saved = {}
     if not chosen.no_saving:
@@ -125,11 +127,7 @@ HEADER = f"{'':<20} {'base':>9} {'arithm.':>9} {'ours':>9} {'HF PEFT':>9} {'limi
 
 def steps_line(case: Case, ranks: list[dict[str, list[float]]]) -> dict[str, Any]:
     """The medians of what all ranks took in each round, in milliseconds."""
-    sides = {}
-    for side in ranks[0]:
-        rounds = zip(*(rank[side] for rank in ranks), strict=True)
-        join = sum if case.device == "cpu" else max
-        sides[side] = 1000 * statistics.median(join(each) for each in rounds)
+    sides = {side: 1000 * value for side, value in medians(case, ranks).items()}
     limit = SLACK * (sides["base"] + sides["arithmetic"])
     name = f"{case.shape} {_bits(case)} ZeRO-{case.stage}"
     of_theirs, of_limit = sides["ours"] / sides["peft"], sides["ours"] / limit
@@ -256,7 +254,7 @@ def quantise(base: Any, dtype: Any) -> None:
     base.is_loaded_in_4bit = True
 
 
-def steps(case: Case, rank: int, profiles: bool = False) -> dict[str, list[float]]:
+def steps(case: Case, rank: int) -> dict[str, list[float]]:
     """Seconds of each side's step, by round."""
     batch = inputs(case, rank)
     sides: dict[str, Callable[[], None]] = {
@@ -265,8 +263,6 @@ def steps(case: Case, rank: int, profiles: bool = False) -> dict[str, list[float
         "ours": our_side(case, batch),
         "peft": peft_side(case, batch),
     }
-    if profiles:
-        profile(sides, rank)
     taken: dict[str, list[float]] = {side: [] for side in sides}
     names = list(sides)
     for number in range(-2, case.rounds):
@@ -327,13 +323,19 @@ def zero(case: Case, **more: Any) -> dict[str, Any]:
     }
 
 
-def base_side(case: Case, batch: tuple[Any, Any]) -> Callable[[], None]:
-    """The base's own step."""
+def sharded_base(case: Case) -> Any:
+    """The base without an adapter, as it is sharded at this stage."""
     from peft_dist.sharding import partition_base
 
     base = base_of(case).train()
     if case.stage == 3:
         partition_base(base, zero(case))
+    return base
+
+
+def base_side(case: Case, batch: tuple[Any, Any]) -> Callable[[], None]:
+    """The base's own step."""
+    base = sharded_base(case)
     return lambda: loss_of(base, batch).backward()
 
 
@@ -349,14 +351,20 @@ def our_model(case: Case) -> Any:
     return model
 
 
-def our_side(case: Case, batch: tuple[Any, Any]) -> Callable[[], None]:
-    """peft_dist's step."""
+def our_optimizer(case: Case, model: Any) -> Any:
+    """AdamW over the adapter, sharded at this stage."""
     from peft_dist.optim import AdapterOptimizer, Hyper
 
-    model = our_model(case)
     optimizer = AdapterOptimizer(stage=case.stage)  # type: ignore[arg-type]
     trained = {name: each for name, each in model.named_parameters() if each.requires_grad}
     optimizer.add("default", trained, Hyper(learning_rate=RATE))
+    return optimizer
+
+
+def our_side(case: Case, batch: tuple[Any, Any]) -> Callable[[], None]:
+    """peft_dist's step."""
+    model = our_model(case)
+    optimizer = our_optimizer(case, model)
 
     def step() -> None:
         optimizer.zero_grad()
@@ -436,22 +444,47 @@ def arithmetic_side(case: Case, batch: tuple[Any, Any]) -> Callable[[], None]:
     return step
 
 
-def profile(sides: dict[str, Callable[[], None]], rank: int) -> None:
-    """Prints, on rank 0, the functions in which the base's and our step spend their time."""
-    import cProfile
-    import pstats
+PARTS = ("forward", "backward", "reduce", "step")
 
-    for name in ("base", "ours"):
-        for _ in range(3):
-            sides[name]()
-        watch = cProfile.Profile()
-        watch.enable()
-        for _ in range(10):
-            sides[name]()
-        watch.disable()
-        if rank == 0:
-            print(f"== {name}, ten steps", flush=True)
-            pstats.Stats(watch).sort_stats("tottime").print_stats(40)
+
+def parts(case: Case, rank: int) -> dict[str, list[float]]:
+    """Seconds of each part of the base's step and of ours, by round."""
+    batch = inputs(case, rank)
+    base, model = sharded_base(case), our_model(case)
+    optimizer = our_optimizer(case, model)
+    taken: dict[str, list[float]] = {}
+    for number in range(-2, case.rounds):
+        for name, each in (("base", base), ("ours", model)):
+            marks = [clock(case)]
+            loss = loss_of(each, batch)
+            marks.append(clock(case))
+            loss.backward()
+            marks.append(clock(case))
+            if name == "ours":
+                optimizer.reduce()
+                marks.append(clock(case))
+                optimizer.step()
+                optimizer.zero_grad()
+                marks.append(clock(case))
+            for part, began, ended in zip(PARTS, marks, marks[1:], strict=False):
+                if number >= 0:
+                    taken.setdefault(f"{name} {part}", []).append(ended - began)
+    return taken
+
+
+def parts_text(case: Case, ranks: list[dict[str, list[float]]]) -> str:
+    """The medians of the parts, in milliseconds."""
+    found = [f"{name} {1000 * value:.1f}" for name, value in medians(case, ranks).items()]
+    return f"{'':<20} of which, ms: " + ", ".join(found)
+
+
+def medians(case: Case, ranks: list[dict[str, list[float]]]) -> dict[str, float]:
+    """Over the rounds: the sum over ranks of CPU time, or the slowest rank's wall."""
+    join = sum if case.device == "cpu" else max
+    return {
+        key: statistics.median(join(each) for each in zip(*(rank[key] for rank in ranks), strict=True))
+        for key in ranks[0]
+    }
 
 
 def saving(case: Case, rank: int) -> dict[str, list[float]]:
@@ -459,7 +492,7 @@ def saving(case: Case, rank: int) -> dict[str, list[float]]:
     import torch.distributed as dist
 
     batch = inputs(case, rank)
-    ours, theirs = our_side_with_model(case, batch)
+    ours, theirs = trained_models(case, batch)
     folder = Path(f"{tempfile.gettempdir()}/sharded-adapter-{os.getppid()}")
     taken: dict[str, list[float]] = {"adapter": [], "whole": []}
     for number in range(-1, case.rounds):
@@ -478,7 +511,7 @@ def saving(case: Case, rank: int) -> dict[str, list[float]]:
     return taken
 
 
-def our_side_with_model(case: Case, batch: tuple[Any, Any]) -> tuple[Any, Any]:
+def trained_models(case: Case, batch: tuple[Any, Any]) -> tuple[Any, Any]:
     """Our model after a step, and HF PEFT's engine after one."""
     ours = our_model(case)
     loss_of(ours, batch).backward()

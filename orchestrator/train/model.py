@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import BitsAndBytesConfig
 
 import peft_dist
 from orchestrator.devices import recomputes_activations
@@ -15,12 +16,14 @@ from orchestrator.errors import ModelError, SpecError
 from orchestrator.runner import TrainRequest
 from orchestrator.spec.adapter import peft_config
 from orchestrator.spec.job import JobSpec
+from orchestrator.spec.quantization import Quantization, quantization_of
 from orchestrator.spec.tasks import task_type
+from peft_dist.base_layer.quantised import num_elements
 from peft_dist.catalog import config_class
 from peft_dist.contract import Method
 from peft_dist.errors import PeftDistError
 from peft_dist.loading import load_base
-from peft_dist.sharding import partition_base
+from peft_dist.sharding import is_partitioned
 
 from .evaluate import ADAPTER
 from .group import Group
@@ -36,14 +39,19 @@ def load_frozen_base(
     *,
     labels: Sequence[str] | None = None,
     pad_token_id: int | None = None,
+    shards: Mapping[str, Any] | None = None,
 ) -> nn.Module:
-    """The base in the run's dtype on the worker's device, its own dropout silent unless `base_dropout`.
+    """The base in the run's dtype on the worker's device, quantised where the job says so, its own dropout silent
+    unless `base_dropout`.
 
     Args:
+        shards: DeepSpeed's config, where the base is partitioned over the ranks: each then reads its part alone.
         labels: of a head that tells them apart; a new head is the same on every rank and attempt.
         pad_token_id: for a config that names none, without which some decoders classify no two texts at once.
     """
     torch.manual_seed(spec.training.seed)
+    stage = 0 if shards is None else 3
+    quantised = quantization_of(spec.model, precision, stage)
     base = load_base(
         spec.model.base_model,
         task=task_type(spec),
@@ -51,6 +59,10 @@ def load_frozen_base(
         revision=spec.model.revision,
         trust_remote_code=spec.model.trust_remote_code,
         labels=labels,
+        quantization=_bitsandbytes(quantised) if quantised else None,
+        zero_stage=stage,
+        deepspeed=shards,
+        device=device,
     )
     config: Any = base.config
     if getattr(config, "pad_token_id", None) is None and labels is not None:
@@ -59,7 +71,19 @@ def load_frozen_base(
         silence_dropout(base)
     if looks_ahead(spec.adapter.type):
         config.use_cache = False
-    return base.to(device)
+    return base
+
+
+def _bitsandbytes(wanted: Quantization) -> BitsAndBytesConfig:
+    if wanted.bits == 8:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=wanted.quant_type,
+        bnb_4bit_use_double_quant=wanted.double,
+        bnb_4bit_compute_dtype=getattr(torch, wanted.compute_dtype),
+        bnb_4bit_quant_storage=getattr(torch, wanted.storage),
+    )
 
 
 def looks_ahead(kind: str) -> bool:
@@ -90,7 +114,7 @@ def build_model(
     total_steps: int,
     samples: Samples,
 ) -> nn.Module:
-    """The base with the run's adapter, in train mode, gradient checkpointing and ZeRO-3 as planned.
+    """The base with the run's adapter, in train mode, gradient checkpointing as planned.
 
     Args:
         total_steps: of the run, for methods that have a schedule of their own.
@@ -107,17 +131,22 @@ def build_model(
         model = _fresh(spec, base, total_steps, samples)
     else:
         model = _continued(spec, base, init_from)
-    model.to(group.device)
+    _move_adapter(model, torch.device(group.device))
     model.train()
-    num_parameters = sum(parameter.numel() for parameter in base.parameters())
+    num_parameters = sum(num_elements(parameter) for parameter in base.parameters())
     if recomputes_activations(
         spec.training.gradient_checkpointing, on_gpu=group.device != "cpu", num_parameters=num_parameters
     ):
         recompute: Any = base.gradient_checkpointing_enable
         recompute(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if request.plan.zero_stage == 3 and group.is_distributed:
-        partition_base(model, request.plan.deepspeed)
     return model
+
+
+def _move_adapter(model: nn.Module, device: torch.device) -> None:
+    """Brings what a start left elsewhere to the device; the base is there, or rests in pieces."""
+    for tensor in [*model.parameters(), *model.buffers()]:
+        if tensor.device.type != device.type and not is_partitioned(tensor):
+            tensor.data = tensor.data.to(device)
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -115,8 +115,14 @@ class _Run:
             self._emit("warning", message=NO_TEMPLATE)
         kind = task_class(self.spec)
         labels = self.examples.facts.labels if kind.has_labels else None
+        is_sharded = request.plan.zero_stage == 3 and group.is_distributed
         base = load_frozen_base(
-            self.spec, precision, group.device, labels=labels, pad_token_id=pad_id(self.tokenizer)
+            self.spec,
+            precision,
+            group.device,
+            labels=labels,
+            pad_token_id=pad_id(self.tokenizer),
+            shards=request.plan.deepspeed if is_sharded else None,
         )
         checkpoint = self._newest()
         state = checkpoint.optimizer_state() if checkpoint else {}
@@ -140,7 +146,7 @@ class _Run:
             group=group,
             spec=self.spec.eval,
             metrics=measured_metrics(self.spec),
-            is_sharded=request.plan.zero_stage == 3 and group.is_distributed,
+            is_sharded=is_sharded,
             should_stop=lambda: reporter is not None and reporter.stop_requested,
         )
         self.training = self._training(checkpoint, state)
