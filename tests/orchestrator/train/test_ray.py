@@ -16,7 +16,7 @@ import torch
 from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
 from safetensors.torch import load_file
 
-from orchestrator.errors import DataError, Interrupted, PlacementError
+from orchestrator.errors import DataError, Interrupted, OutOfTimeError, PlacementError, TrainingError
 from orchestrator.keeper import descendants
 from orchestrator.train.checkpoint import steps_in
 from orchestrator.train.launch import RayRunner
@@ -171,6 +171,63 @@ def test_a_users_error_ends_the_run_at_once(session, folder):
     with pytest.raises(DataError, match="completion"):
         runner.outcome()
     assert [event["will_retry"] for event in failures] == [False]
+    assert settled() == []
+
+
+def raise_beside_a_peer_that_waits() -> None:
+    """Rank 1 raises while rank 0 is in a collective that it will never join."""
+    import torch.distributed as dist
+    from ray.train import get_context
+
+    from orchestrator.train.worker import join, rank_facts
+
+    join(rank_facts())
+    if get_context().get_world_rank() == 1:
+        raise KeyError("planted")
+    dist.barrier()
+
+
+class Planted(RayRunner):
+    """A runner whose workers run something else."""
+
+    def _open_group(self, asked):
+        group = super()._open_group(asked)
+        group.train_loop_per_worker = raise_beside_a_peer_that_waits
+        return group
+
+
+def test_a_rank_that_raises_ends_the_run_though_its_peer_waits(session, folder):
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    runner, began = Planted(), time.monotonic()
+    try:
+        runner.start(request(folder, job(folder), plan(workers=2), run="raised"))
+        failures = [event for event in runner.events() if event["event"] == "failure"]
+    finally:
+        ray.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
+    with pytest.raises(TrainingError, match=r"worker 1 failed with KeyError: 'planted' See raypeft logs\."):
+        runner.outcome()
+    assert [(each["kind"], each["rank"], each["will_retry"]) for each in failures] == [("error", 1, False)]
+    # most of it is the workers' start; the collective alone would wait for ten minutes
+    assert time.monotonic() - began < 120
+    assert settled() == []
+
+
+def test_a_run_out_of_time_is_saved_and_says_so(session, folder):
+    asked = request(
+        folder, job(folder, training=LONG, retry={"max_duration": "1h"}), plan(workers=2), run="out-of-time"
+    )
+    runner = RayRunner()
+    runner.start(asked)
+    for event in runner.events():
+        if event["event"] == "progress" and event["step"] == 3:
+            runner._attempts._began -= 3600
+    with pytest.raises(OutOfTimeError) as ended:
+        runner.outcome()
+    (saved,) = steps_in(asked.run_dir)
+    assert str(ended.value) == (
+        f"run 'out-of-time' ended after {saved} step(s): retry.max_duration (1h) is over. The checkpoint of step "
+        f"{saved} is saved; run the same command again to go on for 1h more."
+    )
     assert settled() == []
 
 
