@@ -22,6 +22,7 @@ import transformers
 
 from peft_dist.errors import BaseModelError, PeftDistError, suggest
 from peft_dist.folder import is_hub_id
+from peft_dist.inject import start_waiting
 from peft_dist.lazy import lazy
 from peft_dist.loading.filling import Progress, check_filled, fill, start_the_rest, tie
 from peft_dist.loading.keys import Group, Keys, conversions, match
@@ -124,6 +125,8 @@ def load_base(
             fill(base, keys, at, advance)
             check_filled(base)
     place.finish(base)
+    if into is not None:
+        start_waiting(model)
     return model
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 from tests.distributed import one_process as run
 
@@ -17,7 +18,7 @@ STORAGES = ("fp32", "bf16", "int8", "nf4", "nf4 in floats")
 
 # What every cell is asked, by what it is called in the tables.
 CHECKS = {
-    "injects": "before or after partitioning, with the values of one process",
+    "injects": "before or after partitioning, or on meta and filled later, with the values of one process",
     "trains": "losses and gradients are one process's, whether the base was left in train or in eval mode",
     "mixed": "ranks that name adapters of their own, disjoint, and one that none names",
     "saves": "the adapter alone is gathered, one rank writes, and one process that loads it gives the same logits",
@@ -52,14 +53,15 @@ DIAGONAL = (
 )
 
 
+Arrival = Literal["adapters last", "adapters first", "adapters on meta"]
+# The base is partitioned and then adapted; adapted and then partitioned; adapted on the meta device, and then both get
+# their values.
+ARRIVALS: tuple[Arrival, ...] = ("adapters last", "adapters first", "adapters on meta")
+
+
 @dataclass(frozen=True)
 class Cell:
-    """One method on one base, and how it is to be brought there.
-
-    Attributes:
-        partition_first: the base is partitioned before it gets its adapters, else after.
-        eval_mode: the base's own layers are left in eval mode, as `from_pretrained` leaves them.
-    """
+    """One method on one base, and how it is to be brought there."""
 
     method: str
     stage: str
@@ -67,29 +69,28 @@ class Cell:
 
     @property
     def zero_stage(self) -> int:
+        """The stage by its number."""
         return STAGES[self.stage][0]
 
     @property
     def partitions(self) -> bool:
+        """Whether the base rests in pieces."""
         return self.zero_stage == 3
 
     @property
-    def _place(self) -> int:
-        # Over neighbouring storages a method meets both orders and both modes, in every combination.
-        return METHODS.index(self.method) + STORAGES.index(self.storage)
-
-    @property
-    def partition_first(self) -> bool:
-        return self._place % 2 == 0
+    def arrival(self) -> Arrival:
+        """How base and adapters come together."""
+        return ARRIVALS[self._place % 3]
 
     @property
     def eval_mode(self) -> bool:
-        return self._place // 2 % 2 == (self.stage == OFFLOAD)
+        """Whether the base's own modules are left in eval mode, as `from_pretrained` leaves them."""
+        return self._place // 3 % 2 == (self.stage == OFFLOAD)
 
     @property
-    def second_place(self) -> bool:
-        """Whether AdaLoRA's budget is allocated after the optimizer's step, and not before it."""
-        return self._place % 2 == 0
+    def _place(self) -> int:
+        # Over the storages a method meets every arrival, over the methods each with both modes.
+        return METHODS.index(self.method) + STORAGES.index(self.storage)
 
 
 def groups() -> Iterator[tuple[str, str]]:

@@ -8,7 +8,6 @@ found is only reported here; `verdict` compares the ranks' reports with one proc
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import io
 import warnings
@@ -64,8 +63,8 @@ class Life:
         self.base, self.oracle = storages.base(cell.storage), oracle
         self.optimizer = AdapterOptimizer(stage=cell.zero_stage)  # type: ignore[arg-type]
         self.rank, self.world = run.rank_and_world()
-        self.share = at_rest.share(self.base, self.world if cell.partitions else 1)
-        report.update(losses=[], gradients={}, held=[])
+        share = at_rest.share(self.base, self.world if cell.partitions else 1)
+        report.update(losses=[], gradients={}, held=[], share=share)
 
     def run(self) -> None:
         for part in (self.injects, self.trains, self.mixed, self.saves, self.loads, self.merges):
@@ -78,15 +77,21 @@ class Life:
     # The parts, in their order
 
     def injects(self) -> None:
-        config = run.METHODS[self.cell.method]()
-        if self.cell.partitions and self.cell.partition_first:
+        arrival = "adapters last" if self.oracle else self.cell.arrival
+        if arrival == "adapters on meta":
+            self.base = storages.on_meta(self.cell.storage)
+        if arrival == "adapters last":
             self._partition(self.base)
+        config = run.METHODS[self.cell.method]()
         torch.manual_seed(run.SEED)
-        self.model = get_peft_model(self.base, copy.deepcopy(config))
-        self.model.add_adapter("idle", copy.deepcopy(config))
-        self.report["start"] = {key: t.detach().clone() for key, t in self.model.adapter_tensors().items()}
-        if self.cell.partitions and not self.cell.partition_first:
+        self.model = get_peft_model(self.base, config, low_cpu_mem_usage=arrival == "adapters on meta")
+        if arrival == "adapters first":
             self._partition(self.model)
+        if arrival == "adapters on meta":
+            torch.manual_seed(run.SEED)
+            storages.fill(self.model, self.cell.storage, self._deepspeed())
+        self.report["start"] = {key: t.detach().clone() for key, t in self.model.adapter_tensors().items()}
+        self.model.add_adapter("idle", run.METHODS[self.cell.method]())
         self.model.set_requires_grad(["default", "idle"], True)
         run.disturb(self.model)
         self.at_first = {key: p.detach().clone() for key, p in run.trained(self.model, "default").items()}
@@ -158,9 +163,14 @@ class Life:
 
     # What they share
 
-    def _partition(self, model: Any) -> None:
+    def _deepspeed(self) -> dict[str, Any] | None:
+        """What partitions the base, where this cell does."""
         more = {"offload_param": {"device": "cpu"}} if self.cell.stage == OFFLOAD else {}
-        sharding.partition_base(model, {"zero_optimization": {**ZERO3, **more}})
+        return {"zero_optimization": {**ZERO3, **more}} if self.cell.partitions else None
+
+    def _partition(self, model: Any) -> None:
+        if config := self._deepspeed():
+            sharding.partition_base(model, config)
 
     def _leave_modes(self) -> None:
         """The adapters train; the base's own modules are in the mode in which the caller left them."""
@@ -192,7 +202,6 @@ class Life:
             tuner.after_step(step + 1)
         self.report["losses"].append(run.over_all_ranks(loss))
         self.report["held"].append(at_rest.held(self.base))
-        self.report["share"] = self.share
 
     def _of_idle(self) -> dict[str, Tensor]:
         """The values and the optimizer's state of the adapter that nobody names."""

@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import functools
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from transformers import BitsAndBytesConfig, LlamaForCausalLM
 from transformers.utils import logging
 
+from peft_dist.loading import load_base, meta_base
 from tests.distributed import one_process as run
 
 # Computing in fp32, so that what remains of a difference is a mistake and not rounding.
@@ -38,6 +39,11 @@ def _folder() -> str:
     return folder
 
 
+def dtype_of(storage: str) -> torch.dtype:
+    """The dtype of the parameters that are not quantised."""
+    return torch.bfloat16 if storage == "bf16" else torch.float32
+
+
 @functools.cache
 def prepared(storage: str) -> LlamaForCausalLM:
     """The base, loaded once; processes forked afterwards find it there."""
@@ -45,12 +51,34 @@ def prepared(storage: str) -> LlamaForCausalLM:
     more: dict[str, Any] = {}
     if storage in _QUANTISATION:
         more = {"quantization_config": _QUANTISATION[storage](), "device_map": {"": "cpu"}}
-    dtype = torch.bfloat16 if storage == "bf16" else torch.float32
-    model = LlamaForCausalLM.from_pretrained(_folder(), dtype=dtype, **more)
+    model = LlamaForCausalLM.from_pretrained(_folder(), dtype=dtype_of(storage), **more)
     model.config.use_cache = False
     return model
 
 
 def base(storage: str) -> LlamaForCausalLM:
-    """A base of its own, in train mode."""
+    """A base of its own, in train mode, as transformers loads it."""
     return copy.deepcopy(prepared(storage)).train()
+
+
+def on_meta(storage: str) -> LlamaForCausalLM:
+    """The base without values, for `fill`."""
+    model = meta_base(_folder(), dtype=dtype_of(storage), quantization=_quantisation(storage))
+    model.config.use_cache = False
+    return model.train()
+
+
+def fill(model: Any, storage: str, deepspeed: Mapping[str, Any] | None) -> None:
+    """Gives a base on meta its values, partitioned where a config for that is given."""
+    load_base(
+        _folder(),
+        dtype=dtype_of(storage),
+        quantization=_quantisation(storage),
+        zero_stage=0 if deepspeed is None else 3,
+        deepspeed=deepspeed,
+        into=model,
+    )
+
+
+def _quantisation(storage: str) -> BitsAndBytesConfig | None:
+    return _QUANTISATION[storage]() if storage in _QUANTISATION else None
