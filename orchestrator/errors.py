@@ -54,6 +54,10 @@ class ModelError(RaypeftError):
     code = "model"
 
 
+class HubError(ModelError):
+    """A base that may be on a hub which does not answer."""
+
+
 class DataError(RaypeftError):
     """A dataset that is absent, empty, unreadable or lacks a column."""
 
@@ -76,6 +80,8 @@ class StorageError(RaypeftError):
     """Storage that is read-only, full, absent or of a kind that cannot do what is asked."""
 
     code = "storage"
+    may_pass = True
+    """Whether the same may succeed a moment later."""
 
 
 class RegistryError(RaypeftError):

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 from . import adapter_folder
 from .cluster import Cluster, ClusterFacts, check_storage
 from .errors import (
+    HubError,
     Interrupted,
     LeaseError,
     OutOfTimeError,
@@ -28,7 +29,7 @@ from .errors import (
 from .gate import check, names_in
 from .identity import BaseIdentity, base_identity, data_hash
 from .lineage import Lineage, count_trained_on, row_hashes
-from .objects import get_tree, join, read
+from .objects import get_tree, join, persistently, read
 from .plan import Plan, make_plan
 from .plan.model_sizes import read_sizes
 from .plan.row_lengths import row_facts
@@ -138,18 +139,23 @@ class RunResult:
 
 
 def plan_job(spec: JobSpec, environment: Environment) -> Plan:
-    """The plan that `run` follows.
+    """The plan that `run` follows. Where a hub does not answer, it knows nothing of the base and says so.
 
     Raises:
         ModelError: the base does not exist or its weights are damaged.
         PlacementError: the cluster can never give what the job asks.
         ClusterError: it has several nodes without storage that all of them see.
     """
-    sizes = read_sizes(spec.model.base_model, spec.model.revision)
+    sizes, unread = None, ()
+    try:
+        sizes = read_sizes(spec.model.base_model, spec.model.revision)
+    except HubError as error:
+        unread = (error.problem,)
     facts = environment.facts()
     if facts is not None:
         check_storage(spec, environment.cluster, facts)
-    return make_plan(spec, facts, sizes, row_facts(spec))
+    plan = make_plan(spec, facts, sizes, row_facts(spec))
+    return replace(plan, notes=(*unread, *plan.notes))
 
 
 def check_served(version: AdapterVersion) -> None:
@@ -514,8 +520,9 @@ class _Attempt:
             folder = get_tree(outcome.adapter_dir, Path(scratch) / "adapter")
             rows = row_hashes(read(outcome.train_rows)[0])
             self._enter("registering", f"registering {self.name}")
-            version = registry.register(
-                self.name, folder, lineage, train_rows=rows, fence=self.run.fence.number
+            fence = self.run.fence.number  # by which a second try finds what the first one did
+            version = persistently(
+                lambda: registry.register(self.name, folder, lineage, train_rows=rows, fence=fence)
             )
         if self.spec.register_.alias:
             registry.set_alias(self.name, version.version, self.spec.register_.alias)

@@ -335,12 +335,12 @@ class Run:
         event |= {name: value for name, value in facts.items() if name in ("adapter", "cause") and value}
         if has_ended(state):
             # who follows stops at the end, so all else is written before it, by a process that still holds the run
-            self._change(lambda document: None)
+            objects.persistently(lambda: self._change(lambda document: None))
             self._append("events.jsonl", event)
             self._flush()
-            self._change(change)
+            objects.persistently(lambda: self._change(change))
         else:
-            self._change(change)
+            objects.persistently(lambda: self._change(change))
             self._append("events.jsonl", event, flush=True)
         return event
 

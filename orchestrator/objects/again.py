@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from ..errors import StorageError
-from .failures import NotFound
 
 Result = TypeVar("Result")
 
@@ -19,13 +18,13 @@ def persistently(action: Callable[[], Result]) -> Result:
     """`action()`, which must be good for being called again after it failed half-way.
 
     Raises:
-        StorageError: of the last try; of the first where nothing is there to read.
+        StorageError: of the last try, or of one after which another would be of no use.
     """
     for pause_s in PAUSES_S:
         try:
             return action()
-        except NotFound:
-            raise
-        except StorageError:
+        except StorageError as error:
+            if not error.may_pass:
+                raise
             time.sleep(pause_s)
     return action()

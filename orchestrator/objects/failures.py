@@ -10,6 +10,8 @@ from ..errors import StorageError
 class NotFound(StorageError):
     """The file or object is not there."""
 
+    may_pass = False
+
 
 _Advice = tuple[str, str | None]
 """What the matter is, and what to do."""
@@ -68,6 +70,10 @@ _BY_CLASS: dict[str, _Advice] = {
 }
 
 
+_FULL_OR_EXPIRED = ("QuotaExceeded", "InsufficientStorage", "XMinioStorageFull", "507", "ExpiredToken")
+_MAY_PASS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE)
+
+
 def error_code(error: BaseException) -> str:
     """The S3 error code behind `error` (`PreconditionFailed`, `NoSuchKey`, ...); "" where it has none."""
     for candidate in (error, error.__cause__):
@@ -83,17 +89,22 @@ def explained(error: Exception, url: str, bucket: str = "") -> StorageError:
         return error
     code = error_code(error)
     found: _Advice | None = _BY_CODE.get(code)
+    may_pass = found is None or code in _FULL_OR_EXPIRED
     if found is None:
         names = [cls.__name__ for cls in type(error).__mro__]
         found = next((_BY_CLASS[name] for name in names if name in _BY_CLASS), None)
     if found is None and not code and isinstance(error, OSError) and error.errno is not None:
         found = _BY_ERRNO.get(error.errno)
+        may_pass = found is None or error.errno in _MAY_PASS
     if found is None:
         if code in ("NoSuchKey", "404") or isinstance(error, FileNotFoundError):
             return NotFound("there is no such file.", where=url)
         if isinstance(error, PermissionError):
+            may_pass = False
             found = _BY_CODE["403"] if bucket else _BY_ERRNO[errno.EACCES]
         else:
             found = (f"the storage failed: {error}.", None)
     problem, hint = found
-    return StorageError(problem.format(bucket=bucket), where=url, hint=hint)
+    said = StorageError(problem.format(bucket=bucket), where=url, hint=hint)
+    said.may_pass = may_pass
+    return said
