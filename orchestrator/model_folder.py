@@ -12,7 +12,7 @@ import fsspec
 import huggingface_hub
 from huggingface_hub import constants
 
-from .errors import ModelError, closest
+from .errors import HubError, ModelError, closest
 from .objects import is_local, local_path
 
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
@@ -176,6 +176,6 @@ def _hub_error(base_model: str, revision: str, error: Exception, path: Path) -> 
             f"the base '{base_model}' is neither a directory nor a model on the hub.", hint=_hint(path)
         )
     why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub does not answer"
-    return ModelError(
+    return HubError(
         f"the base '{base_model}' is no directory here, {why}, and no copy of it is cached.", hint=_hint(path)
     )

@@ -97,9 +97,9 @@ def test_there_are_pods_for_all_workers(cluster, resources, replicas):
 @pytest.mark.parametrize(
     ("resources", "words"),
     [
-        ({"num_workers": 9}, "9 workers are more than a worker group can ever give (8)."),
-        ({"gpus_per_worker": 2}, "no worker group has room for one worker (1 CPUs, 2 GPUs)."),
-        ({"labels": {"ray.io/accelerator-type": "H100"}}, "labels {'ray.io/accelerator-type': 'H100'}"),
+        ({"num_workers": 17}, "17 workers are more than a worker group can ever give (16)."),
+        ({"gpus_per_worker": 9}, "no worker group has room for one worker (1 CPUs, 9 GPUs)."),
+        ({"labels": {"ray.io/accelerator-type": "T4"}}, "labels {'ray.io/accelerator-type': 'T4'}"),
     ],
 )
 def test_what_no_group_can_give_is_refused(cluster, resources, words):
