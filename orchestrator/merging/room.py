@@ -60,7 +60,8 @@ def crew(
 
 def shares(sizes: Sequence[int], num_workers: int) -> list[list[int]]:
     """The steps of each worker, in their order: neighbours together, and about as many bytes for each."""
-    total, made = sum(sizes), [[] for _ in range(num_workers)]
+    total = sum(sizes)
+    made: list[list[int]] = [[] for _ in range(num_workers)]
     done = 0
     for number, size in enumerate(sizes):
         middle = done + size / 2

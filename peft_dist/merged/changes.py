@@ -128,16 +128,16 @@ def _check_merged(wrapper: Adapted, names: Sequence[str]) -> None:
 def check_biases(wrappers: Iterable[Any], names: Sequence[str]) -> None:
     """Raises MergeError where an adapter adds to the bias of a layer that has none."""
     for wrapper in wrappers:
-        if wrapper.base.site.bias or wrapper.base.site.kind in ("mha", "experts"):
-            continue
-        for name in names:
-            method = wrapper.methods.get(name)
-            # Only what a method trains can be a bias.
-            if method is not None and any("bias" in key for key in method.params(wrapper.base.site)):
-                raise MergeError(
-                    f"{wrapper._site_name}: adapter {name!r} adds to a bias, and this layer has none. Do not merge; "
-                    "keep the adapter."
-                )
+        for name in names if not wrapper.base.site.bias else ():
+            keys = [param.key for param in wrapper.wanted(name).values()]
+            if isinstance(wrapper, Adapted) and any(key.rpartition(".")[2].endswith("bias") for key in keys):
+                raise _no_bias(wrapper, name)
+
+
+def _no_bias(wrapper: Any, name: str) -> MergeError:
+    return MergeError(
+        f"{wrapper._site_name}: adapter {name!r} adds to a bias, and this layer has none. Keep the adapter."
+    )
 
 
 class Value:
@@ -257,7 +257,10 @@ class Merged:
         """(dW, db) of the wrapper's layer: its weight and its bias are asked for one after the other."""
         if self._made is None or self._made[:2] != (change.wrapper, change.names):
             self.forget()
-            self._made = (change.wrapper, change.names, *change.wrapper.change(change.names))
+            dW, db = change.wrapper.change(change.names)
+            if db is not None and not change.wrapper.base.site.bias:
+                raise _no_bias(change.wrapper, change.names[-1])
+            self._made = (change.wrapper, change.names, dW, db)
         return self._made[2], self._made[3]
 
     def forget(self) -> None:

@@ -32,8 +32,9 @@ class Group:
     converter: Any = None
     sources: dict[str, str] = field(default_factory=dict)
 
-    def converted(self, tensors: Mapping[str, Tensor], outline: Any) -> dict[str, Tensor]:
-        """What becomes of its tensors, by their new names; those on meta stay there."""
+    def converted(self, tensors: Mapping[str, Any], outline: Any) -> dict[str, Any]:
+        """What becomes of its tensors, by their new names. Those on meta stay there, and unread ones unread where the
+        conversion needs no values."""
         if self.converter is None:
             ((source, _),) = self.sources.items()
             return {self.name: tensors[source]}
@@ -112,7 +113,7 @@ class _Renamed:
     def convert(self, name: str, **kwargs: Any) -> dict[str, Any]:
         """As the converter's own."""
         made = self._converter.convert(name, **kwargs)
-        return {core_model_loading.apply_renamings(key, self._renamings): each for key, each in made.items()}
+        return {core_model_loading.apply_renamings(key, list(self._renamings)): each for key, each in made.items()}
 
 
 def _kinds(transforms: Sequence[Any]) -> tuple[list[Any], list[Any]]:

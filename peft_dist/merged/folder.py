@@ -103,7 +103,7 @@ def check_room(folder: Path, entries: Sequence[Entry]) -> None:
     needed, free = sum(entry.num_bytes for entry in entries), shutil.disk_usage(folder).free
     if needed > free:
         raise MergeError(
-            f"{folder.parent}: the merged model takes {needed / 1e9:.1f} GB, and the disk has {free / 1e9:.1f} GB left. "
+            f"{folder.parent}: the merged model takes {needed / 1e9:.1f} GB, and the disk has {free / 1e9:.1f} GB. "
             "Make room, or name another place."
         )
 

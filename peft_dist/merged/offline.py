@@ -92,7 +92,8 @@ class OfflineMerge:
         base, self._keys = _empty_base(request, self._folder, config, self._tensors, self._files)
         self._pending = _pending(self._keys, self._files)
         _take_stored_dtypes(base, self._pending)
-        self._tied = _ties(base)
+        # A layer may come to stand in the model several times, and a tensor under several names.
+        self._own = [(name, tensor) for name, tensor in base.named_parameters(remove_duplicate=False)]
         self.model = _with_adapter(base, config, self._tensors)
         self._base = self.model.get_base_model()
         self._holders = {id(h.module): h for h in holders(self.model, NAME)}
@@ -286,12 +287,15 @@ class OfflineMerge:
                 self._pending[name] = stored
 
     def _check_complete(self) -> None:
-        """Names a tied tensor by the one that the files have; refuses what nobody has."""
-        for tie in self._tied:
-            known = next((key for key in tie if key in self._pending), None)
-            if known is not None:
-                for key in tie:
-                    self._pending.setdefault(key, self._pending[known])
+        """Finds each tensor by the Parameter that it is in the model; refuses what nobody has."""
+        names = {name: id(tensor) for name, tensor in self._own}
+        held = {id(tensor): self._pending[name] for name, tensor in self._own if name in self._pending}
+        for key, place in self.plan.places.items():
+            is_own = names.get(key) == id(place.tensor) and key in self._pending
+            if not is_own and isinstance(place.tensor, nn.Parameter):
+                self._pending.pop(key, None)
+                if id(place.tensor) in held:
+                    self._pending[key] = held[id(place.tensor)]
         missing = [
             key
             for step in self.plan.steps
@@ -318,8 +322,8 @@ def _empty_base(
         raise BaseModelError(f"base model: {request.base!r} cannot be opened: {error}") from error
     if getattr(config, "quantization_config", None) is not None:
         raise MergeError(
-            f"{request.base!r} is stored quantised, so its weights can only be changed by quantising them anew. Name the "
-            "base in full by --base, or load it and call save_merged, which writes it dequantised."
+            f"{request.base!r} is stored quantised, so its weights could only be changed by quantising them anew. Name "
+            "the base in full by --base, or load it and call save_merged, which writes it dequantised."
         )
     _set_labels(config, adapter, tensors, request.labels)
     auto_class = _class_of(config, adapter)
@@ -340,7 +344,7 @@ def _empty_base(
     if wrong:
         name, there, here = wrong[0]
         raise BaseModelError(
-            f"base model: {name} is {list(there)} in the files of {request.base!r} and {list(here)} by its config.json. "
+            f"base model: {name} is {list(there)} in the files of {request.base!r} and {list(here)} by config.json. "
             "Take both from one model."
         )
     model.tie_weights()
@@ -433,13 +437,6 @@ def _flat(tensors: StoredTensors, holder: Holder) -> dict[str, Tensor]:
     """The tensors of what no layer holds: those that all layers share."""
     keys = {f"{holder.layer}.{key}" if holder.layer else key for key in holder.saved}
     return {key: tensors[key] for key in tensors if key in keys}
-
-
-def _ties(model: nn.Module) -> list[tuple[str, ...]]:
-    names: dict[int, list[str]] = {}
-    for name, tensor in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(tensor), []).append(name)
-    return [tuple(each) for each in names.values() if len(each) > 1]
 
 
 def _equal(first: Pending, second: Pending) -> bool:

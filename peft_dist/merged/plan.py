@@ -144,8 +144,8 @@ def _places(base: nn.Module, outline: Outline) -> dict[str, Place]:
         here = door(place.module, key).shape if is_packed(place) else shape_of(place)
         if here != tuple(empty.shape):
             raise MergeError(
-                f"{key!r} is {here} here and {tuple(empty.shape)} by the config of {type(base).__name__}: it was changed "
-                "after it was made. Put the config right, or use merge_and_unload and save it yourself."
+                f"{key!r} is {here} here and {tuple(empty.shape)} by the config of {type(base).__name__}: it was "
+                "changed after it was made. Put the config right, or use merge_and_unload and save it yourself."
             )
         places[key] = place
     return places

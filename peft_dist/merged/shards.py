@@ -81,7 +81,8 @@ def size_in_bytes(size: int | str) -> int:
         )
     if found <= 0:
         raise MergeError(
-            f"max_shard_size: {size!r} is no size of a file. Write a number with its unit, such as '5GB', '500MB' or '2GiB'."
+            f"max_shard_size: {size!r} is no size of a file. Write a number with its unit, such as '5GB' or "
+            "'500MB'."
         )
     return found
 
