@@ -10,21 +10,24 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from peft_dist.adapted import Adapted, AdapterModule, Replaced
+from peft_dist.base_layer import QuantisedLayer, door
 from peft_dist.contract import Method, PromptMethod
 from peft_dist.errors import AdapterError, MergeError, suggest
 from peft_dist.inject import adapter_modules, check_together, remove_wrappers
+from peft_dist.packed import is_quantised
 from peft_dist.pool import outer_modules
-from peft_dist.sharding import gathered, is_partitioned, set_whole, stored_bits, whole
+from peft_dist.sharding import gathered, is_partitioned, layers_changed, set_whole, stored_bits, whole
 
 _KEPT = "_kept_at_merge"
 _OWN_WEIGHT = "_tied_before_merge"
+_QUANTISED = "_quantised_before_merge"
 
 
 def merge(
@@ -33,6 +36,7 @@ def merge(
     safe_merge: bool = False,
     *,
     keep: bool = True,
+    dequantize: bool = False,
 ) -> list[str]:
     """Adds the adapters' changes to the weights of `base`, in place; the bare layers then serve them.
 
@@ -45,6 +49,8 @@ def merge(
         adapter_names: in the order in which they act; the active ones by default.
         safe_merge: look first whether every merged weight is finite, and change nothing if one is not.
         keep: keep the stored weights for `unmerge`: as much memory again as the adapted layers take.
+        dequantize: a quantised layer becomes an ordinary nn.Linear of W + dW, in the dtype of the base's other
+            weights; else W + dW is quantised anew. `unmerge` makes it what it was.
 
     Returns:
         the names that are merged now.
@@ -73,8 +79,14 @@ def merge(
     _check_tied(touched, users)
     if safe_merge:
         _check_finite(touched, names)
+    dtype = dtype_of(base) if dequantize else torch.float32
+    if dequantize:
+        layers_changed(base)
     for module in touched:
         dW, db = _change(module, names)
+        if dequantize and isinstance(module.base, QuantisedLayer) and dW is not None:
+            _merge_dense(module, dW, db, dtype, keep)
+            continue
         if dW is not None:
             _untie(module, users)
         old = module.base.exchange_(_own(dW, module, names)) if keep and dW is not None else None
@@ -102,14 +114,20 @@ def unmerge(base: nn.Module) -> None:
         warnings.warn("Already unmerged, nothing to do.", stacklevel=2)
         return
     changed = [m for m in merged if any(name in m.methods for name in m.merged_adapters)]
-    lost = [module for module in changed if _KEPT not in module.__dict__]
+    lost = [module for module in changed if not {_KEPT, _QUANTISED} & module.__dict__.keys()]
     if lost:
         raise MergeError(
             f"{lost[0]._site_name}: the stored weight was not kept when {lost[0].merged_adapters} was "
             "merged, and "
             "subtracting would not restore its bits. Load the base again, or merge with keep=True."
         )
+    if is_dequantised(base):
+        layers_changed(base)
     for module in changed:
+        if _QUANTISED in module.__dict__:
+            module.base, turn_back = module.__dict__.pop(_QUANTISED)
+            turn_back()
+            continue
         _retie(module)
         module.base.restore_(module.__dict__.pop(_KEPT))
     for module in merged:
@@ -117,11 +135,19 @@ def unmerge(base: nn.Module) -> None:
 
 
 def merge_and_unload(
-    base: nn.Module, adapter_names: Sequence[str] | None = None, safe_merge: bool = False
+    base: nn.Module,
+    adapter_names: Sequence[str] | None = None,
+    safe_merge: bool = False,
+    *,
+    dequantize: bool = False,
 ) -> nn.Module:
     """`base` with the adapters' changes in its weights and without their wrappers; in place.
 
     Modules trained whole take the copy of the last of the adapters that has one.
+
+    Args:
+        dequantize: as `merge`, and every other quantised layer becomes an nn.Linear too: the base is then an
+            ordinary one. Adapters that are merged already are merged anew.
 
     Raises:
         AdapterError, MergeError: as `merge`.
@@ -129,14 +155,19 @@ def merge_and_unload(
     wrappers = [module for _, module in adapter_modules(base)]
     merged = _merged(wrappers)
     names = [*merged, *_names(wrappers, adapter_names)]
+    if dequantize and merged and not is_dequantised(base):
+        unmerge(base)
+        merged, adapter_names = [], names
     if set(names) - set(merged):
-        names = merge(base, adapter_names, safe_merge, keep=False)
+        names = merge(base, adapter_names, safe_merge, keep=False, dequantize=dequantize)
     for _, module in adapter_modules(base):
         if isinstance(module, Replaced):
             _take_over(module, names)
     remove_wrappers(base)
     if any(_OWN_WEIGHT in module.__dict__ for module in base.modules()):
         _say_untied(base)
+    if dequantize:
+        _dequantise(base)
     return base
 
 
@@ -150,6 +181,11 @@ def unload(base: nn.Module) -> nn.Module:
         unmerge(base)
     remove_wrappers(base)
     return base
+
+
+def is_dequantised(base: nn.Module) -> bool:
+    """Whether adapters are merged into layers that were quantised, and are dense until `unmerge`."""
+    return any(_QUANTISED in module.__dict__ for _, module in adapter_modules(base))
 
 
 def refuse_unmergeable(methods: Mapping[str, object], adapter_names: Sequence[str] | None) -> None:
@@ -216,6 +252,53 @@ def _check_finite(modules: Sequence[Adapted], names: Sequence[str]) -> None:
                 "finite. "
                 "The adapter seems to be broken; nothing was merged."
             )
+
+
+# Quantised layers that become dense
+
+
+def dtype_of(base: nn.Module) -> torch.dtype:
+    """The dtype of the base's own weights that are not quantised; fp32 where it has none."""
+    own = (module for _, module in outer_modules(base) if not isinstance(module, AdapterModule))
+    return next((dtype for module in own for dtype in _floats(module)), torch.float32)
+
+
+def _floats(module: nn.Module) -> Iterator[torch.dtype]:
+    if not is_quantised(module):
+        for parameter in module._parameters.values():
+            if parameter is not None and parameter.is_floating_point():
+                yield parameter.dtype
+
+
+def _merge_dense(module: Adapted, dW: Tensor, db: Tensor | None, dtype: torch.dtype, keep: bool) -> None:
+    quantised = module.base
+    assert isinstance(quantised, QuantisedLayer)
+    turn_back = quantised.make_dense(dtype, dW)
+    module.base = door(quantised.layer, quantised.site.name)
+    if keep:
+        module.__dict__[_QUANTISED] = (quantised, turn_back)
+    if db is not None:
+        module.base.add_bias_(db)
+
+
+def _dequantise(base: Any) -> None:
+    """Makes an ordinary model of a base without wrappers."""
+    layers_changed(base)
+    dtype = dtype_of(base)
+    for name, layer in list(base.named_modules()):
+        if is_quantised(layer):
+            opened = door(layer, name)
+            assert isinstance(opened, QuantisedLayer)
+            opened.make_dense(dtype)
+    layers_changed(base)
+    for key in ("hf_quantizer", "quantization_method"):
+        if key in vars(base):
+            delattr(base, key)
+    for flag in ("is_quantized", "is_loaded_in_8bit", "is_loaded_in_4bit"):
+        if getattr(base, flag, False):
+            setattr(base, flag, False)
+    if hasattr(getattr(base, "config", None), "quantization_config"):
+        del base.config.quantization_config
 
 
 # Weights that two layers share

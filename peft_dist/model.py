@@ -20,7 +20,7 @@ from peft_dist.contract import Method, PromptMethod
 from peft_dist.errors import AdapterError, CheckpointError, ConfigError, MergeError
 from peft_dist.hooks import without_hooked
 from peft_dist.lazy import lazy
-from peft_dist.merge import refuse_unmergeable
+from peft_dist.merge import is_dequantised, refuse_unmergeable
 from peft_dist.pool import outer_modules
 from peft_dist.prompts import PromptedModel
 from peft_dist.prompts.generation import rows_each
@@ -141,6 +141,7 @@ class PeftModel(PromptedModel):
         before = [module.disabled for module in modules]
         layers = (*modules, *(layer for _, layer in hooked_layers(self.get_base_model())))
         merged = next((list(layer.merged_adapters) for layer in layers if layer.merged_adapters), [])
+        dequantize = is_dequantised(self.get_base_model())
         if merged:
             self.base_model.unmerge_adapter()
         own, self.disabled = self.disabled, True
@@ -154,7 +155,7 @@ class PeftModel(PromptedModel):
             for module, state in zip(modules, before, strict=True):
                 module.disabled = state
             if merged:
-                self.base_model.merge_adapter(merged)
+                self.base_model.merge_adapter(merged, dequantize=dequantize)
 
     @property
     def base_model_torch_dtype(self) -> Any:

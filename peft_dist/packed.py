@@ -35,6 +35,16 @@ bitsandbytes = lazy("bitsandbytes")
 # Blocks that bitsandbytes' double quantisation puts under one scale.
 _NESTED_BLOCK = 256
 _STATISTICS = ("SCB", "absmax", "nested_absmax", "nested_offset")
+_OF_8BIT = ("state", "index")
+_OF_4BIT = (
+    "compute_dtype",
+    "compute_type_is_set",
+    "quant_state",
+    "quant_storage",
+    "support_avx512bf16_for_cpu",
+)
+# Where DeepSpeed keeps the parameters that a module had when it was partitioned.
+_OF_DEEPSPEED = "_original_parameters"
 _MARK = "_peft_dist_statistic"
 _WAITING = "_peft_dist_quantised_layers"
 
@@ -98,13 +108,19 @@ def settle_base(base: nn.Module, modules: Iterable[nn.Module]) -> None:
 
     Where an engine of the user's own partitions them later, they become partitionable before the next forward.
     """
-    found = [module for module in modules if _is_quantised(type(module))]  # type: ignore[arg-type]
+    found = [module for module in modules if is_quantised(module)]
     for layer in found:
         settle(layer)
     if found and _WAITING not in base.__dict__:
         base.register_forward_pre_hook(_follow_the_weights, prepend=True)
     if found:
         base.__dict__[_WAITING] = tuple(found)
+
+
+def is_quantised(module: nn.Module) -> bool:
+    """Whether it is one of bitsandbytes' two quantised linear layers."""
+    kind: Any = type(module)
+    return _is_quantised(kind)
 
 
 @functools.cache
@@ -162,6 +178,12 @@ def scales_8bit(layer: Any) -> Tensor:
         return layer.SCB.data
     scales = layer.weight.SCB
     return layer.state.SCB if scales is None else scales
+
+
+def taken_off(layer: Any) -> dict[str, Any]:
+    """What a quantised layer has beside its parameters, and an nn.Linear has not; it is taken off the layer."""
+    names = [key for key in (*_OF_8BIT, *_OF_4BIT, _OF_DEEPSPEED) if key in layer.__dict__]
+    return {key: layer.__dict__.pop(key) for key in names}
 
 
 def set_8bit(layer: Any, codes: Tensor, scales: Tensor | None) -> None:

@@ -183,6 +183,27 @@ def reach(module: nn.Module, parameters: Iterable[Weight]) -> None:
             parameter.all_gather()
 
 
+def layers_changed(base: nn.Module) -> None:
+    """Lets the engine learn anew which parameters the layers of a partitioned base have, after some got others.
+
+    Raises:
+        ShardingError: the base is partitioned by an engine that `partition_base` did not build.
+    """
+    engine = base.__dict__.get(_ENGINE)
+    if engine is not None:
+        order = engine.optimizer.get_param_coordinator()
+        if not order.is_invalid_trace():
+            order._invalidate_trace()
+        # It would hold those that are gone.
+        engine.param_names = {parameter: name for name, parameter in base.named_parameters()}
+    elif any(is_partitioned(parameter) for parameter in base.parameters()):
+        raise ShardingError(
+            "an engine of your own has partitioned this base, and fetches the parameters that its layers had when "
+            "it was built: they cannot be dequantised in place. Merge without dequantize, or partition the base "
+            "by peft_dist.sharding.partition_base."
+        )
+
+
 def partition_like(parameter: nn.Parameter, other: Weight) -> None:
     """Partitions a whole frozen parameter as `other` is; a collective, of which rank 0's values are kept. Does
     nothing where `other` is whole."""

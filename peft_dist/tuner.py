@@ -359,13 +359,19 @@ class BaseTuner(hooks.Hooks, PooledModule):
 
     # --- merged, disabled
 
-    def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
+    def merge_adapter(
+        self,
+        adapter_names: Sequence[str] | None = None,
+        safe_merge: bool = False,
+        *,
+        dequantize: bool = False,
+    ) -> None:
         """Adds the named adapters' changes to the base's weights in place; the active ones where none is
-        named."""
+        named. With `dequantize` the quantised ones of those layers are ordinary ones until they are unmerged."""
         names = None if adapter_names is None else self.known(adapter_names)
         merge.refuse_unmergeable(self.peft_config, names)
         if not merge_hooked(self.model, names, safe_merge):
-            merge.merge(self.model, names, safe_merge)
+            merge.merge(self.model, names, safe_merge, dequantize=dequantize)
 
     def unmerge_adapter(self) -> None:
         """Takes merged adapters out of the base's weights again."""
@@ -373,14 +379,20 @@ class BaseTuner(hooks.Hooks, PooledModule):
             merge.unmerge(self.model)
 
     def merge_and_unload(
-        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: Sequence[str] | None = None
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: Sequence[str] | None = None,
+        *,
+        dequantize: bool = False,
     ) -> nn.Module:
-        """The base with the named adapters merged for good and no wrappers."""
+        """The base with the named adapters merged for good and no wrappers; with `dequantize` an ordinary one,
+        none of whose layers is quantised."""
         names = None if adapter_names is None else self.known(adapter_names)
         merge.refuse_unmergeable(self.peft_config, names)
         if merge_hooked(self.model, names, safe_merge):
             hooks.remove_hooked(self.model)
-        return self._bare(merge.merge_and_unload(self.model, names, safe_merge))
+        return self._bare(merge.merge_and_unload(self.model, names, safe_merge, dequantize=dequantize))
 
     def unload(self) -> nn.Module:
         """The bare base, its weights as they were, without adapters or wrappers.

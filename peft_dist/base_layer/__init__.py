@@ -6,7 +6,7 @@ from peft_dist.base_layer.doors import door, has_door, kind_of
 from peft_dist.base_layer.experts import ParameterLayer
 from peft_dist.base_layer.layer import Layer, rounded
 from peft_dist.base_layer.linear import Conv1DLayer, EmbeddingLayer, LinearLayer
-from peft_dist.base_layer.quantised import num_elements
+from peft_dist.base_layer.quantised import QuantisedLayer, num_elements
 
 __all__ = [
     "OUT_PROJ",
@@ -15,6 +15,7 @@ __all__ = [
     "Layer",
     "LinearLayer",
     "ParameterLayer",
+    "QuantisedLayer",
     "door",
     "has_door",
     "kind_of",

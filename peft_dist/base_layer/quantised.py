@@ -10,17 +10,17 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from peft_dist import packed
 from peft_dist.base_layer.layer import Layer
 from peft_dist.lazy import lazy
-from peft_dist.sharding import gathered, stored_bits, whole_shape
+from peft_dist.sharding import gathered, partition_like, stored_bits, whole_shape
 
 bitsandbytes = lazy("bitsandbytes")
 
@@ -77,6 +77,40 @@ class QuantisedLayer(Layer):
         with torch.no_grad(), gathered(self._stored_in(), modify=True):
             W = self._dequantised().float()
             self._quantise(W + change.to(W.device, torch.float32))
+
+    @torch.no_grad()
+    def make_dense(self, dtype: torch.dtype, dW: Tensor | None = None) -> Callable[[], None]:
+        """Turns the layer into an nn.Linear of W + dW, added in fp32 and rounded once to `dtype`, in place; a
+        collective if it is partitioned, as the nn.Linear then is. This door does not fit it any more.
+
+        Returns:
+            what turns it back, bit for bit.
+        """
+        layer, W = self.layer, self.weight().float()
+        if dW is not None:
+            W = W + dW.to(W.device, torch.float32)
+        made = {"weight": W.to(dtype, copy=True)}
+        if (bias := self.bias()) is not None:
+            made["bias"] = bias.to(dtype, copy=True)
+        before = (layer.__class__, dict(layer._parameters), packed.taken_off(layer))
+        codes = layer.weight
+        layer.__class__ = nn.Linear
+        layer._parameters.clear()
+        for key in ("weight", "bias"):
+            parameter = nn.Parameter(made[key], requires_grad=False) if key in made else None
+            layer.register_parameter(key, parameter)
+            if parameter is not None:
+                partition_like(parameter, codes)
+
+        def turn_back() -> None:
+            kind, parameters, attributes = before
+            layer.__class__ = kind
+            layer._parameters.clear()
+            for key, parameter in parameters.items():
+                layer.register_parameter(key, parameter)
+            layer.__dict__.update(attributes)
+
+        return turn_back
 
     @contextlib.contextmanager
     def substituted(self, W: Tensor, b: Tensor | None = None) -> Iterator[None]:
