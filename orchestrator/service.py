@@ -37,6 +37,7 @@ from .registry import AdapterVersion, Registry
 from .runner import Event, Runner, TrainOutcome, TrainRequest
 from .spec.canonical import canonical_hash, resolved_yaml
 from .spec.job import DeploySpec, JobSpec
+from .spec.quantization import quantization_of
 from .spec.tasks import SERVED, task_type
 from .store import Run, RunStore
 
@@ -511,6 +512,7 @@ class _Attempt:
             spec_hash=canonical_hash(self.spec),
             resolved_spec=resolved_yaml(self.spec),
             data_hash=self.run.record.data_hash,
+            quantization=bits.name if (bits := quantization_of(self.spec.model)) else None,
             metrics=outcome.metrics,
             parent=self.spec.adapter.init_from,
             gate_passed=verdict.passed if deploy is not None and deploy.gate is not None else None,

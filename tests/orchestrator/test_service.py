@@ -179,6 +179,16 @@ def test_a_job_is_trained_gated_registered_and_deployed(house):
     assert [event["step"] for event in house.environment.runs.metrics("docs")] == [1]
 
 
+@pytest.mark.parametrize(
+    ("keys", "name"), [({}, None), ({"load_in_8bit": True}, "int8"), ({"load_in_4bit": True}, "nf4+double")]
+)
+def test_a_version_records_how_its_base_was_kept_and_is_deployed_all_the_same(house, keys, name):
+    result = house.run(job(model={"base_model": str(ASSETS / "tiny-llama"), **keys}))
+    version = house.environment.registry.get("docs")
+    assert version.lineage.quantization == name and house.endpoints.deployed == ["docs@1"]
+    assert result.state == "done" and version.to_dict()["lineage"]["quantization"] == name
+
+
 def classifier(**sections: object) -> JobSpec:
     rows = {"path": str(ASSETS / "python-classification.jsonl"), "type": "classification"}
     gate = {"gate": {"all": ["accuracy > 0.5"]}, "alias": "best"}
