@@ -346,7 +346,9 @@ class PooledModule(nn.Module):
             if old.is_meta:
                 room = torch.empty_like(old, device=device)
                 if isinstance(old, nn.Parameter):
-                    torch.utils.swap_tensors(old, nn.Parameter(room, old.requires_grad))
+                    # What torch.utils.swap_tensors does, which refuses where anyone has a weak reference: those
+                    # are to the Parameter, which stays.
+                    torch._C._swap_tensor_impl(old, nn.Parameter(room, old.requires_grad))  # type: ignore[attr-defined]
                 else:
                     held[key] = room
         self._fill_fixed(adapter)
