@@ -4,6 +4,7 @@ overtaken. What was committed stays, and nothing else is ever found."""
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -245,3 +246,22 @@ def test_a_run_over_slow_and_failing_storage_ends_like_an_undisturbed_one(tmp_pa
     end = train(request(tmp_path, spec, run="full"), reporter=told)
     assert [event["step"] for event in told.of("progress")] == [3, 4, 5, 6]
     assert same(adapter_of(whole), adapter_of(end)) and whole.metrics == end.metrics
+
+
+def test_a_whole_run_under_a_fence_stops_goes_on_and_is_overtaken_on_s3(s3_bucket, tmp_path):
+    torch.set_num_threads(1)
+    spec = job(tmp_path, training={"max_steps": 6, "save_steps": 2}, storage={"keep_latest": 2})
+    whole = train(request(tmp_path, spec, run="whole"))
+    with RunStore(s3_bucket.url + "/runs").open("small", small_job(), "d") as run:
+        asked = request(tmp_path, spec, run="here")
+        stopped = replace(asked, run_dir=run.url, fence=run.fence)
+        assert train(stopped, reporter=Recorder(stop_after=3)).is_stopped
+        assert steps_in(run.url) == [3, 2]
+        later = replace(stopped, fence=run.fence.advanced())
+        with pytest.raises(LeaseError, match="has a later group of workers: number 2, this is 1"):
+            train(stopped)  # a group that was cut off and comes back
+        assert steps_in(run.url) == [3, 2]
+        end = train(later)
+        assert end.adapter_dir == run.url + "/final.2" and end.metrics == whole.metrics
+        final = local_copy(end.adapter_dir, tmp_path / "final")
+        assert damage_of(final) is None and "final.1" not in objects.list_(run.url)
