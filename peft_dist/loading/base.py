@@ -20,10 +20,9 @@ import torch
 import torch.distributed as dist
 import transformers
 
-from peft_dist.errors import BaseModelError, PeftDistError, suggest
+from peft_dist.errors import BaseModelError, suggest
 from peft_dist.folder import is_hub_id
 from peft_dist.inject import start_waiting
-from peft_dist.lazy import lazy
 from peft_dist.loading.filling import Progress, check_filled, fill, start_the_rest, tie
 from peft_dist.loading.keys import Group, Keys, conversions, match
 from peft_dist.loading.pieces import Ranks, fill_pieces
@@ -89,34 +88,29 @@ def load_base(
 
     Raises:
         BaseModelError: it is missing, has no safetensors, is cut short, lacks weights, or its architecture is
-            unknown here; on all ranks, if one of them finds so.
+            unknown here; at stage 3 on all ranks, if one of them finds so.
         ShardingError: stage 3 without a process group.
     """
-    place = _Place(path, task, revision, trust_remote_code)
     sharded = zero_stage == 3
+    ranks = Ranks(alone=not (sharded and dist.is_initialized()))
     with contextlib.ExitStack() as opened:
-        failure: PeftDistError | None = None
-        try:
+        with ranks.failing_together():
             _check_stage(zero_stage, deepspeed)
             wanted = quantisation(quantization)
+            place = _Place(path, task, revision, trust_remote_code)
             config = place.config(labels)
             _check_stored(path, config, wanted)
             files = opened.enter_context(Files(place.files()))
-            model = (
-                into
-                if into is not None
-                else place.empty(config, _dtype(path, dtype, config, files, wanted), wanted)
-            )
+            kept = _dtype(path, dtype, config, files, wanted)
+            model = place.empty(config, kept, wanted) if into is None else into
             base = base_of(model)
             opened.enter_context(bare(base))
+            _check_empty(base, wanted)
             keys = place.keys(base, files, labels)
-        except PeftDistError as error:
-            failure = error
-        ranks = Ranks(alone=not (sharded and dist.is_initialized()))
-        ranks.raise_together(failure)
         tie(base, keys, (ranks.rank, ranks.world), ranks.agree)
-        place.check_complete(base, keys)
-        start_the_rest(base)
+        with ranks.failing_together():
+            place.check_complete(base, keys)
+            start_the_rest(base)
         advance = _advance(keys, ranks.world, on_progress)
         at = _home(sharded, device)
         if sharded:
@@ -124,7 +118,7 @@ def load_base(
         else:
             fill(base, keys, at, advance)
             check_filled(base)
-    place.finish(base)
+        place.finish(base)
     if into is not None:
         start_waiting(model)
     return model
@@ -283,6 +277,21 @@ def _check_stage(zero_stage: int, config: Mapping[str, Any] | None) -> None:
         raise BaseModelError(f"load_base: zero_stage is {zero_stage!r}; it is 0, 1, 2 or 3.")
     if zero_stage == 3:
         check_partitionable(config or _PLAIN)
+
+
+def _check_empty(base: Any, wanted: Any) -> None:
+    """Refuses to fill a model that has values, or that is not quantised as it should be."""
+    for name, parameter in base.named_parameters():
+        if not parameter.is_meta:
+            raise BaseModelError(
+                f"load_base: {name} of the model given as into is on {parameter.device}, not on the meta device. Give "
+                "what peft_dist.meta_base made, or leave into out."
+            )
+    if wanted is not None and not quantised_weights(base):
+        raise BaseModelError(
+            "load_base: the model given as into has no quantised layers, quantization says that it should. Make it "
+            "with peft_dist.meta_base(..., quantization=...), before adapters are put on it."
+        )
 
 
 def _check_stored(path: str, config: Any, wanted: Any) -> None:

@@ -7,7 +7,8 @@ quantised once more need all of a layer's, which the ranks gather, a 64th of a l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -37,6 +38,16 @@ class Ranks:
     def agree(self, mine: bool) -> bool:
         """Whether every rank says so; a collective."""
         return all(self._all(mine))
+
+    @contextlib.contextmanager
+    def failing_together(self) -> Iterator[None]:
+        """What fails within on one rank fails on all of them, when it ends; a collective."""
+        failure: Exception | None = None
+        try:
+            yield
+        except Exception as error:  # whatever it is: the others wait
+            failure = error
+        self.raise_together(failure)
 
     def raise_together(self, failure: Exception | None) -> None:
         """Raises on every rank what failed on any, so that none waits for one that is gone; a collective.
