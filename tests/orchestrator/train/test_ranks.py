@@ -91,6 +91,39 @@ def test_negative_control_ranks_that_do_not_sum(tmp_path):
     assert difference(alone, both[0]) > 2e-3
 
 
+def compile_ops(folder: Path, spec, made_plan, run: str):
+    import deepspeed
+
+    from peft_dist import sharding
+
+    vars(deepspeed.ops)["__compatible_ops__"] = {"deepspeed_shm_comm": True}
+    sharding.disable_deepspeed_op_builds = lambda: None
+    return on_rank(folder, spec, made_plan, run)
+
+
+@pytest.fixture
+def stale_lock(tmp_path, monkeypatch) -> Path:
+    """What a compilation of DeepSpeed's that was killed leaves behind: whoever compiles waits for it for ever."""
+    lock = tmp_path / "extensions" / "deepspeed_shm_comm" / "lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
+    return tmp_path / "extensions"
+
+
+def test_a_stale_lock_of_the_compiler_holds_nobody_up(tmp_path, stale_lock):
+    before = sorted(stale_lock.rglob("*"))
+    ends = run_on_ranks(on_rank, 2, tmp_path, job(tmp_path), plan(workers=2, stage=3), "locked")
+    assert ends[0].steps == 5 and sorted(stale_lock.rglob("*")) == before, "nothing is compiled"
+
+
+def test_negative_control_a_run_that_compiles_waits_for_the_lock(tmp_path, stale_lock):
+    with pytest.raises(RankFailed, match="did not finish in time"):
+        run_on_ranks(
+            compile_ops, 2, tmp_path, job(tmp_path), plan(workers=2, stage=3), "locked", timeout_s=15
+        )
+
+
 def test_a_failing_rank_says_why(tmp_path):
     spec = job(tmp_path, data={"datasets": [{"path": str(tmp_path / "none.jsonl"), "type": "text"}]})
     with pytest.raises(RankFailed, match=r"none\.jsonl"):
