@@ -8,6 +8,8 @@ that the seed draws, and then, a moment later that it draws too, does the fault:
     worker, node, driver, head       SIGKILL: to a worker; to all of a node with one; to the driver; to Ray's head
     sigterm-worker, sigterm-driver   SIGTERM, as before a machine goes: a checkpoint is due, and nothing is lost
     truncated, flipped               the driver is killed, and the newest checkpoint damaged before the next one
+    storage, full, slow              in one process, for every n: its nth write fails; all from the nth on fail, and
+                                     the command is given again once there is room; each takes a fifth of a second
 
 A fault of the driver or the head is followed, as by whoever watches over it, by the same command once more. A line
 says where the run stood, how many steps it repeats, how many it may (those since the last checkpoint that was told,
@@ -31,6 +33,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -45,20 +48,24 @@ import ray  # noqa: E402
 from ray.cluster_utils import Cluster as RayCluster  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
-from orchestrator import keeper  # noqa: E402
+from orchestrator import keeper, objects  # noqa: E402
 from orchestrator.cluster import ClusterFacts, NodeFacts, cluster_at  # noqa: E402
 from orchestrator.errors import RaypeftError  # noqa: E402
 from orchestrator.registry import Registry  # noqa: E402
+from orchestrator.runner import TrainOutcome, TrainRequest  # noqa: E402
 from orchestrator.service import Environment, StopRequest, run_job  # noqa: E402
 from orchestrator.spec.load import load_job_mapping  # noqa: E402
 from orchestrator.store import RunStore  # noqa: E402
 from orchestrator.train.checkpoint import OPTIMIZER_FILE  # noqa: E402
 from orchestrator.train.launch import RayRunner  # noqa: E402
+from orchestrator.train.run import train  # noqa: E402
+from tests.orchestrator.faulty import FaultyStorage  # noqa: E402
 
+STORAGES = ("storage", "full", "slow")
 KILLS = ("worker", "node", "driver", "head")
 DAMAGES = ("truncated", "flipped")
 OTHERS = ("sigterm-worker", "sigterm-driver", *DAMAGES)
-SAVE_STEPS = 4
+SAVE_STEPS, HERE_STEPS = 4, 10
 LIMIT_S = 300.0
 """For one trial; what has not ended by then counts as hanging."""
 LEAVE_S = 60.0
@@ -91,7 +98,8 @@ def job(steps: int) -> dict[str, Any]:
 def drive(folder: Path, address: str, steps: int) -> int:
     """`raypeft run` of the job on the Ray at `address`: prints its events as JSON, and at last a result or an error."""
     stop = StopRequest()
-    for number in (signal.SIGINT, signal.SIGTERM):
+    ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+    for number in (signal.SIGINT, signal.SIGTERM):  # after Ray has set its own
         signal.signal(number, lambda *_: stop.ask())
     environment = Environment(
         cluster=cluster_at("http://127.0.0.1:1"),
@@ -228,6 +236,8 @@ class Outcome:
     """Largest difference of a weight from the undisturbed run's adapter."""
     loss_difference: float | None = None
     wall_s: float = 0.0
+    tried: int = 1
+    """How many runs this line stands for: the worst of them."""
     problem: str = ""
 
     @property
@@ -240,12 +250,12 @@ class Outcome:
         again = "-" if self.again_s is None else f"{self.again_s:.1f}"
         equal = {None: "-", 0.0: "bit for bit"}.get(self.difference, f"to {self.difference}")
         return (
-            f"{self.seed:>4} {self.fault:<15} {self.at_step:>7} {lost:>6} {self.may_lose:>8} {again:>9} "
-            f"{equal:<12} {self.problem or 'good'}"
+            f"{self.seed:>4} {self.fault:<15} {self.tried:>5} {self.at_step:>7} {lost:>6} {self.may_lose:>8} "
+            f"{again:>9} {equal:<12} {self.problem or 'good'}"
         )
 
 
-HEADER = f"{'seed':>4} {'fault':<15} {'at step':>7} {'lost':>6} {'may lose':>8} {'again, s':>9} {'equal':<12}"
+HEADER = "seed fault           tried at step   lost may lose  again, s equal"
 
 
 class Trial:
@@ -367,6 +377,114 @@ class Trial:
         return getattr(self, "last", "it said nothing")
 
 
+# storage, in this process
+
+
+class HereRunner:
+    """Trains in the calling process, with one worker."""
+
+    def __init__(self) -> None:
+        self.said: list[dict[str, Any]] = []
+        self.stop_requested = False
+
+    def start(self, request: TrainRequest) -> None:
+        """Keeps the request; `events` trains."""
+        self.request = request
+
+    def emit(self, kind: str, **fields: Any) -> None:
+        """As `events.Reporter`."""
+        self.said.append({"event": kind, **fields})
+
+    def events(self) -> Iterator[dict[str, Any]]:
+        """Trains, then tells."""
+        self.error: RaypeftError | None = None
+        try:
+            self.end = train(self.request, reporter=self)  # type: ignore[arg-type]
+        except RaypeftError as error:
+            self.error = error
+        yield from self.said
+
+    def stop(self) -> None:
+        """It is over when it could be asked."""
+
+    def outcome(self) -> TrainOutcome:
+        """What it came to."""
+        if self.error is not None:
+            raise self.error
+        end = self.end
+        files = (end.train_rows, end.eval_rows)
+        return TrainOutcome(end.adapter_dir, end.metrics, end.steps, 0.0, *files, question=end.question)
+
+    def steps(self) -> list[int]:
+        """Those that were taken."""
+        return [event["step"] for event in self.said if event["event"] == "progress"]
+
+
+def run_here(folder: Path, faults: FaultyStorage) -> tuple[HereRunner, dict[str, Any] | RaypeftError]:
+    """One command, over storage with faults: its runner, and its result or error."""
+    rows = folder / "rows.jsonl"
+    if not rows.exists():
+        lines = (ROOT / "jobs/assets/python-docs.jsonl").read_text().splitlines()[:40]
+        rows.write_text("\n".join(lines) + "\n")
+    asked = job(HERE_STEPS)
+    asked["data"]["datasets"][0]["path"] = str(rows)
+    asked["resources"] = {"num_workers": 1}
+    runner = HereRunner()
+    environment = Environment(
+        cluster=cluster_at("http://127.0.0.1:1"),
+        runs=RunStore(folder / "runs"),
+        registry=Registry(folder / "registry"),
+        open_runner=lambda: runner,  # type: ignore[arg-type,return-value]
+        open_endpoints=lambda: None,  # type: ignore[arg-type,return-value]
+        facts=lambda: ClusterFacts((NodeFacts(1, memory=8 << 30),), 1, 0, source="chaos"),
+    )
+    try:
+        with faults.installed():
+            return runner, run_job(load_job_mapping(asked).spec, environment).to_dict()
+    except RaypeftError as error:
+        return runner, error
+
+
+def storage_trial(fault: str) -> Outcome:
+    """Runs with their storage failing at each of its writes in turn, or slow; the worst of them."""
+    objects.again.PAUSES_S = (0.0, 0.0, 0.0)
+    outcome, began = Outcome(0, fault, difference=0.0, tried=0), time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="chaos-") as scratch:
+        (Path(scratch) / "whole").mkdir()
+        counted = FaultyStorage()
+        _, expected = run_here(Path(scratch) / "whole", counted)
+        assert isinstance(expected, dict), expected
+        theirs = weights(Path(scratch) / "whole", expected)
+        turns = [None] if fault == "slow" else list(range(1, counted.count + 1))
+        for nth in turns:
+            folder = Path(scratch) / f"{nth}"
+            folder.mkdir()
+            faults = FaultyStorage(nth, lasting=fault == "full", delay_s=0.2 if fault == "slow" else 0.0)
+            first, result = run_here(folder, faults)
+            if not isinstance(result, dict):  # the same command, now that the storage is well
+                again, result = run_here(folder, FaultyStorage())
+                saved = [event["step"] for event in first.said if event["event"] == "checkpoint"]
+                at = max(first.steps(), default=0)
+                lost = at - (min(again.steps()) - 1) if again.steps() else 0
+                if (outcome.steps_lost or 0) <= lost:
+                    outcome.at_step, outcome.steps_lost = at, lost
+                    outcome.may_lose = at - max(saved, default=0)
+                if lost > at - max(saved, default=0):
+                    outcome.problem = f"LOST {lost} steps at write {nth}: {faults.log[-1]}"
+            outcome.tried += 1
+            if not isinstance(result, dict):
+                outcome.problem = f"write {nth}, {faults.log[nth or 0]}: {result}"
+                continue
+            ours = weights(folder, result)
+            difference = max(float((ours[name] - theirs[name]).abs().max()) for name in theirs)
+            outcome.difference = max(outcome.difference or 0.0, difference)
+            if difference or result["adapter"].partition("@")[2] != "1":
+                outcome.problem = f"ENDED DIFFERENTLY at write {nth}: {result['adapter']}, {difference:.1e}"
+            shutil.rmtree(folder)
+    outcome.wall_s = round(time.monotonic() - began, 1)
+    return outcome
+
+
 def weights(folder: Path, result: dict[str, Any]) -> dict[str, Any]:
     """The registered adapter's tensors."""
     version = Registry(folder / "registry").get(result["adapter"])
@@ -376,8 +494,8 @@ def weights(folder: Path, result: dict[str, Any]) -> dict[str, Any]:
 def trial(machines: Machines, steps: int, seed: int, fault: str, whole: tuple[dict, dict] | None) -> Any:
     """One run; returns its outcome, or, for the undisturbed one, its result and weights."""
     folder = Path(tempfile.mkdtemp(prefix="chaos-"))
+    one = Trial(machines, folder, steps, seed, fault)
     try:
-        one = Trial(machines, folder, steps, seed, fault)
         machines.fill()
         try:
             result = one.run()
@@ -401,10 +519,10 @@ def trial(machines: Machines, steps: int, seed: int, fault: str, whole: tuple[di
             outcome.problem = f"ENDED DIFFERENTLY by {outcome.difference:.1e}"
         return outcome
     finally:
-        if os.environ.get("CHAOS_KEEP") is None:
+        if one.outcome.is_good:
             shutil.rmtree(folder, ignore_errors=True)
         else:
-            print(f"kept: {folder}")
+            print(f"kept to look at: {folder}")
 
 
 def main() -> int:
@@ -415,7 +533,7 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=20, help="how many runs have something killed")
     parser.add_argument("--first", type=int, default=0, help="the first seed")
     parser.add_argument(
-        "--only", nargs="+", choices=[*KILLS, *OTHERS], metavar="FAULT", help="all by default"
+        "--only", nargs="+", choices=[*STORAGES, *KILLS, *OTHERS], metavar="FAULT", help="all by default"
     )
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--write", action="store_true", help="keep the table in benchmarks/results")
@@ -428,14 +546,28 @@ def main() -> int:
     seeds = range(arguments.first, arguments.first + arguments.seeds)
     todo = [(arguments.first + number, fault) for number, fault in enumerate(rest)]
     todo += [(seed, kills[seed % len(kills)]) for seed in seeds] if kills else []
-    machines, outcomes = Machines(), []
+    outcomes = [storage_trial(fault) for fault in STORAGES if fault in (arguments.only or STORAGES)]
+    print(HEADER, *outcomes, sep="\n", flush=True)
+    if arguments.write:
+        write(outcomes, arguments.steps)
+    if todo:
+        outcomes = strike(todo, arguments, outcomes)
+    bad = [outcome for outcome in outcomes if not outcome.is_good]
+    print(f"{len(outcomes) - len(bad)} of {len(outcomes)} good")
+    return int(bool(bad))
+
+
+def strike(
+    todo: list[tuple[int, str]], arguments: argparse.Namespace, before: list[Outcome]
+) -> list[Outcome]:
+    """The runs on Ray, line by line."""
+    machines, outcomes = Machines(), list(before)
     try:
         began = time.monotonic()
         whole = trial(machines, arguments.steps, 0, "none", None)
         print(
             f"undisturbed: {time.monotonic() - began:.0f} s, eval_loss {whole[0]['metrics']['eval_loss']:.6f}"
         )
-        print(HEADER, flush=True)
         for seed, fault in todo:
             outcomes.append(trial(machines, arguments.steps, seed, fault, whole))
             print(outcomes[-1], flush=True)
@@ -443,22 +575,23 @@ def main() -> int:
                 write(outcomes, arguments.steps)
     finally:
         machines.end()
-    bad = [outcome for outcome in outcomes if not outcome.is_good]
-    print(f"{len(outcomes) - len(bad)} of {len(outcomes)} good")
-    return int(bool(bad))
+    return outcomes
 
 
 def write(outcomes: list[Outcome], steps: int) -> None:
-    """Keeps the table as far as it is."""
+    """Keeps the table as far as it is, beside what this day's other runs have tried."""
     date, hardware = time.strftime("%Y-%m-%d"), f"{os.cpu_count()}cpu-{platform.machine()}"
     result = ROOT / "benchmarks/results" / f"{date}-{hardware}-chaos.json"
+    trials = json.loads(result.read_text())["trials"] if result.exists() else []
+    kept = {(each["fault"], each["seed"]): each for each in trials}
+    kept |= {(each.fault, each.seed): {**asdict(each), "good": each.is_good} for each in outcomes}
     found = {
         "date": date,
         "hardware": hardware,
         "ray": ray.__version__,
         "steps": steps,
         "save_steps": SAVE_STEPS,
-        "trials": [{**asdict(each), "good": each.is_good} for each in outcomes],
+        "trials": list(kept.values()),
     }
     result.write_text(json.dumps(found, indent=1) + "\n")
 
