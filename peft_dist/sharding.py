@@ -452,7 +452,10 @@ def _engine_config(config: Mapping[str, Any]) -> dict[str, Any]:
     # A weight kept for a reuse that never comes (an evaluation has no backward) would rest whole on every rank,
     # as would each small one under a threshold above 0.
     leeway = {"stage3_max_reuse_distance": 0, "stage3_param_persistence_threshold": 0}
-    ours["zero_optimization"] = {**leeway, **config["zero_optimization"]}
+    # Of a mixture's block that is gathered as one, DeepSpeed would take its adapters' tensors for pieces too.
+    # transformers stacks experts in one parameter: every rank reads it, whichever of them its tokens go to.
+    whole = {"leaf_module": {"classes": []}}
+    ours["zero_optimization"] = {**leeway, **whole, **config["zero_optimization"]}
     ours["train_micro_batch_size_per_gpu"] = 1
     return ours
 
