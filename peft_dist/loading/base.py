@@ -23,6 +23,7 @@ import transformers
 from peft_dist.errors import BaseModelError, suggest
 from peft_dist.folder import is_hub_id
 from peft_dist.inject import start_waiting
+from peft_dist.lazy import lazy
 from peft_dist.loading.filling import Progress, check_filled, fill, start_the_rest, tie
 from peft_dist.loading.keys import Group, Keys, conversions, match
 from peft_dist.loading.pieces import Ranks, fill_pieces
