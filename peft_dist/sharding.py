@@ -38,11 +38,11 @@ _NOT_FOR_A_BASE = (
     "train_micro_batch_size_per_gpu",
     "gradient_accumulation_steps",
 )
-# What rounds or adds up the pieces that it gathers: codes that are stored as floats are no numbers.
+# What DeepSpeed may do to what it gathers.
 _NOT_FOR_CODES = {
-    "zero_quantized_weights": "quantise what it gathers",
-    "zero_quantized_nontrainable_weights": "quantise what it gathers",
-    "stage3_use_all_reduce_for_fetch_params": "add pieces up instead of gathering them",
+    "zero_quantized_weights": "quantise its pieces once more",
+    "zero_quantized_nontrainable_weights": "quantise its pieces once more",
+    "stage3_use_all_reduce_for_fetch_params": "add its pieces up instead of gathering them",
 }
 
 
@@ -298,6 +298,7 @@ def partition_base(
     """
     check_partitionable(deepspeed_config)
     _check(model)
+    _check_codes(base_of(model), deepspeed_config)
     config = _engine_config(deepspeed_config)
     disable_deepspeed_op_builds()
     base = base_of(model)
@@ -407,12 +408,6 @@ def check_partitionable(config: Mapping[str, Any]) -> None:
                 "packed "
                 "4-bit weights included. Leave the section out: the base keeps the dtype it was loaded in."
             )
-    for key, what in _NOT_FOR_CODES.items():
-        if config["zero_optimization"].get(key):
-            raise ShardingError(
-                f"partition_base: zero_optimization.{key} is true; DeepSpeed would {what}, and the base is to be "
-                "the same on every rank as in one process. Leave it out."
-            )
     if not dist.is_initialized():
         raise ShardingError(
             "partition_base: no process group is up. Call torch.distributed.init_process_group first; one "
@@ -424,16 +419,6 @@ def check_partitionable(config: Mapping[str, Any]) -> None:
 def _check(model: nn.Module) -> None:
     if is_partitioned_base(model) or any(is_partitioned(p) for p in model.parameters()):
         raise ShardingError("partition_base: this base is partitioned already.")
-    unfit = [
-        name
-        for name, layer in base_of(model).named_modules()
-        if packed.is_8bit(type(layer)) and _in_halves(layer)
-    ]
-    if unfit:
-        raise ShardingError(
-            f"partition_base: {unfit[0]} is a Linear8bitLt with has_fp16_weights=True, which quantises its whole "
-            "weight in each forward. Load the base with has_fp16_weights=False."
-        )
     # DeepSpeed itself looks at the first parameter alone.
     first = next(model.parameters(), None)
     if first is not None and first.dtype == torch.float64:
@@ -443,8 +428,23 @@ def _check(model: nn.Module) -> None:
         )
 
 
-def _in_halves(layer: Any) -> bool:
-    return bool(layer.weight.has_fp16_weights)
+def _check_codes(base: nn.Module, config: Mapping[str, Any]) -> None:
+    """Raises if the codes of a quantised base would not be partitioned, or not be the same when gathered."""
+    layers: list[tuple[str, Any]] = [
+        (name, layer) for name, layer in base.named_modules() if packed.is_quantised(layer)
+    ]
+    for key, what in _NOT_FOR_CODES.items() if layers else ():
+        if config["zero_optimization"].get(key):
+            raise ShardingError(
+                f"partition_base: zero_optimization.{key} is true and {layers[0][0]} is quantised; DeepSpeed would "
+                f"{what}, and codes are no numbers. Leave it out."
+            )
+    for name, layer in layers:
+        if getattr(layer.weight, "has_fp16_weights", False):
+            raise ShardingError(
+                f"partition_base: {name} is a {type(layer).__name__} with has_fp16_weights=True, which quantises its "
+                "whole weight in each forward. Load the base with has_fp16_weights=False."
+            )
 
 
 def _engine_config(config: Mapping[str, Any]) -> dict[str, Any]:
