@@ -24,6 +24,7 @@ CHECKS = {
     "saves": "the adapter alone is gathered, one rank writes, and one process that loads it gives the same logits",
     "loads": "adapters added, loaded and filled while training; the next step starts from their values",
     "merges": "into the stored weights, on every rank, and out again to the bit",
+    "engine": "a user's own deepspeed.initialize, engine.backward and engine.step train to one process's losses",
     "holds": "no rank has more than its share of the base's bytes at rest",
     "truth": "counts and states are those that one process reports",
 }

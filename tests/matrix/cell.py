@@ -32,7 +32,7 @@ from peft_dist.errors import MergeError
 from peft_dist.optim import AdapterOptimizer, Hyper
 from peft_dist.pool import PooledModule
 from tests.distributed import one_process as run
-from tests.matrix import at_rest, storages
+from tests.matrix import at_rest, own_engine, storages
 from tests.matrix.axes import OFFLOAD, Cell
 
 ZERO3 = {"stage": 3, "stage3_param_persistence_threshold": 0}
@@ -67,7 +67,7 @@ class Life:
         report.update(losses=[], gradients={}, held=[], share=share)
 
     def run(self) -> None:
-        for part in (self.injects, self.trains, self.mixed, self.saves, self.loads, self.merges):
+        for part in (self.injects, self.trains, self.mixed, self.saves, self.loads, self.merges, self.engine):
             try:
                 part()
             except Exception as error:
@@ -160,6 +160,9 @@ class Life:
         self.report["held"].append(at_rest.held(self.base))
         self.model.unmerge_adapter()
         self.report["after"] = run.evaluate(self.model)
+
+    def engine(self) -> None:
+        self.report["engine"] = own_engine.losses(self.cell)
 
     # What they share
 

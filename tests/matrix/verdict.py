@@ -13,7 +13,7 @@ from tests.matrix.axes import CHECKS, NOT_MERGED, Cell
 from tests.matrix.cell import TINY, Report
 
 # In which part of its life a cell is asked what; a part that raised leaves those after it unanswered.
-PARTS = ("injects", "trains", "mixed", "saves", "loads", "merges")
+PARTS = ("injects", "trains", "mixed", "saves", "loads", "merges", "engine")
 
 
 @dataclass(frozen=True)
@@ -170,6 +170,17 @@ def _merges(cell: Cell, ranks: Sequence[Report], one: Report) -> str:
     return ""
 
 
+def _engine(cell: Cell, ranks: Sequence[Report], one: Report) -> str:
+    wanted = one["engine"]
+    if math.isclose(wanted[0], wanted[-1], rel_tol=1e-6):
+        return "no: nothing was learned"
+    for report in ranks:
+        for got, want in zip(report["engine"], wanted, strict=True):
+            if not math.isclose(got, want, rel_tol=BOUNDS[cell.storage].loss):
+                return f"no: losses {report['engine']}, not {wanted}"
+    return ""
+
+
 def _holds(cell: Cell, ranks: Sequence[Report], one: Report) -> str:
     for report in ranks:
         if max(report["held"]) > report["share"]:
@@ -192,6 +203,7 @@ _ASKS: dict[str, Callable[[Cell, Sequence[Report], Report], str]] = {
     "saves": _saves,
     "loads": _loads,
     "merges": _merges,
+    "engine": _engine,
     "holds": _holds,
     "truth": _truth,
 }
