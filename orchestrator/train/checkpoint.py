@@ -161,22 +161,26 @@ def damage_of(folder: Path) -> str | None:
     """Why a folder does not agree with its manifest, in a few words; None where it does."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
-        files = manifest["files"]
+        if manifest.get("format", 0) > FORMAT:
+            return f"it was written in format {manifest['format']}, this version reads up to {FORMAT}"
+        files = [(str(name), facts["size"], facts["sha256"]) for name, facts in manifest["files"].items()]
     except FileNotFoundError:
         return "it has no manifest: it was not finished"
-    except (ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return "its manifest is not readable"
-    if manifest.get("format", 0) > FORMAT:
-        return f"it was written in format {manifest['format']}, this version reads up to {FORMAT}"
-    for name, facts in files.items():
-        path = folder / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != facts["size"]:
-            return f"{name} has {path.stat().st_size} bytes instead of {facts['size']}"
-        if _sha256(path) != facts["sha256"]:
-            return f"{name} does not match its sha256 sum"
-    return None
+    try:
+        return next((damage for each in files if (damage := _damage_of_file(folder, *each))), None)
+    except OSError as error:
+        return f"it cannot be read: {error}"
+
+
+def _damage_of_file(folder: Path, name: str, size: int, sha256: str) -> str | None:
+    path = folder / name
+    if not path.is_file():
+        return f"{name} is missing"
+    if path.stat().st_size != size:
+        return f"{name} has {path.stat().st_size} bytes instead of {size}"
+    return None if _sha256(path) == sha256 else f"{name} does not match its sha256 sum"
 
 
 def steps_in(run_dir: str) -> list[int]:

@@ -230,8 +230,10 @@ class _Run:
         """The checkpoint to go on from, chosen and verified by rank 0, read by all."""
         found = None
         if self.group.is_first:
-            found = newest_good(
-                self.request.run_dir, self.scratch, lambda text: self._emit("warning", message=text)
+            found = objects.persistently(
+                lambda: newest_good(
+                    self.request.run_dir, self.scratch, lambda text: self._emit("warning", message=text)
+                )
             )
         step = int(self.group.first(found.position.step if found else 0))
         if step == 0:

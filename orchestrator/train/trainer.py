@@ -18,6 +18,7 @@ from ray.train.v2.api.config import FailureConfig, LoggingConfig, RunConfig, Sca
 from ray.train.v2.torch.torch_trainer import TorchTrainer  # as ray.train.torch has it, with its types
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from orchestrator import objects
 from orchestrator.runner import TrainRequest
 
 from .backend import MeetingConfig
@@ -42,7 +43,7 @@ class Trainer(TorchTrainer):
         # Ray Train insists on storage of its own, and puts nothing there: checkpoints are ours
         self._storage = tempfile.mkdtemp(prefix="raypeft-")
         # a new number for this group: what one before it, cut off and not yet dead, still commits is refused
-        fence = request.fence.advanced() if request.fence else None
+        fence = objects.persistently(request.fence.advanced) if request.fence else None
         told = replace(request, secrets={}, fence=fence)
         super().__init__(
             cast(Any, functools.partial(run_worker, told, mailbox, os.getcwd())),
