@@ -1,6 +1,6 @@
 """What is lost when parts of a running job die: one job, again and again, each time with another fault.
 
-    python benchmarks/chaos.py [--seeds 20] [--only worker node ...] [--steps 60] [--write]
+    python benchmarks/chaos.py [--seeds 20] [--only worker node ...] [--steps 40] [--write]
 
 Runs a small job (two workers, the embedded base) on a Ray of several nodes on this machine, lets it come to a step
 that the seed draws, and then, a moment later that it draws too, does the fault:
@@ -46,7 +46,6 @@ os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPAT
 
 import ray  # noqa: E402
 from ray.cluster_utils import Cluster as RayCluster  # noqa: E402
-from safetensors.torch import load_file  # noqa: E402
 
 from orchestrator import keeper, objects  # noqa: E402
 from orchestrator.cluster import ClusterFacts, NodeFacts, cluster_at  # noqa: E402
@@ -58,27 +57,34 @@ from orchestrator.spec.load import load_job_mapping  # noqa: E402
 from orchestrator.store import RunStore  # noqa: E402
 from orchestrator.train.checkpoint import OPTIMIZER_FILE  # noqa: E402
 from orchestrator.train.launch import RayRunner  # noqa: E402
-from orchestrator.train.run import train  # noqa: E402
+from peft_dist.lazy import lazy  # noqa: E402
 from tests.orchestrator.faulty import FaultyStorage  # noqa: E402
+
+# they import torch, which the drivers' processes can do without
+tensors, running = lazy("safetensors.torch"), lazy("orchestrator.train.run")
 
 STORAGES = ("storage", "full", "slow")
 KILLS = ("worker", "node", "driver", "head")
 DAMAGES = ("truncated", "flipped")
 OTHERS = ("sigterm-worker", "sigterm-driver", *DAMAGES)
-SAVE_STEPS, HERE_STEPS = 4, 10
-LIMIT_S = 300.0
+SAVE_STEPS, HERE_STEPS, ROWS = 4, 10, 60
+LIMIT_S = 900.0
 """For one trial; what has not ended by then counts as hanging."""
 LEAVE_S = 60.0
 """A driver that lost its head leaves by itself within this, or is killed."""
 
 
-def job(steps: int) -> dict[str, Any]:
-    """The job; its folder is the driver's business."""
+def job(folder: Path, steps: int) -> dict[str, Any]:
+    """The job on rows in `folder`, few enough that reading them takes no time."""
+    rows = folder / "rows.jsonl"
+    if not rows.exists():
+        lines = (ROOT / "jobs/assets/python-docs.jsonl").read_text().splitlines()[:ROWS]
+        rows.write_text("\n".join(lines) + "\n")
     return {
         "name": "chaos",
         "model": {"base_model": str(ROOT / "jobs/assets/tiny-llama")},
         "data": {
-            "datasets": [{"path": str(ROOT / "jobs/assets/python-docs.jsonl"), "type": "chat"}],
+            "datasets": [{"path": str(rows), "type": "chat"}],
             "val_set_size": 8,
             "sequence_len": 128,
         },
@@ -114,7 +120,7 @@ def drive(folder: Path, address: str, steps: int) -> int:
         print(json.dumps(event, default=str), flush=True)
 
     try:
-        result = run_job(load_job_mapping(job(steps)).spec, environment, on_event=show, stop=stop)
+        result = run_job(load_job_mapping(job(folder, steps)).spec, environment, on_event=show, stop=stop)
     except RaypeftError as error:
         show({"event": "error", "message": str(error)})
         return error.exit_code
@@ -399,7 +405,7 @@ class HereRunner:
         """Trains, then tells."""
         self.error: RaypeftError | None = None
         try:
-            self.end = train(self.request, reporter=self)  # type: ignore[arg-type]
+            self.end = running.train(self.request, reporter=self)
         except RaypeftError as error:
             self.error = error
         yield from self.said
@@ -422,12 +428,7 @@ class HereRunner:
 
 def run_here(folder: Path, faults: FaultyStorage) -> tuple[HereRunner, dict[str, Any] | RaypeftError]:
     """One command, over storage with faults: its runner, and its result or error."""
-    rows = folder / "rows.jsonl"
-    if not rows.exists():
-        lines = (ROOT / "jobs/assets/python-docs.jsonl").read_text().splitlines()[:40]
-        rows.write_text("\n".join(lines) + "\n")
-    asked = job(HERE_STEPS)
-    asked["data"]["datasets"][0]["path"] = str(rows)
+    asked = job(folder, HERE_STEPS)
     asked["resources"] = {"num_workers": 1}
     runner = HereRunner()
     environment = Environment(
@@ -488,7 +489,7 @@ def storage_trial(fault: str) -> Outcome:
 def weights(folder: Path, result: dict[str, Any]) -> dict[str, Any]:
     """The registered adapter's tensors."""
     version = Registry(folder / "registry").get(result["adapter"])
-    return load_file(Path(version.url) / "adapter_model.safetensors")
+    return tensors.load_file(Path(version.url) / "adapter_model.safetensors")
 
 
 def trial(machines: Machines, steps: int, seed: int, fault: str, whole: tuple[dict, dict] | None) -> Any:
@@ -535,7 +536,7 @@ def main() -> int:
     parser.add_argument(
         "--only", nargs="+", choices=[*STORAGES, *KILLS, *OTHERS], metavar="FAULT", help="all by default"
     )
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--write", action="store_true", help="keep the table in benchmarks/results")
     parser.add_argument("--drive", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
