@@ -7,6 +7,7 @@ for ever, and no process is left behind.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import pickle
@@ -103,6 +104,8 @@ def _rank(
     sender: Any,
     patience_s: float,
 ) -> None:
+    # What the parent imported is looked through by no collection of garbage here, and stays shared.
+    gc.freeze()
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), GLOO_SOCKET_IFNAME="lo")
     try:

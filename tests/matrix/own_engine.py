@@ -6,6 +6,9 @@ import logging
 from typing import Any
 
 import deepspeed
+
+# Every engine asks for it, and it takes seconds to import: once, before any fork.
+import deepspeed.runtime.zero.muon.muon_optimizer
 import torch
 import torch.distributed as dist
 from torch import Tensor
