@@ -153,6 +153,10 @@ class Controller:
         """After the optimizer's step."""
         return None
 
+    def settle(self, sites: Mapping[str, Params]) -> None:
+        """Does again, before the adapter is next run, what an optimizer's step after `after_step` undid."""
+        return None
+
     def state(self) -> dict[str, Tensor]:
         """What a resumed run needs of it, by name."""
         return {}

@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from peft_dist.errors import OptimizerError
+from peft_dist.gradients import keeps_gradient_whole, sums_gradient
 from peft_dist.sharding import is_partitioned
 
 _BUCKET_BYTES = 64 * 2**20
@@ -142,6 +143,8 @@ class AdapterOptimizer:
         for bucket in _buckets(tensors):
             self._send(bucket, source=0)
         mine = [t.parameter for t in tensors if self.stage == 0 or t.owner == self._rank]
+        for tensor in tensors:
+            sums_gradient(tensor.parameter)
         self._adapters[name] = _Adapter(hyper, tensors, _torch_optimizer(mine, hyper) if mine else None)
 
     def remove(self, name: str) -> None:
@@ -169,8 +172,8 @@ class AdapterOptimizer:
         sum.
 
         Args:
-            keep_whole: every rank keeps every sum, at any stage, for what looks at all gradients of an adapter
-                before the step.
+            keep_whole: every rank keeps every sum, at any stage, as it does those of tensors that
+                `keep_gradient_whole` was said of.
 
         Raises:
             OptimizerError: gradients were reduced already and neither stepped nor zeroed since.
@@ -191,13 +194,13 @@ class AdapterOptimizer:
         for tensor, flag in zip(tensors, flags.tolist(), strict=True):
             tensor.has_grad = bool(flag)
         used = [t for t in tensors if t.has_grad]
-        if self.stage < 2 or keep_whole:
-            for bucket in _buckets(used):
-                self._sum(bucket, owner=None)
-        else:
-            for owner, owned in self._by_owner(used):
-                for bucket in _buckets(owned):
-                    self._sum(bucket, owner)
+        everywhere = [t for t in used if self.stage < 2 or keep_whole or keeps_gradient_whole(t.parameter)]
+        for bucket in _buckets(everywhere):
+            self._sum(bucket, owner=None)
+        kept = {id(t) for t in everywhere}
+        for owner, owned in self._by_owner([t for t in used if id(t) not in kept]):
+            for bucket in _buckets(owned):
+                self._sum(bucket, owner)
 
     @torch.no_grad()
     def step(self, scale: float = 1.0) -> dict[str, float]:

@@ -10,18 +10,19 @@ import contextlib
 import copy
 import importlib
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from peft_dist import checkpoint, hooks, inject, merge, recompute
+from peft_dist import checkpoint, gradients, hooks, inject, merge, recompute
 from peft_dist.ahead import LookAhead
 from peft_dist.catalog import METHODS, class_name, config_class, entry, prefix_of
 from peft_dist.config import PeftConfig
 from peft_dist.contract import Controller, Method, Params
 from peft_dist.errors import AdapterError, ConfigError, MergeError, suggest
+from peft_dist.gradients import Gradients
 from peft_dist.lazy import lazy
 from peft_dist.pool import PooledModule
 from peft_dist.targets import usual_targets
@@ -87,6 +88,9 @@ class BaseTuner(hooks.Hooks, PooledModule):
         self.targeted_module_names: list[str] = []
         self.targeted_parameter_names: list[str] = []
         self.controllers: dict[str, Controller] = {}
+        self._gradients = Gradients()
+        # Whose controller acted where the optimizer's step may have come after it.
+        self._unsettled: set[str] = set()
         self.look_ahead = LookAhead(self)
 
     @classmethod
@@ -211,6 +215,7 @@ class BaseTuner(hooks.Hooks, PooledModule):
         inject.delete(self.model, adapter_name)
         inject.forget(adapter_name, self._adapters)
         self.controllers.pop(adapter_name, None)
+        self._unsettled.discard(adapter_name)
         del self.peft_config[adapter_name]
         if adapter_name in self._active:
             left = [name for name in self._active if name != adapter_name]
@@ -283,6 +288,7 @@ class BaseTuner(hooks.Hooks, PooledModule):
         """Takes what adapters read of a batch out of a call's `kwargs`; their layers find it within the
         context."""
         names = {name for config in self.peft_config.values() for name in getattr(config, "reads", ())}
+        self._attend()
         current = self._adapters.current
         before = current.batch
         current.batch = {**before, **{name: kwargs.pop(name) for name in names if name in kwargs}}
@@ -293,6 +299,13 @@ class BaseTuner(hooks.Hooks, PooledModule):
                 yield
         finally:
             current.batch = before
+
+    def _attend(self) -> None:
+        """Before a run, what controllers need of it."""
+        if self._unsettled:
+            self.settle()
+        for name in self.controllers if torch.is_grad_enabled() else ():
+            self._gradients.watch(t for p in self.sites(name).values() for t in p.values())
 
     def _layers_run_again(self) -> list[nn.Module]:
         # Looked for once for each set of adapters: a base may get its layers when an adapter is added.
@@ -320,20 +333,40 @@ class BaseTuner(hooks.Hooks, PooledModule):
         return torch.stack(terms).sum() if terms else None
 
     def after_backward(self, step: int) -> None:
-        """To be called between the backward and the optimizer's step, where a method needs it (AdaLoRA)."""
+        """To be called between the backward and the optimizer's step, where a method needs it (AdaLoRA); on every
+        rank. Gradients come from wherever the optimizer or a user's own engine has them."""
         for name, controller in self._acting():
-            controller.after_backward(self.sites(name), step)
+            self._show(name, lambda sites, of=controller: of.after_backward(sites, step))
 
     def after_step(self, step: int) -> None:
-        """To be called after the optimizer's step, where a method needs it (AdaLoRA)."""
+        """To be called after the optimizer's step, where a method needs it (AdaLoRA); on every rank."""
         for name, controller in self._acting():
-            controller.after_step(self.sites(name), step)
+            self._show(name, lambda sites, of=controller: of.after_step(sites, step), with_gradients=False)
 
     def update_and_allocate(self, global_step: int) -> None:
-        """Both of the above at once, by AdaLoRA's name in HF PEFT: after the backward, with the gradients
-        still there, before or after the optimizer's step."""
+        """Both of the above at once, by AdaLoRA's name in HF PEFT: after the backward, before or after the
+        optimizer's step. What is decided before the step holds after it too: it is seen to again before the
+        adapter is next run or merged."""
         self.after_backward(global_step)
         self.after_step(global_step)
+        self._unsettled |= {name for name, _ in self._acting()}
+
+    def settle(self) -> None:
+        """What controllers decided before an optimizer's step, which moved it, is so again."""
+        names, self._unsettled = self._unsettled, set()
+        for name in self.controllers:
+            if name in names:
+                self._show(name, self.controllers[name].settle, with_gradients=False)
+
+    def _show(
+        self, adapter: str, act: Callable[[dict[str, Params]], object], with_gradients: bool = True
+    ) -> None:
+        """Lets `act` see and change the tensors of an adapter's layers, whole, with their gradients."""
+        sites = self.sites(adapter)
+        tensors = list({id(t): t for p in sites.values() for t in p.values()}.values())
+        found = self._gradients.taken(tensors) if with_gradients else {}
+        with gradients.whole_view(tensors, found) as shown:
+            act({name: {key: shown[id(t)] for key, t in p.items()} for name, p in sites.items()})
 
     def add_controller(self, adapter: str) -> None:
         """Makes what acts on the adapter as a whole, where its method has such a thing."""
@@ -341,8 +374,12 @@ class BaseTuner(hooks.Hooks, PooledModule):
         modules: Mapping[str, Any] = self._adapters.sites.get(adapter, {})
         sites = {name: module.base.site for name, module in modules.items()}
         made = config.controller(sites) if isinstance(config, Method) else None
-        if made is not None:
-            self.controllers[adapter] = made
+        if made is None:
+            return
+        self.controllers[adapter] = made
+        for p in self.sites(adapter).values():
+            for tensor in p.values():
+                gradients.keep_gradient_whole(tensor)
 
     def _acting(self) -> list[tuple[str, Controller]]:
         serving = self._serving()
@@ -370,6 +407,7 @@ class BaseTuner(hooks.Hooks, PooledModule):
         named. With `dequantize` the quantised ones of those layers are ordinary ones until they are unmerged."""
         names = None if adapter_names is None else self.known(adapter_names)
         merge.refuse_unmergeable(self.peft_config, names)
+        self.settle()
         if not merge_hooked(self.model, names, safe_merge):
             merge.merge(self.model, names, safe_merge, dequantize=dequantize)
 
@@ -390,6 +428,7 @@ class BaseTuner(hooks.Hooks, PooledModule):
         none of whose layers is quantised."""
         names = None if adapter_names is None else self.known(adapter_names)
         merge.refuse_unmergeable(self.peft_config, names)
+        self.settle()
         if merge_hooked(self.model, names, safe_merge):
             hooks.remove_hooked(self.model)
         return self._bare(merge.merge_and_unload(self.model, names, safe_merge, dequantize=dequantize))

@@ -12,12 +12,12 @@ ROOT = Path(__file__).parent.parent
 LAYERS = {
     "peft_dist": [
         {"contract", "catalog", "errors", "lazy", "linalg", "starts", "config", "folder"},
-        {"base_layer", "fused", "packed", "targets", "sharding", "pool", "rows", "replicate", "layer_api", "loss"},
+        {"foreign_engine", "base_layer", "fused", "packed", "targets", "sharding", "pool", "rows", "replicate", "layer_api", "loss"},
         {"methods"},
         {"adapted", "tuner_layer"},
         {
             "inject", "merge", "checkpoint", "optim", "hooks", "prompts", "prompt_encoders", "ahead", "xlora",
-            "savable", "calibration", "arithmetic", "lora_optimizers",
+            "savable", "calibration", "arithmetic", "lora_optimizers", "gradients",
         },
         {
             "model", "entry", "tuner", "recompute", "tasks", "mixed", "compat", "loading", "registry", "status", "auto",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import peft
 import pytest
 import torch
@@ -20,17 +22,25 @@ def batch(step: int) -> dict[str, torch.Tensor]:
 
 
 def trained(model, steps, after: bool, lr: float = 2e-2) -> list[float]:
-    """The losses of a run, with the allocation after the optimizer's step, as HF PEFT's example has it, or
-    before."""
+    """The losses of a run, with the allocation after the optimizer's step, as HF PEFT's example has it, or with
+    sensitivities of before it."""
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=lr)
     losses = []
     for step in steps:
         loss = model(**batch(step)).loss
         loss.backward()
-        if not after:
+        in_halves = isinstance(model, peft.PeftModel) and not after
+        allocator = model.base_model.rankallocator if in_halves else None
+        if in_halves and step < allocator.peft_config.total_step - allocator.peft_config.tfinal:
+            allocator.update_ipt(model.base_model.model)
+        elif not after and not in_halves:
             model.base_model.update_and_allocate(step)
         optimizer.step()
-        if after:
+        if in_halves:
+            # What it had to give up in one call: what is masked before the step grows again in it.
+            with mock.patch.object(allocator, "update_ipt"):
+                model.base_model.update_and_allocate(step)
+        elif after:
             model.base_model.update_and_allocate(step)
         optimizer.zero_grad()
         losses.append(loss.item())
@@ -53,6 +63,8 @@ def test_a_whole_schedule_is_theirs(after, tmp_path) -> None:
     steps = range(STEPS["total_step"])
     # The libraries sum the same terms in another order; fourteen steps of SGD carry that on.
     assert trained(ours, steps, after) == pytest.approx(trained(theirs, steps, after), rel=1e-5)
+    # As before each forward: what the last step moved of what is taken away.
+    ours.base_model.settle()
     mine = ours.peft_config["default"].rank_pattern
     others = {
         key.replace(".default", ""): mask for key, mask in theirs.peft_config["default"].rank_pattern.items()
@@ -72,6 +84,24 @@ def test_a_whole_schedule_is_theirs(after, tmp_path) -> None:
             torch.testing.assert_close(again(input_ids=ids).logits, logits, rtol=1e-4, atol=1e-4)
             other = peft.PeftModel.from_pretrained(bases.llama(), tmp_path / where)
             torch.testing.assert_close(other(input_ids=ids).logits, logits, rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_taken_away_before_the_step_is_away_after_it(tmp_path) -> None:
+    ours, _ = pair()
+    trained(ours, range(STEPS["total_step"]), after=False)
+    kept = ours.peft_config["default"].rank_pattern
+
+    def left() -> float:
+        sites = ours.base_model.sites("default")
+        return max(
+            float(p["E"][~torch.tensor(kept[f"{name}.lora_E"])].detach().abs().max())
+            for name, p in sites.items()
+        )
+
+    assert left() > 0, "the step moved nothing, so this shows nothing"
+    with torch.no_grad():
+        ours(**batch(99))
+    assert left() == 0
 
 
 def test_a_saved_adapter_is_as_large_as_its_ranks(tmp_path) -> None:

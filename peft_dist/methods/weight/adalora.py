@@ -216,12 +216,14 @@ class Budget(Controller):
 
     Attributes:
         sensitivity, uncertainty: (layer's name, tensor's name) -> smoothed, as large as the tensor.
+        masked: whether the latest step took triplets away; between two such steps their E may grow again.
     """
 
     def __init__(self, config: AdaLoraConfig) -> None:
         self.config = config
         self.sensitivity: dict[tuple[str, str], Tensor] = {}
         self.uncertainty: dict[tuple[str, str], Tensor] = {}
+        self.masked = False
 
     @property
     def last(self) -> int:
@@ -247,6 +249,7 @@ class Budget(Controller):
 
     def after_step(self, sites: Mapping[str, Params], step: int) -> None:
         sites = _adapted(sites)
+        self.masked = False
         if step > self.last:
             self._mask(sites)
             return
@@ -257,6 +260,10 @@ class Budget(Controller):
             self._mask(sites)
         if step == self.last:
             self.sensitivity, self.uncertainty = {}, {}
+
+    def settle(self, sites: Mapping[str, Params]) -> None:
+        if self.masked:
+            self._mask(_adapted(sites))
 
     def budget(self, sites: Mapping[str, Params], step: int) -> int:
         """The total rank at `step`."""
@@ -289,6 +296,7 @@ class Budget(Controller):
         self.config.rank_pattern = {f"{site}.lora_E": left for site, left in kept.items()}
 
     def _mask(self, sites: Mapping[str, Params]) -> None:
+        self.masked = True
         with torch.no_grad():
             for site, p in sites.items():
                 kept = self.config.kept(site)
