@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import importlib
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -336,12 +337,12 @@ class BaseTuner(hooks.Hooks, PooledModule):
         """To be called between the backward and the optimizer's step, where a method needs it (AdaLoRA); on every
         rank. Gradients come from wherever the optimizer or a user's own engine has them."""
         for name, controller in self._acting():
-            self._show(name, lambda sites, of=controller: of.after_backward(sites, step))
+            self._show(name, functools.partial(controller.after_backward, step=step))
 
     def after_step(self, step: int) -> None:
         """To be called after the optimizer's step, where a method needs it (AdaLoRA); on every rank."""
         for name, controller in self._acting():
-            self._show(name, lambda sites, of=controller: of.after_step(sites, step), with_gradients=False)
+            self._show(name, functools.partial(controller.after_step, step=step), with_gradients=False)
 
     def update_and_allocate(self, global_step: int) -> None:
         """Both of the above at once, by AdaLoRA's name in HF PEFT: after the backward, before or after the
