@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_dist.packed import settle_base
+from peft_dist.sharding import cast_stored
 
 # Quantisations whose half-precision tensors belong to their kernels and stay as they are.
 _LEFT_AS_THEY_ARE = frozenset({"gptq", "aqlm", "eetq", "torchao", "hqq"})
@@ -62,7 +63,7 @@ def _upcast(model: nn.Module) -> None:
         # A 4-bit weight may be packed into halves; those are codes.
         is_packed = type(parameter).__name__ == "Params4bit"
         if parameter.dtype in (torch.float16, torch.bfloat16) and not is_packed:
-            parameter.data = parameter.data.to(torch.float32)
+            cast_stored(parameter, torch.float32)
 
 
 def _checkpoint(model: Any, settings: dict[str, Any]) -> None:

@@ -133,13 +133,20 @@ def _follow_the_weights(base: nn.Module, args: Any) -> None:
     waiting = base.__dict__[_WAITING]
     if waiting and hasattr(waiting[0].weight, "ds_id"):
         for layer in waiting:
-            if not statistics(layer) and not getattr(layer.weight, "has_fp16_weights", False):
-                _follow_the_weight(layer)
+            follow_the_weight(layer)
         base.__dict__[_WAITING] = ()
 
 
-def _follow_the_weight(layer: Any) -> None:
+def follow_the_weight(layer: Any) -> None:
+    """Partitions codes and statistics of a quantised layer whose weight an engine has partitioned; a collective.
+    Any other layer stays as it is.
+
+    Raises:
+        BaseLayerError: the engine has cast the codes.
+    """
     weight = layer.weight
+    if not hasattr(weight, "ds_id") or statistics(layer) or getattr(weight, "has_fp16_weights", False):
+        return
     stored_in = weight.quant_storage if is_4bit(type(layer)) else torch.int8
     if weight.dtype != stored_in:
         raise BaseLayerError(
@@ -169,7 +176,17 @@ def _steady(kind: Any) -> type:
 def quant_state(layer: Any) -> Any:
     """The scales of a 4-bit layer and what belongs to them; None before its weight is quantised."""
     state = getattr(layer.weight, "quant_state", None)
-    return layer.quant_state if state is None else state
+    if state is None:
+        return layer.quant_state
+    device = layer.weight.device
+    if device != state.code.device and "absmax" in layer._parameters and device.type != "meta":
+        # Parameters come to the device on which they are gathered; the levels of the codes follow them.
+        state.code = state.code.to(device)
+        state.code = _shared(state.code, _levels(state.quant_type, str(device)))
+        if state.state2 is not None:
+            state.state2.code = state.state2.code.to(device)
+            state.state2.code = _shared(state.state2.code, _nested_levels(str(device)))
+    return state
 
 
 def scales_8bit(layer: Any) -> Tensor:
@@ -395,8 +412,7 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        W = ctx.layer._dequantised_as(ctx.dtype)
-        return gradients[0].to(ctx.dtype) @ W, None, None
+        return ctx.layer._multiplied_back(gradients[0], ctx.dtype), None, None
 
 
 class _Partitionable8bit:
@@ -419,9 +435,10 @@ class _Partitionable8bit:
         bias = None if self.bias is None else self.bias.data.to(x.dtype)
         return bitsandbytes.matmul(x, state.CB, bias=bias, state=state)
 
-    def _dequantised_as(self, dtype: torch.dtype) -> Tensor:
+    def _multiplied_back(self, gradient: Tensor, dtype: torch.dtype) -> Tensor:
         # Rounded where bitsandbytes rounds.
-        return self.weight.data.to(dtype, copy=True).mul_(self.SCB.data.unsqueeze(1).mul(1.0 / 127.0))
+        W = self.weight.data.to(dtype, copy=True).mul_(self.SCB.data.unsqueeze(1).mul(1.0 / 127.0))
+        return gradient.to(dtype) @ W
 
 
 class _Partitionable4bit:
@@ -442,11 +459,11 @@ class _Partitionable4bit:
 
     def _multiplied(self, x: Tensor, is_training: bool) -> Tensor:
         bias = None if self.bias is None else self.bias.data.to(x.dtype)
-        return bitsandbytes.matmul_4bit(x, self.weight.data, bias=bias, quant_state=self.weight.quant_state)
+        return bitsandbytes.matmul_4bit(x, self.weight.data, bias=bias, quant_state=quant_state(self))
 
-    def _dequantised_as(self, dtype: torch.dtype) -> Tensor:
-        state = self.weight.quant_state
-        return bitsandbytes.functional.dequantize_4bit(self.weight.data, state).to(dtype)
+    def _multiplied_back(self, gradient: Tensor, dtype: torch.dtype) -> Tensor:
+        W = bitsandbytes.functional.dequantize_4bit(self.weight.data, quant_state(self))
+        return gradient @ W.to(gradient.dtype)
 
 
 class _Quiet(logging.Filter):

@@ -214,6 +214,15 @@ def partition_like(parameter: nn.Parameter, other: Weight) -> None:
         setattr(parameter, _REGISTRY, registry)
 
 
+def cast_stored(parameter: Weight, dtype: torch.dtype) -> None:
+    """Keeps the parameter's values in another dtype from now on, a rank's piece of them where it is partitioned."""
+    if is_partitioned(parameter):
+        if parameter.ds_status == deepspeed.runtime.zero.partition_parameters.ZeroParamStatus.INFLIGHT:
+            _wait_for(parameter)
+        parameter.ds_tensor.data = parameter.ds_tensor.data.to(dtype)
+    parameter.data = parameter.data.to(dtype)
+
+
 def elements_at_rest(model: nn.Module) -> int:
     """How many elements of the model's parameters this rank holds now: whole ones, or its own pieces."""
     held = 0
@@ -454,7 +463,7 @@ def _engine_config(config: Mapping[str, Any]) -> dict[str, Any]:
     leeway = {"stage3_max_reuse_distance": 0, "stage3_param_persistence_threshold": 0}
     # Of a mixture's block that is gathered as one, DeepSpeed would take its adapters' tensors for pieces too.
     # transformers stacks experts in one parameter: every rank reads it, whichever of them its tokens go to.
-    whole = {"leaf_module": {"classes": []}}
+    whole: dict[str, Any] = {"leaf_module": {"classes": []}}
     ours["zero_optimization"] = {**leeway, **whole, **config["zero_optimization"]}
     ours["train_micro_batch_size_per_gpu"] = 1
     return ours

@@ -60,11 +60,13 @@ class QuantisedLayer(Layer):
             return self._dequantised()
 
     def stored(self) -> dict[str, Any]:
+        packed.follow_the_weight(self.layer)
         parts = packed.statistics(self.layer)
         return {**super().stored(), **{key: stored_bits(part) for key, part in parts.items()}}
 
     def _stored_in(self) -> list[Any]:
         """The parameters that hold W."""
+        packed.follow_the_weight(self.layer)
         return [self.layer.weight, *packed.statistics(self.layer).values()]
 
     def apply(self, W: Tensor, x: Tensor) -> Tensor:

@@ -34,6 +34,7 @@ from peft_dist import (
     TrainableTokensConfig,
     get_peft_model,
     packed,
+    prepare_model_for_kbit_training,
     sharding,
 )
 from peft_dist.adapted import Adapted
@@ -536,6 +537,9 @@ def with_own_engine(storage: str) -> dict[str, Any]:
             **run.ZERO3,
         },
     )
+    # Also before any forward has told the layers that they are partitioned.
+    model.merge_adapter()
+    model.unmerge_adapter()
     made = []
     for step in range(run.STEPS):
         loss = own_loss(engine, step)
@@ -577,6 +581,36 @@ def test_under_a_users_own_engine_codes_are_partitioned_and_train_the_same(stora
         torch.testing.assert_close(report["merged"], merged, rtol=0, atol=5e-3)
         assert report["bytes"] <= share_of(larger(storage))
         assert report["said"].startswith("an engine of your own has partitioned this base")
+
+
+def prepared(storage: str, sharded: bool) -> tuple[list[float], set[torch.dtype]]:
+    """A base of half precision, partitioned, made ready for training through codes, trained."""
+    torch.manual_seed(0)
+    model: Any = quantised(LlamaForCausalLM(larger("int8").config).to(torch.bfloat16), storage).train()
+    if sharded:
+        sharding.partition_base(model, run.ZERO3)
+    prepare_model_for_kbit_training(model)
+    model = get_peft_model(model, LoraConfig(r=3, **SOME))
+    run.disturb(model)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    ids = torch.randint(0, 32, (4, 9), generator=torch.Generator().manual_seed(2))
+    made = []
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        made.append(loss.item())
+    head = model.get_base_model().lm_head
+    return made, {head.weight.dtype, sharding.whole(head.weight).dtype}
+
+
+@pytest.mark.parametrize("storage", ["int8", "nf4 in bf16"])
+def test_a_partitioned_base_is_made_ready_for_training_as_a_whole_one_is(storage: str) -> None:
+    alone, dtypes = prepared(storage, False)
+    assert dtypes == {torch.float32}
+    for made, kept in run_on_ranks(prepared, 2, storage, True):
+        assert made == pytest.approx(alone, abs=1e-5) and kept == dtypes
 
 
 def codes_first(storage: str) -> tuple[Tensor, Tensor, list[str]]:
