@@ -1,9 +1,10 @@
 """What is lost when parts of a running job die: one job, again and again, each time with another fault.
 
-    python benchmarks/chaos.py [--seeds 20] [--only worker node ...] [--steps 40] [--write]
+    python benchmarks/chaos.py [--seeds 20] [--only worker node ...] [--write]
 
 Runs a small job (two workers, the embedded base) on a Ray of several nodes on this machine, lets it come to a step
-that the seed draws, and then, a moment later that it draws too, does the fault:
+that the seed draws, and then, a moment later that it draws too, does the fault; four in one run, each once the run has
+stepped on after the one before:
 
     worker, node, driver, head       SIGKILL: to a worker; to all of a node with one; to the driver; to Ray's head
     sigterm-worker, sigterm-driver   SIGTERM, as before a machine goes: a checkpoint is due, and nothing is lost
@@ -33,7 +34,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,8 @@ KILLS = ("worker", "node", "driver", "head")
 DAMAGES = ("truncated", "flipped")
 OTHERS = ("sigterm-worker", "sigterm-driver", *DAMAGES)
 SAVE_STEPS, HERE_STEPS, ROWS = 4, 10, 60
+IN_ONE_RUN, MOST_GAP = 4, 20
+"""Faults in one run, and the most steps from one to the next."""
 LIMIT_S = 900.0
 """For one trial; what has not ended by then counts as hanging."""
 LEAVE_S = 60.0
@@ -90,11 +93,12 @@ def job(folder: Path, steps: int) -> dict[str, Any]:
         },
         "adapter": {"type": "lora", "r": 8},
         "training": {
-            "max_steps": steps, "micro_batch_size": 2, "learning_rate": 1e-3, "save_steps": SAVE_STEPS,
-            "eval_steps": 1000,
+            "num_epochs": steps, "max_steps": steps, "micro_batch_size": 2, "learning_rate": 1e-3,
+            "save_steps": SAVE_STEPS, "eval_steps": 1000,
         },
         "resources": {"num_workers": 2},
         "storage": {"keep_latest": 3},
+        "retry": {"worker_failure": 100},
     }  # fmt: skip
 
 
@@ -265,35 +269,51 @@ HEADER = "seed fault           tried at step   lost may lose  again, s equal"
 
 
 class Trial:
-    """One run with one fault."""
+    """One run with its faults, one after the other: each once it has stepped on after the one before."""
 
-    def __init__(self, machines: Machines, folder: Path, steps: int, seed: int, fault: str) -> None:
-        self.machines, self.folder, self.steps, self.fault = machines, folder, steps, fault
-        draw = random.Random(f"{seed} {fault}")
-        self.fault_step = draw.randint(SAVE_STEPS + 1 if fault in DAMAGES else 1, steps - 15)
-        self.delay_s = draw.uniform(0, 0.5)
-        self.draw = draw
-        self.outcome = Outcome(seed, fault)
-        self.step, self.saved, self.kept = 0, [0], 0
-        self.fault_at: float | None = None
+    def __init__(
+        self, machines: Machines, folder: Path, steps: int, faults: Sequence[tuple[int, str]]
+    ) -> None:
+        self.machines, self.folder, self.steps = machines, folder, steps
+        self.waiting, self.outcomes = list(faults), list[Outcome]()
+        self.step, self.saved, self.kept = 0, 0, 0
+        self.struck_at: float | None = None
         self.result: dict[str, Any] | None = None
+        self.error = "it said nothing"
+        self._arm()
 
     def run(self) -> dict[str, Any]:
-        """To the end, through the fault; returns what the driver said at last."""
-        began = time.monotonic()
-        starts = 0
-        while self.result is None:
-            starts += 1
-            if starts > 3:
-                raise TimeoutError(f"did not end after {starts - 1} drivers: {self._last_error()}")
-            self._follow(Driver(self.folder, self.machines.address, self.steps), began + LIMIT_S)
-        self.outcome.wall_s = round(time.monotonic() - began, 1)
-        return self.result
+        """To the end, through the faults; returns what the driver said at last.
 
-    def _follow(self, driver: Driver, deadline: float) -> None:
+        Raises:
+            TimeoutError: it hangs, or no driver comes to the end.
+        """
+        self.deadline = time.monotonic() + LIMIT_S
+        for _ in range(2 + len(self.waiting) + 1):
+            self._follow(Driver(self.folder, self.machines.address, self.steps))
+            if self.result is not None:
+                return self.result
+        raise TimeoutError(f"no driver came to the end: {self.error}")
+
+    def _arm(self) -> None:
+        """The next fault."""
+        self.outcome: Outcome | None = None
+        self.struck_at = None
+        if not self.waiting:
+            return
+        seed, fault = self.waiting.pop(0)
+        self.outcome = Outcome(seed, fault)
+        self.outcomes.append(self.outcome)
+        self.draw = random.Random(f"{seed} {fault}")
+        self.strike_at = self.step + self.draw.randint(
+            2 * SAVE_STEPS + 1 if fault in DAMAGES else 1, MOST_GAP
+        )
+        self.delay_s = self.draw.uniform(0, 0.5)
+
+    def _follow(self, driver: Driver) -> None:
         try:
             while True:
-                left = deadline - time.monotonic()
+                left = self.deadline - time.monotonic()
                 if left <= 0:
                     raise TimeoutError("it hangs")
                 try:
@@ -303,11 +323,12 @@ class Trial:
                 if event is None:
                     return
                 self._hear(event)
-                if self.fault_at is None and self.step >= self.fault_step and self.fault != "none":
+                if self.outcome is not None and self.struck_at is None and self.step >= self.strike_at:
                     time.sleep(self.delay_s)
                     while not driver.said.empty():
                         self._hear(driver.said.get() or {})
-                    self._strike(driver)
+                    if self.result is None:
+                        self._strike(driver, self.outcome)
         finally:
             if driver.process.poll() is None and self.result is not None:
                 driver.process.wait(60)
@@ -316,44 +337,46 @@ class Trial:
     def _hear(self, event: dict[str, Any]) -> None:
         kind, outcome = event.get("event"), self.outcome
         if kind == "progress":
-            if outcome.resumed_at is not None and outcome.again_s is None and self.fault_at is not None:
-                outcome.again_s = round(time.monotonic() - self.fault_at, 1)
             self.step = event["step"]
+            if outcome is not None and outcome.resumed_at is not None and self.struck_at is not None:
+                outcome.again_s = round(event["t"] - self.struck_at, 1)
+                self._arm()
         elif kind == "checkpoint":
-            self.saved.append(event["step"])
-        elif kind == "state" and event["state"] == "training" and self.fault_at is not None:
+            self.saved = event["step"]
+        elif kind == "state" and event["state"] == "training" and self.struck_at is not None:
             self._resumed(int(event["message"].split()[3]))  # training from step N to M
         elif kind == "result":
             self.result = event
         elif kind == "error":
-            self.last = event["message"]
+            self.error = event["message"]
 
     def _resumed(self, at: int) -> None:
         """The workers begin again. What was heard since the fault had happened before it took effect."""
         outcome = self.outcome
-        if outcome.resumed_at is not None:
+        if outcome is None or outcome.resumed_at is not None:
             return
         outcome.resumed_at, outcome.at_step, outcome.steps_lost = at, self.step, self.step - at
-        if self.fault.startswith("sigterm"):
+        if outcome.fault.startswith("sigterm"):
             outcome.may_lose = 0
-        elif self.fault in DAMAGES:
+        elif outcome.fault in DAMAGES:
             outcome.may_lose = self.step - self.kept
         else:
-            outcome.may_lose = self.step - self.saved[-1]
+            outcome.may_lose = self.step - self.saved
 
-    def _strike(self, driver: Driver) -> None:
-        self.outcome.at_step = self.step
-        self.fault_at = time.monotonic()
-        if self.fault in ("worker", "sigterm-worker"):
-            number = signal.SIGKILL if self.fault == "worker" else signal.SIGTERM
+    def _strike(self, driver: Driver, outcome: Outcome) -> None:
+        fault, outcome.at_step = outcome.fault, self.step
+        self.struck_at = time.time()
+        if fault in ("worker", "sigterm-worker"):
+            number = signal.SIGKILL if fault == "worker" else signal.SIGTERM
             os.kill(self.draw.choice(self.machines.workers())[1], number)
-        elif self.fault == "node":
+        elif fault == "node":
             self.machines.lose_node(self.draw.choice(self.machines.workers())[0])
-        elif self.fault == "driver":
+            self.machines.fill()
+        elif fault == "driver":
             driver.kill()
-        elif self.fault == "sigterm-driver":
+        elif fault == "sigterm-driver":
             driver.process.terminate()
-        elif self.fault == "head":
+        elif fault == "head":
             self.machines.lose_head()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 driver.process.wait(LEAVE_S)
@@ -361,9 +384,9 @@ class Trial:
             self.machines.again()
         else:
             driver.kill()
-            self._damage()
+            self._damage(fault)
 
-    def _damage(self) -> None:
+    def _damage(self, fault: str) -> None:
         (run,) = (self.folder / "runs").iterdir()
         found = {
             int(path.name.split(".")[0].removeprefix("step-")): path
@@ -372,15 +395,12 @@ class Trial:
         newest, *before = sorted(found, reverse=True)
         file = found[newest] / OPTIMIZER_FILE
         data = bytearray(file.read_bytes())
-        if self.fault == "truncated":
+        if fault == "truncated":
             del data[len(data) // 2 :]
         else:
             data[self.draw.randrange(len(data))] ^= 1 << self.draw.randrange(8)
         file.write_bytes(data)
         self.kept = before[0] if before else 0
-
-    def _last_error(self) -> str:
-        return getattr(self, "last", "it said nothing")
 
 
 # storage, in this process
@@ -492,38 +512,45 @@ def weights(folder: Path, result: dict[str, Any]) -> dict[str, Any]:
     return tensors.load_file(Path(version.url) / "adapter_model.safetensors")
 
 
-def trial(machines: Machines, steps: int, seed: int, fault: str, whole: tuple[dict, dict] | None) -> Any:
-    """One run; returns its outcome, or, for the undisturbed one, its result and weights."""
+def undisturbed(machines: Machines, steps: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The result and the weights of a run to which nothing happens."""
+    with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
+        result = Trial(machines, Path(folder), steps, ()).run()
+        return result, weights(Path(folder), result)
+
+
+def trial(
+    machines: Machines,
+    steps: int,
+    faults: Sequence[tuple[int, str]],
+    whole: tuple[dict[str, Any], dict[str, Any]],
+) -> list[Outcome]:
+    """One run with these faults: a line for each."""
     folder = Path(tempfile.mkdtemp(prefix="chaos-"))
-    one = Trial(machines, folder, steps, seed, fault)
+    machines.fill()
+    one = Trial(machines, folder, steps, faults)
     try:
-        machines.fill()
-        try:
-            result = one.run()
-            ours = weights(folder, result)
-        except (TimeoutError, RaypeftError) as error:
-            if whole is None:
-                raise
-            one.outcome.problem = str(error)
-            return one.outcome
-        if whole is None:
-            return result, ours
-        outcome, (expected, theirs) = one.outcome, whole
+        result = one.run()
+        ours = weights(folder, result)
+    except (TimeoutError, RaypeftError) as error:
+        one.outcomes[-1].problem = str(error)
+        print(f"kept to look at: {folder}")
+        return one.outcomes
+    expected, theirs = whole
+    for outcome in one.outcomes:
         outcome.difference = max(float((ours[name] - theirs[name]).abs().max()) for name in theirs)
-        key = "eval_loss"
-        outcome.loss_difference = abs(result["metrics"][key] - expected["metrics"][key])
-        if outcome.at_step == 0:
-            outcome.problem = "the fault never came"
-        elif outcome.steps_lost is not None and outcome.steps_lost > outcome.may_lose:
+        outcome.loss_difference = abs(result["metrics"]["eval_loss"] - expected["metrics"]["eval_loss"])
+        if outcome.steps_lost is None:
+            outcome.problem = "the run was over first"
+        elif outcome.steps_lost > outcome.may_lose:
             outcome.problem = f"LOST {outcome.steps_lost} steps"
         elif outcome.difference > 1e-5 or outcome.loss_difference > 1e-5:
             outcome.problem = f"ENDED DIFFERENTLY by {outcome.difference:.1e}"
-        return outcome
-    finally:
-        if one.outcome.is_good:
-            shutil.rmtree(folder, ignore_errors=True)
-        else:
-            print(f"kept to look at: {folder}")
+    if all(outcome.is_good for outcome in one.outcomes):
+        shutil.rmtree(folder, ignore_errors=True)
+    else:
+        print(f"kept to look at: {folder}")
+    return one.outcomes
 
 
 def main() -> int:
@@ -536,7 +563,7 @@ def main() -> int:
     parser.add_argument(
         "--only", nargs="+", choices=[*STORAGES, *KILLS, *OTHERS], metavar="FAULT", help="all by default"
     )
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--steps", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--write", action="store_true", help="keep the table in benchmarks/results")
     parser.add_argument("--drive", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -545,12 +572,12 @@ def main() -> int:
     kills = [fault for fault in KILLS if fault in (arguments.only or KILLS)]
     rest = [fault for fault in OTHERS if fault in (arguments.only or OTHERS)]
     seeds = range(arguments.first, arguments.first + arguments.seeds)
-    todo = [(arguments.first + number, fault) for number, fault in enumerate(rest)]
-    todo += [(seed, kills[seed % len(kills)]) for seed in seeds] if kills else []
+    todo = [(seed, kills[seed % len(kills)]) for seed in seeds] if kills else []
+    todo += [(arguments.first + number, fault) for number, fault in enumerate(rest)]
     outcomes = [storage_trial(fault) for fault in STORAGES if fault in (arguments.only or STORAGES)]
     print(HEADER, *outcomes, sep="\n", flush=True)
     if arguments.write:
-        write(outcomes, arguments.steps)
+        write(outcomes)
     if todo:
         outcomes = strike(todo, arguments, outcomes)
     bad = [outcome for outcome in outcomes if not outcome.is_good]
@@ -564,22 +591,24 @@ def strike(
     """The runs on Ray, line by line."""
     machines, outcomes = Machines(), list(before)
     try:
-        began = time.monotonic()
-        whole = trial(machines, arguments.steps, 0, "none", None)
+        steps, began = MOST_GAP * (IN_ONE_RUN + 1), time.monotonic()
+        whole = undisturbed(machines, steps)
+        loss = whole[0]["metrics"]["eval_loss"]
         print(
-            f"undisturbed: {time.monotonic() - began:.0f} s, eval_loss {whole[0]['metrics']['eval_loss']:.6f}"
+            f"undisturbed, {steps} steps: {time.monotonic() - began:.0f} s, eval_loss {loss:.6f}", flush=True
         )
-        for seed, fault in todo:
-            outcomes.append(trial(machines, arguments.steps, seed, fault, whole))
-            print(outcomes[-1], flush=True)
+        for first in range(0, len(todo), IN_ONE_RUN):
+            found = trial(machines, steps, todo[first : first + IN_ONE_RUN], whole)
+            print(*found, sep="\n", flush=True)
+            outcomes += found
             if arguments.write:
-                write(outcomes, arguments.steps)
+                write(outcomes)
     finally:
         machines.end()
     return outcomes
 
 
-def write(outcomes: list[Outcome], steps: int) -> None:
+def write(outcomes: list[Outcome]) -> None:
     """Keeps the table as far as it is, beside what this day's other runs have tried."""
     date, hardware = time.strftime("%Y-%m-%d"), f"{os.cpu_count()}cpu-{platform.machine()}"
     result = ROOT / "benchmarks/results" / f"{date}-{hardware}-chaos.json"
@@ -590,7 +619,6 @@ def write(outcomes: list[Outcome], steps: int) -> None:
         "date": date,
         "hardware": hardware,
         "ray": ray.__version__,
-        "steps": steps,
         "save_steps": SAVE_STEPS,
         "trials": list(kept.values()),
     }
