@@ -40,6 +40,19 @@ def growth_interval() -> float:
         raise SpecError(str(error), where=GROWTH_VARIABLE) from error
 
 
+def growth_setting() -> dict[str, str]:
+    """The variable as it is set here, for a driver elsewhere; empty where it is not.
+
+    Raises:
+        SpecError: it is no duration.
+    """
+    written = os.environ.get(GROWTH_VARIABLE)
+    if written is None:
+        return {}
+    growth_interval()
+    return {GROWTH_VARIABLE: written}
+
+
 def largest(counts: Sequence[int], places: int) -> int | None:
     """The largest of the counts for which there are places; None where not even the least has them."""
     return max((count for count in counts if count <= places), default=None)
