@@ -29,7 +29,12 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RANKS, SPARE_BYTES, SAMPLE_S = 2, 300_000_000, 0.01
-KINDS = {"bf16": ("bfloat16", None), "fp32": ("float32", None), "int8": ("bfloat16", "int8"), "nf4": ("bfloat16", "nf4")}  # fmt: skip
+KINDS = {
+    "bf16": ("bfloat16", None),
+    "fp32": ("float32", None),
+    "int8": ("bfloat16", "int8"),
+    "nf4": ("bfloat16", "nf4"),
+}
 SHAPE = {
     "vocab_size": 32000,
     "hidden_size": 2048,
@@ -244,7 +249,7 @@ def _rank(side: str, kind: str, folder: Path, rank: int, port: int) -> subproces
         env=environment,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        stderr=open(folder / f"rank{rank}.log", "w"),  # noqa: SIM115
+        stderr=open(folder / f"rank{rank}.log", "w"),
         text=True,
     )
 

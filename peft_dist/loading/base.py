@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +100,9 @@ def load_base(
             wanted = quantisation(quantization)
             place = _Place(path, task, revision, trust_remote_code)
             config = place.config(labels)
-            _check_stored(path, config, wanted)
+            whole = not sharded and into is None
+            if _is_stored_quantised(path, config, wanted, whole=whole):
+                return place.by_transformers(config, dtype, device)
             files = opened.enter_context(Files(place.files()))
             kept = _dtype(path, dtype, config, files, wanted)
             model = place.empty(config, kept, wanted) if into is None else into
@@ -141,7 +143,7 @@ def meta_base(
     place = _Place(path, task, revision, trust_remote_code)
     wanted = quantisation(quantization)
     config = place.config(labels)
-    _check_stored(path, config, wanted)
+    _is_stored_quantised(path, config, wanted, whole=False)
     with Files(place.files()) as files:
         return place.empty(config, _dtype(path, dtype, config, files, wanted), wanted)
 
@@ -207,6 +209,25 @@ class _Place:
         model.config.name_or_path = self.source
         return model
 
+    def by_transformers(
+        self, config: Any, dtype: torch.dtype | str, device: torch.device | str | None
+    ) -> Any:
+        """A base whose files hold codes: bitsandbytes', or those of another library that is installed."""
+        try:
+            model, report = self.auto_class.from_pretrained(
+                self.source,
+                config=config,
+                revision=self.revision,
+                trust_remote_code=self.trusted,
+                dtype=dtype,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
+        except _FAILURES as error:
+            raise BaseModelError(_why(self.path, self.source, error)) from error
+        self._refuse_missing(model, report["missing_keys"])
+        return model if device is None else model.to(device)
+
     def keys(self, base: Any, files: Files, labels: Sequence[str] | None) -> Keys:
         """What the files hold of the model.
 
@@ -228,16 +249,7 @@ class _Place:
 
     def check_complete(self, base: Any, keys: Keys) -> None:
         """Refuses a model some of whose weights would be made up, and says which of the files' are not used."""
-        missing = sorted(keys.missing)
-        if self.task in _NEW_HEAD_ALLOWED:
-            prefix = getattr(base, "base_model_prefix", "")
-            missing = [key for key in missing if key.startswith(f"{prefix}.") or not prefix]
-        if missing:
-            raise BaseModelError(
-                f"base model: the weights of {self.path!r} lack {len(missing)} tensors of {type(base).__name__}, "
-                f"such as {missing[0]}. They were saved from another architecture, or for another task than "
-                f"{self.task}."
-            )
+        self._refuse_missing(base, keys.missing)
         if keys.missing:
             logger.warning(
                 "base model: %s begin anew, since %r does not hold them",
@@ -251,6 +263,18 @@ class _Place:
                 self.path,
                 type(base).__name__,
                 min(keys.unexpected),
+            )
+
+    def _refuse_missing(self, base: Any, keys: Iterable[str]) -> None:
+        missing = sorted(keys)
+        if self.task in _NEW_HEAD_ALLOWED:
+            prefix = getattr(base, "base_model_prefix", "")
+            missing = [key for key in missing if key.startswith(f"{prefix}.") or not prefix]
+        if missing:
+            raise BaseModelError(
+                f"base model: the weights of {self.path!r} lack {len(missing)} tensors of {type(base).__name__}, "
+                f"such as {missing[0]}. They were saved from another architecture, or for another task than "
+                f"{self.task}."
             )
 
     def finish(self, base: Any) -> None:
@@ -295,10 +319,29 @@ def _check_empty(base: Any, wanted: Any) -> None:
         )
 
 
-def _check_stored(path: str, config: Any, wanted: Any) -> None:
+def _is_stored_quantised(path: str, config: Any, wanted: Any, *, whole: bool) -> bool:
+    """Whether the files hold codes already, which transformers then reads.
+
+    Raises:
+        BaseModelError: they do, and are to be quantised again, or to be read in pieces or into a model.
+    """
     stored = getattr(config, "quantization_config", None)
-    if stored is not None:
-        raise BaseModelError(f"base model: {path!r} is stored quantised.")
+    if stored is None:
+        return False
+    method = stored.get("quant_method") if isinstance(stored, Mapping) else stored.quant_method
+    method = getattr(method, "value", method)
+    if wanted is not None:
+        raise BaseModelError(
+            f"base model: {path!r} is stored quantised ({method}); it cannot be quantised again. Leave quantization "
+            "out, or name the base that it was made from."
+        )
+    if not whole:
+        raise BaseModelError(
+            f"base model: {path!r} is stored quantised ({method}); its codes and statistics are read whole or not at "
+            "all. Name the base that it was made from and set quantization, so that each rank reads and quantises its "
+            "own part; or load this one at zero_stage 0 and call peft_dist.sharding.partition_base."
+        )
+    return True
 
 
 def _dtype(path: str, asked: torch.dtype | str, config: Any, files: Files, wanted: Any) -> torch.dtype:
