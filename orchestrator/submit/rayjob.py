@@ -101,7 +101,8 @@ def _runtime_env(spec: JobSpec, cluster: Cluster, in_image: bool) -> str:
 
 
 def _fill_groups(spec: JobSpec, ray_cluster: dict[str, Any], where: str) -> None:
-    """Sets the replicas of the first worker group that can hold the workers; all others start empty."""
+    """Sets the replicas of the first worker group that can hold the workers, or most of an elastic job's; all others
+    start empty."""
     groups = ray_cluster.get("workerGroupSpecs") or []
     asked = spec.resources
     gpus = asked.gpus_per_worker
@@ -115,17 +116,18 @@ def _fill_groups(spec: JobSpec, ray_cluster: dict[str, Any], where: str) -> None
             where=where,
             hint="Change resources in the job, or add a group to the manifest.",
         )
-    most = 0
-    for group in fitting:
-        per_pod = _per_pod(group, asked.cpus_per_worker, gpus, asked.labels)
-        needed = min(math.ceil(asked.max_workers / per_pod), group["maxReplicas"])
-        if needed * per_pod >= asked.min_workers:
-            for other in groups:
-                other["replicas"] = max(other.get("minReplicas", 0), needed if other is group else 0)
-            return
-        most = max(most, per_pod * group["maxReplicas"])
+    per_pod = [_per_pod(group, asked.cpus_per_worker, gpus, asked.labels) for group in fitting]
+    most = [count * group["maxReplicas"] for count, group in zip(per_pod, fitting, strict=True)]
+    chosen = max(
+        range(len(fitting)), key=lambda each: min(most[each], asked.max_workers)
+    )  # the first of equals
+    if most[chosen] >= asked.min_workers:
+        needed = min(math.ceil(asked.max_workers / per_pod[chosen]), fitting[chosen]["maxReplicas"])
+        for group in groups:
+            group["replicas"] = max(group.get("minReplicas", 0), needed if group is fitting[chosen] else 0)
+        return
     raise PlacementError(
-        f"{asked.min_workers} workers are more than a worker group can ever give ({most}).",
+        f"{asked.min_workers} workers are more than a worker group can ever give ({max(most)}).",
         where=where,
         hint="Ask for fewer in resources.num_workers, or raise maxReplicas.",
     )

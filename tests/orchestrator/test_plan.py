@@ -167,6 +167,42 @@ def test_what_sharding_and_recomputing_save():
     assert memory("adapter: {type: prompt_tuning, num_virtual_tokens: 4}\n").adapter == 4 * 256 * 4
 
 
+def base_bytes(keys, deepspeed="zero2", workers=1, facts=ONE, more=()):
+    overrides = [f"model.{key}" for key in keys] + [f"resources.num_workers={workers}", *more]
+    return make_plan(spec_of(f"deepspeed: {deepspeed}\n", overrides=overrides), facts, llama()).memory.base
+
+
+def test_a_quantised_base_is_counted_as_it_is_stored():
+    """8 bits: a byte an element and 4 a row; 4 bits: half a byte and the scales of blocks of 64; the rest in fp32."""
+    sizes = llama()
+    linear = sum(out * in_ for out, in_ in sizes.linear_shapes.values())
+    rows, rest = sum(out for out, _ in sizes.linear_shapes.values()), 4 * (sizes.parameters - linear)
+    assert base_bytes(["load_in_8bit=true"]) == rest + linear + 4 * rows
+    plain = base_bytes(["load_in_4bit=true", "bnb_4bit_use_double_quant=false"])
+    assert plain == rest + linear // 2 + linear // 64 * 4
+    assert base_bytes(["load_in_4bit=true"]) == rest + linear // 2 + linear // 64 + linear // 64 * 4 // 256
+    assert base_bytes([]) == 4 * sizes.parameters
+
+
+def test_pieces_of_a_base_are_counted_where_they_rest():
+    gpus = cluster(NodeFacts(8, 2, 24 * GIB))
+    whole, sharded = base_bytes([], "zero2", 2, gpus), base_bytes([], "zero3", 2, gpus)
+    offloaded = base_bytes([], "zero3-offload", 2, gpus)
+    assert sharded - offloaded == whole // 2 and 0 < offloaded < sharded < whole
+    assert base_bytes([], "zero3-offload", 2) == base_bytes([], "zero3", 2), "a CPU's memory is the node's"
+    assert base_bytes(["load_in_4bit=true"], "zero3", 2) < base_bytes([], "zero3", 2)
+
+
+def test_a_plan_says_how_the_base_is_kept():
+    spec = spec_of("deepspeed: zero3-offload\nload_in_4bit: true\nresources: {num_workers: 2}\n")
+    plan = make_plan(spec, ONE, llama())
+    console = Console(width=120, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(plan_view(plan))
+    text = console.export_text()
+    assert "nf4+double" in text and "the base is sharded too, its pieces rest in the nodes' memory" in text
+    assert plan_dict(plan)["quantization"] == "nf4+double"
+
+
 def test_targets_that_match_nothing_are_found_without_the_weights():
     with pytest.raises(SpecError, match=r"^adapter.target_modules: 'v_prj' matched none of .* 'v_proj'"):
         make_plan(spec_of("adapter: {target_modules: [v_prj]}\n"), ONE, llama())
@@ -204,3 +240,70 @@ def test_a_plan_is_printed_and_is_json():
     values = json.loads(json.dumps(plan_dict(plan)))
     assert values["memory"]["total"] == plan.memory.total and values["zero_stage"] == 3
     assert plan_dict(make_plan(spec_of(), None, None))["memory"] is None
+
+
+ELASTIC = "training: {global_batch_size: 8, micro_batch_size: 2}\nresources: {num_workers: [1, 4]}\n"
+
+
+def test_an_elastic_plan_says_with_how_many_workers_it_steps():
+    plan = make_plan(spec_of(ELASTIC), cluster(NodeFacts(2, 0, 24 * GIB), NodeFacts(2, 0, 24 * GIB)), llama())
+    assert plan.counts == (1, 2, 4) and plan.num_workers == 4 and plan.global_batch_size == 8
+    assert [size.gradient_accumulation_steps for size in plan.sizes] == [4, 2, 1]
+    assert plan.notes[:2] == (
+        "Elastic: it steps with 1, 2 or 4 workers; the rows of a step stay the same.",
+        "Not used: 3 workers, with which a step takes as many forwards as with fewer.",
+    )
+    console = Console(width=120, record=True)
+    console.print(plan_view(plan, "elastic"))
+    text = console.export_text()
+    for words in (
+        "1 to 4 x {CPU: 1}, PACK",
+        "8 rows a step, whatever the number of workers",
+        "1 worker x 2 rows x 4 accumulated",
+        "4 workers x 2 rows x 1 accumulated",
+    ):
+        assert words in text
+    assert json.loads(json.dumps(plan_dict(plan)))["sizes"][2] == {
+        "num_workers": 4,
+        "gradient_accumulation_steps": 1,
+    }
+
+
+def test_a_size_that_does_not_divide_the_batch_is_said_to_share_it_unevenly():
+    text = "training: {global_batch_size: 8}\nresources: {num_workers: [2, 3]}\n"
+    plan = make_plan(spec_of(text), ONE, llama())
+    assert plan.counts == (2, 3) and not any(note.startswith("Not used") for note in plan.notes)
+    console = Console(width=120, record=True)
+    console.print(plan_view(plan))
+    assert "3 workers x at most 1 rows x 3 accumulated" in console.export_text()
+
+
+def test_an_elastic_job_needs_room_for_its_least():
+    two = cluster(NodeFacts(2, 2, 24 * GIB))
+    plan = make_plan(spec_of("resources: {num_workers: [2, 64]}\n"), two, llama())
+    assert plan.bundle["GPU"] == 1, "GPUs for the least number are there, more may come"
+    with pytest.raises(
+        PlacementError, match=r"^resources.num_workers: 3 workers of \{CPU: 1\} can never be placed"
+    ):
+        make_plan(spec_of("resources: {num_workers: [3, 64]}\n"), ONE, llama())
+
+
+def test_memory_is_that_of_the_fewest_workers():
+    sharded = "deepspeed: zero3\nresources: {num_workers: %s}\n"
+    few, most, range_ = (
+        make_plan(spec_of(sharded % text), cluster(NodeFacts(8)), llama()).memory.base
+        for text in ("1", "4", "[1, 4]")
+    )
+    assert few == range_ > most
+
+
+@pytest.mark.parametrize(("workers", "micro", "steps"), [(1, None, 4), (3, None, 2), (4, 1, 2)])
+def test_an_attempt_has_its_own_share_of_the_same_batch(workers, micro, steps):
+    plan = make_plan(spec_of(ELASTIC + "deepspeed: zero3\n"), cluster(NodeFacts(4)), llama()).at(
+        workers, micro
+    )
+    assert (plan.num_workers, plan.gradient_accumulation_steps, plan.global_batch_size) == (workers, steps, 8)
+    config = plan.deepspeed
+    assert config["train_batch_size"] == (
+        config["train_micro_batch_size_per_gpu"] * config["gradient_accumulation_steps"] * workers
+    ), "as DeepSpeed checks it"

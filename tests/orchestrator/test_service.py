@@ -16,6 +16,7 @@ from orchestrator import objects
 from orchestrator.cluster import ClusterFacts, NodeFacts, cluster_at
 from orchestrator.errors import (
     Interrupted,
+    OutOfTimeError,
     PlacementError,
     RegistryError,
     RunError,
@@ -260,6 +261,16 @@ def test_without_deploy_it_is_only_registered(house):
 def test_no_room_for_the_endpoint_leaves_the_job_waiting_not_failed(house):
     house.endpoints.state = "waiting"
     assert house.run(job()).state == "registered, waiting to deploy"
+
+
+def test_a_run_out_of_time_can_go_on(house):
+    house.runner.error = OutOfTimeError("retry.max_duration (1h) is over.", hint="Run the same command again.")
+    with pytest.raises(OutOfTimeError):
+        house.run(job())
+    (record,) = house.environment.runs.list()
+    assert record.state == "interrupted" and "retry.max_duration (1h) is over" in record.cause
+    house.runner.error = None
+    assert house.run(job()).state == "done"
 
 
 def test_killed_between_registering_and_deploying_it_deploys_that_version(house):

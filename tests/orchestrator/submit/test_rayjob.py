@@ -88,15 +88,22 @@ def test_secrets_are_referred_to(cluster, monkeypatch):
         ({"num_workers": 3, "gpus_per_worker": 0}, 1),  # eight CPUs a pod
         ({"num_workers": 3, "gpus_per_worker": 0, "cpus_per_worker": 4}, 2),
         ({"num_workers": 8}, 8),
+        ({"num_workers": (2, 6)}, 6),
     ],
 )
 def test_there_are_pods_for_all_workers(cluster, resources, replicas):
     assert groups(manifest(cluster, resources=resources))[0]["replicas"] == replicas
 
 
+def test_an_elastic_job_has_the_pods_of_the_group_that_gives_most(cluster):
+    found = groups(manifest(cluster, resources={"num_workers": (2, 40)}))
+    assert sorted(group["replicas"] for group in found) == [0, 16]
+
+
 @pytest.mark.parametrize(
     ("resources", "words"),
     [
+        ({"num_workers": (17, 40)}, "17 workers are more than a worker group can ever give (16)."),
         ({"num_workers": 17}, "17 workers are more than a worker group can ever give (16)."),
         ({"gpus_per_worker": 9}, "no worker group has room for one worker (1 CPUs, 9 GPUs)."),
         ({"labels": {"ray.io/accelerator-type": "T4"}}, "labels {'ray.io/accelerator-type': 'T4'}"),
