@@ -17,12 +17,12 @@ from .spec.places import Tree, raise_all
 
 _STAGE_3 = {
     "stage3_max_live_parameters": 1_000_000_000,
-    "stage3_max_reuse_distance": 1_000_000_000,
+    "stage3_max_reuse_distance": 0,
     "stage3_prefetch_bucket_size": "auto",
     "stage3_param_persistence_threshold": 0,
 }
 """What each key of stage 3 becomes where it is absent or `auto`. Nothing stays gathered between uses: a threshold
-above 0 would keep small frozen tensors whole on every worker."""
+above 0 would keep small frozen tensors whole on every worker, a distance above 0 what a backward will use again."""
 
 
 def deepspeed_config(spec: JobSpec, hidden: int | None = None) -> dict[str, Any]:

@@ -9,15 +9,16 @@ from ..cluster import ClusterFacts
 from ..deepspeed_config import deepspeed_config
 from ..deepspeed_config import warnings as deepspeed_warnings
 from ..devices import recomputes_activations
-from ..spec.deepspeed_keys import zero_stage
+from ..spec.deepspeed_keys import offload_param, zero_stage
 from ..spec.job import JobSpec
 from ..spec.places import Tree, raise_all
+from ..spec.quantization import quantization_of
 from ..spec.rules import accumulation, check_rules
 from ..spec.rules import sizes as sizes_of
 from ..spec.tasks import TASKS, task_type
 from ..spec.workers import GroupSize, forwards, numbers
 from .adapter_sizes import AdapterSizes, adapter_sizes
-from .memory import Memory, Step, estimate, is_known
+from .memory import FP32, Memory, Step, estimate, is_known
 from .model_sizes import ModelSizes
 from .placement import check_placement, gpu_memory, memory_shortage
 from .row_lengths import RowFacts
@@ -69,6 +70,8 @@ class Plan:
     """Trained elements; None where the base's shapes are not known."""
     cluster: str = ""
     """Where the cluster's facts were read; empty where they are not known."""
+    quantization: str | None = None
+    """How the base's linear layers are kept: `int8`, `nf4+double`; None: in its own precision."""
     sizes: tuple[GroupSize, ...] = ()
     """The numbers of workers with which an elastic job steps, ascending; empty where the number is fixed."""
 
@@ -158,6 +161,7 @@ def make_plan(
         base_parameters=sizes.parameters if sizes else None,
         adapter_parameters=adapter.parameters if adapter else None,
         cluster=cluster.source if cluster else "",
+        quantization=bits.name if (bits := quantization_of(spec.model)) else None,
         sizes=counts if spec.resources.max_workers > spec.resources.min_workers else (),
     )
 
@@ -216,24 +220,28 @@ def _memory(
         notes.append(f"Memory is not estimated: the activations of {sizes.architecture} are not known.")
         return None
     on_gpu = bundle.get("GPU", 0) > 0
+    stage, compute_bytes = zero_stage(spec.deepspeed), _compute_bytes(spec.training.precision, on_gpu)
     return estimate(
         sizes,
         adapter,
         Step(
             rows=spec.training.micro_batch_size,
             length=length,
-            compute_bytes=_compute_bytes(spec.training.precision, on_gpu),
+            compute_bytes=compute_bytes,
             recomputes=recomputes_activations(
                 spec.training.gradient_checkpointing, on_gpu=on_gpu, num_parameters=sizes.parameters
             ),
             flash=on_gpu,
             texts=_TEXTS.get(spec.data.datasets[0].type, 1),
             has_vocabulary=TASKS[spec.data.datasets[0].type].task in ("CAUSAL_LM", "SEQ_2_SEQ_LM"),
+            quantization=quantization_of(spec.model, "fp32" if compute_bytes == FP32 else "bf16", stage),
+            is_sharded=stage == 3 and spec.resources.min_workers > 1,
         ),
-        stage=zero_stage(spec.deepspeed),
+        stage=stage,
         num_workers=spec.resources.min_workers,  # fewer share more
         optimizer=spec.training.optimizer,
         framework=FRAMEWORK_GPU if on_gpu else FRAMEWORK_CPU,
+        rests_elsewhere=on_gpu and offload_param(spec.deepspeed) is not None,
     )
 
 

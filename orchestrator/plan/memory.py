@@ -13,13 +13,22 @@ V vocabulary; every number below is elements for each token of one layer:
                      counting where a task's head tells a few labels apart
     whole weights    those as large as W that a method keeps until the backward (`full_size`), once a layer
 
-With gradient checkpointing a layer keeps its input alone, and one layer at a time keeps everything.
+With gradient checkpointing a layer keeps its input alone, and one layer at a time keeps everything. Over a base that
+is sharded, a method's whole weights are made again in the backward, one layer's at a time.
+
+A quantised base stores, for each element of its linear layers (embeddings and the head stay as they are):
+
+    8-bit   1 byte, and 4 for each row
+    4-bit   1/2 byte, and for each block of 64 a scale of 4 bytes, or of 1 byte and 4 / 256
+
+and has one layer's weight whole while it is used.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..spec.quantization import Quantization
 from .adapter_sizes import AdapterSizes, SiteSizes
 from .model_sizes import ModelSizes
 
@@ -41,6 +50,8 @@ SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_
 """Layers that take one and the same tensor."""
 
 FP32 = 4
+BLOCK, BLOCKS = 64, 256
+"""Elements of one scale in 4 bits, and scales of one scale where they are quantised too."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +71,10 @@ class Step:
     """Sequences of a row."""
     has_vocabulary: bool = True
     """Whether the head gives a value for each token of the vocabulary."""
+    quantization: Quantization | None = None
+    """Of the base's linear layers; None: they are of `compute_bytes`."""
+    is_sharded: bool = False
+    """Whether the base rests in pieces on several workers."""
 
     @property
     def tokens(self) -> int:
@@ -98,6 +113,7 @@ def estimate(
     num_workers: int,
     optimizer: str,
     framework: int,
+    rests_elsewhere: bool = False,
 ) -> Memory:
     """Bytes by part at the peak of a step.
 
@@ -106,11 +122,12 @@ def estimate(
         num_workers: over which they are sharded, by whole tensors.
         optimizer: adamw keeps two states for each element, sgd none.
         framework: bytes of a worker that has loaded nothing yet.
+        rests_elsewhere: whether the base's pieces are in the node's memory and the worker is on a GPU.
     """
     own, states = adapter.parameters * FP32, {"adamw": 2, "sgd": 0}[optimizer]
     sharded = max(adapter.largest * FP32, -(-own // num_workers))
     return Memory(
-        base=_base(sizes, step, stage, num_workers),
+        base=_base(sizes, step, num_workers, rests_elsewhere),
         adapter=own + adapter.frozen * FP32,
         gradients=own,  # each rank computes all of them; stage 2 frees them after the reduction, past the peak
         optimizer=states * (sharded if stage >= 1 else own),
@@ -119,17 +136,31 @@ def estimate(
     )
 
 
-def _base(sizes: ModelSizes, step: Step, stage: int, num_workers: int) -> int:
-    whole = sizes.parameters * step.compute_bytes
-    if stage < 3 or num_workers == 1:
+def stored_bytes(sizes: ModelSizes, compute_bytes: int, quantization: Quantization | None) -> int:
+    """Bytes of the whole base as it is kept: its linear layers quantised where they are, the rest as it computes."""
+    shapes = sizes.linear_shapes.values()
+    linear = sum(rows * columns for rows, columns in shapes)
+    rest = (sizes.parameters - linear) * compute_bytes
+    if quantization is None:
+        return rest + linear * compute_bytes
+    if quantization.bits == 8:
+        return rest + linear + FP32 * sum(rows for rows, _ in shapes)
+    scales = linear // BLOCK
+    return rest + linear // 2 + (scales + FP32 * scales // BLOCKS if quantization.double else FP32 * scales)
+
+
+def _base(sizes: ModelSizes, step: Step, num_workers: int, rests_elsewhere: bool) -> int:
+    whole = stored_bytes(sizes, step.compute_bytes, step.quantization)
+    if not step.is_sharded:
         return whole
-    return whole // num_workers + _gathered(sizes) * step.compute_bytes
+    return (0 if rests_elsewhere else whole // num_workers) + _gathered(sizes, step, whole)
 
 
-def _gathered(sizes: ModelSizes) -> int:
-    """Elements that are whole at once under stage 3: a layer and the one fetched ahead, or the embedding."""
-    layer = sum(rows * columns for rows, columns in sizes.linear_shapes.values()) // max(1, sizes.layers)
-    return max(2 * layer, sizes.vocab * sizes.hidden)
+def _gathered(sizes: ModelSizes, step: Step, whole: int) -> int:
+    """Bytes that are whole at once under stage 3: a layer and the one fetched ahead, or the embedding."""
+    embedding = sizes.vocab * sizes.hidden * step.compute_bytes
+    outside = (1 if sizes.tied else 2) * embedding
+    return max(2 * max(0, whole - outside) // max(1, sizes.layers), embedding)
 
 
 def activations(sizes: ModelSizes, adapter: AdapterSizes, step: Step) -> int:
@@ -139,12 +170,25 @@ def activations(sizes: ModelSizes, adapter: AdapterSizes, step: Step) -> int:
     residual = sizes.hidden * step.compute_bytes * tokens
     logits = sizes.vocab * tokens if step.has_vocabulary else 0
     loss = logits * step.compute_bytes + 3 * logits * FP32
-    backward = logits * step.compute_bytes + _backward(sizes, step) * tokens
+    backward = logits * step.compute_bytes + _backward(sizes, step) * tokens + _dequantised(sizes, step)
     whole = adapter.full_size * sum(site.in_ * site.out for site in adapter.sites) * FP32
     if step.recomputes:
         kept = sizes.layers * residual
         return kept + max(loss, backward + layer + whole // max(1, sizes.layers))
+    if step.is_sharded:
+        backward, whole = backward + adapter.full_size * _largest(sizes) * FP32, 0
     return sizes.layers * layer + residual + max(loss, backward) + whole
+
+
+def _largest(sizes: ModelSizes) -> int:
+    return max((rows * columns for rows, columns in sizes.linear_shapes.values()), default=0)
+
+
+def _dequantised(sizes: ModelSizes, step: Step) -> int:
+    """Bytes of the one weight that is whole while a quantised layer runs."""
+    if step.quantization is None:
+        return 0
+    return _largest(sizes) * (FP32 if step.quantization.bits == 8 else step.compute_bytes)
 
 
 def _layer(sizes: ModelSizes, adapter: AdapterSizes, step: Step) -> int:

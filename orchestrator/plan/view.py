@@ -60,7 +60,8 @@ def _rows(plan: Plan) -> list[tuple[str, str]]:
     rows = [
         ("workers", workers),
         ("cluster", plan.cluster or "not known"),
-        ("deepspeed", f"ZeRO-{plan.zero_stage}: {_STAGES[plan.zero_stage]}"),
+        ("deepspeed", f"ZeRO-{plan.zero_stage}: {_STAGES[plan.zero_stage]}{_resting(plan)}"),
+        *([("base", plan.quantization)] if plan.quantization else []),
         ("batch", batch),
         ("row", f"at most {plan.sequence_len} tokens"),
     ]
@@ -83,6 +84,11 @@ def _sharing(plan: Plan, size: GroupSize) -> str:
         f"{size.num_workers} worker{'' if one else 's'} x {'' if evenly else 'at most '}{plan.micro_batch_size} rows"
         f" x {steps} accumulated"
     )
+
+
+def _resting(plan: Plan) -> str:
+    offloads = "offload_param" in plan.deepspeed.get("zero_optimization", {})
+    return ", its pieces rest in the nodes' memory" if offloads else ""
 
 
 def _memory_table(plan: Plan) -> Table:
