@@ -117,6 +117,13 @@ def settle_base(base: nn.Module, modules: Iterable[nn.Module]) -> None:
         base.__dict__[_WAITING] = tuple(found)
 
 
+def keep_4bit(base: nn.Module) -> None:
+    """Keeps 4-bit layers from being repacked before any adapter is there: what that rounds is gone for good."""
+    for layer in base.modules():
+        if is_4bit(type(layer)):
+            settle(layer)
+
+
 def is_quantised(module: nn.Module) -> bool:
     """Whether it is one of bitsandbytes' two quantised linear layers."""
     kind: Any = type(module)

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 import transformers
 
+from peft_dist import packed
 from peft_dist.errors import BaseModelError, suggest
 from peft_dist.folder import is_hub_id
 from peft_dist.inject import start_waiting
@@ -121,6 +122,7 @@ def load_base(
         else:
             fill(base, keys, at, advance)
             check_filled(base)
+            packed.keep_4bit(base)
         place.finish(base)
     if into is not None:
         start_waiting(model)

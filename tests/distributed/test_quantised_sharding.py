@@ -33,6 +33,7 @@ from peft_dist import (
     ShiraConfig,
     TrainableTokensConfig,
     get_peft_model,
+    load_base,
     packed,
     prepare_model_for_kbit_training,
     sharding,
@@ -381,6 +382,33 @@ def test_without_a_steady_state_it_does() -> None:
 def test_without_being_settled_a_4_bit_base_is_repacked_in_eval_mode() -> None:
     with mock.patch.object(packed, "settle"), contextlib.suppress(RuntimeError):
         assert abs(losses("nf4", "eval", False)[-1] - losses("nf4", "train", False)[-1]) > 1e-5
+
+
+def evaluated(folder: str, stage: int) -> dict[str, Tensor]:
+    """Weights of a base that was evaluated before it got an adapter."""
+    model = load_base(folder, quantization="nf4", zero_stage=stage)
+    with torch.no_grad():
+        logits = model.eval()(input_ids=torch.ones(2, 5, dtype=torch.long)).logits
+    layers = {name: door(m, name) for name, m in model.named_modules() if packed.is_quantised(m)}
+    return {"logits": logits, **{name: layer.weight() for name, layer in layers.items()}}
+
+
+def test_a_base_that_is_evaluated_bare_keeps_its_weights(tmp_path: Path) -> None:
+    source = LlamaForCausalLM(larger("nf4").config)
+    source.save_pretrained(tmp_path)
+    weights = dict(source.named_parameters())
+    one = evaluated(str(tmp_path), 0)
+    for found in (one, *run_on_ranks(evaluated, 2, str(tmp_path), 3)):
+        for name, W in found.items():
+            torch.testing.assert_close(W, one[name], **FLOAT)
+            if name != "logits":
+                assert torch.equal(W, door(linear_4bit(as_linear(weights[f"{name}.weight"])), name).weight())
+
+
+def as_linear(weight: Tensor) -> nn.Linear:
+    dense = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    dense.weight.data = weight.detach()
+    return dense
 
 
 # What a rank holds
