@@ -63,9 +63,9 @@ def _rows(plan: Plan) -> list[tuple[str, str]]:
         ("deepspeed", f"ZeRO-{plan.zero_stage}: {_STAGES[plan.zero_stage]}{_resting(plan)}"),
         *([("base", plan.quantization)] if plan.quantization else []),
         ("batch", batch),
+        *(("", _sharing(plan, size)) for size in plan.sizes),
         ("row", f"at most {plan.sequence_len} tokens"),
     ]
-    rows += [("", _sharing(plan, size)) for size in plan.sizes]
     if plan.base_parameters is not None and plan.adapter_parameters is not None:
         share = plan.adapter_parameters / max(1, plan.base_parameters)
         rows.append(

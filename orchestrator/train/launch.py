@@ -60,7 +60,7 @@ class RayRunner:
         if not ray.is_initialized():
             self._connect()
         cluster, growth_s = RayCluster(), growth_interval()
-        if problem := why_impossible(request.plan, cluster.rooms(), cluster.grows_to()):
+        if problem := why_impossible(request.plan, cluster.rooms(), cluster.grows_to(), cluster.kinds()):
             raise PlacementError(
                 problem, where="resources", hint="Lower resources.num_workers or what each worker asks for."
             )

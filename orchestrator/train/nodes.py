@@ -54,6 +54,15 @@ class RayCluster:
         """What the autoscaler could give in all, by resource; empty where the cluster does not grow."""
         return state.get_max_resources_from_cluster_config() or {}
 
+    def kinds(self) -> list[Mapping[str, float]]:
+        """What a node has of each kind that the autoscaler can start."""
+        config = state.get_cluster_config()
+        return (
+            [dict(group.resources) for group in config.node_group_configs if group.max_count]
+            if config
+            else []
+        )
+
     def going(self) -> set[str]:
         """The ids of nodes that have been told to go: drained, or announced by the cloud."""
         return set(state.get_draining_nodes())

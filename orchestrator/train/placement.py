@@ -53,7 +53,10 @@ def _places(plan: Plan, rooms: Sequence[Mapping[str, float]]) -> int:
 
 
 def why_impossible(
-    plan: Plan, nodes: Sequence[NodeRoom], most: Mapping[str, float] | None = None
+    plan: Plan,
+    nodes: Sequence[NodeRoom],
+    most: Mapping[str, float] | None = None,
+    kinds: Sequence[Mapping[str, float]] = (),
 ) -> str | None:
     """One sentence on why the workers can never be placed; None where they can, busy or not. An elastic run needs its
     least number.
@@ -61,6 +64,7 @@ def why_impossible(
     Args:
         nodes: the nodes that are up.
         most: what the autoscaler could give in all, by resource; None where the cluster does not grow.
+        kinds: what a node has of each kind that the autoscaler can start.
     """
     least = plan.counts[0]
     wanted = f"{least} x {describe(plan.bundle)}"
@@ -72,7 +76,7 @@ def why_impossible(
                     f"{wanted} needs {amount * least:g} {resource}, "
                     f"the cluster grows to {available:g} at most."
                 )
-        return None
+        return _too_large(plan, [*(node.total for node in nodes), *kinds]) if kinds else None
     fitting = [node for node in nodes if has_labels(node.labels, plan.labels)]
     if plan.labels and not fitting:
         labels = ", ".join(f"{key}={value}" for key, value in plan.labels.items())
@@ -85,6 +89,21 @@ def why_impossible(
         f"{wanted} placed {plan.placement} will never fit: the cluster has {describe(totals)} on "
         f"{len(fitting)} node(s), room for {places} worker(s)."
     )
+
+
+def _too_large(plan: Plan, sizes: Sequence[Mapping[str, float]]) -> str | None:
+    """Why no node of these sizes can have a worker, or all of them where one node must."""
+    together = plan.counts[0] if plan.placement == "STRICT_PACK" else 1
+    on_one = max((capacity(size, plan.bundle) for size in sizes), default=0)
+    if on_one >= together:
+        return None
+    largest = {name: max(size.get(name, 0) for size in sizes) for name in plan.bundle}
+    what = (
+        f"{together} x {describe(plan.bundle)} on one node"
+        if together > 1
+        else f"a worker of {describe(plan.bundle)}"
+    )
+    return f"{what} will never fit: no node that is up, or can be started, has more than {describe(largest)}."
 
 
 def what_is_missing(plan: Plan, nodes: Sequence[NodeRoom]) -> str:

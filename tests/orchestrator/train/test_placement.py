@@ -1,5 +1,8 @@
+from dataclasses import replace
+
 import pytest
 
+from orchestrator.spec.workers import group_sizes
 from orchestrator.train.placement import NodeRoom, capacity, what_is_missing, why_impossible
 
 from .tiny import plan
@@ -39,6 +42,28 @@ def test_the_autoscaler_counts():
     said = why_impossible(plan(workers=65), TWO_NODES, {"CPU": 64.0})
     assert said == "65 x {CPU: 1} needs 65 CPU, the cluster grows to 64 at most."
     assert why_impossible(plan(workers=1, bundle={"GPU": 1}), [NodeRoom({"CPU": 1})], {"CPU": 8.0})
+
+
+def test_a_worker_that_no_kind_of_node_holds_is_refused():
+    kinds = [{"CPU": 8.0}, {"CPU": 16.0, "GPU": 1.0}]
+    most = {"CPU": 64.0, "GPU": 4.0}
+    assert why_impossible(plan(workers=4, bundle={"CPU": 16}), TWO_NODES, most, kinds) is None
+    assert why_impossible(plan(workers=1, bundle={"CPU": 17}), TWO_NODES, most, kinds) == (
+        "a worker of {CPU: 17} will never fit: no node that is up, or can be started, has more than {CPU: 16}."
+    )
+    packed = plan(workers=2, bundle={"CPU": 1, "GPU": 1}, placement="STRICT_PACK")
+    assert why_impossible(packed, TWO_NODES, most, kinds) == (
+        "2 x {CPU: 1, GPU: 1} on one node will never fit: no node that is up, or can be started, has more than "
+        "{CPU: 16, GPU: 1}."
+    )
+
+
+def test_an_elastic_run_needs_room_for_its_least():
+    range_ = plan(workers=16, sizes=group_sizes(2, 16, 16, 1))
+    assert why_impossible(range_, TWO_NODES) is None
+    assert "2 x {CPU: 5} placed PACK will never fit" in why_impossible(
+        replace(range_, bundle={"CPU": 5}), TWO_NODES
+    )
 
 
 def test_label_selectors_of_ray():
