@@ -308,7 +308,7 @@ def partition_base(
     check_partitionable(deepspeed_config)
     _check(model)
     _check_codes(base_of(model), deepspeed_config)
-    config = _engine_config(deepspeed_config)
+    config = _engine_config(deepspeed_config, base_of(model))
     disable_deepspeed_op_builds()
     base = base_of(model)
     with bare(base) as num_adapted:
@@ -456,15 +456,17 @@ def _check_codes(base: nn.Module, config: Mapping[str, Any]) -> None:
             )
 
 
-def _engine_config(config: Mapping[str, Any]) -> dict[str, Any]:
+def _engine_config(config: Mapping[str, Any], base: nn.Module) -> dict[str, Any]:
     ours = {key: value for key, value in config.items() if key not in _NOT_FOR_A_BASE}
     # A weight kept for a reuse that never comes (an evaluation has no backward) would rest whole on every rank,
     # as would each small one under a threshold above 0.
     leeway = {"stage3_max_reuse_distance": 0, "stage3_param_persistence_threshold": 0}
     # Of a mixture's block that is gathered as one, DeepSpeed would take its adapters' tensors for pieces too.
     # transformers stacks experts in one parameter: every rank reads it, whichever of them its tokens go to.
-    whole: dict[str, Any] = {"leaf_module": {"classes": []}}
-    ours["zero_optimization"] = {**leeway, **whole, **config["zero_optimization"]}
+    blocks = deepspeed.runtime.zero.leaf_module_config.DEFAULT_LEAF_MODULE_CLASSES
+    kinds = {f"{type(module).__module__}.{type(module).__qualname__}" for module in base.modules()}
+    apart: dict[str, Any] = {"leaf_module": {"classes": []}} if kinds & {*blocks} else {}
+    ours["zero_optimization"] = {**leeway, **apart, **config["zero_optimization"]}
     ours["train_micro_batch_size_per_gpu"] = 1
     return ours
 

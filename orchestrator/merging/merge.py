@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from peft_dist.catalog import METHODS, config_class
+from peft_dist.errors import MergeError
+from peft_dist.merged.file_size import size_in_bytes
 
 from .. import objects
 from ..errors import ModelError, SpecError, StorageError, closest
@@ -108,6 +110,10 @@ def merge(
             where="--dtype",
             hint=f"Did you mean '{near[0]}'?" if near else "Leave it out to keep what the base has.",
         )
+    try:
+        size_in_bytes(max_shard_size)
+    except MergeError as error:
+        raise SpecError(str(error), where="--max-shard-size") from error
     _check_method(adapter)
     target = check_out(out)
     identity = _base_of(adapter, base, on_event)

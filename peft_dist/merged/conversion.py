@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import conversion_mapping, core_model_loading
 
 from peft_dist.errors import MergeError
@@ -113,7 +112,9 @@ class _Renamed:
     def convert(self, name: str, **kwargs: Any) -> dict[str, Any]:
         """As the converter's own."""
         made = self._converter.convert(name, **kwargs)
-        return {core_model_loading.apply_renamings(key, list(self._renamings)): each for key, each in made.items()}
+        return {
+            core_model_loading.apply_renamings(key, list(self._renamings)): each for key, each in made.items()
+        }
 
 
 def _kinds(transforms: Sequence[Any]) -> tuple[list[Any], list[Any]]:

@@ -18,8 +18,9 @@ import torch.distributed as dist
 from peft_dist.errors import MergeError, PeftDistError
 from peft_dist.merged import folder as folders
 from peft_dist.merged.changes import Merged, tensors_of
+from peft_dist.merged.file_size import size_in_bytes
 from peft_dist.merged.plan import Item, Plan, plan_merged
-from peft_dist.merged.shards import Shards, size_in_bytes
+from peft_dist.merged.shards import Shards
 from peft_dist.sharding import gathered, is_partitioned
 
 

@@ -34,9 +34,10 @@ from peft_dist.loading.weight_files import fetched, weight_files
 from peft_dist.merge import refuse_unmergeable
 from peft_dist.merged import folder as folders
 from peft_dist.merged.changes import Merged, Value, cast
+from peft_dist.merged.file_size import size_in_bytes
 from peft_dist.merged.gathered import dtype_of, write_item
 from peft_dist.merged.plan import Item, Plan, plan_merged
-from peft_dist.merged.shards import PIECE_BYTES, Shard, Shards, size_in_bytes
+from peft_dist.merged.shards import PIECE_BYTES, Shard, Shards
 from peft_dist.merged.stored_adapter import StoredTensors, open_adapter
 from peft_dist.model import TASK_CLASSES, PeftModel, has_hooks
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,14 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peft_dist.errors import MergeError
 from peft_dist.loading.stored import DTYPES
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PIECE_BYTES = 16 << 20
 """How much of a tensor is copied, cast or added at a time."""
 
-_SIZE = re.compile(r"(?P<number>\d+(\.\d+)?)\s*(?P<unit>([KMGT]i?)?B?)", re.IGNORECASE)
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -65,26 +62,6 @@ class Shard:
         # Data begins at a multiple of 8, as in files that safetensors writes.
         text += b" " * (-len(text) % 8)
         return struct.pack("<Q", len(text)) + text
-
-
-def size_in_bytes(size: int | str) -> int:
-    """`5GB`, `500MB`, `2GiB` or a number of bytes.
-
-    Raises:
-        MergeError: it is none of these, or not positive.
-    """
-    found = int(size) if not isinstance(size, str) else 0
-    if isinstance(size, str) and (match := _SIZE.fullmatch(size.strip())):
-        unit = match["unit"].upper()
-        found = int(
-            float(match["number"]) * (1024 if "I" in unit else 1000) ** "BKMGT".index((unit or "B")[0])
-        )
-    if found <= 0:
-        raise MergeError(
-            f"max_shard_size: {size!r} is no size of a file. Write a number with its unit, such as '5GB' or "
-            "'500MB'."
-        )
-    return found
 
 
 def split(entries: Sequence[Entry], max_bytes: int) -> list[Shard]:
