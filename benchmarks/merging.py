@@ -1,6 +1,6 @@
 """What a merged checkpoint costs, beside HF PEFT's `merge_and_unload` and `save_pretrained`, in one run.
 
-    python benchmarks/merging.py [--gb 1] [--dtype float32] [--folder DIR] [--write]
+    python benchmarks/merging.py [--gb 1] [--dtype float32] [--only offline] [--folder DIR] [--write]
 
 A Llama of random weights, as large as `--gb` says, and a LoRA of rank 16 on all its linear layers are written to a
 temporary folder, and merged three ways, each in processes of their own: by HF PEFT in one process; by `save_merged` on
@@ -24,7 +24,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -363,6 +363,7 @@ def main() -> int:
     parser.add_argument(
         "--folder", type=Path, help="where to put the files, three times the base; a temporary one"
     )
+    parser.add_argument("--only", nargs="+", choices=["theirs", "gathered", "offline"], help="all by default")
     parser.add_argument("--write", action="store_true", help="keep the table in benchmarks/results")
     for hidden in ("--do", "--number", "--port"):
         parser.add_argument(hidden, help=argparse.SUPPRESS)
@@ -381,15 +382,17 @@ def main() -> int:
         )
         print(HEADER)
         lines = []
-        for measure in (
-            lambda: [measure_theirs(folder)],
-            lambda: [measure_gathered(folder, sizes)],
-            lambda: measure_offline(folder, sizes),
-        ):
-            for line in measure():
+        ways: dict[str, Callable[[], list[Line]]] = {
+            "theirs": lambda: [measure_theirs(folder)],
+            "gathered": lambda: [measure_gathered(folder, sizes)],
+            "offline": lambda: measure_offline(folder, sizes),
+        }
+        for way in arguments.only or ways:
+            for line in ways[way]():
                 lines.append(line)
                 print(line, flush=True)
-        check_equal(folder)
+        if not arguments.only:
+            check_equal(folder)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     if arguments.write:
