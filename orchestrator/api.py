@@ -488,6 +488,7 @@ def merge(
     where = load_cluster(cluster)
     check_out(out)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(_terminated_as_interrupted())
         adapter = stack.enter_context(_adapter_to_merge(ref, cluster))
         ours = load_cluster("local") if where.is_remote else where
         was_up = _is_up(ours)
@@ -511,6 +512,24 @@ def merge(
             if not was_up:
                 _leave(ours)
             wiring.disconnect()
+
+
+@contextlib.contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """Within the context SIGTERM ends what runs as Ctrl-C does: what was half-made is taken away."""
+
+    def end(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    try:
+        before = signal.signal(signal.SIGTERM, end)
+    except ValueError:  # not the main thread: signals are the program's own business
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager

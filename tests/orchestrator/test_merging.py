@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +186,20 @@ def test_a_merge_that_ends_early_leaves_nothing(home, registered, tmp_path, monk
     with pytest.raises(type(error)):
         api.merge(registered, tmp_path / "deep" / "out")
     assert not (tmp_path / "deep").exists()
+
+
+def test_sigterm_takes_away_what_is_half_made(home, registered, tmp_path, monkeypatch):
+    def terminated(request: dict[str, Any], folder: str, *_: Any) -> dict[str, Any]:
+        part.prepare(part.Request(**request), folder)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+        raise AssertionError("nothing happened")
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(wiring, "merge_files", lambda cluster: terminated)
+    with pytest.raises(KeyboardInterrupt):
+        api.merge(registered, tmp_path / "deep" / "out")
+    assert not (tmp_path / "deep").exists() and signal.getsignal(signal.SIGTERM) is before
 
 
 def test_a_base_that_changes_under_way_is_noticed(home, registered, tmp_path, monkeypatch):
