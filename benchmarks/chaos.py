@@ -499,8 +499,9 @@ def storage_trial(fault: str) -> Outcome:
             ours = weights(folder, result)
             difference = max(float((ours[name] - theirs[name]).abs().max()) for name in theirs)
             outcome.difference = max(outcome.difference or 0.0, difference)
-            if difference or result["adapter"].partition("@")[2] != "1":
-                outcome.problem = f"ENDED DIFFERENTLY at write {nth}: {result['adapter']}, {difference:.1e}"
+            versions = [version.ref for version in Registry(folder / "registry").versions("chaos")]
+            if difference or versions != [result["adapter"]]:
+                outcome.problem = f"ENDED DIFFERENTLY at write {nth}: {versions}, {difference:.1e}"
             shutil.rmtree(folder)
     outcome.wall_s = round(time.monotonic() - began, 1)
     return outcome
