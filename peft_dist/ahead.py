@@ -6,12 +6,12 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peft_dist.contract import Method
 from peft_dist.errors import ConfigError
+from peft_dist.packed import without_gradients
 from peft_dist.rows import drop, stream, token_input
 from peft_dist.sharding import reach
 
@@ -87,7 +87,7 @@ class LookAhead:
             first = self.tuner.peft_config[name].first_run(sized.shape[0], sized.shape[1])
             current.batch = {**current.batch, **{k: t.to(sized.device) for k, t in first.items()}}
         asked = {key: value for key, value in kwargs.items() if key != "labels"}
-        with torch.no_grad():
+        with without_gradients():
             outputs = module.forward(*args, **{**asked, "output_hidden_states": True, "return_dict": True})
         states = getattr(outputs, "hidden_states", None)
         if not states:

@@ -17,11 +17,12 @@ ever. Without gradients an 8-bit layer in eval mode runs bitsandbytes' int8 prod
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -165,6 +166,28 @@ def follow_the_weight(layer: Any) -> None:
     weight.convert_to_zero_parameters(param_list=list(statistics(layer).values()))
 
 
+# How many runs without gradients are under way that belong to one that records them.
+_beside_recording = [0]
+
+
+def is_recording() -> bool:
+    """Whether gradients are recorded, or would be of the run that this one belongs to."""
+    return torch.is_grad_enabled() or _beside_recording[0] > 0
+
+
+@contextlib.contextmanager
+def without_gradients() -> Iterator[None]:
+    """As `torch.no_grad`, for a run whose result one that records gradients reads: quantised layers then give it
+    what they give that one, in whatever mode they were left."""
+    is_beside = is_recording()
+    _beside_recording[0] += is_beside
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        _beside_recording[0] -= is_beside
+
+
 @functools.cache
 def _steady(kind: Any) -> type:
     """bitsandbytes' state of an 8-bit layer, that counts as training also while gradients are recorded."""
@@ -172,7 +195,7 @@ def _steady(kind: Any) -> type:
         return kind
 
     def is_training(self: Any) -> bool:
-        return self.__dict__.get("is_training", True) or torch.is_grad_enabled()
+        return self.__dict__.get("is_training", True) or is_recording()
 
     def set_training(self: Any, value: bool) -> None:
         self.__dict__["is_training"] = value
@@ -432,7 +455,7 @@ class _Partitionable8bit:
     training: bool
 
     def forward(self, x: Tensor) -> Tensor:
-        return _Product.apply(x, self, self.training or torch.is_grad_enabled())  # type: ignore[no-any-return]
+        return _Product.apply(x, self, self.training or is_recording())  # type: ignore[no-any-return]
 
     def _multiplied(self, x: Tensor, is_training: bool) -> Tensor:
         state = bitsandbytes.MatmulLtState()
