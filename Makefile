@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: quickstart test test-fast check format benchmarks assets tables clean help
+.PHONY: quickstart test test-fast matrix check format benchmarks assets tables clean help
 
 help:           ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -28,6 +28,11 @@ test: $(READY)          ## all tests but the full matrix
 
 test-fast: $(READY)     ## the tests that take seconds
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not ray and not matrix"
+
+matrix: $(READY)        ## every method x ZeRO stage x storage: half an hour; writes docs/methods.md
+	$(BIN)/python -m tests.matrix
+	$(BIN)/python -m tests.contract.methods_table
+	$(BIN)/python -m pytest -m matrix
 
 check: $(READY)         ## style, lint and types
 	$(BIN)/ruff check .

@@ -16,16 +16,13 @@ from peft_dist.catalog import METHODS, config_class, mixes
 from peft_dist.contract import BlockMethod
 from peft_dist.errors import PeftDistError
 from peft_dist.mixed import check_mixes
-from peft_dist.sharding import partition_base
 from tests.contract import bases, pairs
 from tests.contract.cases import CASES, SITES, adapted, disturb, sample
-from tests.contract.test_quantised import linear_4bit, linear_8bit
-from tests.ranks import run_on_ranks
+from tests.matrix import result
 
 PAGE = Path(__file__).parents[2] / "docs" / "methods.md"
-COLUMNS = ("layers", "merges", "mixed batch", "8-bit", "4-bit", "ZeRO-3")
+COLUMNS = ("layers", "merges", "mixed batch")
 IDS = torch.arange(1, 15).view(2, 7)
-ZERO3 = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
 # Names for groups of kinds of layers that a method sits on one and all.
 _GROUPS = {
     "linear": ("linear", "linear without bias", "Conv1D"),
@@ -119,67 +116,15 @@ def mixed_batch(name: str) -> str:
     return "yes" if torch.allclose(torch.cat(alone), both, rtol=1e-4, atol=1e-4) else "wrong"
 
 
-def quantised(make: Callable[..., nn.Module]) -> Callable[[str], str]:
-    """Whether an adapter trains on a base whose linear layers are quantised."""
-
-    def column(name: str) -> str:
-        base = bases.llama()
-        for parent in list(base.model.modules()):
-            for key, child in list(parent.named_children()):
-                if isinstance(child, nn.Linear):
-                    new = make(child.in_features, child.out_features, bias=child.bias is not None)
-                    new.load_state_dict(child.state_dict())
-                    setattr(parent, key, new.to("cpu"))
-        try:
-            model = model_of(name, base).train()
-            outputs = model(IDS, labels=IDS, **inputs(name))
-            outputs.loss.backward()
-        except PeftDistError:
-            return "no"
-        gradients = [p.grad for p in model.parameters() if p.requires_grad]
-        whole = all(g is not None and bool(torch.isfinite(g).all()) for g in gradients)
-        return "yes" if whole and any(bool(g.any()) for g in gradients) else "wrong"
-
-    return column
-
-
-def zero3(names: Sequence[str]) -> dict[str, str]:
-    """Whether an adapter on a partitioned base gives what it gives on a whole one, and trains; on one rank."""
-    return run_on_ranks(_on_partitioned, 1, tuple(names), timeout_s=600.0)[0]
-
-
-def _on_partitioned(names: tuple[str, ...]) -> dict[str, str]:
-    found = {}
-    for name in names:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            want = model_of(name)(IDS, **inputs(name)).logits
-            try:
-                base = bases.llama()
-                partition_base(base, ZERO3)
-                model = model_of(name, base)
-                got = model(IDS, **inputs(name)).logits
-                model(IDS, labels=IDS, **inputs(name)).loss.backward()
-            except (PeftDistError, RuntimeError) as error:
-                found[name] = f"no ({type(error).__name__})"
-                continue
-            trained = any(p.grad is not None for p in model.parameters() if p.requires_grad)
-            alike = torch.allclose(got, want, rtol=1e-4, atol=1e-4)
-            found[name] = "yes" if alike and trained else "wrong"
-    return found
-
-
 RUN: dict[str, Callable[[str], str]] = {
     "layers": layers,
     "merges": merges,
     "mixed batch": mixed_batch,
-    "8-bit": quantised(linear_8bit),
-    "4-bit": quantised(linear_4bit),
 }
 
 
 def row(name: str) -> dict[str, str]:
-    """The columns of one method, by running; ZeRO-3's aside."""
+    """The columns of one method, by running."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return {column: run(name) for column, run in RUN.items()}
@@ -194,24 +139,27 @@ def reason(name: str) -> str | None:
     return None
 
 
-def page(rows: dict[str, dict[str, str]], outcomes: dict[tuple[str, str], str]) -> str:
-    """The text of docs/methods.md."""
+def page(
+    rows: dict[str, dict[str, str]], outcomes: dict[tuple[str, str], str], sharded: Sequence[str]
+) -> str:
+    """The text of docs/methods.md; `sharded` are the lines of the matrix."""
     names = list(rows)
     mixing = [name for name in names if mixes(name)]
     lines = [
         "# Methods",
         "",
-        "Written by `python -m tests.contract.methods_table`, which runs every method; a test compares.",
+        "Written by `python -m tests.contract.methods_table`, which runs every method, and takes what needs processes "
+        "of its own from the newest result of `make matrix`; tests compare.",
         "",
         "- layers: the kinds on which an adapter was injected and run; linear includes HF's Conv1D.",
         "- merges: the merged base gives what the adapted one gave.",
         "- mixed batch: rows that name different adapters, or `__base__`, get what each gives alone.",
-        "- 8-bit, 4-bit: an adapter trains on bitsandbytes' layers.",
-        "- ZeRO-3: an adapter on a partitioned base gives what it gives on a whole one, and trains.",
         "",
         "| method | " + " | ".join(COLUMNS) + " |",
         "|---" * (len(COLUMNS) + 1) + "|",
         *(f"| {name} | " + " | ".join(rows[name][column] for column in COLUMNS) + " |" for name in names),
+        "",
+        *sharded,
         "",
         "## Pairs in a PeftMixedModel",
         "",
@@ -247,14 +195,14 @@ def page(rows: dict[str, dict[str, str]], outcomes: dict[tuple[str, str], str]) 
 def main() -> None:
     """Runs everything and writes the page."""
     names = list(METHODS)
-    found = zero3(names)
+    sharded = result.table(result.latest())
     rows = {}
     for name in names:
-        rows[name] = {**row(name), "ZeRO-3": found[name]}
+        rows[name] = row(name)
         print(name, rows[name], file=sys.stderr, flush=True)
     mixing = [name for name in names if mixes(name)]
     outcomes = {(a, b): pairs.outcome(a, b) for a, b in pairs.PAIRS if a in mixing and b in mixing}
-    PAGE.write_text(page(rows, outcomes), encoding="utf-8")
+    PAGE.write_text(page(rows, outcomes, sharded), encoding="utf-8")
 
 
 if __name__ == "__main__":

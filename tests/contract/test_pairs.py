@@ -80,12 +80,6 @@ def test_a_methods_row_is_what_running_it_gives(name) -> None:
         assert CELLS[name, column] == value, column
 
 
-@pytest.mark.slow  # 20 s: a process that partitions a base once for each method
-def test_zero3_is_what_running_it_gives() -> None:
-    for name, value in methods_table.zero3(list(METHODS)).items():
-        assert CELLS[name, "ZeRO-3"] == value
-
-
 @pytest.mark.parametrize("first", ["LN_TUNING", "LORA"])
 def test_a_module_is_not_replaced_and_adapted_at_once(first) -> None:
     configs = {
