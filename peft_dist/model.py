@@ -17,8 +17,8 @@ from peft_dist.base_layer import num_elements
 from peft_dist.catalog import METHODS, prefix_of
 from peft_dist.config import PeftConfig
 from peft_dist.contract import Method, PromptMethod
-from peft_dist.errors import AdapterError, CheckpointError, ConfigError, MergeError, ShardingError
-from peft_dist.foreign_engine import has_foreign_engine
+from peft_dist.errors import AdapterError, CheckpointError, ConfigError, MergeError
+from peft_dist.foreign_engine import refuse_foreign_engine
 from peft_dist.hooks import without_hooked
 from peft_dist.lazy import lazy
 from peft_dist.merge import is_dequantised, refuse_unmergeable
@@ -26,7 +26,7 @@ from peft_dist.pool import outer_modules
 from peft_dist.prompts import PromptedModel
 from peft_dist.prompts.generation import rows_each
 from peft_dist.rows import BASE, Rows, token_input
-from peft_dist.sharding import refuse_foreign_engine, set_whole
+from peft_dist.sharding import set_whole
 from peft_dist.tuner import BaseTuner, tuner_class
 from peft_dist.tuner_layer import hooked_layers
 
@@ -558,12 +558,6 @@ class PeftModel(PromptedModel):
         if start:
             _warn_of_prefix(name, config.peft_type)
         refuse_foreign_engine(self, f"adapter {name!r} cannot be added")
-        if has_foreign_engine(self):
-            raise ShardingError(
-                f"adapter {name!r} cannot be added: a DeepSpeed engine was built around this model, and an engine's "
-                "parameters are fixed when it is built, so it would not train. Do this before deepspeed.initialize, "
-                "or train with peft_dist.optim.AdapterOptimizer, which takes adapters at any time."
-            )
         base = self.get_base_model()
         for place, module in inject.adapter_modules(base):
             if module.merged_adapters:

@@ -27,6 +27,7 @@ from torch.nn import Parameter
 
 from peft_dist.errors import OptimizerError
 from peft_dist.gradients import keeps_gradient_whole, sums_gradient
+from peft_dist.pool import is_gone
 from peft_dist.sharding import is_partitioned
 
 _BUCKET_BYTES = 64 * 2**20
@@ -176,13 +177,21 @@ class AdapterOptimizer:
                 `keep_gradient_whole` was said of.
 
         Raises:
-            OptimizerError: gradients were reduced already and neither stepped nor zeroed since.
+            OptimizerError: gradients were reduced already and neither stepped nor zeroed since; or an adapter's
+                tensors are no longer in the model.
         """
         if self._is_reduced:
             raise OptimizerError(
                 "AdapterOptimizer.reduce: these gradients are sums over the ranks already. "
                 "Call step() or zero_grad() in between."
             )
+        for name, adapter in self._adapters.items():
+            if any(is_gone(tensor.parameter) for tensor in adapter.tensors):
+                raise OptimizerError(
+                    f"AdapterOptimizer.reduce: adapter {name!r} is not in the model as it was added: it was deleted, "
+                    "or a checkpoint put other tensors in the place of its own. Call remove, and add what is there "
+                    "now."
+                )
         self._is_reduced = True
         tensors = list(self._tensors())
         for tensor in tensors:

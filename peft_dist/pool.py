@@ -19,6 +19,14 @@ from torch import Tensor, nn
 from peft_dist.contract import Param
 from peft_dist.errors import AdapterError
 
+# On a Parameter that hangs on no module any more.
+_GONE = "_peft_dist_gone"
+
+
+def is_gone(parameter: Tensor) -> bool:
+    """Whether its adapter was deleted, or has other tensors in its place."""
+    return hasattr(parameter, _GONE)
+
 
 class Bucket:
     """The adapters of one method and one set of shapes at one site.
@@ -323,6 +331,8 @@ class PooledModule(nn.Module):
 
     def drop(self, adapter: str) -> None:
         """Removes the adapter's tensors."""
+        for tensor in self.tensors(adapter).values():
+            setattr(tensor, _GONE, True)
         self._pool.release(self._site_name, adapter)
         self._pool.waiting.discard((self._site_name, adapter))
         for param in self._wanted.pop(adapter).values():

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeAlias
 
@@ -150,23 +149,6 @@ def set_whole(parameter: Weight, value: Tensor) -> None:
     parameter.data.copy_(value)
     if hasattr(parameter, "_hp_mapping"):
         deepspeed.utils.safe_set_full_fp32_param(parameter, value.to(parameter.device, torch.float32))
-
-
-def refuse_foreign_engine(model: nn.Module, wish: str) -> None:
-    """Raises if a user's own DeepSpeed engine trains parameters of this model: it would not train any more.
-
-    Raises:
-        ShardingError: such an engine is there; `wish` says what it cannot do.
-    """
-    # Such an engine cannot be where its library was never imported.
-    for name, parameter in model.named_parameters() if "deepspeed" in sys.modules else ():
-        if hasattr(parameter, "_z3_optimizer") or hasattr(parameter, "_hp_mapping"):
-            raise ShardingError(
-                f"{wish}: a DeepSpeed engine trains {name!r} of this model, and an engine's parameters are "
-                "fixed "
-                "when it is built. Do this before deepspeed.initialize, or train with "
-                "peft_dist.optim.AdapterOptimizer, which takes adapters at any time."
-            )
 
 
 def reach(module: nn.Module, parameters: Iterable[Weight]) -> None:
