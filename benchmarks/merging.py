@@ -396,11 +396,11 @@ def main() -> int:
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     if arguments.write:
-        keep(lines, sizes, arguments.dtype)
+        keep(lines, sizes, arguments.dtype, os.getloadavg()[2])
     return int(not all(line.is_met for line in lines))
 
 
-def keep(lines: list[Line], sizes: dict[str, int], dtype: str) -> None:
+def keep(lines: list[Line], sizes: dict[str, int], dtype: str, load: float) -> None:
     """The table as a dated file."""
     date, hardware = time.strftime("%Y-%m-%d"), f"{os.cpu_count()}cpu-{platform.machine()}"
     gigabytes = round(sizes["bytes"] / 1e9)
@@ -411,6 +411,8 @@ def keep(lines: list[Line], sizes: dict[str, int], dtype: str) -> None:
         "base_mb": round(sizes["bytes"] / 1e6),
         "largest_mb": round(sizes["largest"] / 1e6),
         "dtype": dtype,
+        # Seconds say little on a machine that has other work.
+        "load_average": round(load, 1),
         "lines": [
             {
                 "name": line.name.strip(),
