@@ -13,7 +13,14 @@ import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from orchestrator.errors import ClusterError, Interrupted, OutOfTimeError, PlacementError, RaypeftError
+from orchestrator.errors import (
+    ClusterError,
+    Interrupted,
+    OutOfTimeError,
+    PlacementError,
+    RaypeftError,
+    TrainingError,
+)
 from orchestrator.runner import Event, TrainOutcome, TrainRequest
 from orchestrator.spec.durations import format_duration
 from peft_dist.lazy import lazy
@@ -151,8 +158,10 @@ class RayRunner:
             self._error = error
 
     def _lose_cluster(self) -> None:
-        """The mailbox does not answer: the session is gone."""
-        self._error = self._error or ClusterError(
+        """The mailbox does not answer: the session is gone, and with it the workers, whatever was told of them."""
+        if isinstance(self._error, RaypeftError) and type(self._error) is not TrainingError:
+            return  # what ended the run before: bad data, a storage
+        self._error = ClusterError(
             "the Ray cluster was lost while the run was on it.",
             where=f"run {self._request.run_id}",
             hint="Run the same command again: it goes on from the last checkpoint.",
