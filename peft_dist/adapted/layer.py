@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from peft_dist.adapted.entrance import Entrance, Framed, as_given, dtype_of, unchanged
 from peft_dist.adapted.levels import Adjusted, Level, down, up
 from peft_dist.adapted.module import AdapterModule
-from peft_dist.base_layer import Layer, door, rounded
+from peft_dist.base_layer import Conv1DLayer, Layer, LinearLayer, door, rounded
 from peft_dist.contract import BaseLayer, Method, WeightMethod
 from peft_dist.errors import RowsError
 from peft_dist.pool import AdapterPool, PooledModule
 from peft_dist.rows import Current, Rows, Segment, Split
+from peft_dist.sharding import is_partitioned
 
 
 class Adapted(AdapterModule):
@@ -165,6 +166,8 @@ class Adapted(AdapterModule):
         if len(names) == 1:
             method, p = self.methods[names[0]], self.given(names[0])
             if dtype_of(p, x) == x.dtype and not entrance.drops(method):
+                if self._runs_within(method):
+                    return self.base.within(lambda x: method.forward(p, self.base, x, unchanged), x)
                 return method.forward(p, self.base, x, unchanged)
             if dtype_of(p, x) == x.dtype or not self.casts:
                 return method.forward(p, self.base, x, entrance.of(method, p))
@@ -174,6 +177,17 @@ class Adapted(AdapterModule):
         inputs = down(levels, x)
         y = self.base_layer(as_given(inputs[0], x))
         return up(levels, inputs, y, entrance)
+
+    def _runs_within(self, method: Method) -> bool:
+        """Whether method and layer run as one, between the hooks that gather a partitioned weight. Not those that
+        keep tensors of its size: they would stay whole until the backward."""
+        base = self.base
+        return (
+            type(base) in (LinearLayer, Conv1DLayer)
+            and is_partitioned(base.layer.weight)
+            and "forward" not in base.layer.__dict__
+            and not getattr(method, "full_size", 0)
+        )
 
     def _by_row(self, x: Tensor, rows: Rows) -> Tensor | None:
         """Each row beside its own adapter's tensors, in the batch's order: where all name one adapter each, of

@@ -7,7 +7,7 @@ adapters are injected. Shapes come from the parameters' own sizes and never gath
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -39,6 +39,8 @@ class Layer:
     is_argument = False
     # Whether the weight is stored as codes, so that it is read and changed as a whole.
     is_quantised = False
+    # Whether the layer's own call is under way, and runs what `within` was given.
+    is_running = False
 
     def __init__(self, layer: nn.Module, name: str) -> None:
         self.layer: Any = layer
@@ -93,7 +95,18 @@ class Layer:
         return None
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.layer(x)
+        return type(self.layer).forward(self.layer, x) if self.is_running else self.layer(x)
+
+    def within(self, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """run(x) as the layer's own call: between its hooks, which gather the weight for the forward and for
+        the backward."""
+        own = self.layer.__dict__
+        own["forward"], self.is_running = run, True
+        try:
+            return self.layer(x)
+        finally:
+            del own["forward"]
+            self.is_running = False
 
     def tensor(self, key: str) -> Tensor:
         """The layer's parameter `key`, whole and detached; a collective if it is partitioned."""

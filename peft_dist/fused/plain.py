@@ -15,8 +15,9 @@ _DOORS, _LAYERS = (LinearLayer, Conv1DLayer), (nn.Linear, Conv1D)
 def plain(base: BaseLayer, x: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor | None] | None:
     """(W, b) themselves, where the layer may be computed without being called; else None.
 
-    That is a frozen, whole, unquantised linear layer that nobody hooks into, in the dtype of x and of the
-    adapter's `tensors`, outside of autocast, compilation and functional transforms.
+    That is a frozen, whole, unquantised linear layer that nobody hooks into, or whose call is under way (a
+    partitioned weight is then whole, and will be in the backward), in the dtype of x and of the adapter's
+    `tensors`, outside of autocast, compilation and functional transforms.
     """
     if type(base) not in _DOORS:
         return None
@@ -24,14 +25,9 @@ def plain(base: BaseLayer, x: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor 
     weight, bias = layer._parameters.get("weight"), layer._parameters.get("bias")
     if (
         type(layer) not in _LAYERS
-        or "forward" in layer.__dict__
-        or layer._forward_pre_hooks
-        or layer._forward_hooks
-        or layer._backward_pre_hooks
-        or layer._backward_hooks
+        or not (base.is_running or _is_untouched(layer, weight))  # type: ignore[attr-defined]
         or type(weight) is not nn.Parameter
         or weight.requires_grad
-        or hasattr(weight, "ds_id")
         or x.dtype != weight.dtype
         or any(t.dtype != x.dtype for t in tensors)
         or x.ndim < 2
@@ -43,6 +39,18 @@ def plain(base: BaseLayer, x: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor 
     ):
         return None
     return (weight if type(layer) is nn.Linear else weight.T), bias
+
+
+def _is_untouched(layer: nn.Module, weight: Tensor) -> bool:
+    """Whether nothing happens around the layer's forward."""
+    return not (
+        "forward" in layer.__dict__
+        or layer._forward_pre_hooks
+        or layer._forward_hooks
+        or layer._backward_pre_hooks
+        or layer._backward_hooks
+        or hasattr(weight, "ds_id")
+    )
 
 
 def exactly(base: BaseLayer, x: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor | None] | None:
