@@ -28,6 +28,7 @@ MAY_CHANGE = (
     "training.eval_steps",
     "training.evals_per_epoch",
     "resources",
+    "deepspeed",  # a checkpoint knows of no stage
     "storage.keep_best",
     "storage.keep_latest",
     "secrets",

@@ -74,6 +74,8 @@ def test_what_bars_a_resume():
     assert keys_that_bar_resume(
         old, spec_of("training: {micro_batch_size: 2}\nresources: {num_workers: 2}\n")
     ) == [], "the same rows a step"  # fmt: skip
+    elastic = "training: {micro_batch_size: 2}\nresources: {num_workers: [1, 2]}\ndeepspeed: zero3\n"
+    assert keys_that_bar_resume(old, spec_of(elastic)) == []
     assert keys_that_bar_resume(old, spec_of("training: {micro_batch_size: 2}\n")) == [
         "training.micro_batch_size"
     ]
