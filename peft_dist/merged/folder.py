@@ -108,18 +108,21 @@ def check_room(folder: Path, entries: Sequence[Entry]) -> None:
         )
 
 
-def write_config(folder: Path, config: Any, model_class: str, shards: Sequence[Shard]) -> None:
+def write_config(
+    folder: Path, config: Any, model_class: str, shards: Sequence[Shard], dtype: torch.dtype | None = None
+) -> None:
     """config.json, and the index where there are several files.
 
     Args:
         model_class: the name of the class that opens it.
+        dtype: that it is opened in unless told otherwise; None: that of most of its numbers.
     """
     sizes: Counter[torch.dtype] = Counter()
     for entry in (entry for shard in shards for entry in shard.entries):
         if entry.dtype.is_floating_point:
             sizes[entry.dtype] += entry.num_bytes // entry.dtype.itemsize
     if sizes:
-        config.dtype = sizes.most_common(1)[0][0]
+        config.dtype = dtype or sizes.most_common(1)[0][0]
     config.architectures = [model_class]
     config.save_pretrained(folder)
     index = index_of(shards)

@@ -104,7 +104,9 @@ def _write_small_files(
 ) -> None:
     config = plan.outline.config
     folders.write_code(folder, base, config)
-    folders.write_config(folder, config, type(base).__name__, shards)
+    folders.write_config(
+        folder, config, type(base).__name__, shards, plan.widest if plan.is_quantised else None
+    )
     folders.write_generation_config(folder, base)
     folders.copy_tokenizer(folder, [getattr(base, "name_or_path", None)], tokenizer)
     if origin is not None:

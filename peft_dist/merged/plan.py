@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -51,6 +52,17 @@ class Plan:
     def entries(self) -> list[Entry]:
         """Every tensor of the files, in their order."""
         return [entry for step in self.steps for item in step for entry in item.entries]
+
+    @property
+    def is_quantised(self) -> bool:
+        """Whether layers of the base are stored as codes."""
+        return any(map(is_packed, self.places.values()))
+
+    @property
+    def widest(self) -> torch.dtype:
+        """What holds every floating number exactly: codes may stand for another dtype than the other weights are."""
+        floats = {dtype for dtype in self.dtypes.values() if dtype.is_floating_point}
+        return functools.reduce(torch.promote_types, floats)
 
     def shards(self, max_bytes: int) -> list[Shard]:
         """The files."""

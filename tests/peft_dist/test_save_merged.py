@@ -420,7 +420,9 @@ def test_a_quantised_base_is_written_dequantised(tmp_path, storage, merges) -> N
         if key.endswith("q_proj") and not merges:
             dense = dense + wrappers[key].get_delta_weight("default")
         assert torch.equal(written[f"{key}.weight"], dense.to(dtype))
-    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    opened = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    # Nothing that is written is rounded once more when it is opened.
+    assert opened.dtype == torch.float32 == base.model.embed_tokens.weight.dtype
 
 
 def test_several_adapters_and_those_that_are_named(tmp_path) -> None:
