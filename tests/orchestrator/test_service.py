@@ -264,7 +264,9 @@ def test_no_room_for_the_endpoint_leaves_the_job_waiting_not_failed(house):
 
 
 def test_a_run_out_of_time_can_go_on(house):
-    house.runner.error = OutOfTimeError("retry.max_duration (1h) is over.", hint="Run the same command again.")
+    house.runner.error = OutOfTimeError(
+        "retry.max_duration (1h) is over.", hint="Run the same command again."
+    )
     with pytest.raises(OutOfTimeError):
         house.run(job())
     (record,) = house.environment.runs.list()
