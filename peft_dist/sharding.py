@@ -352,7 +352,11 @@ def _rest(parameter: Weight, piece: Tensor, layout: Any) -> None:
     """Gives a parameter its piece, as if DeepSpeed had cut it."""
     world = parameter.ds_zero_partition_world_size
     size = -(-parameter.ds_numel // world)
-    device = layout.local_device if parameter.ds_persist else torch.device(str(layout.remote_device))
+    device = (
+        layout.local_device
+        if parameter.ds_persist
+        else torch.device(getattr(layout.remote_device, "value", layout.remote_device))
+    )
     if piece.numel() < size:
         padded = piece.new_zeros(size)
         padded[: piece.numel()] = piece
