@@ -120,7 +120,7 @@ def test_a_stale_lock_of_the_compiler_holds_nobody_up(tmp_path, stale_lock):
 def test_negative_control_a_run_that_compiles_waits_for_the_lock(tmp_path, stale_lock):
     with pytest.raises(RankFailed, match="did not finish in time"):
         run_on_ranks(
-            compile_ops, 2, tmp_path, job(tmp_path), plan(workers=2, stage=3), "locked", timeout_s=15
+            compile_ops, 2, tmp_path, job(tmp_path), plan(workers=2, stage=3), "locked", timeout_s=10
         )
 
 
