@@ -147,7 +147,7 @@ def plan_job(spec: JobSpec, environment: Environment) -> Plan:
         PlacementError: the cluster can never give what the job asks.
         ClusterError: it has several nodes without storage that all of them see.
     """
-    sizes, unread = None, ()
+    sizes, unread = None, tuple[str, ...]()
     try:
         sizes = read_sizes(spec.model.base_model, spec.model.revision)
     except HubError as error:
