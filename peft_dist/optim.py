@@ -7,6 +7,9 @@ sharded, by whole tensors over the ranks and balanced by bytes, is the rest (ZeR
     stage 1      as 0, but a tensor's states live on one rank, its owner, which updates it and sends it to all
     stage 2, 3   as 1, but a gradient is summed on its owner alone and freed elsewhere
 
+At stage 3 a large tensor itself rests in pieces, gathered from its layer's forward to the end of the backward; its
+gradient, once reduced, and its states are in pieces too.
+
 Small tensors travel together, so the number of collectives goes with bytes, not with tensors. All collectives
 are entered by every rank in the order of `add`: a rank on which an adapter got no gradient takes part with
 zeros.
@@ -27,10 +30,12 @@ from torch.nn import Parameter
 
 from peft_dist.errors import OptimizerError
 from peft_dist.gradients import keeps_gradient_whole, sums_gradient
-from peft_dist.pool import is_gone
-from peft_dist.sharding import is_partitioned
+from peft_dist.pool import holder_of, is_gone, leave_pool
+from peft_dist.sharding import gathered, is_partitioned, let_go, rest_in_pieces, rests_in_pieces, whole_shape
 
 _BUCKET_BYTES = 64 * 2**20
+LARGE = 2**22
+"""Elements from which on a trained tensor rests in pieces at stage 3: OSF's factors, whole modules, embeddings."""
 _CONSTRAINT = "_peft_dist_constraint"
 
 
@@ -63,6 +68,12 @@ class _Tensor:
     parameter: Parameter
     owner: int
     has_grad: bool = False  # on any rank, after `reduce`
+    piece: Parameter | None = None  # of a large one at stage 3, what this rank has of it, flat
+
+    @property
+    def trained(self) -> Parameter:
+        """What torch's optimizer steps on this rank."""
+        return self.parameter if self.piece is None else self.piece
 
 
 @dataclass
@@ -89,12 +100,20 @@ class AdapterOptimizer:
     Args:
         stage: the ZeRO stage, 0 to 3.
         group: the ranks that train together; the default group if None, one process if none is up.
+        shard_from: at stage 3, tensors of at least so many elements on layers of a partitioned base rest in pieces:
+            values, gradients once they are reduced, and states.
     """
 
-    def __init__(self, stage: Literal[0, 1, 2, 3] = 0, group: dist.ProcessGroup | None = None) -> None:
+    def __init__(
+        self,
+        stage: Literal[0, 1, 2, 3] = 0,
+        group: dist.ProcessGroup | None = None,
+        shard_from: int = LARGE,
+    ) -> None:
         if stage not in (0, 1, 2, 3):
             raise OptimizerError(f"AdapterOptimizer: stage is {stage!r}; it is one of 0, 1, 2, 3.")
         self.stage = stage
+        self.shard_from = shard_from
         self.group = group
         self._world = dist.get_world_size(group) if dist.is_initialized() else 1
         self._rank = dist.get_rank(group) if dist.is_initialized() else 0
@@ -141,9 +160,11 @@ class AdapterOptimizer:
         if complaint:
             raise OptimizerError(complaint)
         self._assign_owners(tensors)
-        for bucket in _buckets(tensors):
+        for bucket in _buckets(t for t in tensors if not is_partitioned(t.parameter)):
             self._send(bucket, source=0)
-        mine = [t.parameter for t in tensors if self.stage == 0 or t.owner == self._rank]
+        for tensor in tensors if self.stage == 3 and self._world > 1 else ():
+            tensor.piece = self._piece_of(tensor.parameter)
+        mine = [t.trained for t in tensors if self._steps(t)]
         for tensor in tensors:
             sums_gradient(tensor.parameter)
         self._adapters[name] = _Adapter(hyper, tensors, _torch_optimizer(mine, hyper) if mine else None)
@@ -163,7 +184,7 @@ class AdapterOptimizer:
     def zero_grad(self) -> None:
         """Frees the gradients of every adapter."""
         for tensor in self._tensors():
-            tensor.parameter.grad = None
+            tensor.parameter.grad = tensor.trained.grad = None
             tensor.has_grad = False
         self._is_reduced = False
 
@@ -202,7 +223,10 @@ class AdapterOptimizer:
         dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self.group)
         for tensor, flag in zip(tensors, flags.tolist(), strict=True):
             tensor.has_grad = bool(flag)
-        used = [t for t in tensors if t.has_grad]
+        for tensor in tensors:
+            if tensor.has_grad and tensor.piece is not None:
+                self._sum_in_pieces(tensor, keep_whole or keeps_gradient_whole(tensor.parameter))
+        used = [t for t in tensors if t.has_grad and t.piece is None]
         everywhere = [t for t in used if self.stage < 2 or keep_whole or keeps_gradient_whole(t.parameter)]
         for bucket in _buckets(everywhere):
             self._sum(bucket, owner=None)
@@ -238,10 +262,14 @@ class AdapterOptimizer:
             if not used or not math.isfinite(norms[name]):
                 continue
             for tensor in used:
-                if constrain := getattr(tensor.parameter, _CONSTRAINT, None):
+                constrain = getattr(tensor.parameter, _CONSTRAINT, None)
+                if constrain and tensor.piece is None:
                     constrain(tensor.parameter.data)
             self._update(adapter, used, norm, scale)
-            updated.extend(used)
+            updated.extend(t for t in used if t.piece is None)
+            for tensor in used:
+                if tensor.piece is not None:
+                    let_go(tensor.parameter)
         if self.stage > 0 and self._world > 1:
             for owner, owned in self._by_owner(updated):
                 for bucket in _buckets(owned):
@@ -258,10 +286,54 @@ class AdapterOptimizer:
         for name, adapter in self._adapters.items():
             for tensor in adapter.tensors:
                 for key, value in self._state_of(adapter, tensor).items():
+                    if tensor.piece is not None and key != "step":
+                        value = self._joined(tensor, value)
                     state[f"{name}/{tensor.name}/{key}"] = value.detach().cpu().clone()
         if self.stage == 0 or self._world == 1:
             return state
         return self._gather_state(state)
+
+    def _steps(self, tensor: _Tensor) -> bool:
+        """Whether this rank updates it, or its piece of it."""
+        return tensor.piece is not None or self.stage == 0 or tensor.owner == self._rank
+
+    def _piece_of(self, parameter: Parameter) -> Parameter | None:
+        """What this rank has of a large tensor, which rests in pieces from now on; None for others."""
+        if not is_partitioned(parameter):
+            holder: Any = holder_of(parameter)
+            layer = getattr(getattr(holder, "base", None), "layer", None)
+            like = next(filter(is_partitioned, layer.parameters()), None) if layer is not None else None
+            if like is None or holder.base.layer is holder or parameter.numel() < self.shard_from:
+                return None
+            leave_pool(parameter)
+            rest_in_pieces(parameter, like)
+        return Parameter(parameter.ds_tensor.data)  # type: ignore[attr-defined]
+
+    def _sum_in_pieces(self, tensor: _Tensor, keep_whole: bool) -> None:
+        """Sums a gradient over the ranks, each of which keeps the part of its own piece."""
+        p, piece = tensor.parameter, tensor.trained
+        flat = piece.new_zeros(piece.numel() * self._world)
+        if p.grad is not None:
+            flat[: p.grad.numel()] = p.grad.flatten()
+        parts = flat.split(piece.numel())
+        if keep_whole:
+            dist.all_reduce(flat, group=self.group)
+        else:
+            for rank, part in enumerate(parts):
+                dist.reduce(part, dst=self._global(rank), group=self.group)
+        shape = whole_shape(p)
+        p.grad = None
+        piece.grad = parts[self._rank].clone()
+        if keep_whole:
+            with gathered([p]):
+                p.grad = flat[: shape.numel()].view(shape)
+
+    def _joined(self, tensor: _Tensor, part: Tensor) -> Tensor:
+        """What all ranks have of a tensor as large as the parameter, whole."""
+        parts = [torch.empty_like(part) for _ in range(self._world)]
+        dist.all_gather(parts, part.contiguous(), group=self.group)
+        shape = whole_shape(tensor.parameter)
+        return torch.cat(parts)[: shape.numel()].view(shape)
 
     def load_whole_state(self, state: Mapping[str, Tensor]) -> None:
         """Replaces the state of every adapter by `whole_state`'s result. Each rank takes what it owns.
@@ -283,7 +355,7 @@ class AdapterOptimizer:
                     f"AdapterOptimizer.load_whole_state: {path!r} names no trained tensor; "
                     f"adapters here: {', '.join(self._adapters) or 'none'}. Add the same adapters first."
                 )
-            shape = known[name, head[len(name) + 1 :]].parameter.shape
+            shape = whole_shape(known[name, head[len(name) + 1 :]].parameter)
             if key != "step" and value.shape != shape:
                 raise OptimizerError(
                     f"AdapterOptimizer.load_whole_state: {path!r} has shape {tuple(value.shape)}, "
@@ -394,27 +466,26 @@ class AdapterOptimizer:
         "rank."""
         tensors = list(self._tensors())
         sharded = self.stage >= 2 and self._world > 1
-        mine = [t for t in tensors if t.has_grad and (not sharded or t.owner == self._rank)]
-        gradients = [t.parameter.grad for t in mine if t.parameter.grad is not None]
+        mine = [t for t in tensors if t.has_grad and (not sharded or self._steps(t))]
+        gradients = [t.trained.grad for t in mine if t.trained.grad is not None]
         found = torch._foreach_norm(gradients) if gradients else ()
         by_tensor = {id(t): norm for t, norm in zip(mine, found, strict=True)}
         dtype = torch.float64 if any(t.parameter.dtype == torch.float64 for t in tensors) else torch.float32
         zero = torch.zeros((), dtype=dtype, device=self._device(tensors))
         norms = torch.stack([by_tensor.get(id(t), zero).to(zero) for t in tensors]) if tensors else zero[None]
         if sharded:
-            # A sum of one norm and of zeros; a nan or inf reaches every rank the same way.
+            # A sum of one norm and of zeros, of pieces' squares; a nan or inf reaches every rank the same way.
+            in_pieces = torch.tensor([t.piece is not None for t in tensors], device=norms.device)
+            norms = torch.where(in_pieces, norms * norms, norms)
             dist.all_reduce(norms, group=self.group)
+            norms = torch.where(in_pieces, norms.sqrt(), norms)
         counts = [len(adapter.tensors) for adapter in self._adapters.values()]
         return [torch.linalg.vector_norm(part) for part in norms.split(counts)] if counts else []
 
     def _update(self, adapter: _Adapter, used: list[_Tensor], norm: Tensor, scale: float) -> None:
         if adapter.torch_optimizer is None:
             return
-        gradients = [
-            t.parameter.grad
-            for t in used
-            if t.parameter.grad is not None and (self.stage == 0 or t.owner == self._rank)
-        ]
+        gradients = [t.trained.grad for t in used if t.trained.grad is not None and self._steps(t)]
         if not gradients:
             return
         bound = adapter.hyper.max_grad_norm
@@ -430,21 +501,28 @@ class AdapterOptimizer:
     def _state_of(self, adapter: _Adapter, tensor: _Tensor) -> dict[str, Tensor]:
         if adapter.torch_optimizer is None:
             return {}
-        state = adapter.torch_optimizer.state.get(tensor.parameter, {})
+        state = adapter.torch_optimizer.state.get(tensor.trained, {})
         return {key: value for key, value in state.items() if isinstance(value, Tensor)}
 
     def _set_state(self, adapter: _Adapter, tensor: _Tensor, values: Mapping[str, Tensor]) -> None:
-        if adapter.torch_optimizer is None or (self.stage > 0 and tensor.owner != self._rank):
+        if adapter.torch_optimizer is None or not self._steps(tensor):
             return
-        adapter.torch_optimizer.state.pop(tensor.parameter, None)
+        adapter.torch_optimizer.state.pop(tensor.trained, None)
         if values:
             # torch keeps the step count on the CPU, in float32, whatever the parameter is.
-            adapter.torch_optimizer.state[tensor.parameter] = {
-                key: value.detach().clone()
-                if key == "step"
-                else value.detach().to(tensor.parameter.device, copy=True)
+            adapter.torch_optimizer.state[tensor.trained] = {
+                key: value.detach().clone() if key == "step" else self._own_part(tensor, value)
                 for key, value in values.items()
             }
+
+    def _own_part(self, tensor: _Tensor, value: Tensor) -> Tensor:
+        """A copy of what this rank keeps of a tensor as large as the parameter."""
+        if tensor.piece is None:
+            return value.detach().to(tensor.parameter.device, copy=True)
+        size = tensor.piece.numel()
+        flat = value.new_zeros(size * self._world)
+        flat[: value.numel()] = value.flatten()
+        return flat[size * self._rank : size * (self._rank + 1)].to(tensor.piece.device, copy=True)
 
     # Adapters
 
@@ -469,7 +547,7 @@ class AdapterOptimizer:
             return f"{where}: it has no trainable tensor. Is the adapter loaded with is_trainable=True?"
         taken = {id(tensor.parameter) for tensor in self._tensors()}
         for tensor in tensors:
-            if is_partitioned(tensor.parameter):
+            if is_partitioned(tensor.parameter) and not rests_in_pieces(tensor.parameter):
                 return (
                     f"{where}: {tensor.name!r} is in DeepSpeed's partition, whose engine would overwrite it. "
                     "Partition the frozen base alone: peft_dist.sharding.partition_base."

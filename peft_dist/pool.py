@@ -10,11 +10,13 @@ pointer, and its values are taken from where they are.
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from peft_dist.contract import Param
 from peft_dist.errors import AdapterError
@@ -26,6 +28,22 @@ _GONE = "_peft_dist_gone"
 def is_gone(parameter: Tensor) -> bool:
     """Whether its adapter was deleted, or has other tensors in its place."""
     return hasattr(parameter, _GONE)
+
+
+# tensor -> (the module that holds it, its adapter); not on the tensor, which is pickled with all that it has
+_HOLDERS: Any = WeakIdKeyDictionary()
+
+
+def holder_of(parameter: Tensor) -> PooledModule | None:
+    """The module on which an adapter's tensor hangs."""
+    holder, _ = _HOLDERS.get(parameter, (None, None))
+    return None if holder is None else holder()
+
+
+def leave_pool(parameter: Tensor) -> None:
+    """Gives the tensors of the parameter's adapter at its layer memory of their own."""
+    holder, adapter = _HOLDERS[parameter]
+    holder()._pool.release(holder()._site_name, adapter)
 
 
 class Bucket:
@@ -255,6 +273,8 @@ class PooledModule(nn.Module):
         }
         self._fill_fixed(adapter)
         self.take_in(adapter)
+        for tensor in self.tensors(adapter).values():
+            _HOLDERS[tensor] = (weakref.ref(self), adapter)
         if any(t.is_meta for t in self.tensors(adapter).values()):
             self._pool.waiting.add((self._site_name, adapter))
 
@@ -377,6 +397,8 @@ class PooledModule(nn.Module):
     def take_in(self, adapter: str) -> None:
         """Lets the pool see where the adapter's Parameters are now, and of which dtype."""
         trained = {name: p for name, p in self.tensors(adapter).items() if isinstance(p, nn.Parameter)}
+        if any(hasattr(p, "ds_id") for p in trained.values()):
+            return  # they rest in pieces, which are nobody's views
         self._pool.take(self._site_name, self._families[adapter], adapter, trained)
 
     def _apply(self, fn: Any, recurse: bool = True) -> PooledModule:

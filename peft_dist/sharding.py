@@ -28,6 +28,7 @@ Weight: TypeAlias = Any
 
 _ENGINE = "_peft_dist_zero3_engine"
 _REGISTRY = "_peft_dist_in_flight"
+_TRAINED = "_peft_dist_trained_in_pieces"
 # What a base is partitioned with has no optimizer, no schedule and no precision of its own.
 _NOT_FOR_A_BASE = (
     "optimizer",
@@ -151,6 +152,26 @@ def set_whole(parameter: Weight, value: Tensor) -> None:
         deepspeed.utils.safe_set_full_fp32_param(parameter, value.to(parameter.device, torch.float32))
 
 
+def rest_in_pieces(parameter: Weight, like: Weight) -> None:
+    """Partitions a trained tensor as `like`, a weight of a partitioned base, is; a collective. The hooks of that base
+    release it where it hangs in it; `reach` gathers it."""
+    like.convert_to_zero_parameters(param_list=[parameter])
+    parameter.ds_persist = False
+    setattr(parameter, _REGISTRY, getattr(like, _REGISTRY, {}))
+    setattr(parameter, _TRAINED, True)
+
+
+def rests_in_pieces(parameter: Weight) -> bool:
+    """Whether `rest_in_pieces` was said of it."""
+    return hasattr(parameter, _TRAINED)
+
+
+def let_go(parameter: Weight) -> None:
+    """Frees the whole values of a partitioned parameter, which its pieces have left behind."""
+    if parameter.ds_status == deepspeed.runtime.zero.partition_parameters.ZeroParamStatus.AVAILABLE:
+        parameter.partition()
+
+
 def reach(module: nn.Module, parameters: Iterable[Weight]) -> None:
     """Gathers what `module`, whose forward is running, uses of partitioned parameters that hang elsewhere.
 
@@ -159,7 +180,9 @@ def reach(module: nn.Module, parameters: Iterable[Weight]) -> None:
     """
     for parameter in parameters:
         if is_partitioned(parameter):
-            deepspeed.zero.register_external_parameter(module, parameter)
+            # A trained one stays until the end of the backward: its layer's hooks would release it before its use.
+            if not rests_in_pieces(parameter):
+                deepspeed.zero.register_external_parameter(module, parameter)
             if parameter.ds_status == deepspeed.runtime.zero.partition_parameters.ZeroParamStatus.INFLIGHT:
                 _wait_for(parameter)
             parameter.all_gather()

@@ -1,0 +1,105 @@
+"""At stage 3 large trained tensors rest in pieces: values, reduced gradients and states; one process's results stay.
+
+Also where the ranks name different adapters, and from a state that another number of ranks left.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from peft_dist import get_peft_model_state_dict
+from peft_dist.optim import AdapterOptimizer
+from peft_dist.sharding import rests_in_pieces
+from tests.distributed import one_process as run
+from tests.ranks import run_on_ranks
+
+# LoRA trains a whole head beside its factors; OSF's factors are as large as its layers.
+CASES = {"modules to save": ("LORA",), "OSF": ("OSF",), "two adapters, one a rank": ("LORA", "LORA")}
+FROM = 20
+
+
+def one_case(case: str, shard_from: int, state: dict[str, Tensor] | None) -> dict[str, Any]:
+    names = dict(zip(("left", "right"), CASES[case], strict=False))
+    with mock.patch.object(
+        run, "AdapterOptimizer", lambda stage: AdapterOptimizer(stage, shard_from=shard_from)
+    ):
+        model, optimizer = run.build(
+            3 if dist.is_initialized() else 0,
+            {name: run.METHODS[method]() for name, method in names.items()},
+            partition_first=True,
+            checkpointing=False,
+        )
+
+    def choose(place: int) -> str:
+        return [*names][0 if place < run.PER_MICRO_BATCH // 2 else -1]
+
+    if state is not None:
+        optimizer.load_whole_state(state)
+    report = run.train(model, optimizer, range(run.STEPS), choose)
+    pieces = {name: [p for p in run.trained(model, name).values() if rests_in_pieces(p)] for name in names}
+    return {
+        "losses": report["losses"],
+        "norms": report["norms"],
+        "at_rest": report["at_rest"],
+        "state": optimizer.whole_state(),
+        "bytes": optimizer.state_bytes(),
+        "saved": {name: get_peft_model_state_dict(model, adapter_name=name) for name in names},
+        "pieces": sum(map(len, pieces.values())),
+        "gradients": sum(p.grad is not None for own in pieces.values() for p in own),
+    }
+
+
+def all_cases(shard_from: int, states: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {case: one_case(case, shard_from, states.get(case)) for case in CASES}
+
+
+def test_large_tensors_rest_in_pieces_and_train_as_in_one_process() -> None:
+    one = all_cases(FROM, {})
+    later = all_cases(FROM, {case: report["state"] for case, report in one.items()})
+    for case, ranks in _by_case(run_on_ranks(all_cases, 2, FROM, {})).items():
+        _check(ranks, one[case])
+        for rank in ranks:
+            assert rank["pieces"] and not rank["gradients"], case
+            # Of odd sizes a piece is padded; small tensors belong to one rank whole.
+            assert all(
+                held < 0.6 * whole for held, whole in zip(rank["at_rest"], one[case]["at_rest"], strict=True)
+            )
+        assert sum(rank["bytes"] for rank in ranks) < 1.05 * one[case]["bytes"]
+        assert max(rank["bytes"] for rank in ranks) < 0.6 * one[case]["bytes"]
+    states = {case: report["state"] for case, report in one.items()}
+    for case, ranks in _by_case(run_on_ranks(all_cases, 2, FROM, states)).items():
+        _check(ranks, later[case])
+
+
+def test_without_pieces_they_rest_whole() -> None:
+    one = all_cases(FROM, {})
+    for case, ranks in _by_case(run_on_ranks(all_cases, 2, 10**9, {})).items():
+        _check(ranks, one[case])
+        for rank in ranks:
+            assert not rank["pieces"]
+            assert any(
+                held > 0.6 * whole for held, whole in zip(rank["at_rest"], one[case]["at_rest"], strict=True)
+            )
+
+
+def _by_case(ranks: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    return {case: [rank[case] for rank in ranks] for case in CASES}
+
+
+def _check(ranks: list[dict[str, Any]], one: dict[str, Any]) -> None:
+    # float64: what remains is another order of sums.
+    exact = {"rtol": 1e-9, "atol": 1e-11}
+    for rank in ranks:
+        torch.testing.assert_close(torch.tensor(rank["losses"]), torch.tensor(one["losses"]), **exact)
+        for ours, theirs in zip(rank["norms"], one["norms"], strict=True):
+            assert ours.keys() == theirs.keys()
+            for name in ours:
+                torch.testing.assert_close(torch.tensor(ours[name]), torch.tensor(theirs[name]), **exact)
+        assert list(rank["state"]) == list(one["state"])
+        torch.testing.assert_close(rank["state"], one["state"], **exact)
+        torch.testing.assert_close(rank["saved"], one["saved"], **exact)
