@@ -188,7 +188,7 @@ def _alone(folder: str) -> None:
     writing.gathered = lambda tensors: torch.no_grad()
     for name in ("merged.changes", "base_layer.layer"):
         module = getattr(peft_dist, name.partition(".")[0])
-        setattr(getattr(module, name.partition(".")[2]), "gathered", lambda tensors, **_: torch.no_grad())
+        getattr(module, name.partition(".")[2]).gathered = lambda tensors, **_: torch.no_grad()
     model.save_merged(f"{folder}/out")
 
 
