@@ -355,7 +355,8 @@ class Trial:
         outcome = self.outcome
         if outcome is None or outcome.resumed_at is not None:
             return
-        outcome.resumed_at, outcome.at_step, outcome.steps_lost = at, self.step, self.step - at
+        outcome.resumed_at, outcome.at_step = at, self.step
+        outcome.steps_lost = max(0, self.step - at)  # it may have gone on unheard
         if outcome.fault.startswith("sigterm"):
             outcome.may_lose = 0
         elif outcome.fault in DAMAGES:
