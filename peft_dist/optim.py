@@ -254,7 +254,8 @@ class AdapterOptimizer:
         if not self._is_reduced:
             self.reduce()
         self._is_reduced = False
-        norms, updated = {}, []
+        norms: dict[str, float] = {}
+        updated: list[_Tensor] = []
         for (name, adapter), norm in zip(self._adapters.items(), self._norms(), strict=True):
             norm = norm / scale
             norms[name] = norm.item()

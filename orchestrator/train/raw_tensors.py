@@ -13,20 +13,21 @@ import torch
 from torch import Tensor, nn
 
 from peft_dist.contract import Method
+from peft_dist.sharding import is_partitioned, set_whole, whole
 
 _PREFIX = "tensor/"
 
 
 def raw_tensors(model: nn.Module, adapter: str) -> dict[str, Tensor]:
     """Every trained tensor by its name in the model, where the adapter's method has a saved form of its own or acts
-    on the adapter as a whole; else nothing."""
+    on the adapter as a whole; else nothing. A collective where some rest in pieces."""
     owner: Any = model
     config = owner.peft_config[adapter]
     exports = isinstance(config, Method) and type(config).export is not Method.export
     if not exports and adapter not in getattr(owner.base_model, "controllers", {}):
         return {}
     return {
-        f"{_PREFIX}{name}": parameter.detach()
+        f"{_PREFIX}{name}": whole(parameter) if is_partitioned(parameter) else parameter.detach()
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
     }
@@ -42,7 +43,7 @@ def restore(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if (saved := state.get(f"{_PREFIX}{name}")) is not None:
-                parameter.copy_(saved)
+                set_whole(parameter, saved)
 
 
 def without(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -252,7 +252,11 @@ class Adapted(AdapterModule):
             return None
         levels = [levels[0] for levels, _, _ in parts]
         buckets = {id(self._pool.bucket(self._site_name, level.name)) for level in levels}
-        if len(buckets) != 1 or id(None) in buckets or (self.training and type(levels[0].method).draws is not Method.draws):
+        if (
+            len(buckets) != 1
+            or id(None) in buckets
+            or (self.training and type(levels[0].method).draws is not Method.draws)
+        ):
             return None
         # In the order of their slots, neighbours are read without a copy.
         bucket = self._pool.homes[self._site_name, levels[0].name]
