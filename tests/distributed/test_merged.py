@@ -20,12 +20,13 @@ from peft_dist.errors import MergeError
 from peft_dist.merged import folder as folders
 from peft_dist.merged import gathered as writing
 from tests.contract import bases
-from tests.contract.methods_table import IDS, ZERO3, inputs, model_of
+from tests.contract.methods_table import IDS, inputs, model_of
 from tests.peft_dist.test_save_merged import MERGED, Q, disturbed, llama, logits, mixtral, tensors
 from tests.ranks import RankFailed, run_on_ranks
 
 LM = {"r": 4, "task_type": "CAUSAL_LM"}
 TEXT = {"input_ids": IDS}
+ZERO3 = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
 
 
 def _every_method(folder: str) -> dict[str, tuple[bool, Tensor]]:
