@@ -328,6 +328,7 @@ def test_starts_training_saving_and_merging_equal_one_process(storage: str, tmp_
 
 
 @pytest.mark.matrix  # a minute for each storage; .ci/run has the methods above and the matrix's diagonal
+@pytest.mark.timeout(1200)
 @storages
 def test_every_method_equals_one_process(storage: str, tmp_path: Path) -> None:
     run.experts()
