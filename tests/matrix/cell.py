@@ -145,8 +145,8 @@ class Life:
         third = get_peft_model_state_dict(self.model, adapter_name="third")
         self._step(3, lambda place: "default" if place < run.PER_MICRO_BATCH // 2 else "third")
         self.report["moved"] = {
-            "filled": moved(given, get_peft_model_state_dict(self.model)),
-            "loaded": moved(third, get_peft_model_state_dict(self.model, adapter_name="third")),
+            "filled": own_engine.moved(given, get_peft_model_state_dict(self.model)),
+            "loaded": own_engine.moved(third, get_peft_model_state_dict(self.model, adapter_name="third")),
         }
 
     def merges(self) -> None:
@@ -162,7 +162,7 @@ class Life:
         self.report["after"] = run.evaluate(self.model)
 
     def engine(self) -> None:
-        self.report["engine"] = own_engine.losses(self.cell)
+        self.report["engine"] = own_engine.trained(self.cell)
 
     # What they share
 
@@ -265,12 +265,3 @@ def sizes_in(folder: Path) -> dict[str, int]:
     """How many elements each tensor of a saved adapter has."""
     with safe_open(folder / WEIGHTS_NAME, "pt") as file:
         return {key: file.get_tensor(key).numel() for key in file.keys()}  # noqa: SIM118
-
-
-def moved(before: dict[str, Tensor], after: dict[str, Tensor]) -> float:
-    """By how much the furthest value moved; nan where the names differ."""
-    if before.keys() != after.keys():
-        return float("nan")
-    return max(
-        (float((after[key] - before[key]).abs().max()) for key in before if before[key].numel()), default=0.0
-    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 import deepspeed
@@ -13,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from peft_dist import get_peft_model, sharding
+from peft_dist import get_peft_model, get_peft_model_state_dict, sharding
 from peft_dist.rows import Rows
 from tests.distributed import one_process as run
 from tests.matrix import storages
@@ -22,9 +23,9 @@ from tests.matrix.axes import OFFLOAD, Cell
 RATE, STEPS = 0.1, 2
 
 
-def losses(cell: Cell) -> list[float]:
-    """The losses of the global batches before each step and after the last; of a cell on one process by torch's own
-    SGD."""
+def trained(cell: Cell) -> dict[str, Any]:
+    """The losses of the global batches before each step and after the last, and by how much the adapter's furthest
+    value moved; of a cell on one process by torch's own SGD."""
     config = run.METHODS[cell.method]()
     base = storages.base(cell.storage)
     torch.manual_seed(run.SEED)
@@ -33,10 +34,11 @@ def losses(cell: Cell) -> list[float]:
     model.train()
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(trainable, lr=RATE)
+    before = get_peft_model_state_dict(model)
     if not dist.is_initialized():
-        return [_step(model, model, step, optimizer) for step in range(STEPS)] + [
-            _loss(model, model, 0).item()
-        ]
+        losses = [_step(model, model, step, optimizer) for step in range(STEPS)]
+        losses.append(_loss(model, model, 0).item())
+        return {"losses": losses, "moved": moved(before, get_peft_model_state_dict(model))}
     sharding.disable_deepspeed_op_builds()
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     zero: dict[str, Any] = {"stage": cell.zero_stage, "stage3_param_persistence_threshold": 0}
@@ -54,9 +56,18 @@ def losses(cell: Cell) -> list[float]:
             "zero_optimization": zero,
         },
     )
-    found = [_step(model, engine, step, None) for step in range(STEPS)]
-    last = run.over_all_ranks(_loss(model, engine, 0).detach().double())
-    return [*found, last]
+    losses = [_step(model, engine, step, None) for step in range(STEPS)]
+    losses.append(run.over_all_ranks(_loss(model, engine, 0).detach().double()))
+    return {"losses": losses, "moved": moved(before, get_peft_model_state_dict(model))}
+
+
+def moved(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> float:
+    """By how much the furthest value moved; nan where the names differ."""
+    if before.keys() != after.keys():
+        return float("nan")
+    return max(
+        (float((after[key] - before[key]).abs().max()) for key in before if before[key].numel()), default=0.0
+    )
 
 
 def _step(model: Any, called: Any, step: int, optimizer: Any) -> float:

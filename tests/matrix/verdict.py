@@ -171,13 +171,13 @@ def _merges(cell: Cell, ranks: Sequence[Report], one: Report) -> str:
 
 
 def _engine(cell: Cell, ranks: Sequence[Report], one: Report) -> str:
-    wanted = one["engine"]
-    if math.isclose(wanted[0], wanted[-1], rel_tol=1e-6):
-        return "no: nothing was learned"
+    wanted = one["engine"]["losses"]
     for report in ranks:
-        for got, want in zip(report["engine"], wanted, strict=True):
+        if not report["engine"]["moved"] > 0:
+            return "no: nothing was learned"
+        for got, want in zip(report["engine"]["losses"], wanted, strict=True):
             if not math.isclose(got, want, rel_tol=BOUNDS[cell.storage].loss):
-                return f"no: losses {report['engine']}, not {wanted}"
+                return f"no: losses {report['engine']['losses']}, not {wanted}"
     return ""
 
 
