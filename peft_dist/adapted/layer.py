@@ -184,7 +184,8 @@ class Adapted(AdapterModule):
         base = self.base
         return (
             type(base) in (LinearLayer, Conv1DLayer)
-            and is_partitioned(base.layer.weight)
+            # Not `layer.weight`: DeepSpeed would gather it here, for the module around, and on this rank alone.
+            and is_partitioned(base.parameter)
             and "forward" not in base.layer.__dict__
             and not getattr(method, "full_size", 0)
         )
