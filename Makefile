@@ -29,7 +29,7 @@ test: $(READY)          ## all tests but the full matrix
 test-fast: $(READY)     ## the tests that take seconds
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not ray and not matrix"
 
-matrix: $(READY)        ## every method x ZeRO stage x storage: half an hour; writes docs/methods.md
+matrix: $(READY)        ## every method x ZeRO stage x storage, a quarter of an hour; writes docs/methods.md
 	$(BIN)/python -m tests.matrix
 	$(BIN)/python -m tests.contract.methods_table
 	$(BIN)/python -m pytest -m matrix

@@ -14,12 +14,10 @@ from tests.matrix.result import Result, begun, latest, read, short, table, wrong
 YES = dict.fromkeys(CHECKS, "yes")
 
 
-@pytest.mark.matrix  # of what `make matrix` has just written
 def test_every_cell_of_the_result_that_is_kept_holds() -> None:
     assert wrong_cells(latest()) == []
 
 
-@pytest.mark.matrix  # as above
 def test_the_page_has_the_result_that_is_kept() -> None:
     page = PAGE.read_text(encoding="utf-8")
     assert "\n".join(table(latest())) in page
