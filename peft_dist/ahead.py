@@ -13,7 +13,7 @@ from peft_dist.contract import Method
 from peft_dist.errors import ConfigError
 from peft_dist.packed import without_gradients
 from peft_dist.rows import drop, stream, token_input
-from peft_dist.sharding import reach
+from peft_dist.sharding import is_partitioned_base, reach
 
 
 def looks_ahead(method: Any) -> bool:
@@ -77,11 +77,15 @@ class LookAhead:
 
     def _before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         names = self.serving()
-        if not names:
-            return
         current = self.tuner._adapters.current
+        # On a partitioned base a rank whose rows name others gathers what its peers gather.
+        is_joint = (
+            current.rows is not None and current.rows.adapters is not None and is_partitioned_base(module)
+        )
+        if not names and not is_joint:
+            return
         sized = token_input(args, kwargs)
-        if not isinstance(sized, Tensor):
+        if names and not isinstance(sized, Tensor):
             raise ConfigError(f"adapter {names[0]!r}: needs input_ids or inputs_embeds. Pass them.")
         for name in names:
             first = self.tuner.peft_config[name].first_run(sized.shape[0], sized.shape[1])
@@ -89,6 +93,8 @@ class LookAhead:
         asked = {key: value for key, value in kwargs.items() if key != "labels"}
         with without_gradients():
             outputs = module.forward(*args, **{**asked, "output_hidden_states": True, "return_dict": True})
+        if not names:
+            return
         states = getattr(outputs, "hidden_states", None)
         if not states:
             raise ConfigError(

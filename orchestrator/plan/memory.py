@@ -13,7 +13,8 @@ V vocabulary; every number below is elements for each token of one layer:
                      counting where a task's head tells a few labels apart
     whole weights    those as large as W that a method keeps until the backward (`full_size`), once a layer
 
-With gradient checkpointing a layer keeps its input alone, and one layer at a time keeps everything.
+With gradient checkpointing a layer keeps its input alone, and one layer at a time keeps everything. Over a base that
+is sharded, a method's whole weights are made again in the backward, one layer's at a time.
 
 A quantised base stores, for each element of its linear layers (embeddings and the head stay as they are):
 
@@ -174,6 +175,8 @@ def activations(sizes: ModelSizes, adapter: AdapterSizes, step: Step) -> int:
     if step.recomputes:
         kept = sizes.layers * residual
         return kept + max(loss, backward + layer + whole // max(1, sizes.layers))
+    if step.is_sharded:
+        backward, whole = backward + adapter.full_size * _largest(sizes) * FP32, 0
     return sizes.layers * layer + residual + max(loss, backward) + whole
 
 

@@ -164,30 +164,35 @@ class Adapted(AdapterModule):
             return self.base_layer(x)
         entrance = Entrance(self, samples)
         if len(names) == 1:
-            method, p = self.methods[names[0]], self.given(names[0])
-            if dtype_of(p, x) == x.dtype and not entrance.drops(method):
-                if self._runs_within(method):
-                    return self.base.within(lambda x: method.forward(p, self.base, x, unchanged), x)
-                return method.forward(p, self.base, x, unchanged)
-            if dtype_of(p, x) == x.dtype or not self.casts:
-                return method.forward(p, self.base, x, entrance.of(method, p))
-            framed = Framed(self.base, x.dtype)
-            return method.forward(p, framed, x, entrance.of(method, p)).to(framed.given)
+            if not self._runs_within():
+                return self._through(names[0], entrance, x)
+            # What is of the weight's size would stay whole until the backward.
+            again = bool(getattr(self.methods[names[0]], "full_size", 0)) and torch.is_grad_enabled()
+            return self.base.within(lambda x: self._through(names[0], entrance, x), x, again=again)
         levels = self.levels(names)
         inputs = down(levels, x)
         y = self.base_layer(as_given(inputs[0], x))
         return up(levels, inputs, y, entrance)
 
-    def _runs_within(self, method: Method) -> bool:
-        """Whether method and layer run as one, between the hooks that gather a partitioned weight. Not those that
-        keep tensors of its size: they would stay whole until the backward."""
+    def _through(self, name: str, entrance: Entrance, x: Tensor) -> Tensor:
+        """One adapter for all rows of x."""
+        method, p = self.methods[name], self.given(name)
+        if dtype_of(p, x) == x.dtype and not entrance.drops(method):
+            return method.forward(p, self.base, x, unchanged)
+        if dtype_of(p, x) == x.dtype or not self.casts:
+            return method.forward(p, self.base, x, entrance.of(method, p))
+        framed = Framed(self.base, x.dtype)
+        return method.forward(p, framed, x, entrance.of(method, p)).to(framed.given)
+
+    def _runs_within(self) -> bool:
+        """Whether method and layer run as one, between the hooks that gather a partitioned weight: then every rank
+        gathers it once, whatever the method that it names reads of it."""
         base = self.base
         return (
             type(base) in (LinearLayer, Conv1DLayer)
             # Not `layer.weight`: DeepSpeed would gather it here, for the module around, and on this rank alone.
             and is_partitioned(base.parameter)
             and "forward" not in base.layer.__dict__
-            and not getattr(method, "full_size", 0)
         )
 
     def _by_row(self, x: Tensor, rows: Rows) -> Tensor | None:

@@ -7,12 +7,14 @@ adapters are injected. Shapes come from the parameters' own sizes and never gath
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from peft_dist.contract import Kind, Site
 from peft_dist.errors import BaseLayerError
@@ -97,16 +99,23 @@ class Layer:
     def __call__(self, x: Tensor) -> Tensor:
         return type(self.layer).forward(self.layer, x) if self.is_running else self.layer(x)
 
-    def within(self, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    def within(self, run: Callable[[Tensor], Tensor], x: Tensor, *, again: bool = False) -> Tensor:
         """run(x) as the layer's own call: between its hooks, which gather the weight for the forward and for
-        the backward."""
+        the backward. With `again` the backward computes anew what run would keep for it."""
+
+        def call(x: Tensor) -> Tensor:
+            self.is_running = True
+            try:
+                return run(x)
+            finally:
+                self.is_running = False
+
         own = self.layer.__dict__
-        own["forward"], self.is_running = run, True
+        own["forward"] = functools.partial(checkpoint, call, use_reentrant=False) if again else call
         try:
             return self.layer(x)
         finally:
             del own["forward"]
-            self.is_running = False
 
     def tensor(self, key: str) -> Tensor:
         """The layer's parameter `key`, whole and detached; a collective if it is partitioned."""

@@ -61,9 +61,20 @@ def test_gradients_are_one_process_s_and_nothing_stays_whole(runs_within):
         assert worst < 1e-6 and whole == 0
 
 
-def test_a_method_that_keeps_a_weight_s_size_runs_beside_its_layer():
-    config = LoHaConfig(r=2, target_modules=TARGETS, task_type="CAUSAL_LM")
+def recomputed(config: Any) -> tuple[int, float]:
+    """How often the adapters ran in a step, the largest difference of a gradient from one process's."""
+    alone = step(model_of(config))
     model = model_of(config)
-    layers = [module for module in model.modules() if isinstance(module, Adapted)]
-    with mock.patch("peft_dist.adapted.layer.is_partitioned", return_value=True):
-        assert layers and not any(layer._runs_within(layer.methods["default"]) for layer in layers)
+    partition_base(model, ZERO3)
+    with mock.patch.object(Adapted, "_through", autospec=True, side_effect=Adapted._through) as through:
+        found = step(model)
+    return through.call_count, max(float((found[name] - alone[name]).abs().max()) for name in alone)
+
+
+@pytest.mark.parametrize(("config", "times"), [(LoHaConfig, 2), (LoraConfig, 1)])
+def test_what_is_of_a_weight_s_size_is_made_again_in_the_backward(config, times):
+    for calls, worst in run_on_ranks(
+        recomputed, 2, config(r=2, target_modules=TARGETS, task_type="CAUSAL_LM")
+    ):
+        assert calls == times * 6
+        assert worst < 1e-6
