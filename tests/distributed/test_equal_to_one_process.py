@@ -92,7 +92,8 @@ def test_two_ranks_equal_one_process(stage: int, alone: tuple, tmp_path: Path) -
             if "merged" in report:
                 assert torch.equal(report["unmerged"], report["logits"])
         assert kept == set(one["gradients"]), method
-        if stage >= 2:
+        # AdaLoRA's budget reads gradients that every rank has whole.
+        if stage >= 2 and method != "ADALORA":
             assert not set(ranks[0][method]["gradients"]) & set(ranks[1][method]["gradients"]), method
         ours = load_file(tmp_path / method / WEIGHTS_NAME)
         theirs = load_file(expected_folder / method / WEIGHTS_NAME)
