@@ -91,9 +91,10 @@ def check_started(model: nn.Module, given: Iterable[Tensor]) -> None:
     if all(t.is_meta for t in given):
         return
     for module in _holders(model):
-        for name in module.adapters:
-            if name in getattr(module, "active_adapters", ()):
-                module.check_filled(name)
+        if not getattr(module, "disabled", False):
+            for name in module.adapters:
+                if name in getattr(module, "active_adapters", ()):
+                    module.check_filled(name)
 
 
 def _holders(model: Any) -> list[PooledModule]:

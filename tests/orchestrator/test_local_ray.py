@@ -160,6 +160,7 @@ def test_a_start_that_fails_leaves_nothing(home, monkeypatch):
 
 
 def test_a_start_that_takes_too_long_is_ended(home, monkeypatch):
+    monkeypatch.setattr(local_ray, "_short_dir", lambda: str(home.parent))
     before = temporary()
     monkeypatch.setattr(local_ray, "_head_command", lambda *options: ["sleep", "60"])
     with pytest.raises(ClusterError, match="the local Ray did not start within 1 s: it said nothing"):
@@ -168,6 +169,7 @@ def test_a_start_that_takes_too_long_is_ended(home, monkeypatch):
 
 
 def test_an_interrupted_start_leaves_nothing(home, monkeypatch):
+    monkeypatch.setattr(local_ray, "_short_dir", lambda: str(home.parent))
     before = temporary()
     monkeypatch.setattr(local_ray, "_head_command", lambda *options: ["sleep", "60"])
     monkeypatch.setattr(local_ray, "_listens", lambda address: True)
