@@ -13,7 +13,7 @@ from peft_dist.adapted.entrance import Entrance, Framed, as_given, dtype_of, unc
 from peft_dist.adapted.levels import Adjusted, Level, down, up
 from peft_dist.adapted.module import AdapterModule
 from peft_dist.base_layer import Conv1DLayer, Layer, LinearLayer, door, rounded
-from peft_dist.contract import BaseLayer, Method, WeightMethod
+from peft_dist.contract import BaseLayer, Method, Params, WeightMethod
 from peft_dist.errors import RowsError
 from peft_dist.pool import AdapterPool, PooledModule
 from peft_dist.rows import Current, Rows, Segment, Split
@@ -164,19 +164,20 @@ class Adapted(AdapterModule):
             return self.base_layer(x)
         entrance = Entrance(self, samples)
         if len(names) == 1:
+            # What the batch and chance decide is decided here, once: the backward may run the rest again.
+            method, p = self.methods[names[0]], self.given(names[0])
             if not self._runs_within():
-                return self._through(names[0], entrance, x)
+                return self._through(method, p, entrance, x)
             # What is of the weight's size would stay whole until the backward.
-            again = bool(getattr(self.methods[names[0]], "full_size", 0)) and torch.is_grad_enabled()
-            return self.base.within(lambda x: self._through(names[0], entrance, x), x, again=again)
+            again = bool(getattr(method, "full_size", 0)) and torch.is_grad_enabled()
+            return self.base.within(lambda x: self._through(method, p, entrance, x), x, again=again)
         levels = self.levels(names)
         inputs = down(levels, x)
         y = self.base_layer(as_given(inputs[0], x))
         return up(levels, inputs, y, entrance)
 
-    def _through(self, name: str, entrance: Entrance, x: Tensor) -> Tensor:
+    def _through(self, method: Any, p: Params, entrance: Entrance, x: Tensor) -> Tensor:
         """One adapter for all rows of x."""
-        method, p = self.methods[name], self.given(name)
         if dtype_of(p, x) == x.dtype and not entrance.drops(method):
             return method.forward(p, self.base, x, unchanged)
         if dtype_of(p, x) == x.dtype or not self.casts:
