@@ -252,7 +252,7 @@ def test_cancel_lets_a_job_save_and_leaves_nothing(head, stand_in):
     assert "saved a checkpoint" in "".join(jobs.logs(job.id, address))
     wait_until(lambda: all(keeper.start_ticks(pid) is None for pid in pids), timeout_s=25)
     wait_until(lambda: placement_groups(address) == ["REMOVED"], timeout_s=25)
-    assert time.monotonic() - started < 30
+    assert time.monotonic() - started < 60
     assert jobs.cancel(job.id, address).status == "STOPPED"
 
 
