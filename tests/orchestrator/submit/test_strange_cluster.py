@@ -249,7 +249,7 @@ def test_cancel_lets_a_job_save_and_leaves_nothing(head, stand_in):
     assert all(keeper.start_ticks(pid) is not None for pid in pids)
     started = time.monotonic()
     assert jobs.cancel(job.id, address).status == "STOPPED"
-    assert "saved a checkpoint" in "".join(jobs.logs(job.id, address))
+    wait_until(lambda: "saved a checkpoint" in "".join(jobs.logs(job.id, address)))
     wait_until(lambda: all(keeper.start_ticks(pid) is None for pid in pids), timeout_s=25)
     wait_until(lambda: placement_groups(address) == ["REMOVED"], timeout_s=25)
     assert time.monotonic() - started < 60
