@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 
 LAYERS = {
     "peft_dist": [
-        {"contract", "catalog", "errors", "lazy", "linalg", "starts", "config", "folder"},
+        {"contract", "catalog", "errors", "lazy", "linalg", "starts", "config", "folder", "aside"},
         {"foreign_engine", "base_layer", "fused", "packed", "targets", "sharding", "pool", "rows", "replicate"}
         | {"layer_api", "loss"},
         {"methods"},

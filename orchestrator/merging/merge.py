@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
-import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from peft_dist.aside import aside
 from peft_dist.catalog import METHODS, config_class
 from peft_dist.errors import MergeError
 from peft_dist.merged.file_size import size_in_bytes
@@ -134,7 +133,10 @@ def merge(
         "trust_remote_code": trust_remote_code,
         "origin": origin,
     }
-    with _aside(target) as folder:
+    with contextlib.ExitStack() as stack:
+        with objects.explaining(target):
+            beside = Path(target) if objects.is_local(target) else None
+            folder = stack.enter_context(aside(beside, f".{Path(target).name}.merging-"))
         made = write_files(request, str(folder), workers, on_event)
         check_out(target)
         _put(folder, target)
@@ -184,31 +186,6 @@ def _base_of(adapter: Adapter, given: str | None, on_event: Callable[[Event], No
             "message": f"{given} is not the base that {adapter.name} was trained on ({known.name}).",
         })  # fmt: skip
     return found
-
-
-@contextlib.contextmanager
-def _aside(target: str) -> Iterator[Path]:
-    """An empty folder beside a local target, or among the temporary ones; gone at the end, whatever happens."""
-    made: list[Path] = []
-    parent = None
-    with objects.explaining(target):
-        if objects.is_local(target):
-            parent = Path(target).parent
-            made = [path for path in (parent, *parent.parents) if not path.exists()]
-            parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{Path(target).name}.merging-", dir=parent))
-        mask = os.umask(0)
-        os.umask(mask)
-        folder.chmod(0o777 & ~mask)
-    try:
-        yield folder
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        for path in made:
-            with contextlib.suppress(OSError):
-                path.rmdir()
-        raise
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _put(folder: Path, target: str) -> None:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +14,7 @@ import safetensors.torch
 import torch.distributed as dist
 from torch import Tensor
 
+from peft_dist.aside import aside
 from peft_dist.checkpoint.card import card_of
 from peft_dist.checkpoint.layout import CARD_NAME, DEFAULT_ADAPTER, PICKLED_NAME, WEIGHTS_NAME
 from peft_dist.checkpoint.names import defines, known_adapter
@@ -88,7 +86,7 @@ def _parts(model: Any, adapter_name: str) -> dict[str, tuple[Any, dict[str, Tens
 def _write(target: str, config: PeftConfig, tensors: Mapping[str, Tensor]) -> None:
     tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
     try:
-        with _aside(target) as folder:
+        with aside(None if is_url(target) else Path(target), ".adapter-") as folder:
             safetensors.torch.save_file(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt"})
             (folder / CARD_NAME).write_text(card_of(config), encoding="utf-8")
             config.save_pretrained(folder)
@@ -98,33 +96,6 @@ def _write(target: str, config: PeftConfig, tensors: Mapping[str, Tensor]) -> No
                 _move(folder, Path(target))
     except (OSError, safetensors.SafetensorError) as error:
         raise CheckpointError(f"{target}: the adapter cannot be written: {error}") from error
-
-
-@contextlib.contextmanager
-def _aside(target: str) -> Iterator[Path]:
-    """An empty directory, beside the target where that is local, so that a rename will do; removed at the
-    end."""
-    parent = None
-    made: list[Path] = []
-    if not is_url(target):
-        parent = Path(target).absolute().parent
-        made = [path for path in (parent, *parent.parents) if not path.exists()]
-        parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=".adapter-", dir=parent))
-    # mkdtemp lets only its owner in; what is saved is for whoever may read the directory around it.
-    mask = os.umask(0)
-    os.umask(mask)
-    folder.chmod(0o777 & ~mask)
-    try:
-        yield folder
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        for path in made:
-            with contextlib.suppress(OSError):
-                path.rmdir()
-        raise
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _move(folder: Path, target: Path) -> None:

@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,11 +16,12 @@ import huggingface_hub
 import torch
 from transformers.dynamic_module_utils import custom_object_save
 
+from peft_dist.aside import aside
 from peft_dist.errors import MergeError
 from peft_dist.folder import is_hub_id, is_url
 from peft_dist.merged.shards import INDEX, SINGLE, Entry, Shard, index_of
 
-CONFIG = "config.json"
+CONFIG, ORIGIN = "config.json", "merged_from.json"
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "chat_template.jinja",
@@ -30,7 +30,7 @@ _TOKENIZER_FILES = (
 
 
 @contextlib.contextmanager
-def aside(target: str) -> Iterator[Path]:
+def filled(target: str) -> Iterator[Path]:
     """An empty folder to fill; what is in it stands at `target` when the body ends without an error.
 
     Over an empty directory it goes by one rename. In one that has files, the files of a checkpoint that was there are
@@ -42,35 +42,15 @@ def aside(target: str) -> Iterator[Path]:
     Raises:
         MergeError: it cannot be written.
     """
-    parent = None
-    made: list[Path] = []
     try:
-        if not is_url(target):
-            here = Path(target).expanduser().absolute()
-            if here.exists() and not here.is_dir():
-                raise MergeError(f"{target!r} is a file. Name a directory.")
-            parent = here.parent
-            made = [path for path in (parent, *parent.parents) if not path.exists()]
-            parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=".merged-", dir=parent))
+        here = None if is_url(target) else Path(target).expanduser()
+        if here is not None and here.exists() and not here.is_dir():
+            raise MergeError(f"{target!r} is a file. Name a directory.")
+        with aside(here, ".merged-") as folder:
+            yield folder
+            put(folder, target)
     except OSError as error:
         raise MergeError(f"{target}: the merged model cannot be written: {error}") from error
-    try:
-        # mkdtemp lets only its owner in; what is saved is for whoever may read the directory around it.
-        mask = os.umask(0)
-        os.umask(mask)
-        folder.chmod(0o777 & ~mask)
-        yield folder
-        put(folder, target)
-    except BaseException as error:
-        shutil.rmtree(folder, ignore_errors=True)
-        for path in made:
-            with contextlib.suppress(OSError):
-                path.rmdir()
-        if isinstance(error, OSError) and not isinstance(error, MergeError):
-            raise MergeError(f"{target}: the merged model cannot be written: {error}") from error
-        raise
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 def put(folder: Path, target: str) -> None:
@@ -178,6 +158,3 @@ def _tokenizer_files(source: str) -> dict[str, Path]:
 def write_origin(folder: Path, origin: Mapping[str, Any]) -> None:
     """`merged_from.json`: of what base and which adapters it was made."""
     (folder / ORIGIN).write_text(json.dumps(dict(origin), indent=2) + "\n", encoding="utf-8")
-
-
-ORIGIN = "merged_from.json"

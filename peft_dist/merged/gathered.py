@@ -46,7 +46,7 @@ def save_merged(
         files = None
         with ranks.agreeing():
             if ranks.writes:
-                folder = stack.enter_context(folders.aside(target))
+                folder = stack.enter_context(folders.filled(target))
                 folders.check_room(folder, plan.entries)
                 _write_small_files(folder, base, plan, shards, tokenizer, origin)
                 files = stack.enter_context(Shards(folder, shards, {"format": "pt"}, create=True))
