@@ -236,9 +236,8 @@ class RunStore:
         objects.clean(join(self.url, id))
         made = objects.create_if_absent(join(self.url, id, "run.json"), stored.dump(document))
         try:
-            return Run(
-                self, id, spec, say
-            )  # where another was first, it holds the run and this one is refused
+            # Where another was first, it holds the run, and this one is refused.
+            return Run(self, id, spec, say)
         except StorageError:
             if made:
                 with contextlib.suppress(StorageError):

@@ -86,7 +86,6 @@ def settle(layer: Any) -> None:
     On CPUs with AVX512-BF16 bitsandbytes repacks a 4-bit weight in the first forward in eval mode, rounds its
     scales to bf16 for good, and lets no gradient through; such a layer is laid out again from what is left. An
     8-bit layer that is not quantised yet is, as its first forward would.
-
     """
     if is_4bit(type(layer)):
         layer.support_avx512bf16_for_cpu = False
