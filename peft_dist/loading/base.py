@@ -1,7 +1,8 @@
 """Bases from safetensors, with the head of a task: read part by part, quantised while they are read.
 
 Nothing of a base is held that a rank does not keep: it is built on the meta device, and each tensor is read from
-its file by positions, converted as transformers converts it, and quantised a chunk at a time. At stage 3 a rank
+its file by positions, converted as transformers converts it, and quantised a chunk at a time, or taken as it is
+where the file has bitsandbytes' codes. At stage 3 a rank
 reads its own slices, up to the borders of their rows or blocks. Codes and statistics are those that transformers'
 `from_pretrained` makes in one process, bit for bit.
 """
@@ -25,10 +26,11 @@ from peft_dist.errors import BaseModelError, suggest
 from peft_dist.folder import is_hub_id
 from peft_dist.inject import start_waiting
 from peft_dist.lazy import lazy
+from peft_dist.loading.codes import with_codes
 from peft_dist.loading.filling import Progress, check_filled, fill, start_the_rest, tie
 from peft_dist.loading.keys import Group, Keys, conversions, match
 from peft_dist.loading.pieces import Ranks, fill_pieces
-from peft_dist.loading.skeleton import build, quantisation, quantised_weights
+from peft_dist.loading.skeleton import OTHER, build, quantisation, quantised_weights, stored_quantisation
 from peft_dist.loading.stored import Files
 from peft_dist.loading.weight_files import fetched, weight_files
 from peft_dist.sharding import bare, base_of, check_partitionable
@@ -77,6 +79,7 @@ def load_base(
         dtype: of the floating parameters; "auto" for the one they are stored in.
         quantization: None, "int8", "nf4" or "fp4" (with double quantisation), or a transformers.BitsAndBytesConfig.
             The output head, tied weights and a task's new head stay as they are, as `llm_int8_skip_modules` says.
+            None too for a base whose files hold bitsandbytes' codes: they are kept as they are stored.
         zero_stage: 0, 1, 2 or 3.
         deepspeed: at stage 3, the config for `sharding.partition_base`; its `zero_optimization` may offload.
         device: where the base comes to and is quantised; None: the CPU, at stage 3 the rank's accelerator.
@@ -101,16 +104,18 @@ def load_base(
             wanted = quantisation(quantization)
             place = _Place(path, task, revision, trust_remote_code)
             config = place.config(labels)
-            whole = not sharded and into is None
-            if _is_stored_quantised(path, config, wanted, whole=whole):
+            stored = _stored(path, config, wanted)
+            if stored == OTHER:
+                _check_whole(path, sharded=sharded, into=into)
                 return place.by_transformers(config, dtype, device)
+            wanted = wanted or stored
             files = opened.enter_context(Files(place.files()))
             kept = _dtype(path, dtype, config, files, wanted)
             model = place.empty(config, kept, wanted) if into is None else into
             base = base_of(model)
             opened.enter_context(bare(base))
             _check_empty(base, wanted)
-            keys = place.keys(base, files, labels)
+            keys = place.keys(base, files, labels, are_codes=stored is not None)
         tie(base, keys, (ranks.rank, ranks.world), ranks.agree)
         with ranks.failing_together():
             place.check_complete(base, keys)
@@ -145,7 +150,10 @@ def meta_base(
     place = _Place(path, task, revision, trust_remote_code)
     wanted = quantisation(quantization)
     config = place.config(labels)
-    _is_stored_quantised(path, config, wanted, whole=False)
+    stored = _stored(path, config, wanted)
+    if stored == OTHER:
+        _check_whole(path, sharded=False, into=path)
+    wanted = wanted or stored
     with Files(place.files()) as files:
         return place.empty(config, _dtype(path, dtype, config, files, wanted), wanted)
 
@@ -214,7 +222,7 @@ class _Place:
     def by_transformers(
         self, config: Any, dtype: torch.dtype | str, device: torch.device | str | None
     ) -> Any:
-        """A base whose files hold codes: bitsandbytes', or those of another library that is installed."""
+        """A base whose files hold codes of another library than bitsandbytes, that is installed."""
         try:
             model, report = self.auto_class.from_pretrained(
                 self.source,
@@ -230,8 +238,11 @@ class _Place:
         self._refuse_missing(model, report["missing_keys"])
         return model if device is None else model.to(device)
 
-    def keys(self, base: Any, files: Files, labels: Sequence[str] | None) -> Keys:
+    def keys(self, base: Any, files: Files, labels: Sequence[str] | None, *, are_codes: bool) -> Keys:
         """What the files hold of the model.
+
+        Args:
+            are_codes: weights are stored quantised.
 
         Raises:
             BaseModelError: a tensor has another size than the config says.
@@ -239,7 +250,8 @@ class _Place:
         mapping = conversions(
             base, _renamed(self.auto_class, base.config), getattr(base, "hf_quantizer", None)
         )
-        keys = match(base, files.tensors, mapping, base.dtype, frozenset(quantised_weights(base)))
+        tensors = with_codes(files.tensors) if are_codes else files.tensors
+        keys = match(base, tensors, mapping, base.dtype, frozenset(quantised_weights(base)))
         if keys.mismatched and labels is None:
             name, there, here = keys.mismatched[0]
             raise BaseModelError(
@@ -321,29 +333,28 @@ def _check_empty(base: Any, wanted: Any) -> None:
         )
 
 
-def _is_stored_quantised(path: str, config: Any, wanted: Any, *, whole: bool) -> bool:
-    """Whether the files hold codes already, which transformers then reads.
+def _stored(path: str, config: Any, wanted: Any) -> Any:
+    """The BitsAndBytesConfig of a base whose files hold codes already, OTHER for another library's, else None.
 
     Raises:
-        BaseModelError: they do, and are to be quantised again, or to be read in pieces or into a model.
+        BaseModelError: they do, and are to be quantised again.
     """
-    stored = getattr(config, "quantization_config", None)
-    if stored is None:
-        return False
-    method = stored.get("quant_method") if isinstance(stored, Mapping) else stored.quant_method
-    method = getattr(method, "value", method)
-    if wanted is not None:
+    found = stored_quantisation(config)
+    if found is not None and wanted is not None:
         raise BaseModelError(
-            f"base model: {path!r} is stored quantised ({method}); it cannot be quantised again. Leave quantization "
-            "out, or name the base that it was made from."
+            f"base model: {path!r} is stored quantised; it cannot be quantised again. Leave quantization out, or name "
+            "the base that it was made from."
         )
-    if not whole:
+    return found
+
+
+def _check_whole(path: str, *, sharded: bool, into: Any) -> None:
+    if sharded or into is not None:
         raise BaseModelError(
-            f"base model: {path!r} is stored quantised ({method}); its codes and statistics are read whole or not at "
-            "all. Name the base that it was made from and set quantization, so that each rank reads and quantises its "
-            "own part; or load this one at zero_stage 0 and call peft_dist.sharding.partition_base."
+            f"base model: {path!r} is stored quantised, not by bitsandbytes; its codes are read whole or not at all. "
+            "Name the base that it was made from and set quantization, so that each rank reads and quantises its own "
+            "part."
         )
-    return True
 
 
 def _dtype(path: str, asked: torch.dtype | str, config: Any, files: Files, wanted: Any) -> torch.dtype:

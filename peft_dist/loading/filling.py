@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from transformers.utils.loading_report import LoadStateDictInfo
 
 from peft_dist.errors import BaseModelError
+from peft_dist.loading.codes import Codes, Codes4bit
 from peft_dist.loading.keys import Group, Keys
 from peft_dist.loading.pending import Pending
-from peft_dist.loading.quantising import params_4bit, params_8bit
+from peft_dist.loading.quantising import kept_4bit, kept_8bit, params_4bit, params_8bit
 from peft_dist.loading.skeleton import quantised_weights
 from peft_dist.loading.stored import chunks
 
@@ -163,11 +164,10 @@ def move_started(model: nn.Module, device: torch.device) -> None:
 
 def _whole(value: Pending, name: str, old: Any, layer: Any, device: torch.device) -> Tensor:
     if layer is not None:
-        W = as_matrix(value, layer)
         made = (
-            params_8bit(W, old, device)
-            if type(old).__name__ == "Int8Params"
-            else params_4bit(W, old, name, device)
+            _stored(value, old, device)
+            if isinstance(value, Codes)
+            else _quantised(as_matrix(value, layer), name, old, device)
         )
         made._is_hf_initialized = True
         return made
@@ -176,6 +176,18 @@ def _whole(value: Pending, name: str, old: Any, layer: Any, device: torch.device
     if not isinstance(old, nn.Parameter):
         return out
     return nn.Parameter(out, requires_grad=old.requires_grad and out.is_floating_point())
+
+
+def _quantised(W: Pending, name: str, old: Any, device: torch.device) -> Any:
+    is_8bit = type(old).__name__ == "Int8Params"
+    return params_8bit(W, old, device) if is_8bit else params_4bit(W, old, name, device)
+
+
+def _stored(value: Codes, old: Any, device: torch.device) -> Any:
+    parts = {key: part.whole().to(device) for key, part in value.parts.items()}
+    if isinstance(value, Codes4bit):
+        return kept_4bit(parts["weight"], value.state(parts, value.shape), old)
+    return kept_8bit(parts["weight"], parts["SCB"], old)
 
 
 def as_matrix(value: Pending, layer: Any) -> Pending:

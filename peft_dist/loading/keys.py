@@ -29,6 +29,12 @@ class Group:
     sources: list[tuple[str, str, str, Pending]] = field(default_factory=list)
     targets: tuple[str, ...] = ()
 
+    @property
+    def only_source(self) -> Pending | None:
+        """Its input, where it has one alone and does nothing but name it."""
+        is_renaming = isinstance(self.conversion, core_model_loading.WeightRenaming)
+        return self.sources[0][3] if is_renaming and len(self.sources) == 1 else None
+
     def num_bytes(self) -> int:
         """What its inputs take once they are read."""
         return sum(source.numel() * source.dtype.itemsize for *_, source in self.sources)

@@ -8,6 +8,7 @@ quantised once more need all of a layer's, which the ranks gather, a 64th of a l
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from peft_dist import packed
 from peft_dist.errors import BaseModelError
+from peft_dist.loading.codes import Codes, as_stored
 from peft_dist.loading.filling import Places, as_matrix, move_started
 from peft_dist.loading.keys import Group, Keys
 from peft_dist.loading.pending import Pending
@@ -104,8 +106,9 @@ def fill_pieces(
         dtype: that quantised weights count as.
         device: where pieces come to.
     """
-    for layer in quantised_weights(base).values():
-        packed.make_partitionable(layer, dtype=dtype)
+    stored = as_stored(base, keys)
+    for name, layer in quantised_weights(base).items():
+        packed.make_partitionable(layer, dtype=stored.get(name, dtype))
     move_started(base, device)
     pieces = _Pieces(base, keys, ranks, device, advance)
     partition_base(model, config, pieces=pieces)
@@ -168,11 +171,20 @@ class _Pieces:
         def value() -> Pending:
             return as_matrix(self._value(group, name), layer)
 
-        if packed_in_4bit(layer):
+        if isinstance(group.only_source, Codes):
+            self._stored(layer, group.only_source)
+        elif packed_in_4bit(layer):
             self._four_bit(layer, value)
         else:
             self._int8(layer, value)
         self.advance(group)
+
+    def _stored(self, layer: Any, codes: Codes) -> None:
+        for key, parameter in {"weight": layer.weight, **packed.statistics(layer)}.items():
+            start, stop = self.ranks.bounds(parameter.numel())
+            mine = torch.empty(stop - start, dtype=parameter.dtype, device=self.device)
+            self._try(functools.partial(codes.parts[key].read, start, mine))
+            self._ready[id(parameter)] = mine
 
     def _int8(self, layer: Any, value: Callable[[], Pending]) -> None:
         rows, width = layer.weight.shape

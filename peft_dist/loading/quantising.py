@@ -83,7 +83,11 @@ def as_storage(codes: Tensor, dtype: torch.dtype, name: str) -> Tensor:
 
 def params_8bit(weight: Pending, old: Any, device: torch.device) -> Any:
     """A whole weight as bitsandbytes' Int8Params, made like `old`."""
-    codes, scales = int8_rows(weight, 0, weight.shape[0], device)
+    return kept_8bit(*int8_rows(weight, 0, weight.shape[0], device), old)
+
+
+def kept_8bit(codes: Tensor, scales: Tensor, old: Any) -> Any:
+    """Codes (out, in) and scales (out,) as bitsandbytes' Int8Params, made like `old`."""
     made = bitsandbytes.nn.Int8Params(codes, requires_grad=False, has_fp16_weights=old.has_fp16_weights)
     made.CB, made.SCB = made.data, scales
     return made
@@ -104,14 +108,19 @@ def params_4bit(weight: Pending, old: Any, name: str, device: torch.device) -> A
     if old.compress_statistics:
         state.absmax, state.state2, state.offset = nested(scales)
         state.nested = True
+    return kept_4bit(as_storage(codes, old.quant_storage, name), state, old)
+
+
+def kept_4bit(codes: Tensor, state: Any, old: Any) -> Any:
+    """Packed codes (k, 1) and their QuantState as bitsandbytes' Params4bit, made like `old`."""
     made = bitsandbytes.nn.Params4bit(
-        as_storage(codes, old.quant_storage, name),
+        codes,
         requires_grad=False,
         quant_state=state,
-        blocksize=BLOCK,
-        compress_statistics=old.compress_statistics,
-        quant_type=old.quant_type,
-        quant_storage=old.quant_storage,
+        blocksize=state.blocksize,
+        compress_statistics=state.nested,
+        quant_type=state.quant_type,
+        quant_storage=codes.dtype,
         module=old.module,
         bnb_quantized=True,
     )

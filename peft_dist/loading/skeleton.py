@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from transformers.quantizers import AutoHfQuantizer, base
 from peft_dist.errors import BaseModelError
 
 QUANTIZATIONS = ("int8", "nf4", "fp4")
+OTHER = "another library's"
 
 
 def quantisation(asked: Any) -> Any:
@@ -56,6 +57,22 @@ def quantisation(asked: Any) -> Any:
             "quantised. Leave it out, or leave quantization out."
         )
     return asked
+
+
+def stored_quantisation(config: Any) -> Any:
+    """How the files of a base are quantised already: a BitsAndBytesConfig, OTHER where another library did it, None.
+
+    Args:
+        config: of the base, as it was read.
+    """
+    stored = getattr(config, "quantization_config", None)
+    if stored is None or isinstance(stored, transformers.BitsAndBytesConfig):
+        return stored
+    facts = dict(stored) if isinstance(stored, Mapping) else stored.to_dict()
+    is_bitsandbytes = facts.get("load_in_8bit") or facts.get("load_in_4bit")
+    if facts.get("quant_method", "bitsandbytes") != "bitsandbytes" or not is_bitsandbytes:
+        return OTHER
+    return transformers.BitsAndBytesConfig.from_dict(facts)
 
 
 def build(

@@ -121,6 +121,37 @@ def test_pieces_are_those_of_the_whole(kind: str, world: int, dtype: torch.dtype
             assert held == theirs_held
 
 
+def stored_in_pieces(folders: list[str]) -> list[Any]:
+    return [described(load_base(folder, "CAUSAL_LM", "auto", None, 3)) for folder in folders]
+
+
+def stored_then_cut(folders: list[str]) -> list[Any]:
+    given = []
+    for folder in folders:
+        base = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+        sharding.partition_base(base, STAGE_3)
+        given.append(described(base))
+    return given
+
+
+@pytest.mark.parametrize("kind", ["tied", "gpt2"])
+def test_pieces_of_stored_codes_are_those_of_the_whole(kind: str, tmp_path: Path) -> None:
+    full, folders = saved(kind, tmp_path / "full"), []
+    for number, asked in enumerate(kinds(torch.bfloat16)[1:]):
+        base = load_base(full, "CAUSAL_LM", torch.bfloat16, asked)
+        base.save_pretrained(tmp_path / str(number))
+        folders.append(str(tmp_path / str(number)))
+    for ours, theirs in zip(
+        run_on_ranks(stored_in_pieces, 3, folders, timeout_s=300),
+        run_on_ranks(stored_then_cut, 3, folders, timeout_s=300),
+        strict=True,
+    ):
+        for (values, logits, held), (expected, reference, theirs_held) in zip(ours, theirs, strict=True):
+            assert values == expected
+            assert torch.equal(logits, reference)
+            assert held == theirs_held
+
+
 def reading(folder: str, quantised: str | None, zero_stage: int) -> tuple[int, int]:
     """Bytes of values that this rank read, and bytes of all of them."""
     opened: dict[Path, File] = {}
@@ -131,15 +162,19 @@ def reading(folder: str, quantised: str | None, zero_stage: int) -> tuple[int, i
         close(file)
 
     File.close = counted  # type: ignore[method-assign]
-    load_base(folder, "CAUSAL_LM", torch.float32, quantised, zero_stage)
+    dtype = "auto" if quantised is None else torch.float32
+    load_base(folder, "CAUSAL_LM", dtype, quantised, zero_stage)
     stored = [tensor for file in opened.values() for tensor in file.tensors.values()]
     total = sum(tensor.numel() * tensor.dtype.itemsize for tensor in stored)
     return sum(file.bytes_read for file in opened.values()), total
 
 
-@pytest.mark.parametrize("quantised", [None, "nf4"])
+@pytest.mark.parametrize("quantised", [None, "nf4", "stored nf4", "stored int8"])
 def test_a_rank_reads_its_own_part_alone(quantised: str | None, tmp_path: Path) -> None:
-    folder = saved("mixture", tmp_path)
+    folder = saved("mixture", tmp_path / "full")
+    if quantised is not None and quantised.startswith("stored"):
+        load_base(folder, quantization=quantised.split()[1]).save_pretrained(tmp_path / "stored")
+        folder, quantised = str(tmp_path / "stored"), None
     for read, total in run_on_ranks(reading, 2, folder, quantised, 3):
         # Rows or blocks at the borders, a few of each of two dozen tensors.
         assert total / 2 * 0.95 < read < total / 2 * 1.1

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
 
@@ -155,17 +155,74 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
     assert "has no quantised layers" in refusal(folder, quantization="nf4", into=meta_base(folder))
 
 
-def test_a_base_that_is_stored_quantised_is_loaded_whole(tmp_path: Path) -> None:
-    folder = saved("llama", tmp_path / "full")
-    stored = load_base(folder, quantization="nf4")
-    stored.save_pretrained(tmp_path / "nf4")
-    again = load_base(str(tmp_path / "nf4"))
-    assert torch.equal(again.model.layers[0].mlp.up_proj.weight, stored.model.layers[0].mlp.up_proj.weight)
-    assert "is stored quantised (bitsandbytes); it cannot be quantised again" in refusal(
-        str(tmp_path / "nf4"), quantization="int8"
+def stored(kind: str, quantised: str, folder: Path) -> str:
+    """A base saved quantised by transformers, from bf16."""
+    asked: Any = quantisation(quantised) if quantised in ("int8", "nf4") else None
+    if asked is None:
+        asked = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_storage=torch.bfloat16)
+    base = _auto(kind).from_pretrained(
+        saved(kind, folder / "full"),
+        dtype=torch.bfloat16,
+        quantization_config=asked,
+        device_map={"": "cpu"},
     )
-    with pytest.raises(BaseModelError, match="read whole or not at all"):
-        meta_base(str(tmp_path / "nf4"))
+    base.save_pretrained(folder / "stored")
+    return str(folder / "stored")
+
+
+def _auto(kind: str) -> Any:
+    return transformers.AutoModelForSeq2SeqLM if kind == "t5" else transformers.AutoModelForCausalLM
+
+
+@pytest.mark.parametrize("kind", ["llama", "tied", "mixture", "gpt2", "t5"])
+@pytest.mark.parametrize("quantised", ["int8", "nf4", "fp4 stored as bf16"])
+def test_a_base_that_is_stored_quantised_is_what_transformers_loads(
+    kind: str, quantised: str, tmp_path: Path
+) -> None:
+    folder, task = stored(kind, quantised, tmp_path), "SEQ_2_SEQ_LM" if kind == "t5" else "CAUSAL_LM"
+    expected = _auto(kind).from_pretrained(folder, dtype="auto")
+    loaded = load_base(folder, task, "auto")
+    assert contents(loaded) == contents(expected)
+    assert loaded.config.to_dict() == expected.config.to_dict()
+    # transformers leaves what is no code in the dtype that it is stored in, whatever is asked for.
+    other = load_base(folder, task, torch.float32)
+    given, codes = dict(other.named_parameters()), contents(expected)
+    for name, parameter in expected.named_parameters():
+        if type(parameter) is nn.Parameter:
+            assert torch.equal(given[name], parameter.float()) and given[name].dtype == torch.float32
+    for name, value in contents(other).items():
+        assert (" of " not in name or name.startswith("kind of")) or value == codes[name]
+    filled = meta_base(folder, task, "auto")
+    assert all(parameter.is_meta for parameter in filled.parameters())
+    assert contents(load_base(folder, task, "auto", into=filled)) == contents(expected)
+
+
+def damaged(folder: str, change: Any) -> str:
+    file = Path(folder) / "model.safetensors"
+    state = load_file(file)
+    change(state)
+    save_file(state, file, metadata={"format": "pt"})
+    return refusal(folder)
+
+
+def test_stored_codes_that_cannot_be_are_refused(tmp_path: Path) -> None:
+    nf4, int8 = stored("llama", "nf4", tmp_path / "4"), stored("llama", "int8", tmp_path / "8")
+    assert "is stored quantised; it cannot be quantised again" in refusal(nf4, quantization="int8")
+    up = "model.layers.0.mlp.up_proj"
+    said = damaged(nf4, lambda state: state.pop(f"{up}.weight.absmax"))
+    assert f"the quantised weight '{up}.weight' lacks what belongs to its codes" in said
+    said = damaged(
+        int8, lambda state: state.update({f"{up}.weight_format": torch.tensor(2, dtype=torch.uint8)})
+    )
+    assert "laid out for one kind of GPU" in said
+    said = damaged(int8, lambda state: state.pop(f"{up}.SCB"))
+    assert f"'{up}.weight' lacks {up}.SCB" in said
+    config = Path(int8) / "config.json"
+    config.write_text(config.read_text().replace('"bitsandbytes"', '"gptq"'))
+    with pytest.raises(
+        BaseModelError, match="stored quantised, not by bitsandbytes; its codes are read whole"
+    ):
+        meta_base(int8)
 
 
 def test_progress_goes_up_to_all_of_it(tmp_path: Path) -> None:
