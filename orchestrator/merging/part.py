@@ -7,7 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from peft_dist.merged.offline import OfflineMerge, Request
+from peft_dist.merged.offline import OfflineMerge
+from peft_dist.merged.request import Request
 
 from ..train.allocator import map_large_blocks
 from ..train.task_file import read_task_file

@@ -76,7 +76,7 @@ def load_state_dict(
         missing += _fill(holder, restored, _device(holder.module))
     for key, parameter in embeddings.items():
         set_whole(parameter, tensors[key])
-    return LoadResult(missing, [key for key in tensors if key not in used and not _is_again(key, used)])
+    return LoadResult(missing, [key for key in tensors if key not in used and not is_again(key, used)])
 
 
 def match_one(
@@ -153,7 +153,7 @@ def parts_of(model: Any, config: Any, adapter_name: str) -> list[tuple[Parameter
     return found
 
 
-def _is_again(key: str, used: set[str]) -> bool:
+def is_again(key: str, used: set[str]) -> bool:
     """Whether it is a bias that HF PEFT writes a second and third time: with `bias: all`, of a module that is
     trained whole."""
     return any(

@@ -164,6 +164,18 @@ class Files:
         )
 
 
+def equal(first: Pending, second: Pending, rank: int = 0, world: int = 1) -> bool:
+    """Whether two tensors are alike in shape and values, of which each of `world` ranks compares a share."""
+    if first.shape != second.shape:
+        return False
+    share = -(-first.numel() // world)
+    start, stop = rank * share, min((rank + 1) * share, first.numel())
+    return all(
+        torch.equal(first.part(low, high), second.part(low, high))
+        for low, high in chunks(start, stop, first.dtype.itemsize)
+    )
+
+
 def chunks(start: int, stop: int, itemsize: int, step: int = 1) -> Iterator[tuple[int, int]]:
     """[start, stop) cut into pieces of at most CHUNK_BYTES, each but the last a multiple of `step` long."""
     most = max(CHUNK_BYTES // itemsize // step, 1) * step

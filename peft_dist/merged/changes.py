@@ -18,7 +18,7 @@ from peft_dist.adapted import Adapted, AdapterModule, Replaced
 from peft_dist.base_layer import door
 from peft_dist.errors import MergeError
 from peft_dist.merged.shards import PIECE_BYTES
-from peft_dist.packed import is_4bit, is_8bit
+from peft_dist.packed import is_quantised
 from peft_dist.sharding import gathered, whole, whole_shape
 
 
@@ -282,8 +282,7 @@ def _stored(place: Place, key: str) -> Tensor:
 
 def is_packed(place: Place) -> bool:
     """Whether the tensor is stored as codes."""
-    kind = type(place.module)
-    return place.leaf == "weight" and (is_4bit(kind) or is_8bit(kind))
+    return place.leaf == "weight" and is_quantised(place.module)
 
 
 def shape_of(place: Place) -> tuple[int, ...]:

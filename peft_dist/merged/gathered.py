@@ -38,7 +38,7 @@ def save_merged(
     """Writes `base` with the named adapters in its weights. See `PeftModel.save_merged`."""
     target = os.fspath(directory)
     max_bytes = size_in_bytes(max_shard_size)
-    plan = plan_merged(base, names, dtype_of(dtype))
+    plan = plan_merged(base, names, dtype_named(dtype))
     tensors = tensors_of(plan.places, plan.changes, plan.places)
     ranks = _Ranks(any(is_partitioned(t) for t in tensors), is_main_process)
     shards = plan.shards(max_bytes)
@@ -75,7 +75,7 @@ def write_item(item: Item, merged: Merged, plan: Plan, files: Shards) -> None:
         files.write(key, [tensor])
 
 
-def dtype_of(dtype: torch.dtype | str | None) -> torch.dtype | None:
+def dtype_named(dtype: torch.dtype | str | None) -> torch.dtype | None:
     """`dtype`, also by its name (`bfloat16`, `bf16`, `torch.float32`); None for "auto".
 
     Raises:

@@ -12,12 +12,11 @@ from torch import Tensor, nn
 
 from peft_dist.base_layer import door
 from peft_dist.errors import MergeError
+from peft_dist.merge import dtype_of
 from peft_dist.merged.changes import Change, Place, change_of, check_biases, is_packed, place_of, shape_of
 from peft_dist.merged.conversion import Conversion, Group
 from peft_dist.merged.outline import Outline
 from peft_dist.merged.shards import Entry, Shard, split
-from peft_dist.packed import is_4bit, is_8bit
-from peft_dist.pool import outer_modules
 
 
 @dataclass
@@ -63,6 +62,11 @@ class Plan:
         """What holds every floating number exactly: codes may stand for another dtype than the other weights are."""
         floats = {dtype for dtype in self.dtypes.values() if dtype.is_floating_point}
         return functools.reduce(torch.promote_types, floats)
+
+    def adds(self, key: str) -> bool:
+        """Whether something is added to a tensor of the base; else it is copied, from the base or the adapter."""
+        change = self.changes[key]
+        return change is not None and not change.replaces
 
     def shards(self, max_bytes: int) -> list[Shard]:
         """The files."""
@@ -199,18 +203,6 @@ def _every_wrapper(places: Mapping[str, Place]) -> list[Any]:
 def _dtype_of(base: Any, place: Place, asked: torch.dtype | None) -> torch.dtype:
     if is_packed(place):
         computes = getattr(place.module, "compute_dtype", None)
-        return asked or computes or _own_dtype(base)
+        return asked or computes or dtype_of(base)
     own = place.tensor.dtype
     return asked if asked is not None and own.is_floating_point else own
-
-
-def _own_dtype(base: Any) -> torch.dtype:
-    """Of the parameters that are not stored as codes."""
-    floats = (
-        p.dtype
-        for _, module in outer_modules(base)
-        if not (is_4bit(type(module)) or is_8bit(type(module)))
-        for p in module._parameters.values()
-        if p is not None and p.is_floating_point()
-    )
-    return next(floats, torch.float32)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from torch import Tensor
@@ -50,6 +50,11 @@ class StoredTensors(Mapping[str, Tensor]):
         """The tensors whose names begin with a layer's, read."""
         start = f"{layer}." if layer else ""
         return {key: self[key] for key in self if key.startswith(start)}
+
+    def of(self, layer: str, names: Iterable[str]) -> dict[str, Tensor]:
+        """Those of a layer that have these names there, read."""
+        keys = {f"{layer}.{name}" if layer else name for name in names}
+        return {key: self[key] for key in self if key in keys}
 
     def close(self) -> None:
         """Closes the file."""

@@ -27,7 +27,8 @@ from peft_dist import LNTuningConfig, LoraConfig, TrainableTokensConfig
 from peft_dist.catalog import METHODS, config_class
 from peft_dist.errors import AdapterError, CheckpointError, MergeError
 from peft_dist.merged.file_size import size_in_bytes
-from peft_dist.merged.offline import OfflineMerge, Request
+from peft_dist.merged.offline import OfflineMerge
+from peft_dist.merged.request import Request
 from peft_dist.merged.shards import Entry, split
 from tests.contract import bases
 from tests.contract.methods_table import IDS, inputs, model_of

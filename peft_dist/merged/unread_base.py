@@ -1,0 +1,158 @@
+"""A base of which nothing is read yet: its model on meta, and what its files hold of each tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from peft_dist.errors import BaseModelError, MergeError
+from peft_dist.loading.base import AUTO_CLASSES, _renamed
+from peft_dist.loading.keys import Keys, conversions, match
+from peft_dist.loading.pending import Pending
+from peft_dist.loading.skeleton import build
+from peft_dist.loading.stored import Files
+from peft_dist.loading.weight_files import fetched, weight_files
+from peft_dist.merged.request import Request
+from peft_dist.merged.stored_adapter import StoredTensors
+
+_HEADS = ("score", "classifier", "qa_outputs")
+
+
+class UnreadBase:
+    """The base that a request names, with the head of its adapter's task.
+
+    Args:
+        adapter: its config. tensors: of the adapter.
+
+    Attributes:
+        folder: where its files are. model: on meta, each tensor of the dtype that it is stored in. pending: by name,
+            what the files hold, unread.
+
+    Raises:
+        BaseModelError: it is missing, damaged or cannot be built. MergeError: it is stored quantised.
+    """
+
+    def __init__(self, request: Request, adapter: Any, tensors: StoredTensors) -> None:
+        self.folder = fetched(request.base, request.revision)
+        self._files = Files(weight_files(request.base, self.folder))
+        try:
+            self.model, keys = self._empty(request, adapter, tensors)
+            self.pending = _pending(keys, self._files)
+            _take_stored_dtypes(self.model, self.pending)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Closes its files."""
+        self._files.close()
+
+    def _empty(self, request: Request, adapter: Any, tensors: StoredTensors) -> tuple[Any, Keys]:
+        config = _config(request, self.folder)
+        _set_labels(config, adapter, tensors, request.labels)
+        auto_class = _class_of(config, adapter)
+        try:
+            model = build(
+                auto_class,
+                config,
+                self._files.floating_dtype() or torch.float32,
+                trust_remote_code=request.trust_remote_code,
+            )
+        except (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError) as error:
+            raise BaseModelError(f"base model: {request.base!r} cannot be built: {error}") from error
+        model.config.name_or_path = str(self.folder)
+        mapping = conversions(model, _renamed(auto_class, config), None)
+        keys = match(model, self._files.tensors, mapping, model.dtype, frozenset())
+        # A head that the adapter brings may be of another size.
+        wrong = [each for each in keys.mismatched if f"base_model.model.{each[0]}" not in tensors]
+        if wrong:
+            name, there, here = wrong[0]
+            raise BaseModelError(
+                f"base model: {name} is {list(there)} in the files of {request.base!r} and {list(here)} by "
+                "config.json. Take both from one model."
+            )
+        model.tie_weights()
+        return model, keys
+
+
+def _config(request: Request, folder: Any) -> Any:
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=request.trust_remote_code)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise BaseModelError(f"base model: {request.base!r} cannot be opened: {error}") from error
+    if getattr(config, "quantization_config", None) is not None:
+        raise MergeError(
+            f"{request.base!r} is stored quantised, so its weights could only be changed by quantising them anew. Name "
+            "the base in full by --base, or load it and call save_merged, which writes it dequantised."
+        )
+    return config
+
+
+def _class_of(config: Any, adapter: Any) -> Any:
+    """What makes the model of a config: the auto class of the adapter's task, else the base's own architecture."""
+    if adapter.task_type in AUTO_CLASSES:
+        found = getattr(transformers, AUTO_CLASSES[adapter.task_type])
+        if type(config) in found._model_mapping or getattr(config, "auto_map", None):
+            return found
+    told = (adapter.auto_mapping or {}).get("base_model_class") if adapter.auto_mapping else None
+    for name in (told, *(getattr(config, "architectures", None) or ())):
+        for auto in AUTO_CLASSES.values():
+            known = getattr(transformers, auto)
+            classes = known._model_mapping.get(type(config), None)
+            if name in {
+                each.__name__ for each in (classes if isinstance(classes, tuple) else (classes,)) if each
+            }:
+                return known
+        if name and hasattr(transformers, name):
+            return _ByName(getattr(transformers, name))
+    return transformers.AutoModelForCausalLM
+
+
+class _ByName:
+    """A class of transformers in the place of an auto class."""
+
+    def __init__(self, kind: Any) -> None:
+        self._kind = kind
+        self._model_mapping: dict[type, Any] = {}
+
+    def from_config(self, config: Any, *, trust_remote_code: bool = False, dtype: Any = None) -> Any:
+        """The model of a config."""
+        return self._kind._from_config(config, dtype=dtype)
+
+
+def _set_labels(config: Any, adapter: Any, tensors: StoredTensors, labels: Sequence[str]) -> None:
+    """Gives a config as many classes as the adapter's head tells apart, and their names where they are known."""
+    if labels:
+        config.id2label = dict(enumerate(labels))
+        config.label2id = {label: number for number, label in enumerate(labels)}
+        return
+    if adapter.task_type not in ("SEQ_CLS", "TOKEN_CLS"):
+        return
+    heads = [f"base_model.model.{head}{part}.weight" for head in _HEADS for part in ("", ".out_proj")]
+    sizes = [tensors.shape(key)[0] for key in heads if key in tensors]
+    if sizes and config.num_labels != sizes[0]:
+        config.num_labels = sizes[0]
+
+
+def _pending(keys: Keys, files: Files) -> dict[str, Pending]:
+    """Each of the model's tensors that the files hold, unread, in the dtype that it is stored in."""
+    found: dict[str, Pending] = {}
+    for group in keys.groups:
+        group.sources = [(name, key, pattern, files.tensors[key]) for name, key, pattern, _ in group.sources]
+        made = group.converted(keys.outline)
+        found |= {name: made[name] for name in group.targets}
+    return found
+
+
+def _take_stored_dtypes(base: Any, pending: Mapping[str, Pending]) -> None:
+    """Lets the base's empty tensors be of the dtypes that they are stored in."""
+    done: set[int] = set()
+    for name, value in pending.items():
+        tensor = base.get_parameter_or_buffer(name)
+        if isinstance(tensor, nn.Parameter) and id(tensor) not in done and tensor.dtype != value.dtype:
+            tensor.data = torch.empty(tensor.shape, dtype=value.dtype, device="meta")
+        done.add(id(tensor))
