@@ -31,7 +31,15 @@ from torch.nn import Parameter
 from peft_dist.errors import OptimizerError
 from peft_dist.gradients import keeps_gradient_whole, sums_gradient
 from peft_dist.pool import holder_of, is_gone, leave_pool
-from peft_dist.sharding import gathered, is_partitioned, let_go, rest_in_pieces, rests_in_pieces, whole_shape
+from peft_dist.sharding import (
+    gathered,
+    is_partitioned,
+    let_go,
+    piece_of,
+    rest_in_pieces,
+    rests_in_pieces,
+    whole_shape,
+)
 
 _BUCKET_BYTES = 64 * 2**20
 LARGE = 2**22
@@ -520,10 +528,7 @@ class AdapterOptimizer:
         """A copy of what this rank keeps of a tensor as large as the parameter."""
         if tensor.piece is None:
             return value.detach().to(tensor.parameter.device, copy=True)
-        size = tensor.piece.numel()
-        flat = value.new_zeros(size * self._world)
-        flat[: value.numel()] = value.flatten()
-        return flat[size * self._rank : size * (self._rank + 1)].to(tensor.piece.device, copy=True)
+        return piece_of(value, tensor.piece.numel(), self._rank).to(tensor.piece.device, copy=True)
 
     # Adapters
 

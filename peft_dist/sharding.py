@@ -138,9 +138,7 @@ def set_whole(parameter: Weight, value: Tensor) -> None:
         if parameter.ds_status == pieces.ZeroParamStatus.INFLIGHT:
             _wait_for(parameter)
         size, rank = parameter.ds_tensor.numel(), parameter.ds_zero_partition_rank
-        whole = value.new_zeros(size * parameter.ds_zero_partition_world_size)
-        whole[: value.numel()] = value.flatten()
-        piece = whole.narrow(0, size * rank, size)
+        piece = piece_of(value, size, rank)
         parameter.ds_tensor.data.copy_(piece)
         if parameter.ds_status == pieces.ZeroParamStatus.AVAILABLE:
             parameter.data.copy_(value)
@@ -152,12 +150,19 @@ def set_whole(parameter: Weight, value: Tensor) -> None:
         deepspeed.utils.safe_set_full_fp32_param(parameter, value.to(parameter.device, torch.float32))
 
 
+def piece_of(value: Tensor, size: int, rank: int) -> Tensor:
+    """What a rank keeps of `value`, flat: `size` elements from `rank` times that on, zeros after its end. It is a view
+    of a contiguous `value` that does not end there."""
+    own = value.flatten()[size * rank : size * (rank + 1)]
+    missing = size - own.numel()
+    return nn.functional.pad(own, (0, missing)) if missing else own
+
+
 def rest_in_pieces(parameter: Weight, like: Weight) -> None:
     """Partitions a trained tensor as `like`, a weight of a partitioned base, is; a collective. The hooks of that base
     release it where it hangs in it; `reach` gathers it."""
-    like.convert_to_zero_parameters(param_list=[parameter])
+    partition_like(parameter, like)
     parameter.ds_persist = False
-    setattr(parameter, _REGISTRY, getattr(like, _REGISTRY, {}))
     setattr(parameter, _TRAINED, True)
 
 
@@ -380,11 +385,7 @@ def _rest(parameter: Weight, piece: Tensor, layout: Any) -> None:
         if parameter.ds_persist
         else torch.device(getattr(layout.remote_device, "value", layout.remote_device))
     )
-    if piece.numel() < size:
-        padded = piece.new_zeros(size)
-        padded[: piece.numel()] = piece
-        piece = padded
-    piece = piece.to(device)
+    piece = piece_of(piece, size, 0).to(device)
     if layout.pin_memory and device.type == "cpu":
         piece = deepspeed.accelerator.get_accelerator().pin_memory(piece)
     own: Any = piece
