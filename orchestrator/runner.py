@@ -26,6 +26,16 @@ log         rank, text: what a worker printed, secrets taken out; kept in the ru
 
 
 @dataclass(frozen=True)
+class Spent:
+    """What a run's drivers used up of its `retry` until now."""
+
+    seconds: float = 0.0
+    """Under way, waiting for room included; of a driver that was killed, to its last renewal of the lease."""
+    retries: Mapping[str, int] = field(default_factory=dict)
+    """Kind of a failure (`worker lost`, ...) -> how often the run was started again after one."""
+
+
+@dataclass(frozen=True)
 class TrainRequest:
     """All that the workers need. `secrets` never reaches a log, an event or a stored file."""
 
@@ -42,6 +52,8 @@ class TrainRequest:
     secrets: Mapping[str, str] = field(default_factory=dict, repr=False)
     fence: Fence | None = None
     """The right to commit to the run; None where nobody else can."""
+    spent: Spent = field(default_factory=Spent)
+    """By drivers before."""
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ from .plan.row_lengths import row_facts
 from .registry import AdapterVersion, Registry
 from .runner import Event, Runner, TrainOutcome, TrainRequest
 from .spec.canonical import canonical_hash, resolved_yaml
+from .spec.durations import format_duration
 from .spec.job import DeploySpec, JobSpec
 from .spec.quantization import quantization_of
 from .spec.tasks import SERVED, task_type
@@ -222,7 +223,7 @@ def run_job(
 
     Args:
         new: number a new run where the name is taken by another spec.
-        resume: take over the run of this name although keys that may change did.
+        resume: take over the run of this name although keys that may change did; what `retry` allows counts anew.
         force: deploy although the gate refuses; recorded.
         stop: through which Ctrl-C asks for a checkpoint.
 
@@ -417,6 +418,8 @@ class _Attempt:
         return next(mine, None)
 
     def _train(self) -> TrainOutcome:
+        self._check_time()
+        self._say("starting", f"run {self.run.id}: {self._layout()}")
         production = self._production()
         request = TrainRequest(
             spec=self.spec,
@@ -428,16 +431,27 @@ class _Attempt:
             compare={"production": production.url} if production else {},
             secrets=self.secrets,
             fence=self.run.fence,
+            spent=self.run.record.spent,
         )
-        self._say("starting", f"run {self.run.id}: {self._layout()}")
         runner = self.environment.open_runner()
-        runner.start(request)
-        with self.stop.stops(runner):
-            self._follow(runner)
+        with self.run.on_the_clock():
+            runner.start(request)
+            with self.stop.stops(runner):
+                self._follow(runner)
         outcome = runner.outcome()
         if self.stop.came:  # when all steps were done: what is left is for the next attempt
             raise KeyboardInterrupt
         return outcome
+
+    def _check_time(self) -> None:
+        """Raises OutOfTimeError where the drivers before have used up all of `retry.max_duration`."""
+        limit, used = self.spec.retry.max_duration, self.run.record.spent.seconds
+        if limit is not None and used >= limit:
+            raise OutOfTimeError(
+                f"run '{self.run.id}' has been under way for {format_duration(round(used))}: retry.max_duration "
+                f"({format_duration(limit)}) is over.",
+                hint=f"Run it again with --resume to go on for {format_duration(limit)} more.",
+            )
 
     def _follow(self, runner: Runner) -> None:
         """Keeps and shows what the workers tell, to their end. They are stopped where it can be kept no more.
@@ -449,6 +463,8 @@ class _Attempt:
         try:
             for event in runner.events():
                 self.emit(event)
+                if event["event"] == "failure" and event["will_retry"]:
+                    self.run.note_retry(event["kind"])
         except RaypeftError:
             runner.stop()
             for _ in runner.events():

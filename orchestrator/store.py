@@ -31,7 +31,7 @@ from .journal import Journal, read_lines
 from .lease import Fence, Holder, holder_of
 from .objects import NotFound, join
 from .run_state import CREATED, ENDED, check_transition, has_ended
-from .runner import Event
+from .runner import Event, Spent
 from .spec.canonical import (
     canonical_hash,
     changed_keys,
@@ -76,6 +76,7 @@ class RunRecord:
     facts: dict[str, Any] = field(default_factory=dict)
     """Whatever else was given to `set_state`."""
     holder: Holder | None = None
+    spent: Spent = field(default_factory=Spent)
     spec_yaml: str = field(default="", repr=False)
     """The resolved job."""
 
@@ -112,7 +113,7 @@ class RunStore:
 
         Args:
             new: make another run, numbered, whatever there is.
-            resume: go on with this name's latest run although keys changed that may.
+            resume: go on with this name's latest run although keys changed that may, its `retry` counted anew.
             say: told in a sentence where a driver that shows no life is watched before its run is taken over.
 
         Raises:
@@ -128,7 +129,10 @@ class RunStore:
         if new or not runs:
             return self._create(name, spec, data_hash, runs[-1].number + 1 if runs else 1, say)
         if same:
-            return Run(self, same[-1].id, spec, say)
+            run = Run(self, same[-1].id, spec, say)
+            if resume:
+                run._change(_forget_spent)
+            return run
         latest = runs[-1]
         changed = _changed(latest, spec, data_hash)
         if not resume:
@@ -262,6 +266,7 @@ class Run:
         self._closed = threading.Event()
         self._journals: dict[str, Journal] = {}
         self._lost: LeaseError | None = None
+        self._clock: tuple[float, float] | None = None
         self._on_lost: Callable[[], None] = lambda: None
         self._document = lease.take(join(self.url, "run.json"), self._token, self, say)
         self.fence = Fence(join(self.url, "run.json"), self._token, self._document["fence"])
@@ -322,6 +327,7 @@ class Run:
         def change(document: dict[str, Any]) -> None:
             if document["state"] == "done" and state == "starting":  # its version was deleted: made once more
                 document.update(adapter=None, endpoint=None, metrics={})
+                _forget_spent(document)
             document["state"], document["message"] = state, message
             if state not in ("failed", "interrupted"):
                 document["cause"] = None
@@ -342,6 +348,26 @@ class Run:
             objects.persistently(lambda: self._change(change))
             self._append("events.jsonl", event, flush=True)
         return event
+
+    @contextlib.contextmanager
+    def on_the_clock(self) -> Iterator[None]:
+        """Within it time counts as spent by the run; what is known of it is stored with every renewal."""
+        self._clock = (self.record.spent.seconds, time.monotonic())
+        try:
+            yield
+        finally:
+            with contextlib.suppress(RaypeftError):  # the end of the run is told by who ends it
+                self._change(lambda document: None)
+            self._clock = None
+
+    def note_retry(self, kind: str) -> None:
+        """Counts a new start after a failure of that kind."""
+
+        def change(document: dict[str, Any]) -> None:
+            retries = document.setdefault("spent", {}).setdefault("retries", {})
+            retries[kind] = retries.get(kind, 0) + 1
+
+        objects.persistently(lambda: self._change(change))
 
     def append_event(self, event: Event) -> None:
         """Keeps an event. One of a state in which somebody is at work moves the run there too."""
@@ -403,6 +429,10 @@ class Run:
         def edit(document: dict[str, Any]) -> None:
             change(document)
             lease.renew(document)
+            if self._clock is not None:
+                before, began = self._clock
+                seconds = round(before + time.monotonic() - began, 3)
+                document.setdefault("spent", {})["seconds"] = seconds
 
         with self._lock:
             self.check_held()
@@ -424,6 +454,7 @@ class Run:
             document["spec_hash"] = canonical_hash(spec)
             document["identity"] = run_identity(document["spec_hash"], data_hash)
             document["spec"] = resolved_yaml(spec)
+            _forget_spent(document)
             if any(_is_below(key, _TRAINS_ON) for key in changed):
                 document["training_id"] = f"{self.id}.{document['fence']}"
                 document.update(state="interrupted", adapter=None, metrics={}, endpoint=None)
@@ -484,6 +515,15 @@ def _renew(reference: weakref.ref[Run], closed: threading.Event) -> None:
         del run
 
 
+def _spent(document: dict[str, Any]) -> Spent:
+    kept = document.get("spent") or {}
+    return Spent(kept.get("seconds", 0.0), dict(kept.get("retries") or {}))
+
+
+def _forget_spent(document: dict[str, Any]) -> None:
+    document["spent"] = {}
+
+
 def run_identity(spec_hash: str, data_hash: str) -> str:
     """What makes two runs the same: sha256, hexadecimal, over the hashes of their spec and data."""
     return hashlib.sha256(f"{spec_hash} {data_hash}".encode()).hexdigest()
@@ -503,6 +543,7 @@ def _record(document: dict[str, Any], url: str) -> RunRecord:
         adapter=document.get("adapter"), metrics=stored.numbers(document.get("metrics") or {}),
         endpoint=document.get("endpoint"), cause=cause, message=document.get("message"),
         facts=document.get("facts", {}), holder=holder, spec_yaml=document["spec"],
+        spent=_spent(document),
     )  # fmt: skip
 
 

@@ -38,7 +38,7 @@ def run(
     set_: Overrides = None,
     cluster: ClusterOption = None,
     new: Annotated[bool, typer.Option(help="Number a new run where the name is taken.")] = False,
-    resume: Annotated[bool, typer.Option(help="Take over the run of this name with changed keys.")] = False,
+    resume: Annotated[bool, typer.Option(help="Go on although keys changed, with all of retry.")] = False,
     force: Annotated[bool, typer.Option(help="Deploy although the gate refuses; recorded.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
     as_json: AsJson = False,

@@ -10,6 +10,7 @@ from ..deepspeed_config import deepspeed_config
 from ..deepspeed_config import warnings as deepspeed_warnings
 from ..devices import recomputes_activations
 from ..spec.deepspeed_keys import offload_param, zero_stage
+from ..spec.durations import format_duration
 from ..spec.job import JobSpec
 from ..spec.places import Tree, raise_all
 from ..spec.quantization import quantization_of
@@ -173,7 +174,11 @@ def _elastic(spec: JobSpec, counts: tuple[GroupSize, ...]) -> list[str]:
         return []
     used = {size.num_workers for size in counts}
     left_out = [count for count in range(least, most + 1) if count not in used]
-    notes = [f"Elastic: it steps with {numbers(counts)} workers; the rows of a step stay the same."]
+    often = format_duration(spec.resources.growth_interval)
+    notes = [
+        f"Elastic: it steps with {numbers(counts)} workers; the rows of a step stay the same. It grows at most once "
+        f"in {often}."
+    ]
     if left_out:
         shown = ", ".join(map(str, left_out[:8])) + (", ..." if len(left_out) > 8 else "")
         notes.append(f"Not used: {shown} workers, with which a step takes as many forwards as with fewer.")

@@ -301,6 +301,9 @@ class ResourcesSpec(Section):
     num_workers: Workers = Field(
         default=1, description="processes that train together; [min, max]: as many as there is room for"
     )
+    growth_interval: Duration = Field(
+        default="5m", description="least time between two growths of an elastic run"
+    )  # type: ignore[assignment]
     gpus_per_worker: NotNegative | Literal["auto"] = Field(
         default="auto", description="1 where the cluster has GPUs for all workers, else 0"
     )

@@ -30,7 +30,6 @@ from ..plan import make_plan
 from ..spec.canonical import canonical_hash
 from ..spec.job import JobSpec
 from ..store import run_identity
-from ..train.elastic import growth_setting
 from .dashboard import Dashboard
 from .envelope import VARIABLE, Envelope, close_envelope
 from .facts import facts_at
@@ -192,7 +191,6 @@ def make_request(
         "RAYPEFT_CLUSTER": CLUSTER_FILE,
         "RAY_JOB_STOP_SIGNAL": "SIGINT",
         "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_S),
-        **growth_setting(),
     }
     runtime_env: dict[str, Any] = {"working_dir": folder, "py_modules": [code], "env_vars": variables}
     module = "orchestrator"

@@ -20,7 +20,6 @@ from ..cluster import Cluster
 from ..errors import ClusterError, PlacementError
 from ..spec.canonical import resolved_yaml
 from ..spec.job import JobSpec
-from ..train.elastic import growth_setting
 from .facts import load_yaml, path_name, pod_facts
 from .inline import CLUSTER_VARIABLE, SPEC_VARIABLE
 from .jobs import RUN_KEY, STOP_S, pinned, run_id
@@ -94,7 +93,6 @@ def _runtime_env(spec: JobSpec, cluster: Cluster, in_image: bool) -> str:
         CLUSTER_VARIABLE: LiteralScalarString(cluster_inside(cluster)),
         "RAY_JOB_STOP_SIGNAL": "SIGINT",
         "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_S),
-        **growth_setting(),
     }
     folder = {"working_dir": f"local://{IMAGE_FOLDER}"} if in_image else {}
     return _dump({**folder, "env_vars": variables})

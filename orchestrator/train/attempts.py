@@ -91,7 +91,6 @@ class Attempts:
 
     Args:
         open_group: makes the group of a request, whose plan has the attempt's own number of workers.
-        growth_s: the least time between two growths.
         clock: seconds that never go back.
     """
 
@@ -102,17 +101,17 @@ class Attempts:
         desk: Desk,
         open_group: Callable[[TrainRequest], Group],
         *,
-        growth_s: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._request, self._plan = request, request.plan
         self._cluster, self._desk, self._open, self._clock = cluster, desk, open_group, clock
-        self._retries, self._growth = Retries(request.spec.retry), Growth(self._plan.counts, growth_s)
+        self._retries = Retries(request.spec.retry, request.spent.retries)
+        self._growth = Growth(self._plan.counts, request.spec.resources.growth_interval)
         self._silent: dict[str, str] = {}
         self._unanswered: Counter[str] = Counter()
         self._group: Group | None = None
         self._demand: Reservation | None = None
-        self._began, self._asked_at = clock(), 0.0
+        self._began, self._asked_at = clock() - request.spent.seconds, 0.0
         self._size = self._attempt = 0
         self._is_stepping = False
         self._lock, self._over = threading.Lock(), threading.Event()

@@ -6,51 +6,13 @@ workers commit a checkpoint and the next group, larger, goes on from there.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-
-from orchestrator.errors import SpecError
-from orchestrator.spec.durations import parse_duration
-
-GROWTH_VARIABLE = "RAYPEFT_GROWTH_INTERVAL"
-"""In the driver's environment: the least time between two growths of a run, `30s` or `10m`."""
-
-GROWTH_INTERVAL_S = 300.0
-"""What it is where nothing is set."""
 
 STEADY_S = 2.0
 """How long room must have been there before a run leaves its workers for it."""
 
 SETTLE_S = 5.0
 """How long a start waits for as many workers as the nodes can hold, while others still let go of theirs."""
-
-
-def growth_interval() -> float:
-    """Seconds between two growths, as the environment says.
-
-    Raises:
-        SpecError: it is no duration.
-    """
-    written = os.environ.get(GROWTH_VARIABLE)
-    if written is None:
-        return GROWTH_INTERVAL_S
-    try:
-        return parse_duration(written)
-    except ValueError as error:
-        raise SpecError(str(error), where=GROWTH_VARIABLE) from error
-
-
-def growth_setting() -> dict[str, str]:
-    """The variable as it is set here, for a driver elsewhere; empty where it is not.
-
-    Raises:
-        SpecError: it is no duration.
-    """
-    written = os.environ.get(GROWTH_VARIABLE)
-    if written is None:
-        return {}
-    growth_interval()
-    return {GROWTH_VARIABLE: written}
 
 
 def largest(counts: Sequence[int], places: int) -> int | None:

@@ -26,7 +26,6 @@ from orchestrator.spec.durations import format_duration
 from peft_dist.lazy import lazy
 
 from .attempts import Attempts, Group, Leave
-from .elastic import growth_interval
 from .events import Mailbox
 from .nodes import RayCluster
 from .placement import why_impossible
@@ -60,13 +59,12 @@ class RayRunner:
         Raises:
             ClusterError: Ray does not answer.
             PlacementError: the cluster can never give the workers.
-            SpecError: the time between two growths, in the environment, is no duration.
         """
         self._began = time.monotonic()
         self._request = request
         if not ray.is_initialized():
             self._connect()
-        cluster, growth_s = RayCluster(), growth_interval()
+        cluster = RayCluster()
         if problem := why_impossible(request.plan, cluster.rooms(), cluster.grows_to(), cluster.kinds()):
             raise PlacementError(
                 problem, where="resources", hint="Lower resources.num_workers or what each worker asks for."
@@ -76,9 +74,7 @@ class RayRunner:
         self._mailbox = mailbox.options(scheduling_strategy=here).remote()
         if request.secrets:
             ray.get(self._mailbox.put_secrets.remote(dict(request.secrets)))
-        self._attempts = Attempts(
-            request, cluster, MailboxDesk(self._mailbox), self._open_group, growth_s=growth_s
-        )
+        self._attempts = Attempts(request, cluster, MailboxDesk(self._mailbox), self._open_group)
         self._thread = threading.Thread(target=self._drive, name="ray-train", daemon=True)
         self._thread.start()
 
@@ -135,7 +131,7 @@ class RayRunner:
         run, saved = self._request.run_id, f"The checkpoint of step {steps} is saved" if steps else ""
         limit = self._request.spec.retry.max_duration
         if self._attempts.leave == Leave.TIME and limit is not None:
-            way_on = f"run the same command again to go on for {format_duration(limit)} more."
+            way_on = f"run it again with --resume to go on for {format_duration(limit)} more."
             return OutOfTimeError(
                 f"run '{run}' ended after {steps} step(s): retry.max_duration ({format_duration(limit)}) is over.",
                 hint=f"{saved}; {way_on}" if saved else f"{way_on[0].upper()}{way_on[1:]}",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from enum import StrEnum
 
 from orchestrator.spec.job import RetrySpec
@@ -33,10 +34,17 @@ BUDGETS = {
 
 
 class Retries:
-    """How often a run has been started again, against what its `retry` allows."""
+    """How often a run has been started again, against what its `retry` allows.
 
-    def __init__(self, retry: RetrySpec) -> None:
+    Args:
+        before: kind -> how often drivers before started it again after such a failure.
+    """
+
+    def __init__(self, retry: RetrySpec, before: Mapping[str, int] | None = None) -> None:
         self._retry, self._used = retry, Counter[str]()
+        for kind, times in (before or {}).items():
+            if key := BUDGETS.get(kind):  # type: ignore[call-overload]
+                self._used[key] += times
 
     def allow(self, kind: FailureKind) -> bool:
         """Whether the run may start again after a failure of this kind; counts it where it may."""
@@ -54,7 +62,8 @@ class Retries:
         key = BUDGETS.get(kind)
         if key is None or not (used := self._used[key]):
             return None
-        return f"It was started again {used} time{'s' * (used > 1)}, as often as retry.{key} allows."
+        times = f"{used} time{'s' * (used > 1)}"
+        return f"It was started again {times}, as often as retry.{key} allows; --resume counts anew."
 
 
 def smaller_micro_batch(micro_batch_size: int) -> int:

@@ -250,7 +250,7 @@ def test_an_elastic_plan_says_with_how_many_workers_it_steps():
     assert plan.counts == (1, 2, 4) and plan.num_workers == 4 and plan.global_batch_size == 8
     assert [size.gradient_accumulation_steps for size in plan.sizes] == [4, 2, 1]
     assert plan.notes[:2] == (
-        "Elastic: it steps with 1, 2 or 4 workers; the rows of a step stay the same.",
+        "Elastic: it steps with 1, 2 or 4 workers; the rows of a step stay the same. It grows at most once in 5m.",
         "Not used: 3 workers, with which a step takes as many forwards as with fewer.",
     )
     console = Console(width=120, record=True)

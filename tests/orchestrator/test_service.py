@@ -24,7 +24,7 @@ from orchestrator.errors import (
     TrainingError,
 )
 from orchestrator.registry import AdapterVersion, Registry
-from orchestrator.runner import Event, TrainOutcome, TrainRequest
+from orchestrator.runner import Event, Spent, TrainOutcome, TrainRequest
 from orchestrator.service import (
     Comparison,
     Deployment,
@@ -49,8 +49,9 @@ class MemoryRunner:
     """Trains nothing: leaves an adapter and the metrics that it was given."""
 
     metrics: dict[str, float]
-    error: Exception | None = None
+    error: BaseException | None = None
     waits: bool = False
+    more: list[Event] = field(default_factory=list)
     eval_rows: tuple[str, ...] = ("aa", "bb")
     requests: list[TrainRequest] = field(default_factory=list)
     stopped: threading.Event = field(default_factory=threading.Event)
@@ -66,6 +67,7 @@ class MemoryRunner:
         }  # fmt: skip
         if self.waits:
             assert self.stopped.wait(10), "nobody asked the runner to stop"
+        yield from self.more
 
     def stop(self) -> None:
         self.stopped.set()
@@ -273,6 +275,37 @@ def test_a_run_out_of_time_can_go_on(house):
     assert record.state == "interrupted" and "retry.max_duration (1h) is over" in record.cause
     house.runner.error = None
     assert house.run(job()).state == "done"
+
+
+@pytest.mark.parametrize("end", [SystemExit(9), TrainingError("gone.")])
+def test_what_retry_allows_is_the_runs_and_not_its_drivers(house, end):
+    """A driver dies, or a run fails: the next one has what is left, unless --resume asks for all of it."""
+    failure = {"event": "failure", "attempt": 1, "rank": 1, "kind": "worker lost", "cause": "SIGKILL"}
+    house.runner.more = [failure | {"will_retry": True}, failure | {"will_retry": False}]
+    house.runner.error = end
+    for _ in range(2):
+        with pytest.raises(type(end)):
+            house.run(job())
+    spent = [request.spent for request in house.runner.requests]
+    assert [each.retries for each in spent] == [{}, {"worker lost": 1}]
+    assert 0 == spent[0].seconds < spent[1].seconds
+    with pytest.raises(type(end)):
+        house.run(job(), resume=True)
+    assert house.runner.requests[-1].spent == Spent()
+    (record,) = house.environment.runs.list()
+    assert record.to_dict()["spent"]["retries"] == {"worker lost": 1}
+
+
+def test_a_run_whose_time_is_over_starts_no_workers(house):
+    limited = job(retry={"max_duration": 0.001})
+    house.runner.error = TrainingError("gone.")
+    with pytest.raises(TrainingError):
+        house.run(limited)
+    with pytest.raises(OutOfTimeError, match=r"has been under way for .* is over\. Run it again with --resume"):
+        house.run(limited)
+    assert len(house.runner.requests) == 1
+    house.runner.error = None
+    assert house.run(limited, resume=True).state == "done"
 
 
 def test_killed_between_registering_and_deploying_it_deploys_that_version(house):

@@ -110,6 +110,17 @@ def test_a_batch_that_no_size_divides_is_shared_unevenly():
     assert [(s.num_workers, s.gradient_accumulation_steps) for s in sizes(spec)] == [(2, 4), (3, 3)]
 
 
+def test_how_often_an_elastic_run_grows():
+    assert spec_of("").resources.growth_interval == 300
+    assert spec_of("resources: {growth_interval: 30s}\n").resources.growth_interval == 30
+    message = refused(
+        "resources: {growth_interval: soon}\nmodel: {base_model: b}\ndata: {datasets: [{path: a}]}\n"
+    )
+    assert message.startswith(
+        "jobs/x.yaml:1 resources.growth_interval: 'soon' is not a duration. Write seconds"
+    )
+
+
 def test_retry_has_its_defaults():
     retry = spec_of("").retry
     assert (retry.worker_failure, retry.preemption, retry.oom) == (2, "unlimited", 0)

@@ -11,13 +11,13 @@ import pytest
 from ray.exceptions import RayActorError
 from ray.train import WorkerGroupError
 
-from orchestrator.errors import DataError, PlacementError, SpecError, TrainingError
+from orchestrator.errors import DataError, PlacementError, TrainingError
 from orchestrator.plan import Plan
-from orchestrator.runner import TrainRequest
+from orchestrator.runner import Spent, TrainRequest
 from orchestrator.spec.job import RetrySpec
 from orchestrator.spec.workers import group_sizes
 from orchestrator.train.attempts import Attempts, Leave
-from orchestrator.train.elastic import GROWTH_VARIABLE, Growth, growth_interval, largest, size_to_try
+from orchestrator.train.elastic import Growth, largest, size_to_try
 from orchestrator.train.nodes import NODE_LABEL, labels_without
 from orchestrator.train.placement import NodeRoom, places_in_all, places_now
 from orchestrator.train.retries import FailureKind, Retries, smaller_micro_batch
@@ -67,15 +67,6 @@ def test_a_run_of_full_size_never_grows():
     assert [growth.size(2, 9, now=now) for now in range(5)] == [None] * 5
 
 
-def test_the_interval_is_the_environments(monkeypatch):
-    assert growth_interval() == 300
-    monkeypatch.setenv(GROWTH_VARIABLE, "30s")
-    assert growth_interval() == 30
-    monkeypatch.setenv(GROWTH_VARIABLE, "soon")
-    with pytest.raises(SpecError, match="RAYPEFT_GROWTH_INTERVAL: 'soon' is not a duration"):
-        growth_interval()
-
-
 @pytest.mark.parametrize(
     ("kind", "retry", "allowed"),
     [
@@ -100,8 +91,11 @@ def test_budgets_are_counted_apart_and_shared_by_kinds():
     assert retries.allow(FailureKind.WORKER_LOST) and retries.allow(FailureKind.NODE_LOST)
     assert not retries.allow(FailureKind.WORKER_LOST) and retries.allow(FailureKind.OUT_OF_MEMORY)
     assert retries.spent(FailureKind.NODE_LOST) == (
-        "It was started again 2 times, as often as retry.worker_failure allows."
+        "It was started again 2 times, as often as retry.worker_failure allows; --resume counts anew."
     )
+    # what drivers before have tried counts too; a kind of another release is nobody's
+    later = Retries(RetrySpec(worker_failure=2), {"node lost": 1, "oom": 1, "preemption": 4, "flood": 9})
+    assert later.allow(FailureKind.WORKER_LOST) and not later.allow(FailureKind.NODE_LOST)
     assert [smaller_micro_batch(rows) for rows in (8, 3, 1)] == [4, 1, 1]
 
 
@@ -223,13 +217,12 @@ class House:
             if self.asked or self.aborted:
                 return
 
-    def run(self, tmp_path: Path, made: Plan, growth_s: float = 300, **retry):
+    def run(self, tmp_path: Path, made: Plan, resources: dict | None = None, spent=None, **retry):
         from .tiny import job, request
 
-        asked = request(tmp_path, job(tmp_path, retry=retry), made)
-        self.attempts = Attempts(
-            asked, self, self, self.open_group, growth_s=growth_s, clock=lambda: self.now
-        )
+        spec = job(tmp_path, retry=retry, resources=resources or {})
+        asked = request(tmp_path, spec, made, spent=spent or Spent())
+        self.attempts = Attempts(asked, self, self, self.open_group, clock=lambda: self.now)
         return self.attempts.run()
 
 
@@ -361,9 +354,24 @@ def test_failures_beyond_the_budget_end_the_run(tmp_path):
         house.run(tmp_path, ELASTIC)
     assert str(failed.value) == (
         "worker 1 was lost: The actor died. worker exit: SIGKILL It was started again 2 times, as often as "
-        "retry.worker_failure allows. See raypeft logs."
+        "retry.worker_failure allows; --resume counts anew. See raypeft logs."
     )
     assert [failure["will_retry"] for failure in house.failures] == [True, True, False]
+
+
+def test_what_drivers_before_used_up_is_used_up(tmp_path):
+    house = House(["a", "b"], [fails_with(KILLED)] * 2)
+    with pytest.raises(TrainingError, match="started again 2 times"):
+        house.run(tmp_path, ELASTIC, spent=Spent(retries={"worker lost": 1}))
+    assert [failure["will_retry"] for failure in house.failures] == [True, False]
+
+    def steps(house):
+        house.passes(100)
+        return left(house)
+
+    house = House(["a", "b"], [steps])
+    assert house.run(tmp_path, ELASTIC, spent=Spent(seconds=30), max_duration="50s")["is_stopped"]
+    assert house.attempts.leave == Leave.TIME and 20 < house.now < 23
 
 
 def test_what_a_new_start_cannot_mend_is_not_tried(tmp_path):

@@ -226,7 +226,7 @@ def test_a_run_out_of_time_is_saved_and_says_so(session, folder):
     (saved,) = steps_in(asked.run_dir)
     assert str(ended.value) == (
         f"run 'out-of-time' ended after {saved} step(s): retry.max_duration (1h) is over. The checkpoint of step "
-        f"{saved} is saved; run the same command again to go on for 1h more."
+        f"{saved} is saved; run it again with --resume to go on for 1h more."
     )
     assert settled() == []
 
