@@ -7,10 +7,9 @@ from typing import Any
 
 import torch
 import transformers
-from torch import nn
-
 from peft_dist.errors import BaseModelError, MergeError
-from peft_dist.loading.base import AUTO_CLASSES, _renamed
+from peft_dist.loading.base import AUTO_CLASSES
+from peft_dist.loading.config import explaining, read_config, set_labels
 from peft_dist.loading.keys import Keys, conversions, match
 from peft_dist.loading.pending import Pending
 from peft_dist.loading.skeleton import build
@@ -18,6 +17,7 @@ from peft_dist.loading.stored import Files
 from peft_dist.loading.weight_files import fetched, weight_files
 from peft_dist.merged.request import Request
 from peft_dist.merged.stored_adapter import StoredTensors
+from torch import nn
 
 _HEADS = ("score", "classifier", "qa_outputs")
 
@@ -52,21 +52,24 @@ class UnreadBase:
         self._files.close()
 
     def _empty(self, request: Request, adapter: Any, tensors: StoredTensors) -> tuple[Any, Keys]:
-        config = _config(request, self.folder)
+        source = str(self.folder)
+        config = read_config(request.base, source, trust_remote_code=request.trust_remote_code)
+        if getattr(config, "quantization_config", None) is not None:
+            raise MergeError(
+                f"{request.base!r} is stored quantised, so its weights could only be changed by quantising them anew. "
+                "Name the base in full by --base, or load it and call save_merged, which writes it dequantised."
+            )
         _set_labels(config, adapter, tensors, request.labels)
         auto_class = _class_of(config, adapter)
-        try:
+        with explaining(request.base, source):
             model = build(
                 auto_class,
                 config,
                 self._files.floating_dtype() or torch.float32,
                 trust_remote_code=request.trust_remote_code,
             )
-        except (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError) as error:
-            raise BaseModelError(f"base model: {request.base!r} cannot be built: {error}") from error
-        model.config.name_or_path = str(self.folder)
-        mapping = conversions(model, _renamed(auto_class, config), None)
-        keys = match(model, self._files.tensors, mapping, model.dtype, frozenset())
+        model.config.name_or_path = source
+        keys = match(model, self._files.tensors, conversions(model, auto_class), model.dtype, frozenset())
         # A head that the adapter brings may be of another size.
         wrong = [each for each in keys.mismatched if f"base_model.model.{each[0]}" not in tensors]
         if wrong:
@@ -77,19 +80,6 @@ class UnreadBase:
             )
         model.tie_weights()
         return model, keys
-
-
-def _config(request: Request, folder: Any) -> Any:
-    try:
-        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=request.trust_remote_code)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise BaseModelError(f"base model: {request.base!r} cannot be opened: {error}") from error
-    if getattr(config, "quantization_config", None) is not None:
-        raise MergeError(
-            f"{request.base!r} is stored quantised, so its weights could only be changed by quantising them anew. Name "
-            "the base in full by --base, or load it and call save_merged, which writes it dequantised."
-        )
-    return config
 
 
 def _class_of(config: Any, adapter: Any) -> Any:
@@ -127,8 +117,7 @@ class _ByName:
 def _set_labels(config: Any, adapter: Any, tensors: StoredTensors, labels: Sequence[str]) -> None:
     """Gives a config as many classes as the adapter's head tells apart, and their names where they are known."""
     if labels:
-        config.id2label = dict(enumerate(labels))
-        config.label2id = {label: number for number, label in enumerate(labels)}
+        set_labels(config, labels)
         return
     if adapter.task_type not in ("SEQ_CLS", "TOKEN_CLS"):
         return
