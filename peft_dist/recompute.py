@@ -27,10 +27,10 @@ def remember(modules: Iterable[nn.Module], current: Current) -> None:
     for module in modules:
         run = module.__dict__.get("_gradient_checkpointing_func")
         if run is not None and getattr(run, "current", None) is not current:
-            module.__dict__["_gradient_checkpointing_func"] = _Remembering(run, current)
+            module.__dict__["_gradient_checkpointing_func"] = Remembering(run, current)
 
 
-class _Remembering:
+class Remembering:
     """A checkpointing function whose layers find `current` as it was at the first run."""
 
     def __init__(self, run: Callable[..., Any], current: Current) -> None:

@@ -13,7 +13,7 @@ LAYERS = {
     "peft_dist": [
         {"contract", "catalog", "errors", "lazy", "linalg", "starts", "config", "folder", "aside"},
         {"foreign_engine", "base_layer", "fused", "packed", "targets", "sharding", "ranks", "pool", "rows", "replicate"}
-        | {"layer_api", "loss"},
+        | {"layer_api", "loss", "recompute"},
         {"methods"},
         {"adapted", "tuner_layer"},
         {
@@ -21,8 +21,8 @@ LAYERS = {
             "savable", "calibration", "arithmetic", "lora_optimizers", "gradients",
         },
         {
-            "model", "entry", "tuner", "recompute", "tasks", "mixed", "compat", "loading", "registry", "status", "auto",
-            "signatures", "scaling", "hotswap", "functional", "kbit", "merged",
+            "model", "entry", "tuner", "tasks", "mixed", "compat", "loading", "registry", "status", "auto", "signatures",
+            "scaling", "hotswap", "functional", "kbit", "merged",
         },
         {"__init__"},
     ],

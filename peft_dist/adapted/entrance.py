@@ -13,17 +13,12 @@ from peft_dist.base_layer import Layer
 from peft_dist.contract import Params, SiteMethod
 from peft_dist.rows import drop, stream
 
-_NOT_ASKED = object()
-
 
 class Entrance:
     """How x enters an adapter's branch of a module: in the adapter's dtype, dropped out while training."""
 
     def __init__(self, module: Any, samples: Tensor | None = None) -> None:
         self.module, self.samples = module, samples
-        # As they are now: the backward may run the branch again when they are no longer the model's.
-        self.rows = module._current.rows
-        self._padding: Any = _NOT_ASKED
 
     def drops(self, method: SiteMethod) -> bool:
         return self.module.training and method.dropout > 0
@@ -40,11 +35,11 @@ class Entrance:
                 return x
             if self.samples is None:
                 return F.dropout(x, method.dropout)
-            assert self.rows is not None
-            key = stream(self.rows.seed, self.rows.step, self.module._site_name)
-            if self._padding is _NOT_ASKED:
-                self._padding = self.module._current.padding_of(self.samples)
-            return drop(x, method.dropout, self.samples, key, self._padding)
+            rows = self.module._current.rows
+            assert rows is not None
+            key = stream(rows.seed, rows.step, self.module._site_name)
+            padding = self.module._current.padding_of(self.samples)
+            return drop(x, method.dropout, self.samples, key, padding)
 
         return enter
 

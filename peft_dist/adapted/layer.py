@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from peft_dist.adapted.entrance import Entrance, Framed, as_given, dtype_of, unchanged
 from peft_dist.adapted.levels import Adjusted, Level, down, up
 from peft_dist.adapted.module import AdapterModule
-from peft_dist.base_layer import Conv1DLayer, Layer, LinearLayer, door, rounded
-from peft_dist.contract import BaseLayer, Method, Params, WeightMethod
+from peft_dist.base_layer import Layer, door, rounded
+from peft_dist.contract import BaseLayer, Method, WeightMethod
 from peft_dist.errors import RowsError
 from peft_dist.pool import AdapterPool, PooledModule
+from peft_dist.recompute import Remembering
 from peft_dist.rows import Current, Rows, Segment, Split
-from peft_dist.sharding import is_partitioned
+from peft_dist.sharding import is_partitioned, reach
 
 
 class Adapted(AdapterModule):
@@ -108,6 +111,9 @@ class Adapted(AdapterModule):
                     f"{self._site_name}: {self.merged_adapters} are merged. Unmerge to name adapters per row."
                 )
             return self.base_layer(*args, **kwargs)
+        if is_partitioned(self.base.parameter) and self._runs_within():
+            again = self._runs_again if torch.is_grad_enabled() and self._is_large() else None
+            return self.base.within(self.forward, args, kwargs, again)
         if self.base.is_argument:
             return self._as_argument(args, kwargs)
         if len(args) != 1 or kwargs:
@@ -121,7 +127,7 @@ class Adapted(AdapterModule):
         if all(names == choices[0][0] for names, _, _ in choices[1:]):
             names = choices[0][0] if choices else self.serving(None)
             if not names:
-                return self.base_layer(x)
+                return self.base(x)
             drops = self.training and any(self.methods[name].dropout for name in names)
             if rows.samples is None or not drops:
                 return self._serve(names, x)
@@ -136,6 +142,8 @@ class Adapted(AdapterModule):
     def _as_argument(self, args: tuple, kwargs: dict[str, Any]) -> Any:
         """A layer whose weight is used as a function's argument: it runs with the changed weight in place."""
         rows, parts = self._current.rows, self._parts()
+        # On every rank, whichever of the parts its rows change.
+        reach(self.base.layer, (p for part in parts for p in part.base.layer.parameters(recurse=False)))
         if rows is None or rows.adapters is None:
             return _substituted(parts, [part.serving(None) for part in parts], args, kwargs)
         choices = [([part.serving(s.adapter) for part in parts], s) for s in rows.segments]
@@ -161,23 +169,18 @@ class Adapted(AdapterModule):
     def _serve(self, names: tuple[str, ...], x: Tensor, samples: Tensor | None = None) -> Tensor:
         """One choice of adapters for all rows of x."""
         if not names:
-            return self.base_layer(x)
+            return self.base(x)
         entrance = Entrance(self, samples)
         if len(names) == 1:
-            # What the batch and chance decide is decided here, once: the backward may run the rest again.
-            method, p = self.methods[names[0]], self.given(names[0])
-            if not self._runs_within():
-                return self._through(method, p, entrance, x)
-            # What is of the weight's size would stay whole until the backward.
-            again = bool(getattr(method, "full_size", 0)) and torch.is_grad_enabled()
-            return self.base.within(lambda x: self._through(method, p, entrance, x), x, again=again)
+            return self._through(names[0], entrance, x)
         levels = self.levels(names)
         inputs = down(levels, x)
-        y = self.base_layer(as_given(inputs[0], x))
+        y = self.base(as_given(inputs[0], x))
         return up(levels, inputs, y, entrance)
 
-    def _through(self, method: Any, p: Params, entrance: Entrance, x: Tensor) -> Tensor:
+    def _through(self, name: str, entrance: Entrance, x: Tensor) -> Tensor:
         """One adapter for all rows of x."""
+        method, p = self.methods[name], self.given(name)
         if dtype_of(p, x) == x.dtype and not entrance.drops(method):
             return method.forward(p, self.base, x, unchanged)
         if dtype_of(p, x) == x.dtype or not self.casts:
@@ -186,15 +189,27 @@ class Adapted(AdapterModule):
         return method.forward(p, framed, x, entrance.of(method, p)).to(framed.given)
 
     def _runs_within(self) -> bool:
-        """Whether method and layer run as one, between the hooks that gather a partitioned weight: then every rank
-        gathers it once, whatever the method that it names reads of it."""
-        base = self.base
-        return (
-            type(base) in (LinearLayer, Conv1DLayer)
-            # Not `layer.weight`: DeepSpeed would gather it here, for the module around, and on this rank alone.
-            and is_partitioned(base.parameter)
-            and "forward" not in base.layer.__dict__
-        )
+        """Whether the adapters of a partitioned layer are still to be run within its own call, between the hooks that
+        gather its weight: then every rank gathers it once, whatever the methods that its rows name read of it."""
+        return not self.base.is_running and "forward" not in self.base.layer.__dict__
+
+    def _is_large(self) -> bool:
+        """Whether what serves would keep tensors of the weight's size until the backward."""
+        rows = self._current.rows
+        choices = (None,) if rows is None or rows.adapters is None else [s.adapter for s in rows.segments]
+        for choice in choices:
+            methods = [self.methods[name] for name in self.named(choice)]
+            # An argument is the changed weight itself.
+            if any(method.full_size for method in methods) or (methods and self.base.is_argument):
+                return True
+            if len(methods) > 1 and any(method.compose == "chain" for method in methods):
+                return True
+        return False
+
+    def _runs_again(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Runs it now, and once more in the backward, for what the batch was."""
+        again = functools.partial(checkpoint, use_reentrant=False)
+        return Remembering(again, self._current)(run, *args, **kwargs)
 
     def _by_row(self, x: Tensor, rows: Rows) -> Tensor | None:
         """Each row beside its own adapter's tensors, in the batch's order: where all name one adapter each, of
@@ -222,7 +237,7 @@ class Adapted(AdapterModule):
     def _mixed_weights(self, x: Tensor, split: Split, parts: list[tuple[list[Level], int, int]]) -> Tensor:
         """Rows name different adapters, all of which add to W: the layer runs once, the additions part by
         part."""
-        y = self.base_layer(x)
+        y = self.base(x)
         if split.rows.num != x.shape[0] and split.length is None:
             y = y.expand(split.x.shape[0], *y.shape[1:])
         xs = split.sorted(split.x)
@@ -287,7 +302,7 @@ class Adapted(AdapterModule):
         up again."""
         xs, samples = split.sorted(split.x), split.rows.samples
         inputs = [down(levels, xs[start:stop]) for levels, start, stop in parts]
-        y = self.base_layer(
+        y = self.base(
             split.restored(split.unsorted(torch.cat([as_given(lowest[0], xs) for lowest in inputs])))
         )
         ys = split.sorted(y if split.length is None else y.unflatten(0, (-1, split.length)))
@@ -316,4 +331,4 @@ def _substituted(
                 bias = changed.bias()
                 W = rounded(changed.weight(), dtype)
                 stack.enter_context(part.base.substituted(W, bias if bias is None else bias.to(dtype)))
-        return parts[0].base.layer(*args, **kwargs)
+        return parts[0].base(*args, **kwargs)

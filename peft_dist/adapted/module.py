@@ -106,11 +106,15 @@ class AdapterModule(LayerApi, PooledModule):
         self._lenders.pop(adapter, None)
         self.active_adapters = [name for name in self.active_adapters if name != adapter]
 
+    def named(self, choice: str | None) -> tuple[str, ...]:
+        """The adapters here that `serving` would let serve."""
+        names = self.active_adapters if choice is None else () if choice == BASE else (choice,)
+        return tuple(name for name in names if name in self.methods)
+
     def serving(self, choice: str | None) -> tuple[str, ...]:
         """The adapters here that serve rows with this choice: a name, `"__base__"`, or None for the active
         ones. Within a forward: tensors that a user's own engine has partitioned are gathered for it."""
-        names = self.active_adapters if choice is None else () if choice == BASE else (choice,)
-        here = tuple(name for name in names if name in self.methods)
+        here = self.named(choice)
         if self._pool.waiting and self.base.device.type != "meta":
             for name in here:
                 self.check_filled(name)

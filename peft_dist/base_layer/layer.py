@@ -14,7 +14,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from peft_dist.contract import Kind, Site
 from peft_dist.errors import BaseLayerError
@@ -96,24 +95,28 @@ class Layer:
         """The layer gets an adapter: what must hold from now on, without changing any value that it has."""
         return None
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return type(self.layer).forward(self.layer, x) if self.is_running else self.layer(x)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.is_running:
+            return type(self.layer).forward(self.layer, *args, **kwargs)
+        return self.layer(*args, **kwargs)
 
-    def within(self, run: Callable[[Tensor], Tensor], x: Tensor, *, again: bool = False) -> Tensor:
-        """run(x) as the layer's own call: between its hooks, which gather the weight for the forward and for
-        the backward. With `again` the backward computes anew what run would keep for it."""
+    def within(
+        self, run: Callable[..., Any], args: tuple, kwargs: dict[str, Any], again: Callable[..., Any] | None
+    ) -> Any:
+        """run(*args, **kwargs) as the layer's own call: between its hooks, which gather the weight for the forward
+        and for the backward. `again(run, ...)`, where it is given, lets the backward run it anew."""
 
-        def call(x: Tensor) -> Tensor:
+        def call(*args: Any, **kwargs: Any) -> Any:
             self.is_running = True
             try:
-                return run(x)
+                return _with_a_backward(run(*args, **kwargs))
             finally:
                 self.is_running = False
 
         own = self.layer.__dict__
-        own["forward"] = functools.partial(checkpoint, call, use_reentrant=False) if again else call
+        own["forward"] = call if again is None else functools.partial(again, call)
         try:
-            return self.layer(x)
+            return self.layer(*args, **kwargs)
         finally:
             del own["forward"]
 
@@ -240,6 +243,15 @@ class Layer:
 
     def _as_stored(self, matrix: Tensor) -> Tensor:
         return matrix
+
+
+def _with_a_backward(given: Any) -> Any:
+    """What a layer gives, so that a backward goes through it: a layer without one is not gathered for it, and another
+    rank's rows may need one."""
+    for each in given if isinstance(given, tuple) else (given,):
+        if isinstance(each, Tensor) and not each.requires_grad and torch.is_grad_enabled():
+            each.requires_grad_(each.is_floating_point())
+    return given
 
 
 def rounded(value: Tensor, dtype: torch.dtype) -> Tensor:
