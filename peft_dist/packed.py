@@ -33,8 +33,9 @@ from peft_dist.lazy import lazy
 
 bitsandbytes = lazy("bitsandbytes")
 
-# Blocks that bitsandbytes' double quantisation puts under one scale.
-_NESTED_BLOCK = 256
+BLOCK, NESTED_BLOCK = 64, 256
+"""Values that bitsandbytes' 4-bit quantisation puts under one scale where it is not told another number, and scales
+that its double quantisation puts under one."""
 _STATISTICS = ("SCB", "absmax", "nested_absmax", "nested_offset")
 _OF_8BIT = ("state", "index")
 _OF_4BIT = (
@@ -210,11 +211,7 @@ def quant_state(layer: Any) -> Any:
     device = layer.weight.device
     if device != state.code.device and "absmax" in layer._parameters and device.type != "meta":
         # Parameters come to the device on which they are gathered; the levels of the codes follow them.
-        state.code = state.code.to(device)
-        state.code = _shared(state.code, _levels(state.quant_type, str(device)))
-        if state.state2 is not None:
-            state.state2.code = state.state2.code.to(device)
-            state.state2.code = _shared(state.state2.code, _nested_levels(str(device)))
+        _share_levels(state, str(device))
     return state
 
 
@@ -336,7 +333,7 @@ def whole_sizes(layer: Any) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         "absmax": ((blocks,), torch.uint8 if weight.compress_statistics else torch.float32),
     }
     if weight.compress_statistics:
-        sizes["nested_absmax"] = ((math.ceil(blocks / _NESTED_BLOCK),), torch.float32)
+        sizes["nested_absmax"] = ((math.ceil(blocks / NESTED_BLOCK),), torch.float32)
         sizes["nested_offset"] = ((1,), torch.float32)
     return sizes
 
@@ -364,7 +361,7 @@ def _empty(layer: Any, dtype: torch.dtype) -> None:
         state2=functional.QuantState(
             absmax=sizes["nested_absmax"],
             code=_nested_levels("cpu"),
-            blocksize=_NESTED_BLOCK,
+            blocksize=NESTED_BLOCK,
             dtype=torch.float32,
         )
         if nested
@@ -402,12 +399,18 @@ def _refer(layer: Any) -> None:
     state, parts = copy.copy(quant_state(layer)), statistics(layer)
     device = str(layer.weight.device) if not layer.weight.is_meta else "cpu"
     state.absmax = parts["absmax"]
-    state.code = _shared(state.code, _levels(state.quant_type, device))
     if state.state2 is not None:
         state.state2 = copy.copy(state.state2)
         state.state2.absmax, state.offset = parts["nested_absmax"], parts["nested_offset"]
-        state.state2.code = _shared(state.state2.code, _nested_levels(device))
+    _share_levels(state, device)
     layer.weight.quant_state = layer.quant_state = state
+
+
+def _share_levels(state: Any, device: str) -> None:
+    """Brings the levels of a 4-bit weight's codes to a device, where layers share one table of them."""
+    state.code = _shared(state.code.to(device), _levels(state.quant_type, device))
+    if state.state2 is not None:
+        state.state2.code = _shared(state.state2.code.to(device), _nested_levels(device))
 
 
 def _shared(own: Tensor, table: Tensor) -> Tensor:

@@ -11,7 +11,6 @@ from typing import Any, Literal
 import fsspec
 import safetensors
 import safetensors.torch
-import torch.distributed as dist
 from torch import Tensor
 
 from peft_dist.aside import aside
@@ -22,6 +21,7 @@ from peft_dist.checkpoint.state import state_dict, values
 from peft_dist.config import CONFIG_NAME, PeftConfig
 from peft_dist.errors import CheckpointError
 from peft_dist.folder import is_url
+from peft_dist.ranks import is_writer
 
 
 def save(
@@ -51,9 +51,7 @@ def save(
     names = list(model.peft_config if names is None else names)
     for name in names:
         known_adapter(model, name)
-    writes = (
-        is_main_process if is_main_process is not None else not dist.is_initialized() or dist.get_rank() == 0
-    )
+    writes = is_writer(is_main_process)
     for name in names:
         tensors = state_dict(model, name, whole_model, save_embedding_layers)
         parts = _parts(model, name)

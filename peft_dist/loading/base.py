@@ -10,13 +10,11 @@ reads its own slices, up to the borders of their rows or blocks. Codes and stati
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
 import torch.distributed as dist
 import transformers
@@ -27,12 +25,14 @@ from peft_dist.folder import is_hub_id
 from peft_dist.inject import start_waiting
 from peft_dist.lazy import lazy
 from peft_dist.loading.codes import with_codes
+from peft_dist.loading.config import explaining, read_config, set_labels
 from peft_dist.loading.filling import Progress, check_filled, fill, start_the_rest, tie
 from peft_dist.loading.keys import Group, Keys, conversions, match
-from peft_dist.loading.pieces import Ranks, fill_pieces
+from peft_dist.loading.pieces import fill_pieces
 from peft_dist.loading.skeleton import OTHER, build, quantisation, quantised_weights, stored_quantisation
 from peft_dist.loading.stored import Files
 from peft_dist.loading.weight_files import fetched, weight_files
+from peft_dist.ranks import Ranks
 from peft_dist.sharding import bare, base_of, check_partitionable
 
 deepspeed = lazy("deepspeed")
@@ -48,7 +48,6 @@ AUTO_CLASSES = {
     "FEATURE_EXTRACTION": "AutoModel",
 }
 _NEW_HEAD_ALLOWED = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
-_FAILURES = (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError, safetensors.SafetensorError)
 _FULL = (torch.float32, torch.bfloat16, torch.float16)
 _PLAIN = {"zero_optimization": {"stage": 3}}
 
@@ -97,7 +96,7 @@ def load_base(
         ShardingError: stage 3 without a process group.
     """
     sharded = zero_stage == 3
-    ranks = Ranks(alone=not (sharded and dist.is_initialized()))
+    ranks = Ranks(_refusal, alone=not (sharded and dist.is_initialized()))
     with contextlib.ExitStack() as opened:
         with ranks.failing_together():
             _check_stage(zero_stage, deepspeed)
@@ -165,12 +164,7 @@ def load_config(path: str, *, revision: str | None = None, trust_remote_code: bo
         BaseModelError: there is none, or its architecture is unknown here.
     """
     source = path if is_hub_id(path) else str(fetched(path))
-    try:
-        return transformers.AutoConfig.from_pretrained(
-            source, revision=revision, trust_remote_code=trust_remote_code
-        )
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise BaseModelError(_why(path, source, error)) from error
+    return read_config(path, source, revision=revision, trust_remote_code=trust_remote_code)
 
 
 class _Place:
@@ -192,20 +186,14 @@ class _Place:
         return weight_files(self.path, self.folder)
 
     def config(self, labels: Sequence[str] | None) -> Any:
-        try:
-            config = transformers.AutoConfig.from_pretrained(
-                self.source, revision=self.revision, trust_remote_code=self.trusted
-            )
-        except _FAILURES as error:
-            raise BaseModelError(_why(self.path, self.source, error)) from error
+        config = read_config(self.path, self.source, revision=self.revision, trust_remote_code=self.trusted)
         if labels is not None:
-            config.id2label = dict(enumerate(labels))
-            config.label2id = {label: number for number, label in enumerate(labels)}
+            set_labels(config, labels)
         return config
 
     def empty(self, config: Any, dtype: torch.dtype, wanted: Any) -> Any:
         """The model on the meta device."""
-        try:
+        with explaining(self.path, self.source):
             model = build(
                 self.auto_class,
                 config,
@@ -214,8 +202,6 @@ class _Place:
                 quantization=wanted,
                 heads=self.task in _NEW_HEAD_ALLOWED,
             )
-        except _FAILURES as error:
-            raise BaseModelError(_why(self.path, self.source, error)) from error
         model.config.name_or_path = self.source
         return model
 
@@ -223,7 +209,7 @@ class _Place:
         self, config: Any, dtype: torch.dtype | str, device: torch.device | str | None
     ) -> Any:
         """A base whose files hold codes of another library than bitsandbytes, that is installed."""
-        try:
+        with explaining(self.path, self.source):
             model, report = self.auto_class.from_pretrained(
                 self.source,
                 config=config,
@@ -233,8 +219,6 @@ class _Place:
                 use_safetensors=True,
                 output_loading_info=True,
             )
-        except _FAILURES as error:
-            raise BaseModelError(_why(self.path, self.source, error)) from error
         self._refuse_missing(model, report["missing_keys"])
         return model if device is None else model.to(device)
 
@@ -247,9 +231,7 @@ class _Place:
         Raises:
             BaseModelError: a tensor has another size than the config says.
         """
-        mapping = conversions(
-            base, _renamed(self.auto_class, base.config), getattr(base, "hf_quantizer", None)
-        )
+        mapping = conversions(base, self.auto_class)
         tensors = with_codes(files.tensors) if are_codes else files.tensors
         keys = match(base, tensors, mapping, base.dtype, frozenset(quantised_weights(base)))
         if keys.mismatched and labels is None:
@@ -309,6 +291,10 @@ class _Place:
                 subfolder="",
                 trust_remote_code=self.trusted,
             )
+
+
+def _refusal(who: str, why: str) -> BaseModelError:
+    return BaseModelError(f"base model: {who} could not load its part. {why}")
 
 
 def _check_stage(zero_stage: int, config: Mapping[str, Any] | None) -> None:
@@ -393,32 +379,3 @@ def _advance(keys: Keys, world: int, on_progress: Progress | None) -> Any:
             on_progress(done, total)
 
     return advance
-
-
-def _renamed(auto_class: Any, config: Any) -> dict[str, str] | None:
-    """Some classes keep the same base under another name than the language model that it was saved from:
-    `LlamaForQuestionAnswering` calls `transformer` what `LlamaForCausalLM` calls `model`."""
-    wanted = auto_class._model_mapping.get(type(config), None)
-    saved = transformers.AutoModelForCausalLM._model_mapping.get(type(config), None)
-    if wanted is None or saved is None or isinstance(wanted, tuple) or isinstance(saved, tuple):
-        return None
-    if auto_class is transformers.AutoModel or wanted.base_model_prefix == saved.base_model_prefix:
-        return None
-    if wanted.__name__ in (getattr(config, "architectures", None) or ()):
-        return None
-    return {rf"^{saved.base_model_prefix}\.": f"{wanted.base_model_prefix}."}
-
-
-def _why(path: str, source: str, error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    reason = lines[0] if lines else type(error).__name__
-    if isinstance(error, ValueError | KeyError) and Path(source).is_dir():
-        model_type = json.loads((Path(source) / "config.json").read_text()).get("model_type")
-        if model_type not in transformers.CONFIG_MAPPING:
-            return (
-                f"base model: {path!r} is of model_type {model_type!r}, which transformers "
-                f"{transformers.__version__} does not know. If the model brings its own code and you trust "
-                "it, set "
-                "trust_remote_code."
-            )
-    return f"base model: {path!r} cannot be loaded: {reason}"

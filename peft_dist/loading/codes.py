@@ -25,9 +25,9 @@ from peft_dist.errors import BaseModelError
 from peft_dist.lazy import lazy
 from peft_dist.loading.keys import Keys
 from peft_dist.loading.pending import InMemory, Pending
-from peft_dist.loading.quantising import NESTED_BLOCK
 from peft_dist.loading.skeleton import quantised_weights
 from peft_dist.loading.stored import chunks
+from peft_dist.packed import NESTED_BLOCK
 
 bitsandbytes = lazy("bitsandbytes")
 

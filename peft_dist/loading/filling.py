@@ -20,7 +20,7 @@ from peft_dist.loading.keys import Group, Keys
 from peft_dist.loading.pending import Pending
 from peft_dist.loading.quantising import kept_4bit, kept_8bit, params_4bit, params_8bit
 from peft_dist.loading.skeleton import quantised_weights
-from peft_dist.loading.stored import chunks
+from peft_dist.loading.stored import equal
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ def _tie_apart(model: Any, keys: Keys, slices: tuple[int, int], agree: Callable[
             continue
         first = made[target].converted(keys.outline)[target]
         second = made[source].converted(keys.outline)[source]
-        if agree(first.shape == second.shape and _equal(first, second, *slices)):
+        if agree(equal(first, second, *slices)):
             keys.drop(target)
             continue
         logger.warning(
@@ -82,15 +82,6 @@ def _tie_apart(model: Any, keys: Keys, slices: tuple[int, int], agree: Callable[
             source,
         )
         model.all_tied_weights_keys.pop(target)
-
-
-def _equal(first: Pending, second: Pending, rank: int, world: int) -> bool:
-    share = -(-first.numel() // world)
-    start, stop = rank * share, min((rank + 1) * share, first.numel())
-    return all(
-        torch.equal(first.part(low, high), second.part(low, high))
-        for low, high in chunks(start, stop, first.dtype.itemsize)
-    )
 
 
 def _put(model: nn.Module, name: str, value: Tensor) -> None:

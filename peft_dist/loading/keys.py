@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import conversion_mapping, core_model_loading
 
@@ -92,9 +93,25 @@ class Keys:
         self.missing.add(name)
 
 
-def conversions(model: Any, key_mapping: dict[str, str] | None, quantizer: Any) -> list[Any]:
-    """transformers' renamings and conversions for this model, in the order in which they apply."""
-    return conversion_mapping.get_model_conversion_mapping(model, key_mapping, quantizer)
+def conversions(model: Any, auto_class: Any) -> list[Any]:
+    """transformers' renamings and conversions for a model of this auto class, in the order in which they apply."""
+    return conversion_mapping.get_model_conversion_mapping(
+        model, _renamed(auto_class, model.config), getattr(model, "hf_quantizer", None)
+    )
+
+
+def _renamed(auto_class: Any, config: Any) -> dict[str, str] | None:
+    """Some classes keep the same base under another name than the language model that it was saved from:
+    `LlamaForQuestionAnswering` calls `transformer` what `LlamaForCausalLM` calls `model`."""
+    wanted = auto_class._model_mapping.get(type(config), None)
+    saved = transformers.AutoModelForCausalLM._model_mapping.get(type(config), None)
+    if wanted is None or saved is None or isinstance(wanted, tuple) or isinstance(saved, tuple):
+        return None
+    if auto_class is transformers.AutoModel or wanted.base_model_prefix == saved.base_model_prefix:
+        return None
+    if wanted.__name__ in (getattr(config, "architectures", None) or ()):
+        return None
+    return {rf"^{saved.base_model_prefix}\.": f"{wanted.base_model_prefix}."}
 
 
 def match(

@@ -7,13 +7,11 @@ quantised once more need all of a layer's, which the ranks gather, a 64th of a l
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from peft_dist import packed
@@ -22,71 +20,11 @@ from peft_dist.loading.codes import Codes, as_stored
 from peft_dist.loading.filling import Places, as_matrix, move_started
 from peft_dist.loading.keys import Group, Keys
 from peft_dist.loading.pending import Pending
-from peft_dist.loading.quantising import BLOCK, four_bit_blocks, int8_rows, nested
+from peft_dist.loading.quantising import four_bit_blocks, int8_rows, nested
 from peft_dist.loading.skeleton import quantised_weights
+from peft_dist.packed import BLOCK
+from peft_dist.ranks import Ranks
 from peft_dist.sharding import partition_base
-
-
-class Ranks:
-    """The ranks that load together, or this process alone.
-
-    Attributes:
-        rank, world: this one's number, and how many there are.
-    """
-
-    def __init__(self, *, alone: bool) -> None:
-        self.rank, self.world = (0, 1) if alone else (dist.get_rank(), dist.get_world_size())
-
-    def agree(self, mine: bool) -> bool:
-        """Whether every rank says so; a collective."""
-        return all(self._all(mine))
-
-    @contextlib.contextmanager
-    def failing_together(self) -> Iterator[None]:
-        """What fails within on one rank fails on all of them, when it ends; a collective."""
-        failure: Exception | None = None
-        try:
-            yield
-        except Exception as error:  # whatever it is: the others wait
-            failure = error
-        self.raise_together(failure)
-
-    def raise_together(self, failure: Exception | None) -> None:
-        """Raises on every rank what failed on any, so that none waits for one that is gone; a collective.
-
-        Raises:
-            BaseModelError: of the first rank that failed; its own exception on a rank that failed.
-        """
-        said = self._all(None if failure is None else f"{type(failure).__name__}: {failure}")
-        if failure is not None:
-            raise failure
-        failed = [(rank, text) for rank, text in enumerate(said) if text is not None]
-        if failed:
-            rank, text = failed[0]
-            raise BaseModelError(f"base model: rank {rank} of {self.world} could not load its part. {text}")
-
-    def gathered(self, piece: Tensor, total: int) -> Tensor:
-        """The pieces of all ranks (each ceil(total / world) long, but for the last) as one; a collective."""
-        if self.world == 1:
-            return piece
-        size = -(-total // self.world)
-        mine = piece.new_zeros(size)
-        mine[: piece.numel()] = piece
-        whole = piece.new_empty(size * self.world)
-        dist.all_gather(list(whole.chunk(self.world)), mine)
-        return whole[:total]
-
-    def bounds(self, total: int) -> tuple[int, int]:
-        """This rank's flat range of `total` values; it may be empty."""
-        size = -(-total // self.world)
-        return min(self.rank * size, total), min((self.rank + 1) * size, total)
-
-    def _all(self, mine: Any) -> list[Any]:
-        if self.world == 1:
-            return [mine]
-        said: list[Any] = [None] * self.world
-        dist.all_gather_object(said, mine)
-        return said
 
 
 def fill_pieces(
@@ -112,7 +50,9 @@ def fill_pieces(
     move_started(base, device)
     pieces = _Pieces(base, keys, ranks, device, advance)
     partition_base(model, config, pieces=pieces)
-    ranks.raise_together(pieces.failure)
+    with ranks.failing_together():
+        if pieces.failure is not None:
+            raise pieces.failure
 
 
 class _Pieces:
@@ -173,7 +113,7 @@ class _Pieces:
 
         if isinstance(group.only_source, Codes):
             self._stored(layer, group.only_source)
-        elif packed_in_4bit(layer):
+        elif packed.is_4bit(type(layer)):
             self._four_bit(layer, value)
         else:
             self._int8(layer, value)
@@ -226,11 +166,6 @@ class _Pieces:
     def _mine(self, whole: Tensor) -> Tensor:
         start, stop = self.ranks.bounds(whole.numel())
         return whole[start:stop].clone()
-
-
-def packed_in_4bit(layer: Any) -> bool:
-    """Whether a partitionable layer keeps packed 4-bit codes, and not rows of int8."""
-    return getattr(layer.weight, "quant_state", None) is not None
 
 
 def _covering(one: tuple[int, int], other: tuple[int, int]) -> tuple[int, int]:

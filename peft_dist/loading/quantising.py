@@ -16,11 +16,9 @@ from peft_dist.errors import BaseModelError
 from peft_dist.lazy import lazy
 from peft_dist.loading.pending import Pending
 from peft_dist.loading.stored import chunks
+from peft_dist.packed import BLOCK, NESTED_BLOCK, int8
 
 bitsandbytes = lazy("bitsandbytes")
-
-# Of bitsandbytes: values of a 4-bit block, statistics of a nested one.
-BLOCK, NESTED_BLOCK = 64, 256
 
 
 def int8_rows(weight: Pending, first: int, last: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -30,9 +28,7 @@ def int8_rows(weight: Pending, first: int, last: int, device: torch.device) -> t
     scales = torch.empty(last - first, dtype=torch.float32, device=device)
     for low, high in chunks(first * width, last * width, 4, step=width):
         rows = slice(low // width - first, high // width - first)
-        W = weight.part(low, high).view(-1, width).to(device)
-        made, statistics, _ = bitsandbytes.functional.int8_vectorwise_quant(W.to(torch.float16))
-        codes[rows], scales[rows] = made, statistics
+        codes[rows], scales[rows] = int8(weight.part(low, high).view(-1, width).to(device))
     return codes, scales
 
 

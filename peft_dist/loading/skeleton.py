@@ -14,6 +14,7 @@ from transformers import initialization, modeling_utils
 from transformers.quantizers import AutoHfQuantizer, base
 
 from peft_dist.errors import BaseModelError
+from peft_dist.packed import is_quantised
 
 QUANTIZATIONS = ("int8", "nf4", "fp4")
 OTHER = "another library's"
@@ -131,8 +132,4 @@ def _empty(dtype: torch.dtype) -> Iterator[None]:
 
 def quantised_weights(model: nn.Module) -> dict[str, nn.Module]:
     """The bitsandbytes layers of a model by the names of their weights."""
-    return {
-        f"{name}.weight": module
-        for name, module in model.named_modules()
-        if any(kind.__name__ in ("Linear8bitLt", "Linear4bit") for kind in type(module).__mro__)
-    }
+    return {f"{name}.weight": module for name, module in model.named_modules() if is_quantised(module)}

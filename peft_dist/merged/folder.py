@@ -19,7 +19,8 @@ from transformers.dynamic_module_utils import custom_object_save
 from peft_dist.aside import aside
 from peft_dist.errors import MergeError
 from peft_dist.folder import is_hub_id, is_url
-from peft_dist.merged.shards import INDEX, SINGLE, Entry, Shard, index_of
+from peft_dist.loading.weight_files import INDEX, SINGLE
+from peft_dist.merged.shards import Entry, Shard, index_of
 
 CONFIG, ORIGIN = "config.json", "merged_from.json"
 _TOKENIZER_FILES = (

@@ -7,20 +7,21 @@ writes; the others go along. What one rank finds wrong, all raise.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from peft_dist.errors import MergeError, PeftDistError
+from peft_dist.errors import MergeError
 from peft_dist.merged import folder as folders
 from peft_dist.merged.changes import Merged, tensors_of
 from peft_dist.merged.file_size import size_in_bytes
 from peft_dist.merged.plan import Item, Plan, plan_merged
 from peft_dist.merged.shards import Shards
+from peft_dist.ranks import Ranks, is_writer
 from peft_dist.sharding import gathered, is_partitioned
 
 
@@ -40,12 +41,13 @@ def save_merged(
     max_bytes = size_in_bytes(max_shard_size)
     plan = plan_merged(base, names, dtype_named(dtype))
     tensors = tensors_of(plan.places, plan.changes, plan.places)
-    ranks = _Ranks(any(is_partitioned(t) for t in tensors), is_main_process)
+    is_collective = dist.is_initialized() and any(is_partitioned(t) for t in tensors)
+    ranks = Ranks(_refusal, alone=not is_collective)
     shards = plan.shards(max_bytes)
     with ExitStack() as stack:
         files = None
-        with ranks.agreeing():
-            if ranks.writes:
+        with ranks.failing_together():
+            if is_writer(is_main_process):
                 folder = stack.enter_context(folders.filled(target))
                 folders.check_room(folder, plan.entries)
                 _write_small_files(folder, base, plan, shards, tokenizer, origin)
@@ -53,12 +55,12 @@ def save_merged(
         merged = Merged(plan.changes, plan.dtypes)
         for step in plan.steps:
             keys = [key for item in step for key in item.keys]
-            with gathered(tensors_of(keys, plan.changes, plan.places)), ranks.agreeing():
+            with gathered(tensors_of(keys, plan.changes, plan.places)), ranks.failing_together():
                 if files is not None:
                     for item in step:
                         write_item(item, merged, plan, files)
                 merged.forget()
-        with ranks.agreeing():
+        with ranks.failing_together():
             stack.close()
 
 
@@ -73,6 +75,10 @@ def write_item(item: Item, merged: Merged, plan: Plan, files: Shards) -> None:
     values.clear()
     for key, tensor in item.group.converted(whole, plan.outline.model).items():
         files.write(key, [tensor])
+
+
+def _refusal(who: str, why: str) -> MergeError:
+    return MergeError(f"another rank could not write the merged model: {who}, {why}")
 
 
 def dtype_named(dtype: torch.dtype | str | None) -> torch.dtype | None:
@@ -111,37 +117,3 @@ def _write_small_files(
     folders.copy_tokenizer(folder, [getattr(base, "name_or_path", None)], tokenizer)
     if origin is not None:
         folders.write_origin(folder, origin)
-
-
-class _Ranks:
-    """Whether this process writes, and whether the others have to hear of what it meets.
-
-    Args:
-        is_collective: something rests in pieces, so all ranks are here.
-    """
-
-    def __init__(self, is_collective: bool, is_main_process: bool | None) -> None:
-        self.is_collective = is_collective and dist.is_initialized() and dist.get_world_size() > 1
-        rank = dist.get_rank() if dist.is_initialized() else 0
-        self.writes = rank == 0 if is_main_process is None else is_main_process
-        self.error: Exception | None = None
-
-    @contextmanager
-    def agreeing(self) -> Iterator[None]:
-        """An error within it is raised, on all ranks, when all have come so far."""
-        found: Exception | None = None
-        try:
-            yield
-        except (PeftDistError, OSError, RuntimeError) as error:
-            found = error
-        if not self.is_collective:
-            if found is not None:
-                raise found
-            return
-        said: list[str | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(said, None if found is None else str(found))
-        if found is not None:
-            raise found
-        other = next((text for text in said if text is not None), None)
-        if other is not None:
-            raise MergeError(f"another rank could not write the merged model: {other}")

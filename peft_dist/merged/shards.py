@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from peft_dist.loading.stored import DTYPES
+from peft_dist.loading.weight_files import SINGLE
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PIECE_BYTES = 16 << 20
 """How much of a tensor is copied, cast or added at a time."""
 
