@@ -125,6 +125,9 @@ class Codes4bit(Codes):
         )
 
     def _step(self) -> int:
+        if self.shape[-1] % self.block:
+            # On CPUs bitsandbytes gives other numbers for rows that blocks do not fill, by the shape that it is told.
+            return self.numel()
         return self.block * (NESTED_BLOCK if self.nested_levels is not None else 1)
 
     def _numbers(self, low: int, high: int) -> Tensor:
@@ -136,7 +139,8 @@ class Codes4bit(Codes):
             read["nested_absmax"] = self.parts["nested_absmax"].part(*outer)
             read["nested_offset"] = self.parts["nested_offset"].whole()
         codes = self.parts["weight"].part(low // size, -(-high // size)).view(-1, 1)
-        state = self.state(read, (1, high - low))
+        is_whole = high - low == self.numel()
+        state = self.state(read, self.shape if is_whole else (1, high - low))
         return bitsandbytes.functional.dequantize_4bit(codes, state).view(-1)
 
 

@@ -69,7 +69,12 @@ class OfflineMerge:
         self._holders = {id(h.module): h for h in holders(self.model, DEFAULT_ADAPTER)}
         self._take_saved_embeddings()
         self.plan: Plan = plan_merged(
-            self._base, [DEFAULT_ADAPTER], self._dtype, self._is_apart, self._made_by_config()
+            self._base,
+            [DEFAULT_ADAPTER],
+            self._dtype,
+            self._is_apart,
+            self._made_by_config(),
+            self._unread.from_codes,
         )
         self._check_complete()
         self.shards: list[Shard] = self.plan.shards(size_in_bytes(request.max_shard_size))
@@ -132,7 +137,8 @@ class OfflineMerge:
             pass
         config = self.plan.outline.config
         folders.write_code(folder, self._base, config)
-        folders.write_config(folder, config, type(self._base).__name__, self.shards)
+        widest = self.plan.widest if self._unread.from_codes else None
+        folders.write_config(folder, config, type(self._base).__name__, self.shards, widest)
         folders.copy_generation_config(folder, self._unread.folder)
         folders.copy_tokenizer(folder, [self.request.adapter, str(self._unread.folder)])
         if self.request.origin is not None:

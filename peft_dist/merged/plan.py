@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -84,6 +85,7 @@ def plan_merged(
     dtype: torch.dtype | None = None,
     is_apart: Callable[[Sequence[str]], bool] = lambda tie: False,
     left_out: Collection[str] = (),
+    from_codes: Mapping[str, torch.dtype] = MappingProxyType({}),
 ) -> Plan:
     """What a checkpoint of `base` with the named adapters in its weights holds.
 
@@ -91,6 +93,7 @@ def plan_merged(
         dtype: of the floating tensors; None: the base's own, of a quantised layer what it computes in.
         is_apart: whether what the architecture ties has several values by itself.
         left_out: names of tensors that are not written.
+        from_codes: the dtype of weights that stand for codes of a file, where `dtype` is None.
 
     Raises:
         MergeError: no checkpoint of the base's architecture can hold it; says where and why.
@@ -109,7 +112,7 @@ def plan_merged(
         [],
         places,
         changes,
-        {key: _dtype_of(base, place, dtype) for key, place in places.items()},
+        {key: _dtype_of(base, place, dtype or from_codes.get(key)) for key, place in places.items()},
     )
     check_biases(_every_wrapper(places), names)
     conversion = Conversion(outline.model, getattr(base, "_weight_conversions", None))

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 import transformers
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
 from peft_dist.errors import BaseModelError, MergeError
 from peft_dist.loading.base import AUTO_CLASSES
+from peft_dist.loading.codes import Codes, with_codes
 from peft_dist.loading.config import explaining, read_config, set_labels
 from peft_dist.loading.keys import Keys, conversions, match
 from peft_dist.loading.pending import Pending
-from peft_dist.loading.skeleton import build
+from peft_dist.loading.skeleton import OTHER, build, stored_quantisation
 from peft_dist.loading.stored import Files
 from peft_dist.loading.weight_files import fetched, weight_files
 from peft_dist.merged.request import Request
 from peft_dist.merged.stored_adapter import StoredTensors
-from torch import nn
 
 _HEADS = ("score", "classifier", "qa_outputs")
 
@@ -30,19 +33,22 @@ class UnreadBase:
 
     Attributes:
         folder: where its files are. model: on meta, each tensor of the dtype that it is stored in. pending: by name,
-            what the files hold, unread.
+            what the files hold, unread; of codes what they stand for. from_codes: of such weights the dtype that they
+            are written in unless another is asked for: the one that they compute in, as of a base in memory.
 
     Raises:
-        BaseModelError: it is missing, damaged or cannot be built. MergeError: it is stored quantised.
+        BaseModelError: it is missing, damaged or cannot be built. MergeError: another library than bitsandbytes
+            quantised it.
     """
+
+    pending: dict[str, Pending]
 
     def __init__(self, request: Request, adapter: Any, tensors: StoredTensors) -> None:
         self.folder = fetched(request.base, request.revision)
+        self.from_codes: dict[str, torch.dtype] = {}
         self._files = Files(weight_files(request.base, self.folder))
         try:
-            self.model, keys = self._empty(request, adapter, tensors)
-            self.pending = _pending(keys, self._files)
-            _take_stored_dtypes(self.model, self.pending)
+            self.model = self._empty(request, adapter, tensors)
         except BaseException:
             self.close()
             raise
@@ -51,25 +57,29 @@ class UnreadBase:
         """Closes its files."""
         self._files.close()
 
-    def _empty(self, request: Request, adapter: Any, tensors: StoredTensors) -> tuple[Any, Keys]:
+    def _empty(self, request: Request, adapter: Any, tensors: StoredTensors) -> Any:
         source = str(self.folder)
         config = read_config(request.base, source, trust_remote_code=request.trust_remote_code)
-        if getattr(config, "quantization_config", None) is not None:
+        stored = stored_quantisation(config)
+        if stored == OTHER:
             raise MergeError(
-                f"{request.base!r} is stored quantised, so its weights could only be changed by quantising them anew. "
-                "Name the base in full by --base, or load it and call save_merged, which writes it dequantised."
+                f"{request.base!r} is stored quantised, not by bitsandbytes, so nothing here says what its codes stand "
+                "for. Name the base that it was made from by --base."
             )
+        held: Mapping[str, Pending] = self._files.tensors if stored is None else with_codes(self._files.tensors)
+        config.__dict__.pop("quantization_config", None)
         _set_labels(config, adapter, tensors, request.labels)
         auto_class = _class_of(config, adapter)
         with explaining(request.base, source):
             model = build(
                 auto_class,
                 config,
-                self._files.floating_dtype() or torch.float32,
+                _own_dtype(held),
                 trust_remote_code=request.trust_remote_code,
             )
         model.config.name_or_path = source
-        keys = match(model, self._files.tensors, conversions(model, auto_class), model.dtype, frozenset())
+        turned = frozenset() if stored is None else _turned(model)
+        keys = match(model, held, conversions(model, auto_class), model.dtype, turned)
         # A head that the adapter brings may be of another size.
         wrong = [each for each in keys.mismatched if f"base_model.model.{each[0]}" not in tensors]
         if wrong:
@@ -79,7 +89,13 @@ class UnreadBase:
                 "config.json. Take both from one model."
             )
         model.tie_weights()
-        return model, keys
+        self.pending = _pending(keys, held, turned)
+        _take_stored_dtypes(model, self.pending)
+        if stored is not None:
+            computes = stored.bnb_4bit_compute_dtype if stored.load_in_4bit else model.dtype
+            are_codes = (group for group in keys.groups if isinstance(group.only_source, Codes))
+            self.from_codes = {name: computes for group in are_codes for name in group.targets}
+        return model
 
 
 def _class_of(config: Any, adapter: Any) -> Any:
@@ -127,13 +143,26 @@ def _set_labels(config: Any, adapter: Any, tensors: StoredTensors, labels: Seque
         config.num_labels = sizes[0]
 
 
-def _pending(keys: Keys, files: Files) -> dict[str, Pending]:
+def _own_dtype(tensors: Mapping[str, Pending]) -> torch.dtype:
+    """The dtype of the first floating tensor, by key, that is not stored as codes."""
+    plain = (tensor for _, tensor in sorted(tensors.items()) if not isinstance(tensor, Codes))
+    return next((tensor.dtype for tensor in plain if tensor.is_floating_point()), torch.float32)
+
+
+def _turned(model: nn.Module) -> frozenset[str]:
+    """Weights that are (in, out) in the model, and (out, in) where they are stored as codes."""
+    return frozenset(f"{name}.weight" for name, m in model.named_modules() if isinstance(m, Conv1D))
+
+
+def _pending(keys: Keys, tensors: Mapping[str, Pending], turned: Collection[str]) -> dict[str, Pending]:
     """Each of the model's tensors that the files hold, unread, in the dtype that it is stored in."""
     found: dict[str, Pending] = {}
     for group in keys.groups:
-        group.sources = [(name, key, pattern, files.tensors[key]) for name, key, pattern, _ in group.sources]
+        group.sources = [(name, key, pattern, tensors[key]) for name, key, pattern, _ in group.sources]
         made = group.converted(keys.outline)
-        found |= {name: made[name] for name in group.targets}
+        for name in group.targets:
+            value = made[name]
+            found[name] = value.T if name in turned and isinstance(value, Codes) else value
     return found
 
 

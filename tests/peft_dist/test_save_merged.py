@@ -26,6 +26,7 @@ import peft_dist
 from peft_dist import LNTuningConfig, LoraConfig, TrainableTokensConfig
 from peft_dist.catalog import METHODS, config_class
 from peft_dist.errors import AdapterError, CheckpointError, MergeError
+from peft_dist.loading import load_base
 from peft_dist.merged.file_size import size_in_bytes
 from peft_dist.merged.offline import OfflineMerge
 from peft_dist.merged.request import Request
@@ -178,6 +179,8 @@ LM = {"r": 4, "task_type": "CAUSAL_LM"}
 Q = {**LM, "target_modules": ["q_proj"]}
 TEXT = {"input_ids": IDS}
 PAIRS = {"input_ids": IDS, "decoder_input_ids": IDS}
+# Sums in another order; a merge in bf16 rounds once more.
+EXACT, ROUNDED = {"rtol": 1e-5, "atol": 1e-6}, {"rtol": 1e-2, "atol": 1e-3}
 PIXELS = {"pixel_values": torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))}
 # base, adapter, what opens it, its inputs, names that are written beside the base's.
 CASES: dict[str, tuple] = {
@@ -532,6 +535,56 @@ def test_a_url(tmp_path) -> None:
     fsspec.filesystem("memory").get("/merged-url/out", str(tmp_path / "out"), recursive=True)
     opened = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     torch.testing.assert_close(logits(opened, TEXT), logits(model, TEXT), rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("quantised", ["int8", "nf4"])
+@pytest.mark.parametrize("case", ["llama", "mixture", "gpt2"])
+def test_a_base_that_is_stored_quantised_is_written_dequantised(tmp_path, case, quantised) -> None:
+    base, targets = {
+        "llama": (llama, ["q_proj", "down_proj"]),
+        "mixture": (mixtral, ["v_proj"]),
+        "gpt2": (gpt2, ["c_attn", "c_fc"]),
+    }[case]
+    base().to(torch.bfloat16).save_pretrained(tmp_path / "full")
+    stored = load_base(str(tmp_path / "full"), dtype=torch.bfloat16, quantization=quantised)
+    stored.save_pretrained(tmp_path / "base", max_shard_size="20KB")
+    config = LoraConfig(r=4, use_dora=case == "llama", target_modules=targets)
+    model = disturbed(peft_dist.get_peft_model(load_base(str(tmp_path / "base"), dtype="auto"), config))
+    model.save_pretrained(tmp_path / "adapter")
+    # The oracle: transformers' own dequantised base, merged in memory.
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype="auto").dequantize(torch.float32)
+    with_adapter = peft_dist.PeftModel.from_pretrained(dense.float(), tmp_path / "adapter")
+    merged = with_adapter.merge_and_unload()
+    for number, dtype in enumerate(("float32", "bfloat16", None)):
+        out = offline(tmp_path / "base", tmp_path / "adapter", tmp_path / f"out{number}", dtype=dtype)
+        here, config_here = tensors(out), json.loads((out / "config.json").read_text())
+        assert here.keys() == tensors(tmp_path / "full").keys() and "quantization_config" not in config_here
+        if case != "gpt2":  # whose quantised layers keep their weights the other way round
+            direct = tmp_path / f"direct{number}"
+            model.save_merged(direct, dtype=dtype)
+            there = tensors(direct)
+            assert all(torch.equal(there[key], here[key]) for key in there)
+            assert config_here == json.loads((direct / "config.json").read_text())
+        opened, report = AutoModelForCausalLM.from_pretrained(
+            out, dtype=torch.float32, output_loading_info=True
+        )
+        assert not any(report.values())
+        for (name, value), expected in zip(opened.named_parameters(), merged.parameters(), strict=True):
+            turned = value.T if case == "gpt2" and ".c_" in name and value.ndim == 2 else value
+            torch.testing.assert_close(
+                turned, expected, **(EXACT if dtype == "float32" else ROUNDED), check_dtype=False
+            )
+
+
+def test_codes_of_another_library_are_refused(tmp_path) -> None:
+    llama().save_pretrained(tmp_path / "base")
+    peft_dist.get_peft_model(llama(), LoraConfig(**Q)).save_pretrained(tmp_path / "adapter")
+    file = tmp_path / "base" / "config.json"
+    file.write_text(
+        json.dumps(json.loads(file.read_text()) | {"quantization_config": {"quant_method": "gptq"}})
+    )
+    with pytest.raises(MergeError, match="is stored quantised, not by bitsandbytes"):
+        OfflineMerge(Request(str(tmp_path / "base"), str(tmp_path / "adapter")))
 
 
 def test_another_base_or_adapter_is_refused(tmp_path) -> None:
