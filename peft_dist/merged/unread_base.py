@@ -66,7 +66,9 @@ class UnreadBase:
                 f"{request.base!r} is stored quantised, not by bitsandbytes, so nothing here says what its codes stand "
                 "for. Name the base that it was made from by --base."
             )
-        held: Mapping[str, Pending] = self._files.tensors if stored is None else with_codes(self._files.tensors)
+        held: Mapping[str, Pending] = (
+            self._files.tensors if stored is None else with_codes(self._files.tensors)
+        )
         config.__dict__.pop("quantization_config", None)
         _set_labels(config, adapter, tensors, request.labels)
         auto_class = _class_of(config, adapter)
