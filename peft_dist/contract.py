@@ -183,6 +183,11 @@ class Method(ABC):
         """The method to use at `site`: itself, or a variant that its settings ask for."""
         return self
 
+    def over(self, sites: Sequence[Site]) -> Method:
+        """The method on these layers together, asked before `at` is of each: itself, or a copy that knows what of all
+        of them each needs."""
+        return self
+
     def shared(self, sites: Sequence[Site]) -> dict[str, Param]:
         """Tensors that all its layers share; every function finds them in `p` too, under these names. Saved
         on the model, not on a layer."""

@@ -405,9 +405,20 @@ class BaseTuner(hooks.Hooks, PooledModule):
         dequantize: bool = False,
     ) -> None:
         """Adds the named adapters' changes to the base's weights in place; the active ones where none is
-        named. With `dequantize` the quantised ones of those layers are ordinary ones until they are unmerged."""
+        named. With `dequantize` the quantised ones of those layers are ordinary ones until they are unmerged.
+
+        Raises:
+            MergeError: an adapter that cannot be merged; `dequantize` of a method that is given by hooks.
+        """
         names = None if adapter_names is None else self.known(adapter_names)
         merge.refuse_unmergeable(self.peft_config, names)
+        hooked = next(iter(hooked_layers(self.model)), None)
+        if dequantize and hooked is not None:
+            name, layer = hooked
+            raise MergeError(
+                f"{name}: a {type(layer).__name__} merges by a merge() of its own, which is not told to dequantize. "
+                "Leave dequantize out, or call merge_and_unload(dequantize=True)."
+            )
         self.settle()
         if not merge_hooked(self.model, names, safe_merge):
             merge.merge(self.model, names, safe_merge, dequantize=dequantize)
@@ -432,6 +443,8 @@ class BaseTuner(hooks.Hooks, PooledModule):
         self.settle()
         if merge_hooked(self.model, names, safe_merge):
             hooks.remove_hooked(self.model)
+            left = {name for _, module in inject.adapter_modules(self.model) for name in module.methods}
+            names = None if names is None else [name for name in names if name in left]
         return self._bare(merge.merge_and_unload(self.model, names, safe_merge, dequantize=dequantize))
 
     def unload(self) -> nn.Module:

@@ -112,6 +112,7 @@ def _counted(config: Any, base: _Base, task_type: str) -> AdapterSizes:
     if isinstance(config, PromptMethod):
         return _with(saved, _prompt(config, base))
     places = _sites(config, base)
+    config = config.over([site for _, site in places])
     sites = [_site(name, config.at(site).params(site), site) for name, site in places]  # type: ignore[attr-defined]
     sites += _token_rows(config, base)
     sites += _biases(config, base, [name for name, _ in places] + [each.name for each in saved])

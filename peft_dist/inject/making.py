@@ -5,7 +5,7 @@ Everything that can be refused is refused before the base is touched; a failure 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -131,12 +131,16 @@ def _inject(
     whole, tied_whole = on_whole_modules(config, found, facts)
     rows, tied_rows = without_tied(on_token_rows(config, found, facts, [*targeted, *whole]), found)
     tied += [*tied_whole, *tied_rows]
-    chosen = [*targeted, *whole, *rows]
-    chosen += on_biases(config, found, {each.place.name for each in chosen})
     # Asked once before anything is touched: a method may refuse its neighbours, or a layer.
+    shared = {}
     if isinstance(config, Method):
         config.check_beside(_neighbours(config, adapters))
-    shared = config.shared([each.base.site for each in targeted]) if isinstance(config, Method) else {}
+        sites = [each.base.site for each in targeted]
+        shared = config.shared(sites)
+        if (over := config.over(sites)) is not config:
+            targeted = [replace(each, method=over.at(each.base.site)) for each in targeted]
+    chosen = [*targeted, *whole, *rows]
+    chosen += on_biases(config, found, {each.place.name for each in chosen})
     for each in chosen:
         wanted = each.method.params(each.base.site)  # type: ignore[attr-defined]
         check_ranks(config, each.base.site, wanted)

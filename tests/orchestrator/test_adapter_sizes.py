@@ -77,6 +77,16 @@ def test_variants_of_lora(fields, sizes):
     assert planned is not None and planned.parameters == trained("tiny-llama", spec, "CAUSAL_LM")[0]
 
 
+def test_numbers_that_layers_share_by_their_sizes(sizes):
+    spec = AdapterSpec(
+        type="waveft", n_frequency=50, proportional_parameters=True, target_modules=["q_proj", "down_proj"]
+    )
+    planned = adapter_sizes(spec, sizes["tiny-llama"])
+    assert planned is not None
+    assert (planned.parameters, planned.largest) == trained("tiny-llama", spec, "CAUSAL_LM")
+    assert planned.largest > 50
+
+
 @pytest.mark.parametrize(
     ("kind", "fields"),
     [

@@ -156,6 +156,7 @@ import json, sys, warnings
 import torch
 import peft_dist as peft
 from peft_dist import PeftConfig, PeftModel, PeftType, get_peft_model
+from peft_dist.errors import MergeError
 from tests.contract import bases
 
 assert PeftType(NAME) == NAME and json.dumps(PeftType[NAME]) == f'"{NAME}"' and NAME in PeftType.__members__
@@ -196,6 +197,14 @@ torch.testing.assert_close(again(ids).logits, changed)
 again.delete_adapter("second")
 assert again.active_adapter == "default"
 torch.testing.assert_close(again(ids).logits, changed)
+if NAME == "GAIN":
+    # Its layers merge by themselves: what they cannot be told is refused, and nothing is merged.
+    try:
+        again.merge_adapter(dequantize=True)
+        raise AssertionError("the option was ignored")
+    except MergeError as error:
+        assert "dequantize" in str(error) and "q_proj" in str(error), error
+    torch.testing.assert_close(again(ids).logits, changed)
 again.merge_adapter()
 torch.testing.assert_close(again(ids).logits, changed)
 again.unmerge_adapter()
@@ -203,6 +212,8 @@ torch.testing.assert_close(again(ids).logits, changed)
 merged = again.merge_and_unload()
 torch.testing.assert_close(merged(ids).logits, changed, rtol=1e-4, atol=1e-5)
 assert type(merged.model.layers[0].self_attn.q_proj) is torch.nn.Linear
+named = get_peft_model(bases.llama(), Config(target_modules=["q_proj"])).merge_and_unload(adapter_names=["default"])
+torch.testing.assert_close(named(ids).logits, bare)
 alone = peft.PEFT_TYPE_TO_TUNER_MAPPING[NAME](bases.llama(), Config(target_modules=["q_proj"]), "default")
 torch.testing.assert_close(alone(ids).logits, bare)
 assert {k: v for k, v in [(n, p.requires_grad) for n, p in alone.named_parameters()] if v}

@@ -9,6 +9,7 @@ here all of them work.
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -87,17 +88,21 @@ class WaveFTConfig(TargetedConfig, BiasedMethod):
                 f"sym20, coif1 to coif17.{suggest(self.wavelet_family, FAMILIES)}"
             )
 
-    def shared(self, sites: Sequence[Site]) -> dict[str, Param]:
-        # No tensor is shared, but a layer's part of the whole follows from all layers' sizes.
+    def over(self, sites: Sequence[Site]) -> WaveFTConfig:
+        if not self.proportional_parameters or not sites:
+            return self
         sizes = {site.name: site.out * site.in_ for site in sites}
         budget = self.n_frequency * len(sizes) / sum(sizes.values())
-        self.__dict__["_parts"] = {name: max(1, round(size * budget)) for name, size in sizes.items()}
-        return {}
+        made = copy.copy(self)
+        made.__dict__["shares"] = {name: max(1, round(size * budget)) for name, size in sizes.items()}
+        return made
 
     def number(self, site: Site) -> int:
         """n at `site`."""
-        n = by_pattern(self.n_frequency_pattern or {}, site.name, self.n_frequency)
-        return self.__dict__.get("_parts", {}).get(site.name, n) if self.proportional_parameters else n
+        shares = self.__dict__.get("shares", {})
+        if site.name in shares:
+            return shares[site.name]
+        return by_pattern(self.n_frequency_pattern or {}, site.name, self.n_frequency)
 
     def params(self, site: Site) -> dict[str, Param]:
         n = self.number(site)
