@@ -26,7 +26,7 @@ from ..outline import IGNORED, Outline
 from ..records import hash_of, present, text_in
 from ..sources import SourceRow
 from .encoding import encode
-from .task import Answering, Batch, Facts, Padded, Task, pad_id
+from .task import Answering, Batch, Facts, Padded, Task, measured, pad_id
 
 sklearn = lazy("sklearn.metrics")
 
@@ -137,7 +137,7 @@ class Classification(Task):
             "accuracy": lambda: sklearn.accuracy_score(wanted, answers),
             "f1": lambda: sklearn.f1_score(wanted, answers, average="macro", zero_division=0),
         }
-        return {name: float(measures[name]()) for name in names if name in measures}
+        return measured(measures, names)
 
 
 def sequence_logits(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:

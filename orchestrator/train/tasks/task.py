@@ -8,7 +8,7 @@ says: a token, an example, an anchor.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Protocol
@@ -249,6 +249,11 @@ def right_padded(rows: Sequence[Sequence[int]], fill: int, longest: int | None =
     """int64 (B, longest)."""
     width = max(map(len, rows)) if longest is None else longest
     return torch.tensor([[*row, *[fill] * (width - len(row))] for row in rows], dtype=torch.long)
+
+
+def measured(measures: Mapping[str, Callable[[], float]], names: Sequence[str]) -> dict[str, float]:
+    """The measures that are asked for, taken; others are not."""
+    return {name: float(measures[name]()) for name in names if name in measures}
 
 
 def pad_id(tokenizer: Any) -> int:

@@ -24,7 +24,7 @@ from ..records import hash_of, kind_of, present
 from ..sources import SourceRow
 from .classification import unknown_label
 from .encoding import check_offsets, own_positions
-from .task import Answering, Batch, Facts, Padded, Task, pad_id, right_padded
+from .task import Answering, Batch, Facts, Padded, Task, measured, pad_id, right_padded
 
 seqeval = lazy("seqeval.metrics")
 OUTSIDE = "O"
@@ -147,7 +147,7 @@ class TokenClassification(Task):
             "f1": lambda: seqeval.f1_score(wanted, given, zero_division=0),
             "accuracy": lambda: seqeval.accuracy_score(wanted, given),
         }
-        return {name: float(measures[name]()) for name in names if name in measures}
+        return measured(measures, names)
 
 
 def first_tokens(words: Sequence[str], offsets: Sequence[tuple[int, int]]) -> list[int | None]:
