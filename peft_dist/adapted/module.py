@@ -119,9 +119,13 @@ class AdapterModule(LayerApi, PooledModule):
             for name in here:
                 self.check_filled(name)
         rows = self._current.rows
-        # Where rows name adapters, ranks may name others: all gather alike.
-        for name in here if rows is None or rows.adapters is None else self.methods:
-            reach(self, self.tensors(name).values())
+        if rows is None or rows.adapters is None:
+            for name in here:
+                reach(self, self.tensors(name).values())
+        else:
+            # Ranks may name others: all gather alike.
+            for name in self.methods:
+                reach(self, self.held(name).values())
         return here
 
     def given(
