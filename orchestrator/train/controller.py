@@ -45,10 +45,14 @@ class RunWorkerGroup(WorkerGroup):
 
 class RunController(TrainController):
     """Set up by environment variables of its own process, instead of a runtime environment, for which Ray
-    would have to start another process."""
+    would have to start another process.
+
+    Args:
+        frozen_s: how long a worker may answer no question before it counts as lost.
+    """
 
     worker_group_cls = RunWorkerGroup
 
-    def __init__(self, **parts: Any) -> None:
-        os.environ.update(SETTINGS)
+    def __init__(self, *, frozen_s: float, **parts: Any) -> None:
+        os.environ.update(SETTINGS, RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S=f"{frozen_s:g}")
         super().__init__(**parts)

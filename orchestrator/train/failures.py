@@ -167,6 +167,8 @@ def _death(error: BaseException) -> str:
     inner = getattr(error, "health_check_failure", error)
     if "SYSTEM_ERROR" in str(inner):  # all that Ray knows is a closed socket; its text guesses at length
         return "its process ended without a word: killed, out of the node's memory, or crashed."
+    if isinstance(error, WorkerHealthCheckTimeoutError):
+        return "its process is there, and answers no more: it is stopped, or its node is out of breath."
     lines = [line.strip() for line in str(inner).splitlines() if line.strip()]
     told = next((line for line in lines if "exit" in line.lower() or "killed" in line.lower()), None)
     text = told or (lines[0] if lines else type(inner).__name__)

@@ -25,6 +25,10 @@ from .backend import MeetingConfig
 from .controller import EndAtOnce, RunController
 from .worker import run_worker
 
+FROZEN_S = 120.0
+"""How long a worker's process may answer no question of its controller before its group ends: stopped, or on a node
+that swaps. It answers from a thread of its own, whatever it computes. Ray Train's own bound is ten minutes."""
+
 _NOT_NEEDED = (
     # it would move the workers out of the job's folder
     WorkingDirectorySetupCallback,
@@ -90,7 +94,7 @@ class Trainer(TorchTrainer):
         return [each for each in super()._create_default_callbacks() if not isinstance(each, _NOT_NEEDED)]
 
     def _initialize_and_run_controller(self, **parts: Any) -> Any:
-        parts["failure_policy"] = EndAtOnce(FailureConfig())
+        parts |= {"failure_policy": EndAtOnce(FailureConfig()), "frozen_s": FROZEN_S}
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         controller: Any = (
             ray.remote(num_cpus=0)(RunController).options(scheduling_strategy=here).remote(**parts)

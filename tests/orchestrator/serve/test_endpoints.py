@@ -30,6 +30,7 @@ from orchestrator.serve.endpoints import RayEndpoints, rows_over_http
 from orchestrator.service import Deployment
 from orchestrator.spec.job import DeploySpec
 from tests.orchestrator.serve import tiny
+from tests.patience import patience
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -123,13 +124,15 @@ def bare(site, door, bases, tmp_path) -> Iterator[Site]:
 def replica_pids(endpoint: str) -> list[int]:
     details = _get_global_client().get_serve_details()["applications"][f"raypeft-{endpoint}"]
     replicas = details["deployments"]["endpoint"]["replicas"]
-    return sorted(replica["pid"] for replica in replicas if replica["state"] == "RUNNING")
+    # One that is given new settings answers meanwhile, and stays the process that it is.
+    there = ("RUNNING", "UPDATING")
+    return sorted(replica["pid"] for replica in replicas if replica["state"] in there)
 
 
 def wait_for(condition: Callable[[], Any], timeout_s: float = 60) -> Any:
-    deadline = time.monotonic() + timeout_s
+    began = time.monotonic()
     while not (found := condition()):
-        assert time.monotonic() < deadline, "it did not happen"
+        assert time.monotonic() - began < patience(timeout_s), "it did not happen"
         time.sleep(0.2)
     return found
 

@@ -51,7 +51,7 @@ PREEMPTED = RayActorError(error_msg="The actor died because its node was preempt
         (
             {0: WorkerHealthCheckTimeoutError("no answer for 600 s")},
             0,
-            "worker 0 was lost: no answer",
+            "worker 0 was lost: its process is there, and answers no more: it is stopped, or its node",
             "worker lost",
         ),
         ({0: LINK, 1: DataError("no row.", where="data")}, 1, "data: no row.", "data"),

@@ -14,13 +14,13 @@ import pytest
 import ray
 import torch
 from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
-from safetensors.torch import load_file
 
 from orchestrator.errors import DataError, Interrupted, OutOfTimeError, PlacementError, TrainingError
 from orchestrator.keeper import descendants
 from orchestrator.train.checkpoint import steps_in
 from orchestrator.train.launch import RayRunner
 
+from .ends import difference
 from .tiny import job, plan, request
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
@@ -89,16 +89,6 @@ def uninterrupted(session, folder):
     return events, runner.outcome()
 
 
-def adapter(outcome) -> dict[str, torch.Tensor]:
-    return load_file(Path(outcome.adapter_dir) / "adapter_model.safetensors")
-
-
-def difference(one, other) -> float:
-    ours, theirs = adapter(one), adapter(other)
-    assert ours.keys() == theirs.keys()
-    return max(float((ours[name] - theirs[name]).abs().max()) for name in ours)
-
-
 def test_a_run_tells_its_story(uninterrupted, folder):
     events, outcome = uninterrupted
     steps = [event["step"] for event in events if event["event"] == "progress"]
@@ -116,19 +106,21 @@ def test_a_run_tells_its_story(uninterrupted, folder):
     assert settled() == []
 
 
-def test_a_killed_worker_changes_nothing(uninterrupted, folder):
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_killed_or_frozen_worker_changes_nothing(uninterrupted, folder, number, monkeypatch):
+    monkeypatch.setattr("orchestrator.train.trainer.FROZEN_S", 10.0)
     runner = RayRunner()
-    runner.start(request(folder, job(folder, training=LONG), plan(workers=2), run="killed"))
+    runner.start(request(folder, job(folder, training=LONG), plan(workers=2), run=f"ended-{number.name}"))
     failures = []
     killed = False
     for event in runner.events():
         if event["event"] == "checkpoint" and not killed:
-            os.kill(train_workers()[-1], signal.SIGKILL)
+            os.kill(train_workers()[-1], number)
             killed = True
         if event["event"] == "failure":
             failures.append(event)
     assert killed and len(failures) == 1
-    assert failures[0]["attempt"] == 1 and failures[0]["will_retry"]
+    assert failures[0]["attempt"] == 1 and failures[0]["will_retry"] and failures[0]["kind"] == "worker lost"
     outcome = runner.outcome()
     assert outcome.steps == 200
     # the same sums in the same order on the same number of threads: equal but for what a restart could change
