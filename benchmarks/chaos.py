@@ -1,6 +1,6 @@
 """What is lost when parts of a running job die: one job, again and again, each time with another fault.
 
-    python benchmarks/chaos.py [--seeds 20] [--only worker node ...] [--write]
+    python benchmarks/chaos.py [--seeds 20] [--only worker node ...] [--write [--go-on]]
 
 Runs a small job (two workers, the embedded base) on a Ray of several nodes on this machine, lets it come to a step
 that the seed draws, and then, a moment later that it draws too, does the fault; four in one run, each once the run has
@@ -16,6 +16,9 @@ A fault of the driver or the head is followed, as by whoever watches over it, by
 says where the run stood, how many steps it repeats, how many it may (those since the last checkpoint that was told,
 or since the one before where that one is damaged), how long it took to step again, and whether the adapter and its
 losses are those of an undisturbed run. Exits with 1 where a run lost more, ended differently or did not end.
+
+What happens is said as it happens, with the seconds since the start. With --write each run is kept as soon as it is
+over; --go-on leaves out what this day's table has already, and was good, so that one that was ended goes on.
 """
 
 from __future__ import annotations
@@ -242,6 +245,8 @@ class Outcome:
     may_lose: int = 0
     again_s: float | None = None
     """Seconds from the fault to the next step."""
+    left_s: float | None = None
+    """Of a driver that was told to go: seconds until its process was gone."""
     difference: float | None = None
     """Largest difference of a weight from the undisturbed run's adapter."""
     loss_difference: float | None = None
@@ -263,6 +268,14 @@ class Outcome:
             f"{self.seed:>4} {self.fault:<15} {self.tried:>5} {self.at_step:>7} {lost:>6} {self.may_lose:>8} "
             f"{again:>9} {equal:<12} {self.problem or 'good'}"
         )
+
+
+_BEGAN = time.monotonic()
+
+
+def say(text: str) -> None:
+    """A line on how far it is."""
+    print(f"[{time.monotonic() - _BEGAN:6.0f} s] {text}", flush=True)
 
 
 HEADER = "seed fault           tried at step   lost may lose  again, s equal"
@@ -298,7 +311,7 @@ class Trial:
     def _arm(self) -> None:
         """The next fault."""
         self.outcome: Outcome | None = None
-        self.struck_at = None
+        self.struck_at, self.armed_at = None, time.monotonic()
         if not self.waiting:
             return
         seed, fault = self.waiting.pop(0)
@@ -321,6 +334,9 @@ class Trial:
                 except queue.Empty:
                     continue
                 if event is None:
+                    if self.outcome is not None and self.outcome.fault == "sigterm-driver" and self.struck_at:
+                        self.outcome.left_s = round(time.time() - self.struck_at, 1)
+                        say(f"the driver has left after {self.outcome.left_s} s: {self.error}")
                     return
                 self._hear(event)
                 if self.outcome is not None and self.struck_at is None and self.step >= self.strike_at:
@@ -340,6 +356,10 @@ class Trial:
             self.step = event["step"]
             if outcome is not None and outcome.resumed_at is not None and self.struck_at is not None:
                 outcome.again_s = round(event["t"] - self.struck_at, 1)
+                outcome.wall_s = round(time.monotonic() - self.armed_at, 1)
+                say(
+                    f"seed {outcome.seed} {outcome.fault}: steps again after {outcome.again_s} s, step {self.step}"
+                )
                 self._arm()
         elif kind == "checkpoint":
             self.saved = event["step"]
@@ -367,6 +387,7 @@ class Trial:
     def _strike(self, driver: Driver, outcome: Outcome) -> None:
         fault, outcome.at_step = outcome.fault, self.step
         self.struck_at = time.time()
+        say(f"seed {outcome.seed} {fault}: at step {self.step}, the last checkpoint is of step {self.saved}")
         if fault in ("worker", "sigterm-worker"):
             number = signal.SIGKILL if fault == "worker" else signal.SIGTERM
             os.kill(self.draw.choice(self.machines.workers())[1], number)
@@ -534,8 +555,12 @@ def trial(
     try:
         result = one.run()
         ours = weights(folder, result)
-    except (TimeoutError, RaypeftError) as error:
-        one.outcomes[-1].problem = str(error)
+    except Exception as error:  # whatever it is: one run's end is not that of the others
+        if not one.outcomes:
+            raise
+        one.outcomes[-1].problem = f"{type(error).__name__}: {error}"
+        for _, fault in one.waiting:
+            say(f"not tried any more in this run: {fault}")
         print(f"kept to look at: {folder}")
         return one.outcomes
     expected, theirs = whole
@@ -567,19 +592,26 @@ def main() -> int:
     )
     parser.add_argument("--steps", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--write", action="store_true", help="keep the table in benchmarks/results")
+    parser.add_argument("--go-on", action="store_true", help="with --write: what this day's table lacks")
     parser.add_argument("--drive", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.drive:
         return drive(Path(arguments.drive[0]), arguments.drive[1], arguments.steps)
+    done = good_before() if arguments.write and arguments.go_on else set()
     kills = [fault for fault in KILLS if fault in (arguments.only or KILLS)]
     rest = [fault for fault in OTHERS if fault in (arguments.only or OTHERS)]
     seeds = range(arguments.first, arguments.first + arguments.seeds)
     todo = [(seed, kills[seed % len(kills)]) for seed in seeds] if kills else []
     todo += [(arguments.first + number, fault) for number, fault in enumerate(rest)]
-    outcomes = [storage_trial(fault) for fault in STORAGES if fault in (arguments.only or STORAGES)]
-    print(HEADER, *outcomes, sep="\n", flush=True)
-    if arguments.write:
-        write(outcomes)
+    todo = [(seed, fault) for seed, fault in todo if (fault, seed) not in done]
+    outcomes = []
+    for fault in STORAGES:
+        if fault in (arguments.only or STORAGES) and (fault, 0) not in done:
+            say(f"{fault}: runs in this process, one for each of their writes")
+            outcomes.append(storage_trial(fault))
+            print(HEADER, outcomes[-1], sep="\n", flush=True)
+            if arguments.write:
+                write(outcomes)
     if todo:
         outcomes = strike(todo, arguments, outcomes)
     bad = [outcome for outcome in outcomes if not outcome.is_good]
@@ -599,10 +631,15 @@ def strike(
         print(
             f"undisturbed, {steps} steps: {time.monotonic() - began:.0f} s, eval_loss {loss:.6f}", flush=True
         )
-        for first in range(0, len(todo), IN_ONE_RUN):
-            found = trial(machines, steps, todo[first : first + IN_ONE_RUN], whole)
-            print(*found, sep="\n", flush=True)
+        runs = [todo[first : first + IN_ONE_RUN] for first in range(0, len(todo), IN_ONE_RUN)]
+        for number, faults in enumerate(runs, 1):
+            drawn = ", ".join(f"{seed} {fault}" for seed, fault in faults)
+            say(f"run {number} of {len(runs)}: {drawn}")
+            found = trial(machines, steps, faults, whole)
+            print(HEADER, *found, sep="\n", flush=True)
             outcomes += found
+            if not all(outcome.is_good for outcome in found):
+                machines.again()  # what it left behind is nobody's
             if arguments.write:
                 write(outcomes)
     finally:
@@ -610,16 +647,26 @@ def strike(
     return outcomes
 
 
-def write(outcomes: list[Outcome]) -> None:
-    """Keeps the table as far as it is, beside what this day's other runs have tried."""
+def _table() -> tuple[Path, list[dict[str, Any]]]:
+    """Where this day's results are, and what they are until now."""
     date, hardware = time.strftime("%Y-%m-%d"), f"{os.cpu_count()}cpu-{platform.machine()}"
     result = ROOT / "benchmarks/results" / f"{date}-{hardware}-chaos.json"
-    trials = json.loads(result.read_text())["trials"] if result.exists() else []
+    return result, json.loads(result.read_text())["trials"] if result.exists() else []
+
+
+def good_before() -> set[tuple[str, int]]:
+    """Fault and seed of what this day's table has, and was good."""
+    return {(each["fault"], each["seed"]) for each in _table()[1] if each["good"]}
+
+
+def write(outcomes: list[Outcome]) -> None:
+    """Keeps the table as far as it is, beside what this day's other runs have tried."""
+    result, trials = _table()
     kept = {(each["fault"], each["seed"]): each for each in trials}
     kept |= {(each.fault, each.seed): {**asdict(each), "good": each.is_good} for each in outcomes}
     found = {
-        "date": date,
-        "hardware": hardware,
+        "date": time.strftime("%Y-%m-%d"),
+        "hardware": f"{os.cpu_count()}cpu-{platform.machine()}",
         "ray": ray.__version__,
         "save_steps": SAVE_STEPS,
         "trials": list(kept.values()),
