@@ -10,11 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
-import time
 from pathlib import Path
 
 import torch
+import training
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -103,16 +102,11 @@ def chunks(texts: list[str], tokenizer: PreTrainedTokenizerFast) -> tuple[torch.
     ids: list[int] = []
     for document in tokenizer(texts)["input_ids"]:
         ids += [*document, tokenizer.eos_token_id]
-    whole = len(ids) // (LENGTH + 1)
-    data = torch.tensor(ids[: whole * (LENGTH + 1)]).view(whole, LENGTH + 1)
-    held_out = torch.arange(whole) % HELD_OUT_EVERY == 0
-    return data[~held_out], data[held_out]
+    return training.pieces(ids, LENGTH + 1, HELD_OUT_EVERY)
 
 
-def train(model: LlamaForCausalLM, data: torch.Tensor, *, say=print) -> None:
-    """STEPS steps of AdamW over shuffled chunks, with a cosine rate. Deterministic for one number of
-    threads."""
-    generator = torch.Generator().manual_seed(SEED)
+def train(model: LlamaForCausalLM, data: torch.Tensor) -> None:
+    """STEPS steps of AdamW over shuffled chunks, with a cosine rate."""
     decayed = [p for p in model.parameters() if p.dim() > 1]
     plain = [p for p in model.parameters() if p.dim() == 1]
     optimizer = torch.optim.AdamW(
@@ -121,30 +115,23 @@ def train(model: LlamaForCausalLM, data: torch.Tensor, *, say=print) -> None:
         betas=(0.9, 0.95),
         fused=True,
     )
-    order = torch.empty(0, dtype=torch.long)
-    began, average = time.monotonic(), None
-    model.train()
-    for step in range(STEPS):
-        if len(order) < BATCH:
-            order = torch.cat([order, torch.randperm(len(data), generator=generator)])
-        batch, order = data[order[:BATCH]], order[BATCH:]
-        done = step / STEPS
-        rate = (
-            LEARNING_RATE * min(1.0, (step + 1) / WARMUP) * (0.05 + 0.95 * (1 + math.cos(math.pi * done)) / 2)
-        )
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        loss = _loss(model, batch)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        average = loss.item() if average is None else 0.98 * average + 0.02 * loss.item()
-        if step % 20 == 19:
-            say(
-                f"base: step {step + 1}/{STEPS} loss {average:.3f} {time.monotonic() - began:.0f} s",
-                flush=True,
-            )
+
+    def rate(step: int) -> float:
+        falling = 0.05 + 0.95 * (1 + math.cos(math.pi * (step / STEPS))) / 2
+        return LEARNING_RATE * min(1.0, (step + 1) / WARMUP) * falling
+
+    training.train(
+        model,
+        data,
+        optimizer,
+        name="base",
+        steps=STEPS,
+        batch_size=BATCH,
+        seed=SEED,
+        rate=rate,
+        loss_of=lambda batch, _: _loss(model, batch),
+        say_every=20,
+    )
 
 
 def _loss(model: LlamaForCausalLM, batch: torch.Tensor) -> torch.Tensor:
@@ -175,25 +162,18 @@ def build(documents: dict[str, str], texts: list[str], folder: Path) -> float:
     Returns the held-out perplexity of what was written; raises SystemExit where it is worse than
     WORST_PERPLEXITY.
     """
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
-    aside = folder.with_name(f".{folder.name}.{os.getpid()}")
-    aside.mkdir(parents=True)
-    tokenizer = train_tokenizer(texts)
-    data, held_out = chunks(texts, tokenizer)
-    model = new_model(tokenizer)
-    size, tokens = model.num_parameters(), data.numel()
-    print(f"base: {size:,} parameters, {tokens:,} tokens to train on, {len(held_out)} chunks held out")
-    train(model, data)
-    save(model, tokenizer, aside)
-    (aside / "corpus.json").write_text(json.dumps(documents, indent=0, sort_keys=True) + "\n")
-    reached = perplexity(AutoModelForCausalLM.from_pretrained(aside), held_out)
-    print(f"base: held-out perplexity {reached:.2f} (at most {WORST_PERPLEXITY:.0f})")
-    if not reached <= WORST_PERPLEXITY:
-        raise SystemExit(f"The base is worse than it must be; it is kept in {aside} to look at.")
-    folder.mkdir(parents=True, exist_ok=True)
-    for path in aside.iterdir():
-        path.replace(folder / path.name)
-    aside.rmdir()
+    with training.built(folder) as aside:
+        tokenizer = train_tokenizer(texts)
+        data, held_out = chunks(texts, tokenizer)
+        model = new_model(tokenizer)
+        size, tokens = model.num_parameters(), data.numel()
+        print(f"base: {size:,} parameters, {tokens:,} tokens to train on, {len(held_out)} chunks held out")
+        train(model, data)
+        save(model, tokenizer, aside)
+        (aside / "corpus.json").write_text(json.dumps(documents, indent=0, sort_keys=True) + "\n")
+        reached = perplexity(AutoModelForCausalLM.from_pretrained(aside), held_out)
+        print(f"base: held-out perplexity {reached:.2f} (at most {WORST_PERPLEXITY:.0f})")
+        training.check(reached, WORST_PERPLEXITY, aside)
     return reached
 
 

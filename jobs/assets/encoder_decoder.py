@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import math
 import os
-import time
 from pathlib import Path
 
 import torch
+import training
 from base import END, ROLES, save
 from tokenizers import processors
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, T5Config, T5ForConditionalGeneration
@@ -66,10 +66,7 @@ def pieces(texts: list[str], tokenizer) -> tuple[torch.Tensor, torch.Tensor]:
     ids = [
         token for document in tokenizer(texts, add_special_tokens=False)["input_ids"] for token in document
     ]
-    whole = len(ids) // LENGTH
-    data = torch.tensor(ids[: whole * LENGTH]).view(whole, LENGTH)
-    held_out = torch.arange(whole) % HELD_OUT_EVERY == 0
-    return data[~held_out], data[held_out]
+    return training.pieces(ids, LENGTH, HELD_OUT_EVERY)
 
 
 def spoilt(data: torch.Tensor, tokenizer, generator: torch.Generator) -> dict[str, torch.Tensor]:
@@ -101,29 +98,26 @@ def spoilt(data: torch.Tensor, tokenizer, generator: torch.Generator) -> dict[st
     }
 
 
-def train(model: T5ForConditionalGeneration, data: torch.Tensor, tokenizer, *, say=print) -> None:
-    """STEPS steps of AdamW with a cosine rate. Deterministic for one number of threads."""
-    generator = torch.Generator().manual_seed(SEED)
+def train(model: T5ForConditionalGeneration, data: torch.Tensor, tokenizer) -> None:
+    """STEPS steps of AdamW with a cosine rate."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)
-    order = torch.empty(0, dtype=torch.long)
-    began, average = time.monotonic(), None
-    model.train()
-    for step in range(STEPS):
-        if len(order) < BATCH:
-            order = torch.cat([order, torch.randperm(len(data), generator=generator)])
-        batch, order = data[order[:BATCH]], order[BATCH:]
-        rate = min(1.0, (step + 1) / WARMUP) * (0.02 + 0.98 * (1 + math.cos(math.pi * step / STEPS)) / 2)
-        for group in optimizer.param_groups:
-            group["lr"] = LEARNING_RATE * rate
-        loss = model(**spoilt(batch, tokenizer, generator)).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        average = loss.item() if average is None else 0.98 * average + 0.02 * loss.item()
-        if step % 100 == 99:
-            seconds = time.monotonic() - began
-            say(f"encoder-decoder: step {step + 1}/{STEPS} loss {average:.3f} {seconds:.0f} s", flush=True)
+
+    def rate(step: int) -> float:
+        falling = 0.02 + 0.98 * (1 + math.cos(math.pi * step / STEPS)) / 2
+        return LEARNING_RATE * (min(1.0, (step + 1) / WARMUP) * falling)
+
+    training.train(
+        model,
+        data,
+        optimizer,
+        name="encoder-decoder",
+        steps=STEPS,
+        batch_size=BATCH,
+        seed=SEED,
+        rate=rate,
+        loss_of=lambda batch, generator: model(**spoilt(batch, tokenizer, generator)).loss,
+        say_every=100,
+    )
 
 
 @torch.no_grad()
@@ -139,21 +133,14 @@ def held_out_loss(model: torch.nn.Module, data: torch.Tensor, tokenizer) -> floa
 def build(texts: list[str], folder: Path, tokenizer_folder: Path) -> float:
     """Trains, checks and writes the base; returns its held-out loss, and raises SystemExit where that is worse
     than WORST_LOSS."""
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
-    aside = folder.with_name(f".{folder.name}.{os.getpid()}")
-    aside.mkdir(parents=True)
-    tokenizer = text_tokenizer(tokenizer_folder)
-    data, held_out = pieces(texts, tokenizer)
-    model = new_model(tokenizer)
-    print(f"encoder-decoder: {model.num_parameters():,} parameters, {data.numel():,} tokens to train on")
-    train(model, data, tokenizer)
-    save(model, tokenizer, aside)
-    reached = held_out_loss(AutoModelForSeq2SeqLM.from_pretrained(aside), held_out, tokenizer)
-    print(f"encoder-decoder: held-out loss {reached:.3f} (at most {WORST_LOSS})")
-    if not reached <= WORST_LOSS:
-        raise SystemExit(f"The base is worse than it must be; it is kept in {aside} to look at.")
-    folder.mkdir(parents=True, exist_ok=True)
-    for path in aside.iterdir():
-        path.replace(folder / path.name)
-    aside.rmdir()
+    with training.built(folder) as aside:
+        tokenizer = text_tokenizer(tokenizer_folder)
+        data, held_out = pieces(texts, tokenizer)
+        model = new_model(tokenizer)
+        print(f"encoder-decoder: {model.num_parameters():,} parameters, {data.numel():,} tokens to train on")
+        train(model, data, tokenizer)
+        save(model, tokenizer, aside)
+        reached = held_out_loss(AutoModelForSeq2SeqLM.from_pretrained(aside), held_out, tokenizer)
+        print(f"encoder-decoder: held-out loss {reached:.3f} (at most {WORST_LOSS})")
+        training.check(reached, WORST_LOSS, aside)
     return reached
