@@ -12,6 +12,7 @@ from transformers import (
     BertForSequenceClassification,
     BertForTokenClassification,
     BertModel,
+    BitsAndBytesConfig,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -175,3 +176,18 @@ def tied_llama() -> LlamaForCausalLM:
     """Its head shares the embedding's weight."""
     torch.manual_seed(0)
     return LlamaForCausalLM(LlamaConfig(**LLAMA, tie_word_embeddings=True))
+
+
+def eight_bit() -> BitsAndBytesConfig:
+    """How a base is loaded in 8-bit."""
+    return BitsAndBytesConfig(load_in_8bit=True)
+
+
+def four_bit(computes_in: torch.dtype = torch.float32) -> BitsAndBytesConfig:
+    """How a base is loaded in 4-bit, its statistics quantised once more."""
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=computes_in,
+    )

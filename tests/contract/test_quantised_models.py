@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from transformers import BitsAndBytesConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 import peft_dist
 from peft_dist.catalog import METHODS
@@ -19,15 +19,7 @@ FIRST = {
     peft_dist.PeftConfig.from_dict(vars(getattr(peft_dist, parity.config)(**parity.values))).peft_type: parity
     for parity in reversed([each for each in PARITY.values() if each.base == "llama"])
 }
-STORAGES = {
-    "8-bit": lambda: BitsAndBytesConfig(load_in_8bit=True),
-    "4-bit": lambda: BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.float32,
-    ),
-}
+STORAGES = {"8-bit": bases.eight_bit, "4-bit": bases.four_bit}
 
 
 @pytest.fixture(scope="module")

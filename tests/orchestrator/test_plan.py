@@ -1,3 +1,4 @@
+import io
 import json
 
 import pytest
@@ -45,6 +46,13 @@ def cluster(*nodes, **most):
     return ClusterFacts(
         nodes, most.get("cpus", cpus), most.get("gpus", gpus), most.get("nodes", len(nodes)), source="it"
     )
+
+
+def shown(plan, *name):
+    """What is printed of a plan."""
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(plan_view(plan, *name))
+    return console.export_text()
 
 
 ONE = cluster(NodeFacts(2, 0, 24 * GIB))
@@ -196,9 +204,7 @@ def test_pieces_of_a_base_are_counted_where_they_rest():
 def test_a_plan_says_how_the_base_is_kept():
     spec = spec_of("deepspeed: zero3-offload\nload_in_4bit: true\nresources: {num_workers: 2}\n")
     plan = make_plan(spec, ONE, llama())
-    console = Console(width=120, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(plan_view(plan))
-    text = console.export_text()
+    text = shown(plan)
     assert "nf4+double" in text and "the base is sharded too, its pieces rest in the nodes' memory" in text
     assert plan_dict(plan)["quantization"] == "nf4+double"
 
@@ -226,9 +232,7 @@ def test_rows_are_as_long_as_the_base_allows():
 
 def test_a_plan_is_printed_and_is_json():
     plan = make_plan(spec_of("resources: {num_workers: 2}\ndeepspeed: zero3\n"), ONE, llama())
-    console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(plan_view(plan, "job"))
-    text = console.export_text()
+    text = shown(plan, "job")
     for words in (
         "2 x {CPU: 1}, PACK",
         "ZeRO-3",
@@ -253,9 +257,7 @@ def test_an_elastic_plan_says_with_how_many_workers_it_steps():
         "Elastic: it steps with 1, 2 or 4 workers; the rows of a step stay the same. It grows at most once in 5m.",
         "Not used: 3 workers, with which a step takes as many forwards as with fewer.",
     )
-    console = Console(width=120, record=True)
-    console.print(plan_view(plan, "elastic"))
-    text = console.export_text()
+    text = shown(plan, "elastic")
     for words in (
         "1 to 4 x {CPU: 1}, PACK",
         "8 rows a step, whatever the number of workers",
@@ -273,9 +275,7 @@ def test_a_size_that_does_not_divide_the_batch_is_said_to_share_it_unevenly():
     text = "training: {global_batch_size: 8}\nresources: {num_workers: [2, 3]}\n"
     plan = make_plan(spec_of(text), ONE, llama())
     assert plan.counts == (2, 3) and not any(note.startswith("Not used") for note in plan.notes)
-    console = Console(width=120, record=True)
-    console.print(plan_view(plan))
-    assert "3 workers x at most 1 rows x 3 accumulated" in console.export_text()
+    assert "3 workers x at most 1 rows x 3 accumulated" in shown(plan)
 
 
 def test_an_elastic_job_needs_room_for_its_least():

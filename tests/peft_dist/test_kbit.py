@@ -12,16 +12,11 @@ from torch import nn
 from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 import peft_dist
-from tests.contract.bases import LLAMA
+from tests.contract.bases import LLAMA, eight_bit, four_bit
 
 QUANTISED = {
-    "8-bit": lambda: BitsAndBytesConfig(load_in_8bit=True),
-    "4-bit": lambda: BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.float32,
-    ),
+    "8-bit": eight_bit,
+    "4-bit": four_bit,
     "4-bit in bf16": lambda: BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_storage=torch.bfloat16),
 }
 CONFIGS = {

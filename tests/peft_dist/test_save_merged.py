@@ -18,7 +18,6 @@ from transformers import (
     AutoModelForImageClassification,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
-    BitsAndBytesConfig,
     LlamaForCausalLM,
 )
 
@@ -33,11 +32,9 @@ from peft_dist.merged.request import Request
 from peft_dist.merged.shards import Entry, split
 from tests.contract import bases
 from tests.contract.methods_table import IDS, inputs, model_of
+from tests.matrix.axes import NOT_MERGED
 
-REFUSED = {
-    "PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CPT", "ADAPTION_PROMPT", "XLORA", "POLY",
-}  # fmt: skip
-MERGED = sorted(set(METHODS) - REFUSED)
+MERGED = sorted(set(METHODS) - NOT_MERGED)
 SMALL = {
     "hidden_size": 16,
     "intermediate_size": 24,
@@ -93,7 +90,7 @@ def _quiet() -> Any:
 
 
 def test_merging_is_refused_for_these_methods_alone() -> None:
-    assert {name for name in METHODS if not config_class(name).merges} == REFUSED
+    assert {name for name in METHODS if not config_class(name).merges} == NOT_MERGED
 
 
 @pytest.mark.parametrize("method", MERGED)
@@ -120,7 +117,7 @@ def test_a_merged_model_gives_the_adapters_logits_and_files_give_the_same_bits(t
     assert configs[0] == {**configs[1], "use_cache": False}
 
 
-@pytest.mark.parametrize("method", sorted(REFUSED - {"XLORA"}))
+@pytest.mark.parametrize("method", sorted(NOT_MERGED - {"XLORA"}))
 def test_what_no_weight_can_hold_is_refused_before_anything_is_written(tmp_path, method) -> None:
     model = model_of(method)
     with pytest.raises(MergeError, match=method):
@@ -388,15 +385,7 @@ def test_dtypes(tmp_path, stored, dtype) -> None:
     assert torch.equal(there[f"{key}.weight"], want)
 
 
-STORAGES = {
-    "8-bit": lambda: BitsAndBytesConfig(load_in_8bit=True),
-    "4-bit": lambda: BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-    ),
-}
+STORAGES = {"8-bit": bases.eight_bit, "4-bit": lambda: bases.four_bit(torch.bfloat16)}
 
 
 @pytest.mark.parametrize("storage", STORAGES)
