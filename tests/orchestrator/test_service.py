@@ -301,7 +301,9 @@ def test_a_run_whose_time_is_over_starts_no_workers(house):
     house.runner.error = TrainingError("gone.")
     with pytest.raises(TrainingError):
         house.run(limited)
-    with pytest.raises(OutOfTimeError, match=r"has been under way for .* is over\. Run it again with --resume"):
+    with pytest.raises(
+        OutOfTimeError, match=r"has been under way for .* is over\. Run it again with --resume"
+    ):
         house.run(limited)
     assert len(house.runner.requests) == 1
     house.runner.error = None
