@@ -11,14 +11,17 @@ from typing import Any
 
 import safetensors.torch
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from peft_dist.base_layer import door
+from peft_dist.calibration.filled import check_filled
 from peft_dist.errors import ConfigError
 from peft_dist.inject import facts_of, places
 from peft_dist.methods.lora.corda import EIGENS
 from peft_dist.methods.lora.settings import CordaConfig
 from peft_dist.methods.weight.lora import LoraConfig
+from peft_dist.ranks import is_writer
 from peft_dist.targets import by_pattern, resolve
 
 
@@ -29,7 +32,8 @@ def preprocess_corda(
     run_model: Callable[[], Any] | None = None,
     hooked_model: nn.Module | None = None,
 ) -> None:
-    """Prepares a base for `get_peft_model` with init_lora_weights "corda".
+    """Prepares a base for `get_peft_model` with init_lora_weights "corda"; with several ranks all call it together,
+    each with samples of its own, and find what one would of all.
 
     Args:
         run_model: runs the model on samples; needed where no file holds their covariances.
@@ -43,6 +47,7 @@ def preprocess_corda(
         raise ConfigError("preprocess_corda: lora_config.corda_config must be given.")
     if settings.corda_method not in ("ipm", "kpm"):
         raise ConfigError(f"CordaConfig.corda_method: {settings.corda_method!r} is not one of ipm, kpm.")
+    check_filled(model, "preprocess_corda")
     layers = _layers(model, lora_config)
     if settings.cache_file is not None and _holds(settings.cache_file):
         kept = safetensors.torch.load_file(settings.cache_file)
@@ -107,19 +112,15 @@ def _covariances(
         return safetensors.torch.load_file(settings.covariance_file)
     if run_model is None:
         raise ConfigError("preprocess_corda: give run_model, or a file that holds the covariances.")
-    sums: dict[str, Tensor] = {}
     counts = dict.fromkeys(layers, 0)
     dtype = torch.float16 if settings.use_float16_for_covariance else torch.float32
+    sums = {name: torch.zeros((), dtype=dtype) for name in layers}
 
     def note(name: str) -> Callable:
         def hook(module: nn.Module, args: tuple) -> None:
             x = args[0].detach().flatten(0, -2)
             x = (x if settings.use_float16_for_covariance else x.float()) / x.max().abs()
-            if not torch.isfinite(x).all():
-                raise ConfigError(
-                    f"preprocess_corda: the input of {name!r} is not finite. Look at the samples."
-                )
-            sums[name] = sums.get(name, 0) + (x.mT @ x).to(dtype)
+            sums[name] = sums[name] + (x.mT @ x).to(dtype) if counts[name] else (x.mT @ x).to(dtype)
             counts[name] += 1
 
         return hook
@@ -134,15 +135,32 @@ def _covariances(
     finally:
         for handle in handles:
             handle.remove()
-    unseen = [name for name in layers if name not in sums]
+    if dist.is_initialized():
+        counts = _of_all_ranks(layers, sums, counts)
+    unseen = [name for name in layers if not counts[name]]
     if unseen:
         raise ConfigError(
             f"preprocess_corda: run_model ran {len(unseen)} of {len(layers)} layers never, such as {unseen[0]!r}."
         )
+    for name, value in sums.items():
+        if not torch.isfinite(value).all():
+            raise ConfigError(f"preprocess_corda: the input of {name!r} is not finite. Look at the samples.")
     covariances = {name: value / counts[name] for name, value in sums.items()}
     if settings.covariance_file is not None:
         _keep(settings.covariance_file, covariances)
     return covariances
+
+
+def _of_all_ranks(layers: dict[str, Any], sums: dict[str, Tensor], counts: dict[str, int]) -> dict[str, int]:
+    """How often all ranks ran each layer; `sums` become theirs."""
+    of_ranks: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(of_ranks, counts)
+    for name, layer in layers.items():
+        opened = door(layer, name)
+        if not counts[name]:  # an expert to which no token of this rank's went
+            sums[name] = sums[name].new_zeros(opened.site.in_, opened.site.in_, device=opened.device)
+        dist.all_reduce(sums[name])
+    return {name: sum(each[name] for each in of_ranks) for name in layers}
 
 
 def _holds(file: str) -> bool:
@@ -150,5 +168,7 @@ def _holds(file: str) -> bool:
 
 
 def _keep(file: str, tensors: dict[str, Tensor]) -> None:
+    if not is_writer(None):
+        return
     Path(file).parent.mkdir(parents=True, exist_ok=True)
     safetensors.torch.save_file({key: t.contiguous() for key, t in tensors.items()}, file)

@@ -21,10 +21,12 @@ from torch import Tensor, nn
 
 from peft_dist.adapted import Adapted
 from peft_dist.base_layer import door
+from peft_dist.calibration.filled import check_filled
 from peft_dist.calibration.incremental_pca import IncrementalPCA
 from peft_dist.errors import ConfigError
 from peft_dist.inject import adapter_modules, facts_of, places
 from peft_dist.methods.weight.lora import LoraConfig
+from peft_dist.sharding import is_partitioned
 from peft_dist.targets import by_pattern, resolve
 
 _IN_PEFT_MODEL = "base_model.model."
@@ -110,7 +112,8 @@ def get_eva_state_dict(
         prepare_model_inputs_fn: (batch, config) -> what the next one is given; the batch itself where None.
         prepare_layer_inputs_fn: (the layer's input, that, the layer's name) -> (rows, in); one for all layers,
             or by name.
-        gather_distributed_inputs: put the rows of all ranks together.
+        gather_distributed_inputs: put the rows of all ranks together; on a partitioned base that is always done,
+            since ranks that converged apart would run it unlike often.
         show_progress_bar: print how many layers have converged.
 
     Raises:
@@ -121,6 +124,7 @@ def get_eva_state_dict(
         if not is_peft:
             raise ConfigError("get_eva_state_dict: peft_config must be given where the model is a bare base.")
         peft_config = model.peft_config[adapter_name]
+    check_filled(model, "get_eva_state_dict")
     layers = _layers(model, peft_config, adapter_name)
     if isinstance(prepare_layer_inputs_fn, Mapping):
         unknown = set(prepare_layer_inputs_fn) - set(layers)
@@ -135,7 +139,8 @@ def get_eva_state_dict(
         search = _Search(
             model, layers, peft_config, forward_fn, prepare_model_inputs_fn, prepare_layer_inputs_fn
         )
-        search.gathers = gather_distributed_inputs and dist.is_initialized()
+        joint = gather_distributed_inputs or any(is_partitioned(p) for p in model.parameters())
+        search.gathers = joint and dist.is_initialized()
         ranks = search.run(batches, show_progress_bar)
     model.train(training)
     found = {}

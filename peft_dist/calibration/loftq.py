@@ -12,10 +12,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from peft_dist.adapted import Adapted
+from peft_dist.calibration.filled import check_filled
 from peft_dist.errors import BaseModelError, ConfigError
 from peft_dist.folder import is_hub_id, local_folder
 from peft_dist.inject import adapter_modules
 from peft_dist.methods.lora.loftq import principal
+from peft_dist.packed import is_4bit
 
 _FILE = "model.safetensors"
 _INDEX = f"{_FILE}.index.json"
@@ -40,13 +42,14 @@ def replace_lora_weights_loftq(
         ConfigError: no layer here is quantised, or the adapter is no LoRA on it.
         BaseModelError: the weights are not there, or lack a layer.
     """
+    check_filled(peft_model, "replace_lora_weights_loftq")
     targets = [
         (name, module)
         for name, module in adapter_modules(peft_model.get_base_model())
         if isinstance(module, Adapted)
         and adapter_name in module.adapters
         and {"A", "B"} <= set(module.wanted(adapter_name))
-        and type(module.base_layer).__name__ == "Linear4bit"
+        and is_4bit(type(module.base_layer))
     ]
     if not targets:
         raise ConfigError(
