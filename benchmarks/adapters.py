@@ -4,7 +4,9 @@
 
 Training steps, as multiples of "floor", which is the frozen base's forward and backward alone. All sides take
 the same `inputs_embeds`, which require a gradient; both adapters' sides also step `AdamW(fused=True)`. On a
-CPU one thread works and its CPU time is counted, so that a busy machine changes little; on a GPU (`--device
+CPU one thread works and its CPU time is counted, so that a busy machine changes little, and the heap is kept
+between steps for all sides alike (else each step pays for fetching from the system what the one before gave
+back, the more the larger its tensors are); on a GPU (`--device
 cuda`: bf16, a 1B-shaped Llama) the wall clock is, around a synchronised step. In each round every side runs
 once, the first one changing; the table has the medians. With `--write` it is kept under benchmarks/results.
 """
@@ -13,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import ctypes
 import functools
 import json
 import os
@@ -125,6 +128,14 @@ class Line:
     def __str__(self) -> str:
         verdict = "met" if self.is_met else "MISSED"
         return f"{self.name:<12} {self.theirs:9.3f} {self.ours:9.3f} {self.target:9.3f}   {verdict} ({self.unit})"
+
+
+def keep_heap() -> None:
+    """Lets glibc's malloc keep what is freed, whatever its size; where there is another, nothing."""
+    trim_threshold, mmap_threshold = -1, -3
+    if hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(mmap_threshold, 32 << 20)
+        libc.mallopt(trim_threshold, 2**31 - 1)
 
 
 def alternated(sides: Sequence[Callable[[], float]], rounds: int, warm: int = 2) -> list[list[float]]:
@@ -315,6 +326,7 @@ def main() -> int:
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
+    keep_heap()
     device = torch.device(arguments.device)
     on_gpu = device.type == "cuda"
     place = Place(device, GPU_SHAPE if on_gpu else CPU_SHAPE, torch.bfloat16 if on_gpu else torch.float32)

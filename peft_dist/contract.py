@@ -312,6 +312,14 @@ class SiteMethod(Method):
         """y of the adapted layer. `enter(x)` is x as the adapter's branch takes it: in its dtype, dropped
         out."""
 
+    @classmethod
+    def together(
+        cls, methods: Sequence[Any], ps: Sequence[Params], bases: Sequence[BaseLayer], x: Tensor
+    ) -> Sequence[Tensor] | None:
+        """`forward` of several layers that take the same x, of the adapters' dtype and not dropped out, in
+        one go; None where it is not cheaper."""
+        return None
+
 
 class WeightMethod(SiteMethod):
     """Adds `delta` to W: base(x) + added(enter(x))."""

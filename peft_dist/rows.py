@@ -19,6 +19,7 @@ from torch import Tensor
 
 from peft_dist.contract import Site
 from peft_dist.errors import RowsError
+from peft_dist.siblings import Siblings
 
 BASE = "__base__"
 
@@ -200,12 +201,14 @@ class Current:
         more
             virtual tokens; None where there are none.
         batch: arguments of the model's forward that methods read: name -> (B, ...).
+        siblings: the layers that take one input.
     """
 
     rows: Rows | None = None
     length: int | None = None
     padding: Tensor | None = None
     batch: dict[str, Tensor] = field(default_factory=dict)
+    siblings: Siblings = field(default_factory=Siblings, repr=False, compare=False)
 
     def take(self, other: Current) -> None:
         """Says what `other` says."""

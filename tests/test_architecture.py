@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = {
     "peft_dist": [
         {"contract", "catalog", "errors", "lazy", "linalg", "starts", "config", "folder", "aside"},
-        {"foreign_engine", "base_layer", "fused", "packed", "targets", "sharding", "ranks", "pool", "rows", "replicate"}
+        {"foreign_engine", "base_layer", "fused", "packed", "targets", "sharding", "ranks", "pool", "rows", "replicate", "siblings"}
         | {"layer_api", "loss", "recompute"},
         {"methods"},
         {"adapted", "tuner_layer"},

@@ -15,7 +15,7 @@ from peft_dist.adapted.entrance import Entrance, Framed, as_given, dtype_of, unc
 from peft_dist.adapted.levels import Adjusted, Level, down, up
 from peft_dist.adapted.module import AdapterModule
 from peft_dist.base_layer import Layer, door, rounded
-from peft_dist.contract import BaseLayer, Method, WeightMethod
+from peft_dist.contract import BaseLayer, Method, Params, SiteMethod, WeightMethod
 from peft_dist.errors import RowsError
 from peft_dist.pool import AdapterPool, PooledModule
 from peft_dist.recompute import Remembering
@@ -182,11 +182,43 @@ class Adapted(AdapterModule):
         """One adapter for all rows of x."""
         method, p = self.methods[name], self.given(name)
         if dtype_of(p, x) == x.dtype and not entrance.drops(method):
+            joins = _joins(type(method))  # type: ignore[arg-type]
+            if joins and (y := self._among_siblings(method, p, x)) is not None:
+                return y
             return method.forward(p, self.base, x, unchanged)
         if dtype_of(p, x) == x.dtype or not self.casts:
             return method.forward(p, self.base, x, entrance.of(method, p))
         framed = Framed(self.base, x.dtype)
         return method.forward(p, framed, x, entrance.of(method, p)).to(framed.given)
+
+    def _among_siblings(self, method: SiteMethod, p: Params, x: Tensor) -> Tensor | None:
+        """What this layer gives, computed at once with the layers that take x next; None where there are none."""
+        siblings, rows = self._current.siblings, self._current.rows
+        if self.base.is_running or (rows is not None and rows.num is not None and len(rows.segments) > 1):
+            return None
+        if (y := siblings.computed_for(self, x)) is not None:
+            return y
+        if not (followers := siblings.after(self, x)):
+            return None
+        choice = rows.segments[0].adapter if rows is not None and rows.num is not None else None
+        alone = [other._served_alone(choice, x) for other in followers]
+        if not all(one is not None and type(one[0]) is type(method) for one in alone):
+            return None
+        methods, ps = zip((method, p), *alone, strict=True)
+        bases = [self.base, *(other.base for other in followers)]
+        given = type(method).together(methods, ps, bases, x)
+        if given is None:
+            return None
+        siblings.keep(dict(zip(followers, given[1:], strict=True)))
+        return given[0]
+
+    def _served_alone(self, choice: str | None, x: Tensor) -> tuple[SiteMethod, Params] | None:
+        """The one adapter that serves x here as it is, neither cast nor dropped out."""
+        if self.disabled or self.merged_adapters or len(names := self.serving(choice)) != 1:
+            return None
+        method, p = self.methods[names[0]], self.given(names[0])
+        is_as_it_is = dtype_of(p, x) == x.dtype and not Entrance(self).drops(method)
+        return (method, p) if is_as_it_is else None
 
     def _runs_within(self) -> bool:
         """Whether the adapters of a partitioned layer are still to be run within its own call, between the hooks that
@@ -332,3 +364,14 @@ def _substituted(
                 W = rounded(changed.weight(), dtype)
                 stack.enter_context(part.base.substituted(W, bias if bias is None else bias.to(dtype)))
         return parts[0].base(*args, **kwargs)
+
+
+@functools.cache
+def _joins(method: type[SiteMethod]) -> bool:
+    """Whether `together` is this class's own, and not that of one whose `forward` it replaces."""
+    for cls in method.__mro__:
+        if "together" in vars(cls):
+            return cls is not SiteMethod
+        if "forward" in vars(cls):
+            return False
+    return False

@@ -7,8 +7,8 @@ twice is refused by torch.
 
 from peft_dist.fused.changed import by_delta, changed, changed_by_kronecker, hadamard
 from peft_dist.fused.low_rank import low_rank, pooled, projected, reflected, stretched
-from peft_dist.fused.plain import exactly, plain
-from peft_dist.fused.scaled import scaled_input
+from peft_dist.fused.plain import exactly, foldable, plain
+from peft_dist.fused.scaled import folded_input, folded_outputs, is_divisor, scaled_input
 from peft_dist.fused.turned import skew, turned, turned_by_series
 from peft_dist.fused.wavelet import synthesis
 
@@ -17,7 +17,11 @@ __all__ = [
     "changed",
     "changed_by_kronecker",
     "exactly",
+    "foldable",
+    "folded_input",
+    "folded_outputs",
     "hadamard",
+    "is_divisor",
     "low_rank",
     "plain",
     "pooled",

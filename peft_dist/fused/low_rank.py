@@ -2,62 +2,78 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from peft_dist.fused.node import Node
-from peft_dist.fused.plain import flat, linear
+from peft_dist.fused.plain import flat, linear, shaped
 from peft_dist.fused.scaled import sum_of_products
 
+Part = tuple[Tensor, Tensor | None, Tensor, Tensor, float]
 
-def low_rank(
-    x: Tensor, entered: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scaling: float
-) -> Tensor:
-    """x W^T + b + s (entered A^T) B^T; `entered` may be x itself."""
-    return _LowRank.run(x, entered, W, b, A, B, scaling)
+
+def low_rank(x: Tensor, entered: Tensor, parts: Sequence[Part]) -> tuple[Tensor, ...]:
+    """x W^T + b + s (entered A^T) B^T for each (W, b, A, B, s) of `parts`, layers that take the same x;
+    `entered` may be x itself."""
+    tensors = [t for part in parts for t in part[:4]]
+    return _LowRank.run(x, entered, [part[4] for part in parts], *tensors)
 
 
 class _LowRank(Node):
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        entered: Tensor,
-        W: Tensor,
-        b: Tensor | None,
-        A: Tensor,
-        B: Tensor,
-        scaling: float,
-    ) -> Tensor:
+        ctx: Any, x: Tensor, entered: Tensor, scalings: list[float], *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        Ws, bs, As, Bs = (tensors[i::4] for i in range(4))
         rows = flat(x)
         taken = rows if entered is x else flat(entered)
-        # The small product first: it fetches x for the large one.
-        h = torch.mm(taken, A.T.contiguous())
-        y = linear(rows, W, b).addmm_(h, B.T, alpha=scaling)
+        A = As[0] if len(As) == 1 else torch.cat(As)
+        ranks = [len(A) for A in As]
+        # The small product first: it fetches x for the large ones.
+        h = torch.mm(taken, A.T)
+        given = [
+            linear(rows, W, b).addmm_(own, B.T, alpha=s)
+            for W, b, B, s, own in zip(Ws, bs, Bs, scalings, h.split(ranks, 1), strict=True)
+        ]
         # What a frozen A reads is not needed again.
-        ctx.save_for_backward(taken if ctx.needs_input_grad[4] else None, h, W, A, B)
-        ctx.scaling, ctx.shape, ctx.is_same = scaling, x.shape, entered is x
-        return y.view(*x.shape[:-1], -1)
+        trains_A = any(ctx.needs_input_grad[5::4])
+        ctx.save_for_backward(taken if trains_A else None, h, A, *Ws, *Bs)
+        ctx.scalings, ctx.ranks, ctx.shape, ctx.is_same = scalings, ranks, x.shape, entered is x
+        ctx.set_materialize_grads(False)
+        return tuple(shaped(y, x) for y in given)
 
     @staticmethod
-    def gradients(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        taken, h, W, A, B = ctx.saved_tensors
-        s, wanted = ctx.scaling, ctx.needs_input_grad
-        g_x = g_entered = None
-        u = torch.mm(g, B)
-        # beta = 0: the first argument lends its shape alone. The transpose takes less time.
-        g_B = torch.addmm(B.T, h.T, g, beta=0, alpha=s).T if wanted[5] else None
-        if wanted[0]:
-            g_x = torch.mm(g, W)
-            if ctx.is_same:
-                g_x.addmm_(u, A, alpha=s)
-            g_x = g_x.view(ctx.shape)
+    def gradients(ctx: Any, *gs: Tensor | None) -> tuple[Tensor | None, ...]:
+        taken, h, A, *frozen = ctx.saved_tensors
+        Ws, Bs, ranks, wanted = frozen[: len(gs)], frozen[len(gs) :], ctx.ranks, ctx.needs_input_grad
+        u = torch.empty_like(h)
+        hs, us, g_x = h.split(ranks, 1), u.split(ranks, 1), None
+        g_Bs: list[Tensor | None] = [None] * len(gs)
+        for i, g in enumerate(gs):
+            if g is None:
+                us[i].zero_()
+                continue
+            s, B = ctx.scalings[i], Bs[i]
+            # beta = 0: what would be added lends its shape alone. The transpose takes less time.
+            torch.addmm(us[i], g, B, beta=0, alpha=s, out=us[i])
+            if wanted[6 + 4 * i]:
+                g_Bs[i] = torch.addmm(B.T, hs[i].T, g, beta=0, alpha=s).T
+            if wanted[0]:
+                g_x = torch.mm(g, Ws[i]) if g_x is None else g_x.addmm_(g, Ws[i])
+        g_entered = None
+        if g_x is not None:
+            g_x = (g_x.addmm_(u, A) if ctx.is_same else g_x).view(ctx.shape)
         if wanted[1] and not ctx.is_same:
-            g_entered = torch.mm(u, A).mul_(s).view(ctx.shape)
-        g_A = torch.addmm(A, u.T, taken, beta=0, alpha=s) if wanted[4] else None
-        return g_x, g_entered, None, None, g_A, g_B, None
+            g_entered = torch.mm(u, A).view(ctx.shape)
+        g_As = [None] * len(gs) if taken is None else torch.mm(u.T, taken).split(ranks)
+        each = [
+            (None, None, None if g is None or not wanted[5 + 4 * i] else g_A, g_B)
+            for i, (g, g_A, g_B) in enumerate(zip(gs, g_As, g_Bs, strict=True))
+        ]
+        return g_x, g_entered, None, *(t for part in each for t in part)
 
 
 def projected(

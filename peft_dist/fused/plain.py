@@ -58,6 +58,15 @@ def exactly(base: BaseLayer, x: Tensor, *tensors: Tensor) -> tuple[Tensor, Tenso
     return plain(base, x, *tensors) if x.dtype in (torch.float32, torch.float64) else None
 
 
+def foldable(base: BaseLayer, x: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor | None] | None:
+    """`exactly` where a product with the weight may be kept until the backward: it takes no more room than x, and
+    the weight itself is whole all the time."""
+    if x.device.type != "cpu" or base.is_running:  # type: ignore[attr-defined]
+        return None
+    frozen = exactly(base, x, *tensors)
+    return frozen if frozen and x.numel() >= min(frozen[0].shape) * x.shape[-1] else None
+
+
 def linear(rows: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
     """rows (n, in) -> (n, out)."""
     return torch.mm(rows, W.T) if b is None else torch.addmm(b, rows, W.T)
@@ -66,3 +75,8 @@ def linear(rows: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
 def flat(x: Tensor) -> Tensor:
     """x (..., channels) as (rows, channels)."""
     return x.reshape(-1, x.shape[-1])
+
+
+def shaped(rows: Tensor, x: Tensor) -> Tensor:
+    """rows (n, out) as (..., out) after x (..., in): no view for autograd, so that it may be changed in place."""
+    return torch.ops.aten._unsafe_view(rows, [*x.shape[:-1], rows.shape[-1]])

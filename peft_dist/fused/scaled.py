@@ -1,14 +1,15 @@
-"""A frozen layer whose input channels are scaled: IA3."""
+"""A frozen layer whose input or output channels are scaled: IA3."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from peft_dist.fused.node import Node
-from peft_dist.fused.plain import flat, linear
+from peft_dist.fused.plain import flat, linear, shaped
 
 
 def scaled_input(x: Tensor, W: Tensor, b: Tensor | None, scale: Tensor) -> Tensor:
@@ -22,7 +23,7 @@ class _ScaledInput(Node):
         rows = flat(x)
         ctx.save_for_backward(rows, W, scale)
         ctx.shape = x.shape
-        return linear(rows * scale, W, b).view(*x.shape[:-1], -1)
+        return shaped(linear(rows * scale, W, b), x)
 
     @staticmethod
     def gradients(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
@@ -31,6 +32,68 @@ class _ScaledInput(Node):
         g_scale = sum_of_products(rows, g) if ctx.needs_input_grad[3] else None
         g_x = g.mul_(scale).view(ctx.shape) if ctx.needs_input_grad[0] else None
         return g_x, None, None, g_scale
+
+
+def folded_input(x: Tensor, W: Tensor, b: Tensor | None, scale: Tensor) -> Tensor:
+    """`scaled_input` as x (scale * W)^T + b, for a scale that `is_divisor`."""
+    return _FoldedInput.run(x, W, b, scale)
+
+
+class _FoldedInput(Node):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, scale: Tensor) -> Tensor:
+        rows, V = flat(x), W * scale
+        ctx.save_for_backward(rows, V, scale)
+        ctx.shape = x.shape
+        return shaped(linear(rows, V, b), x)
+
+    @staticmethod
+    def gradients(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        rows, V, scale = ctx.saved_tensors
+        g = torch.mm(g, V)
+        g_scale = sum_of_products(rows, g).div_(scale) if ctx.needs_input_grad[3] else None
+        return g.view(ctx.shape) if ctx.needs_input_grad[0] else None, None, None, g_scale
+
+
+def folded_outputs(x: Tensor, parts: Sequence[tuple[Tensor, Tensor | None, Tensor]]) -> tuple[Tensor, ...]:
+    """scale * (x W^T + b) as x (scale W)^T + scale b, for each (W, b, scale) of `parts`, layers that take the same
+    x and whose scales are each `is_divisor`."""
+    return _FoldedOutputs.run(x, *(t for part in parts for t in part))
+
+
+class _FoldedOutputs(Node):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        Ws, bs, scales = (tensors[i::3] for i in range(3))
+        rows = flat(x)
+        Vs = [W * scale[:, None] for W, scale in zip(Ws, scales, strict=True)]
+        ys = [
+            linear(rows, V, b if b is None else b * scale) for V, b, scale in zip(Vs, bs, scales, strict=True)
+        ]
+        ctx.save_for_backward(*ys, *Vs, *scales)
+        ctx.shape = x.shape
+        ctx.set_materialize_grads(False)
+        return tuple(shaped(y, x) for y in ys)
+
+    @staticmethod
+    def gradients(ctx: Any, *gs: Tensor | None) -> tuple[Tensor | None, ...]:
+        num, wanted, g_x = len(gs), ctx.needs_input_grad, None
+        saved = ctx.saved_tensors
+        ys, Vs, scales = saved[:num], saved[num : 2 * num], saved[2 * num :]
+        each: list[Tensor | None] = []
+        for i, g in enumerate(gs):
+            g_scale = None
+            if g is not None and wanted[3 + 3 * i]:
+                g_scale = sum_of_products(g, ys[i]).div_(scales[i])
+            if g is not None and wanted[0]:
+                g_x = torch.mm(g, Vs[i]) if g_x is None else g_x.addmm_(g, Vs[i])
+            each += [None, None, g_scale]
+        return None if g_x is None else g_x.view(ctx.shape), *each
+
+
+def is_divisor(scale: Tensor) -> bool:
+    """Whether a sum of what was multiplied by the scale can be divided by it again. Waits for the device."""
+    return float(scale.detach().abs().min()) > 1e-20
 
 
 def sum_of_products(a: Tensor, b: Tensor) -> Tensor:

@@ -219,6 +219,8 @@ def test_law_10_full_size(case, kind) -> None:
     base, _ = adapted(case, kind, layers=LARGE)
     # So many rows that no activation has as many elements as a weight.
     wrapper, x = target(base), sample(kind, rows=13, width=60)
+    # As on a partitioned base, where it matters: elsewhere a tensor may be kept in place of a larger one.
+    wrapper.base.is_running = True
     # As in the middle of a model: without it no weight is kept.
     x.requires_grad_(x.is_floating_point())
     size = wrapper.base.site.out * wrapper.base.site.in_

@@ -16,6 +16,7 @@ from peft_dist.catalog import config_class
 
 IN, OUT, R = 24, 36, 4
 W, B_ = torch.randn(OUT, IN, dtype=torch.float64), torch.randn(OUT, dtype=torch.float64)
+W2 = torch.randn(IN, IN, dtype=torch.float64)
 P, Q = torch.randn(R, IN, dtype=torch.float64), torch.randn(OUT, R, dtype=torch.float64)
 EYE = torch.eye(4, dtype=torch.float64)
 
@@ -30,22 +31,31 @@ def dora(b, x, A, B, m):
     return y if b is None else y + b
 
 
-def series(b, x, Q):
+def by_series(x, Q):
     K = fused.skew(Q)
-    return F.linear(x @ torch.block_diag(*(EYE + 2 * K + 2 * K @ K + 2 * K @ K @ K + K @ K @ K @ K)), W, b)
+    return x @ torch.block_diag(*(EYE + 2 * K + 2 * K @ K + 2 * K @ K @ K + K @ K @ K @ K))
 
 
 # name -> (the node, what it stands for, the shapes of its tensors beside x)
 NODES = {
     "low_rank": (
-        lambda b, x, A, B: fused.low_rank(x, x, W, b, A, B, 0.5),
+        lambda b, x, A, B: fused.low_rank(x, x, [(W, b, A, B, 0.5)])[0],
         lambda b, x, A, B: F.linear(x, W, b) + 0.5 * (x @ A.T) @ B.T,
         ((R, IN), (OUT, R)),
     ),
     "low_rank of another input": (
-        lambda b, x, e, A, B: fused.low_rank(x, e, W, b, A, B, 0.5),
+        lambda b, x, e, A, B: fused.low_rank(x, e, [(W, b, A, B, 0.5)])[0],
         lambda b, x, e, A, B: F.linear(x, W, b) + 0.5 * (e @ A.T) @ B.T,
         ((2, 5, IN), (R, IN), (OUT, R)),
+    ),
+    "low_rank of two layers": (
+        lambda b, x, A, B, C, D: torch.cat(
+            fused.low_rank(x, x, [(W, b, A, B, 0.5), (W2, None, C, D, 2.0)]), -1
+        ),
+        lambda b, x, A, B, C, D: torch.cat(
+            [F.linear(x, W, b) + 0.5 * (x @ A.T) @ B.T, x @ W2.T + 2 * (x @ C.T) @ D.T], -1
+        ),
+        ((R, IN), (OUT, R), (2 * R, IN), (IN, 2 * R)),
     ),
     "projected": (
         lambda b, x, outer, inner: fused.projected(x, x, W, b, P, Q, outer, inner),
@@ -77,6 +87,16 @@ NODES = {
         lambda b, x, s: F.linear(x * s, W, b),
         ((IN,),),
     ),
+    "folded_input": (
+        lambda b, x, s: fused.folded_input(x, W, b, s),
+        lambda b, x, s: F.linear(x * s, W, b),
+        ((IN,),),
+    ),
+    "folded_outputs": (
+        lambda b, x, s, t: torch.cat(fused.folded_outputs(x, [(W, b, s), (W2, None, t)]), -1),
+        lambda b, x, s, t: torch.cat([F.linear(x, W, b) * s, x @ W2.T * t], -1),
+        ((OUT,), (IN,)),
+    ),
     "changed": (
         lambda b, x, D: fused.changed(x, W, b, D),
         lambda b, x, D: F.linear(x, W + D, b),
@@ -92,7 +112,16 @@ NODES = {
         lambda b, x, R: F.linear(x @ torch.block_diag(*R), W, b),
         ((6, 4, 4),),
     ),
-    "turned_by_series": (lambda b, x, Q: fused.turned_by_series(x, W, b, Q), series, ((6, 6),)),
+    "turned_by_series": (
+        lambda b, x, Q: fused.turned_by_series(x, [(W, b, Q)])[0],
+        lambda b, x, Q: F.linear(by_series(x, Q), W, b),
+        ((6, 6),),
+    ),
+    "turned_by_series of two layers": (
+        lambda b, x, Q, P: torch.cat(fused.turned_by_series(x, [(W, b, Q), (W2, None, P)]), -1),
+        lambda b, x, Q, P: torch.cat([F.linear(by_series(x, Q), W, b), by_series(x, P) @ W2.T], -1),
+        ((6, 6), (6, 6)),
+    ),
     "hadamard": (
         lambda b, x, *p: F.linear(x, fused.hadamard(*p, 0.5), b),
         lambda b, x, A1, B1, A2, B2: F.linear(x, 0.5 * (A1 @ B1) * (A2 @ B2), b),

@@ -6,6 +6,7 @@ Liu et al. 2022, arXiv:2205.05638.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -83,10 +84,27 @@ class IA3Config(TargetedConfig, ActivationMethod):
         return y if self.is_feedforward(base.site) else y * self._scale(p, base.site)
 
     def forward(self, p: Params, base: BaseLayer, x: Tensor, enter: Enter) -> Tensor:
-        # At the output a node of its own saves less than it costs.
-        if self.is_feedforward(base.site) and (frozen := fused.plain(base, x, p["l"])):
-            return fused.scaled_input(x, *frozen, p["l"].flatten())
+        is_input, scale = self.is_feedforward(base.site), p["l"]
+        if folded := self._foldable(p, base, x):
+            return fused.folded_input(x, *folded) if is_input else fused.folded_outputs(x, [folded])[0]
+        if is_input and (frozen := fused.plain(base, x, scale)):
+            return fused.scaled_input(x, *frozen, scale.flatten())
         return super().forward(p, base, x, enter)
+
+    @staticmethod
+    def _foldable(p: Params, base: BaseLayer, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor] | None:
+        """(W, b, scale) where the scale is cheaper to multiply into W than into x or y; else None."""
+        frozen, scale = fused.foldable(base, x, p["l"]), p["l"].flatten()
+        return (*frozen, scale) if frozen and fused.is_divisor(scale) else None
+
+    @classmethod
+    def together(
+        cls, methods: Sequence[IA3Config], ps: Sequence[Params], bases: Sequence[BaseLayer], x: Tensor
+    ) -> Sequence[Tensor] | None:
+        if any(method.is_feedforward(base.site) for method, base in zip(methods, bases, strict=True)):
+            return None
+        parts = [folded for p, base in zip(ps, bases, strict=True) if (folded := cls._foldable(p, base, x))]
+        return fused.folded_outputs(x, parts) if len(parts) == len(ps) else None
 
     def delta(self, p: Params, base: BaseLayer) -> Tensor:
         W, shift = base.weight(), p["l"].flatten() - 1

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -170,13 +170,30 @@ class OFTConfig(TargetedConfig, OwnBias, Turning):
         frozen = fused.plain(base, x, p["Q"])
         if not frozen:
             return super().forward(p, base, x, enter)
-        is_usual = self.use_cayley_neumann and self.num_cayley_neumann_terms == 5
-        if is_usual and not self.coft and not self.block_share and "drawn" not in p:
-            y = fused.turned_by_series(x, *frozen, p["Q"])
+        if self._is_series(p):
+            (y,) = fused.turned_by_series(x, [(*frozen, p["Q"])])
         else:
             R = self.rotation(p)
             y = fused.turned(x, *frozen, R.expand(base.site.in_ // R.shape[-1], -1, -1))
         return self.with_bias(y, p, base)
+
+    def _is_series(self, p: Params) -> bool:
+        """Whether R is I + 2 Q + 2 Q^2 + 2 Q^3 + Q^4 of each block's own Q, and nothing else."""
+        is_usual = self.use_cayley_neumann and self.num_cayley_neumann_terms == 5
+        return is_usual and not self.coft and not self.block_share and "drawn" not in p
+
+    @classmethod
+    def together(
+        cls, methods: Sequence[OFTConfig], ps: Sequence[Params], bases: Sequence[BaseLayer], x: Tensor
+    ) -> Sequence[Tensor] | None:
+        frozen = [fused.plain(base, x, p["Q"]) for p, base in zip(ps, bases, strict=True)]
+        if not all(frozen) or not all(m._is_series(p) for m, p in zip(methods, ps, strict=True)):
+            return None
+        if len({p["Q"].shape for p in ps}) > 1:
+            return None
+        parts = [(*f, p["Q"]) for f, p in zip(frozen, ps, strict=True) if f]
+        ys = fused.turned_by_series(x, parts)
+        return [m.with_bias(y, p, base) for m, y, p, base in zip(methods, ys, ps, bases, strict=True)]
 
     def drawn_delta(self, p: Params, base: BaseLayer) -> Tensor:
         W = base.weight().to(p["Q"].dtype)

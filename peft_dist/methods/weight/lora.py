@@ -324,14 +324,26 @@ class LoraConfig(TargetedConfig, WeightMethod):
         return y if shift is None else y + per_channel(shift, base.site)
 
     def forward(self, p: Params, base: BaseLayer, x: Tensor, enter: Enter) -> Tensor:
-        if "bias" not in p and (frozen := fused.plain(base, x, p["A"], p["B"])):
-            return fused.low_rank(x, enter(x), *frozen, p["A"], p["B"], self.scaling(base.site))
+        if part := self._part(p, base, x):
+            return fused.low_rank(x, enter(x), [part])[0]
         y = base(x)
         if base.site.kind != "linear" or "bias" in p or y.dtype != p["B"].dtype or y.ndim < 2:
             return y + self.added(p, base, enter(x))
         # One product that adds to y in place of a product and a sum.
         h = base.apply(p["A"], enter(x)).flatten(0, -2)
         return torch.addmm(y.flatten(0, -2), h, p["B"].T, alpha=self.scaling(base.site)).view_as(y)
+
+    def _part(self, p: Params, base: BaseLayer, x: Tensor) -> Any:
+        """What one node needs of a layer with its adapter; None where it is to be called."""
+        frozen = None if "bias" in p else fused.plain(base, x, p["A"], p["B"])
+        return frozen and (*frozen, p["A"], p["B"], self.scaling(base.site))
+
+    @classmethod
+    def together(
+        cls, methods: Sequence[LoraConfig], ps: Sequence[Params], bases: Sequence[BaseLayer], x: Tensor
+    ) -> Sequence[Tensor] | None:
+        parts = [m._part(p, base, x) for m, p, base in zip(methods, ps, bases, strict=True)]
+        return fused.low_rank(x, x, parts) if all(parts) else None
 
     @classmethod
     def mixed(cls, methods: Sequence[LoraConfig], p: Params, base: BaseLayer, x: Tensor) -> Tensor | None:

@@ -35,4 +35,4 @@ class LowRankMethod(BiasedMethod):
         if not frozen:
             return super().forward(p, base, x, enter)
         A, B = self.pair(p, base.site)
-        return self.with_bias(fused.low_rank(x, enter(x), *frozen, A, B, 1.0), p, base)
+        return self.with_bias(fused.low_rank(x, enter(x), [(*frozen, A, B, 1.0)])[0], p, base)
