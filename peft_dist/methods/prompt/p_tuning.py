@@ -8,7 +8,6 @@ Liu et al. 2021, arXiv:2103.10385.
 
 from __future__ import annotations
 
-import copy
 import enum
 import warnings
 from dataclasses import dataclass
@@ -16,9 +15,10 @@ from typing import TYPE_CHECKING, ClassVar
 
 from peft_dist import starts
 from peft_dist.config import PromptLearningConfig
-from peft_dist.contract import Param, Params, PromptMethod, Site
+from peft_dist.contract import Param, Params, Site
 from peft_dist.errors import ConfigError
 from peft_dist.lazy import lazy
+from peft_dist.methods.prompt.encoded import EncodedPrompt
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,7 +34,7 @@ class PromptEncoderReparameterizationType(enum.StrEnum):
 
 
 @dataclass
-class PromptEncoderConfig(PromptLearningConfig, PromptMethod):
+class PromptEncoderConfig(PromptLearningConfig, EncodedPrompt):
     """HF PEFT's PromptEncoderConfig.
 
     Args:
@@ -116,19 +116,11 @@ class PromptEncoderConfig(PromptLearningConfig, PromptMethod):
             h = h.relu()
         raise AssertionError("an MLP has a last layer")
 
-    def export(self, p: Params, site: Site) -> dict[str, Tensor]:
-        return {"prompt_embeddings": self.embeds(p)}
-
-    def saved_form(self) -> PromptMethod:
-        bare = copy.copy(self)
-        bare.inference_mode = True
-        return bare
-
 
 def _linear(name: str, from_: int, to: int) -> dict:
     return {
         f"{name}.weight": ((to, from_), starts.kaiming_uniform),
-        f"{name}.bias": ((to,), _within(from_**-0.5)),
+        f"{name}.bias": ((to,), starts.uniform(from_**-0.5)),
     }
 
 
@@ -143,9 +135,5 @@ def _lstm(width: int, hidden: int, layers: int) -> dict:
                 ("bias_ih", (4 * hidden,)),
                 ("bias_hh", (4 * hidden,)),
             ):
-                made[f"lstm_head.{name}_l{layer}{way}"] = (shape, _within(hidden**-0.5))
+                made[f"lstm_head.{name}_l{layer}{way}"] = (shape, starts.uniform(hidden**-0.5))
     return made
-
-
-def _within(bound: float):
-    return lambda t: t.uniform_(-bound, bound)

@@ -11,16 +11,16 @@ Li and Liang 2021, arXiv:2101.00190.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from peft_dist import starts
 from peft_dist.config import PromptLearningConfig
-from peft_dist.contract import BaseSizes, Param, Params, PastMethod, PromptMethod, Site
+from peft_dist.contract import BaseSizes, Param, Params, PastMethod, Site
 from peft_dist.errors import ConfigError
 from peft_dist.lazy import lazy
+from peft_dist.methods.prompt.encoded import EncodedPrompt
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,7 +29,7 @@ torch = lazy("torch")
 
 
 @dataclass
-class PrefixTuningConfig(PromptLearningConfig, PastMethod):
+class PrefixTuningConfig(PromptLearningConfig, EncodedPrompt, PastMethod):
     """HF PEFT's PrefixTuningConfig. Its `token_dim` and `num_attention_heads` are those of the keys.
 
     Args:
@@ -84,7 +84,7 @@ class PrefixTuningConfig(PromptLearningConfig, PastMethod):
         for layer, from_, to, start in ((0, d, hidden, None), (2, hidden, self.width, last)):
             for kind, dims, shape, own in (
                 ("weight", ("to", "from"), (to, from_), starts.kaiming_uniform),
-                ("bias", ("to",), (to,), _within(from_**-0.5)),
+                ("bias", ("to",), (to,), starts.uniform(from_**-0.5)),
             ):
                 name = f"transform.{layer}.{kind}"
                 made[name] = Param(f"prompt_encoder.{name}", dims, shape, start or own, saved=name)
@@ -105,20 +105,8 @@ class PrefixTuningConfig(PromptLearningConfig, PastMethod):
         firsts = [2 * (self.num_transformer_submodules or 1) * layer for layer in range(self.num_layers)]
         return [(entries[i % len(entries)], entries[(i + 1) % len(entries)]) for i in firsts]
 
-    def export(self, p: Params, site: Site) -> dict[str, Tensor]:
-        return {"prompt_embeddings": self.embeds(p)}
-
-    def saved_form(self) -> PromptMethod:
-        bare = copy.copy(self)
-        bare.inference_mode = True
-        return bare
-
 
 def _table(shape: tuple[int, int], start) -> Param:
     return Param(
         "prompt_encoder.embedding.weight", ("tokens", "width"), shape, start, saved="prompt_embeddings"
     )
-
-
-def _within(bound: float):
-    return lambda t: t.uniform_(-bound, bound)
