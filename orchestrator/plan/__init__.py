@@ -9,11 +9,12 @@ from ..cluster import ClusterFacts
 from ..deepspeed_config import deepspeed_config
 from ..deepspeed_config import warnings as deepspeed_warnings
 from ..devices import recomputes_activations
+from ..errors import SpecError
 from ..spec.deepspeed_keys import offload_param, zero_stage
 from ..spec.durations import format_duration
 from ..spec.job import JobSpec
 from ..spec.places import Tree, raise_all
-from ..spec.quantization import quantization_of
+from ..spec.quantization import Quantization, quantization_of
 from ..spec.rules import accumulation, check_rules
 from ..spec.rules import sizes as sizes_of
 from ..spec.tasks import TASKS, task_type
@@ -162,7 +163,7 @@ def make_plan(
         base_parameters=sizes.parameters if sizes else None,
         adapter_parameters=adapter.parameters if adapter else None,
         cluster=cluster.source if cluster else "",
-        quantization=bits.name if (bits := quantization_of(spec.model)) else None,
+        quantization=bits.name if (bits := _quantization(spec, sizes)) else None,
         sizes=counts if spec.resources.max_workers > spec.resources.min_workers else (),
     )
 
@@ -239,7 +240,7 @@ def _memory(
             flash=on_gpu,
             texts=_TEXTS.get(spec.data.datasets[0].type, 1),
             has_vocabulary=TASKS[spec.data.datasets[0].type].task in ("CAUSAL_LM", "SEQ_2_SEQ_LM"),
-            quantization=quantization_of(spec.model, "fp32" if compute_bytes == FP32 else "bf16", stage),
+            quantization=_quantization(spec, sizes, "fp32" if compute_bytes == FP32 else "bf16", stage),
             is_sharded=stage == 3 and spec.resources.min_workers > 1,
         ),
         stage=stage,
@@ -248,6 +249,25 @@ def _memory(
         framework=FRAMEWORK_GPU if on_gpu else FRAMEWORK_CPU,
         rests_elsewhere=on_gpu and offload_param(spec.deepspeed) is not None,
     )
+
+
+def _quantization(
+    spec: JobSpec, sizes: ModelSizes | None, precision: str = "fp32", stage: int = 0
+) -> Quantization | None:
+    """How the base is quantised: by the job, or in its files.
+
+    Raises:
+        SpecError: both.
+    """
+    asked, stored = quantization_of(spec.model, precision, stage), sizes.quantization if sizes else None
+    if asked is not None and stored is not None:
+        key = "load_in_8bit" if asked.bits == 8 else "load_in_4bit"
+        raise SpecError(
+            f"the base '{spec.model.base_model}' is stored quantised ({stored.name}), and cannot be quantised again.",
+            where=f"model.{key}",
+            hint="Leave it out, or name the base that it was made from.",
+        )
+    return asked or stored
 
 
 _TEXTS = {"embedding": 3}

@@ -5,18 +5,21 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..errors import ModelError
 from ..model_folder import ModelFolder, model_folder
+from ..spec.quantization import Quantization
 from ..weights_table import read_table
+from .stored_codes import Tensors, dequantised, quantization_in
 
 _BITS = {
     "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "F8_E4M3": 8, "F8_E5M2": 8,
     "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U8": 8, "BOOL": 8,
 }  # fmt: skip
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_LABELS = {name: label for label, name in _DTYPES.items()}
 
 _NAMES = {
     "hidden": ("hidden_size", "n_embd", "d_model", "dim"),
@@ -67,6 +70,8 @@ class ModelSizes:
     """Where the config counts them apart."""
     kv_width: int = 0
     """Elements of one head of keys, where the config says so."""
+    quantization: Quantization | None = None
+    """How its files are quantised already; all else here is of the weights that their codes stand for."""
 
     @property
     def head_dim(self) -> int:
@@ -111,16 +116,32 @@ def read_sizes(base_model: str, revision: str = "main") -> ModelSizes:
     """
     folder = model_folder(base_model, revision)
     config = folder.config()
-    tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
+    tensors: Tensors = {}
+    places: dict[str, tuple[str, int, int]] = {}
     for name, size in folder.weight_files().items():
-        tensors |= _tensors(folder, name, size)
-    return sizes_of(config, tensors)
-
-
-def _tensors(folder: ModelFolder, name: str, size: int) -> dict[str, tuple[str, tuple[int, ...]]]:
-    what = f"{name} of the base '{folder.given}'"
-    table, _ = read_table(lambda start, end: folder.read(name, start, end), size, what)
+        tensors |= _tensors(folder, name, size, places)
+    quantization = quantization_in(config)
+    if quantization is None:
+        return sizes_of(config, tensors)
+    own = _LABELS.get(str(config.get("dtype") or config.get("torch_dtype")), "F16")
     try:
+        whole = dequantised(tensors, own, lambda key: folder.read(*places[key]))
+    except (KeyError, ValueError, TypeError) as error:
+        raise ModelError(
+            f"the codes of the base '{folder.given}' do not say what they stand for: {error}.",
+            hint="Save or fetch it again.",
+        ) from error
+    return replace(sizes_of(config, whole), quantization=quantization)
+
+
+def _tensors(folder: ModelFolder, name: str, size: int, places: dict[str, tuple[str, int, int]]) -> Tensors:
+    """What a file holds; where each tensor is comes into `places`: file, first byte, the one after the last."""
+    what = f"{name} of the base '{folder.given}'"
+    table, begins = read_table(lambda start, end: folder.read(name, start, end), size, what)
+    try:
+        for key, each in table.items():
+            start, end = each["data_offsets"]
+            places[key] = name, begins + start, begins + end
         return {
             key: (str(each["dtype"]), tuple(int(n) for n in each["shape"])) for key, each in table.items()
         }

@@ -1,11 +1,18 @@
 import json
 import struct
+from pathlib import Path
 
 import fsspec
 import pytest
 
-from orchestrator.errors import ModelError
+from orchestrator.errors import ModelError, SpecError
+from orchestrator.model_folder import ModelFolder
+from orchestrator.plan import make_plan
 from orchestrator.plan.model_sizes import read_sizes
+from orchestrator.spec.load import load_job_mapping
+from peft_dist.loading import load_base
+
+ROOT = Path(__file__).parents[2]
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 8, "num_hidden_layers": 1,
@@ -144,3 +151,38 @@ def test_a_base_at_a_url():
 def test_the_embedded_base():
     sizes = read_sizes("jobs/assets/tiny-llama")
     assert sizes.architecture == "LlamaForCausalLM" and sizes.tied and sizes.parameters < 4_200_000
+
+
+@pytest.mark.parametrize("quantised", ["int8", "nf4", "fp4"])
+def test_stored_codes_count_as_what_they_stand_for(quantised, tmp_path, monkeypatch):
+    full = ROOT / "jobs" / "assets" / "tiny-llama"
+    load_base(str(full), dtype="bfloat16", quantization=quantised).save_pretrained(
+        tmp_path / "stored", max_shard_size="1MB"
+    )
+    reads: list[int] = []
+    read = ModelFolder.read
+
+    def counted(folder, name, start=None, end=None):
+        reads.append((end or 0) - (start or 0))
+        return read(folder, name, start, end)
+
+    monkeypatch.setattr(ModelFolder, "read", counted)
+    sizes, expected = read_sizes(str(tmp_path / "stored")), read_sizes(str(full))
+    assert (sizes.parameters, sizes.linear_shapes) == (expected.parameters, expected.linear_shapes)
+    assert sizes.tensors == expected.tensors and sizes.dtype == "bfloat16"
+    assert sizes.quantization is not None and sizes.quantization.quant_type == quantised
+    # Heads of files, and of layers that are alike the facts of one.
+    layers = len(expected.linear_shapes)
+    files = len(list((tmp_path / "stored").glob("*.safetensors")))
+    assert len(reads) - 2 * files < layers and sum(reads) < 40_000
+
+    asked = {"base_model": str(tmp_path / "stored"), "load_in_4bit": True}
+    spec = load_job_mapping(
+        {"name": "x", "model": asked, "data": {"datasets": [{"path": "rows.jsonl"}]}}
+    ).spec
+    with pytest.raises(
+        SpecError, match=rf"model.load_in_4bit: the base .* is stored quantised \({quantised}"
+    ):
+        make_plan(spec, None, sizes)
+    spec = spec.model_copy(update={"model": spec.model.model_copy(update={"load_in_4bit": False})})
+    assert make_plan(spec, None, sizes).quantization == sizes.quantization.name
