@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import peft_dist
 from peft_dist import sharding
 from peft_dist.loading import load_base, meta_base, pieces
 from peft_dist.loading.stored import File
+from tests import small_bases
 from tests.ranks import run_on_ranks
 
 STAGE_3 = {"zero_optimization": {"stage": 3}}
@@ -27,24 +29,12 @@ SIZES: dict[str, Any] = {
     "num_attention_heads": 2,
     "num_key_value_heads": 1,
 }
-
-
-def saved(kind: str, folder: Path) -> str:
-    torch.manual_seed(0)
-    models: dict[str, Any] = {
-        "llama": lambda: _new("Llama", intermediate_size=110, **SIZES),
-        "tied": lambda: _new("Llama", intermediate_size=110, tie_word_embeddings=True, **SIZES),
-        "mixture": lambda: _new("Mixtral", intermediate_size=40, num_local_experts=4, **SIZES),
-        "gpt2": lambda: transformers.GPT2LMHeadModel(
-            transformers.GPT2Config(vocab_size=97, n_embd=60, n_layer=1, n_head=2, n_positions=32)
-        ),
-    }
-    models[kind]().save_pretrained(folder)
-    return str(folder)
-
-
-def _new(name: str, **values: Any) -> Any:
-    return getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, f"{name}Config")(**values))
+saved = functools.partial(
+    small_bases.saved,
+    small_bases.Sizes(
+        SIZES, middle=110, expert=40, gpt2={"vocab_size": 97, "n_embd": 60, "n_head": 2, "n_positions": 32}
+    ),
+)
 
 
 def contents(base: nn.Module) -> dict[str, bytes]:

@@ -7,7 +7,6 @@ compared bit for bit and byte for byte. Each claim has a control without its mec
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import gc
 from collections.abc import Callable, Iterator
@@ -110,7 +109,7 @@ def larger(storage: str) -> LlamaForCausalLM:
     """Layers of a size that bitsandbytes repacks on CPUs with AVX512-BF16, left in eval mode."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=32, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2
+        vocab_size=32, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2
     )
     return quantised(LlamaForCausalLM(config), storage).eval()
 
@@ -380,8 +379,9 @@ def test_without_a_steady_state_it_does() -> None:
 @pytest.mark.skipif(
     not bnb.functional.has_avx512bf16(), reason="bitsandbytes repacks on CPUs with AVX512-BF16 alone"
 )
+@pytest.mark.filterwarnings("ignore:bitsandbytes::gemv_4bit")  # which lets no gradient through
 def test_without_being_settled_a_4_bit_base_is_repacked_in_eval_mode() -> None:
-    with mock.patch.object(packed, "settle"), contextlib.suppress(RuntimeError):
+    with mock.patch.object(packed, "settle"):
         assert abs(losses("nf4", "eval", False)[-1] - losses("nf4", "train", False)[-1]) > 1e-5
 
 

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from orchestrator import local_ray
-from orchestrator.cli import app, run_guarded
+from orchestrator.cli import app
 from orchestrator.registry import Registry
 from orchestrator.serve.desired import Desired, Served
 from orchestrator.spec.methods import method_rows
@@ -24,18 +24,6 @@ def home(tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.chdir(tmp_path)
     return tmp_path / "home"
-
-
-@pytest.fixture
-def raypeft(home, capsys):
-    """Runs a command line; gives its exit code, its output and its errors."""
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        code = run_guarded(app, arguments)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
 
 
 @pytest.fixture

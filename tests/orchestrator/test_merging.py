@@ -16,7 +16,6 @@ from transformers import AutoModelForCausalLM
 
 import peft_dist
 from orchestrator import api, wiring
-from orchestrator.cli import app, run_guarded
 from orchestrator.errors import ModelError, PlacementError, StorageError
 from orchestrator.identity import base_identity
 from orchestrator.lineage import Lineage
@@ -58,16 +57,6 @@ def home(tmp_path, monkeypatch) -> Path:
     monkeypatch.setattr(wiring, "merge_files", lambda cluster: in_process)
     transformers.utils.logging.disable_progress_bar()
     return tmp_path / "home"
-
-
-@pytest.fixture
-def raypeft(home, capsys):
-    def run(*arguments: str) -> tuple[int, str, str]:
-        code = run_guarded(app, arguments)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
 
 
 @pytest.fixture

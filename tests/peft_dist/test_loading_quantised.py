@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import peft_dist
 from peft_dist.errors import BaseModelError
 from peft_dist.loading import load_base, meta_base
 from peft_dist.loading.skeleton import quantisation
+from tests import small_bases
 
 SIZES: dict[str, Any] = {
     "vocab_size": 96,
@@ -24,27 +26,16 @@ SIZES: dict[str, Any] = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
 }
-
-
-def saved(kind: str, folder: Path, **sharding: str) -> str:
-    torch.manual_seed(0)
-    models: dict[str, Any] = {
-        "llama": lambda: _new("Llama", intermediate_size=112, **SIZES),
-        "tied": lambda: _new("Llama", intermediate_size=112, tie_word_embeddings=True, **SIZES),
-        "mixture": lambda: _new("Mixtral", intermediate_size=48, num_local_experts=4, **SIZES),
-        "gpt2": lambda: transformers.GPT2LMHeadModel(
-            transformers.GPT2Config(vocab_size=96, n_embd=64, n_layer=1, n_head=4, n_positions=32)
-        ),
-        "t5": lambda: transformers.T5ForConditionalGeneration(
-            transformers.T5Config(vocab_size=96, d_model=64, d_ff=48, num_layers=1, num_heads=4, d_kv=16)
-        ),
-    }
-    models[kind]().save_pretrained(folder, **sharding)
-    return str(folder)
-
-
-def _new(name: str, **values: Any) -> Any:
-    return getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, f"{name}Config")(**values))
+saved = functools.partial(
+    small_bases.saved,
+    small_bases.Sizes(
+        SIZES,
+        middle=112,
+        expert=48,
+        gpt2={"vocab_size": 96, "n_embd": 64, "n_head": 4, "n_positions": 32},
+        t5={"vocab_size": 96, "d_model": 64, "d_ff": 48, "num_heads": 4, "d_kv": 16},
+    ),
+)
 
 
 def contents(model: nn.Module) -> dict[str, Any]:
