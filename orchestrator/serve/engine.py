@@ -24,7 +24,9 @@ class Generation:
     """One sequence to generate.
 
     `adapter` is the key given to `load`, None the bare base. `temperature` 0 is greedy; `seed` makes a
-    sampled sequence repeatable.
+    sampled sequence repeatable. `logprobs` asks for the log-probability of each token and of so many of the
+    likeliest beside it. `queue` names whose turn it takes where more wait than run (an adapter, or a tenant's
+    adapter).
     """
 
     prompt_ids: tuple[int, ...]
@@ -34,15 +36,30 @@ class Generation:
     top_p: float = 1.0
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    logprobs: int | None = None
+    queue: str = ""
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """One token of an answer: its id, its log-probability (natural logarithm, of the model's own distribution at
+    temperature 1) and the likeliest tokens there, each with its own, best first."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True)
 class Piece:
-    """What a generation yields: final text, and the tokens it took. The last has a `finish_reason`."""
+    """What a generation yields: final text, and the tokens it took. The last has a `finish_reason`.
+
+    `logprobs` are of the tokens that this piece took, where the generation asked for them."""
 
     text: str
     num_tokens: int
     finish_reason: FinishReason | None = None
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 class Engine(Protocol):
