@@ -152,6 +152,8 @@ def merge_and_unload(
     Raises:
         AdapterError, MergeError: as `merge`.
     """
+    if dequantize:
+        layers_changed(base)
     wrappers = [module for _, module in adapter_modules(base)]
     merged = _merged(wrappers)
     names = [*merged, *_names(wrappers, adapter_names)]

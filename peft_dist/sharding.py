@@ -27,6 +27,7 @@ deepspeed = lazy("deepspeed")
 Weight: TypeAlias = Any
 
 _ENGINE = "_peft_dist_zero3_engine"
+_ORDER = "_peft_dist_fetches"
 _REGISTRY = "_peft_dist_in_flight"
 _TRAINED = "_peft_dist_trained_in_pieces"
 # What a base is partitioned with has no optimizer, no schedule and no precision of its own.
@@ -194,24 +195,35 @@ def reach(module: nn.Module, parameters: Iterable[Weight]) -> None:
 
 
 def layers_changed(base: nn.Module) -> None:
-    """Lets the engine learn anew which parameters the layers of a partitioned base have, after some got others.
+    """Lets the engine learn anew which parameters the layers of a partitioned base have, after some got others;
+    also a user's own, while adapters that it trains are in the base.
 
     Raises:
-        ShardingError: the base is partitioned by an engine that `partition_base` did not build.
+        ShardingError: the base is partitioned and no engine is to be found.
     """
-    engine = base.__dict__.get(_ENGINE)
-    if engine is not None:
-        order = engine.optimizer.get_param_coordinator()
-        if not order.is_invalid_trace():
-            order._invalidate_trace()
+    if not any(is_partitioned(parameter) for parameter in base.parameters()):
+        return
+    order = base.__dict__.get(_ORDER) or _order_of(base)
+    if not order.is_invalid_trace():
+        order._invalidate_trace()
+    # For a base that has no adapter any more.
+    base.__dict__[_ORDER] = order
+    if (engine := base.__dict__.get(_ENGINE)) is not None:
         # It would hold those that are gone.
         engine.param_names = {parameter: name for name, parameter in base.named_parameters()}
-    elif any(is_partitioned(parameter) for parameter in base.parameters()):
-        raise ShardingError(
-            "an engine of your own has partitioned this base, and fetches the parameters that its layers had when "
-            "it was built: they cannot be dequantised in place. Merge without dequantize, or partition the base "
-            "by peft_dist.sharding.partition_base."
-        )
+
+
+def _order_of(base: nn.Module) -> Any:
+    """What fetches the parameters of a partitioned base's layers, in the order in which they run."""
+    if (engine := base.__dict__.get(_ENGINE)) is not None:
+        return engine.optimizer.get_param_coordinator()
+    for parameter in base.parameters():
+        if (trains := getattr(parameter, "_z3_optimizer", None)) is not None:
+            return trains.parameter_offload.get_param_coordinator()
+    raise ShardingError(
+        "an engine of your own has partitioned this base and trains nothing in it: it cannot be told that layers are "
+        "dequantised. Merge without dequantize, or partition the base by peft_dist.sharding.partition_base."
+    )
 
 
 def partition_like(parameter: nn.Parameter, other: Weight) -> None:

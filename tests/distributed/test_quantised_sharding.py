@@ -15,7 +15,6 @@ from typing import Any
 from unittest import mock
 
 import bitsandbytes as bnb
-import deepspeed
 import pytest
 import torch
 import torch.distributed as dist
@@ -45,6 +44,7 @@ from peft_dist.config import PeftConfig
 from peft_dist.errors import BaseLayerError, ShardingError
 from peft_dist.inject import adapter_modules
 from tests.distributed import one_process as run
+from tests.distributed.own_engine import own_engine
 from tests.ranks import run_on_ranks
 
 FLOAT: Any = {"rtol": 0.0, "atol": 1e-5}
@@ -553,19 +553,8 @@ def own_loss(model: Any, step: int) -> Tensor:
 def with_own_engine(storage: str) -> dict[str, Any]:
     sharding.disable_deepspeed_op_builds()
     model = own_model(storage)
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    engine, *_ = deepspeed.initialize(
-        model=model,
-        model_parameters=trainable,
-        optimizer=torch.optim.SGD(trainable, lr=0.1),
-        config={
-            "train_micro_batch_size_per_gpu": 2,
-            "gradient_clipping": 0,
-            "zero_allow_untested_optimizer": True,
-            "zero_force_ds_cpu_optimizer": False,
-            **run.ZERO3,
-        },
-    )
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    engine = own_engine(model, optimizer, run.ZERO3["zero_optimization"], 2)
     # Also before any forward has told the layers that they are partitioned.
     model.merge_adapter()
     model.unmerge_adapter()
@@ -582,11 +571,18 @@ def with_own_engine(storage: str) -> dict[str, Any]:
         "bytes": sharding.bytes_at_rest(model),
         "logits": run.evaluate(model),
     }
-    with pytest.raises(ShardingError) as caught:
-        model.merge_adapter(dequantize=True)
-    report["said"] = str(caught.value)
+    model.merge_adapter(dequantize=True)
+    report["dense"] = run.evaluate(model)
+    report["kinds"] = {type(m.base_layer) for _, m in adapter_modules(model.get_base_model())}
+    model.unmerge_adapter()
+    # The engine goes on with the layers that it knew.
+    loss = own_loss(engine, 0)
+    engine.backward(loss)
+    engine.step()
+    report["bytes again"] = sharding.bytes_at_rest(model)
     model.merge_adapter()
     report["merged"] = run.evaluate(model)
+    model.merge_and_unload(dequantize=True)
     return report
 
 
@@ -602,14 +598,38 @@ def test_under_a_users_own_engine_codes_are_partitioned_and_train_the_same(stora
         optimizer.step()
         alone.append(loss.item())
     logits = run.evaluate(model)
+    model.merge_adapter(dequantize=True)
+    dense = run.evaluate(model)
+    model.unmerge_adapter()
+    optimizer.zero_grad()
+    own_loss(model, 0).backward()
+    optimizer.step()
     model.merge_adapter()
     merged = run.evaluate(model)
     for report in run_on_ranks(with_own_engine, 2, storage):
         assert report["losses"] == pytest.approx(alone, abs=1e-5)
         torch.testing.assert_close(report["logits"], logits, rtol=0, atol=5e-3)
         torch.testing.assert_close(report["merged"], merged, rtol=0, atol=5e-3)
-        assert report["bytes"] <= share_of(larger(storage))
-        assert report["said"].startswith("an engine of your own has partitioned this base")
+        torch.testing.assert_close(report["dense"], dense, rtol=0, atol=1e-4)
+        assert report["kinds"] == {nn.Linear}
+        assert max(report["bytes"], report["bytes again"]) <= share_of(larger(storage))
+
+
+def without_an_engine() -> str:
+    with mock.patch.object(run, "base", lambda: base("nf4")):
+        model, _ = run.build(3, {"default": run.METHODS["LORA"]()}, partition_first=True, checkpointing=False)
+    before = stored(model)
+    del model.get_base_model().__dict__[sharding._ENGINE]
+    with pytest.raises(ShardingError) as caught:
+        model.merge_and_unload(dequantize=True)
+    after = stored(model)
+    assert all(torch.equal(after[key], value) for key, value in before.items())
+    return str(caught.value)
+
+
+def test_a_base_whose_engine_cannot_be_told_is_not_dequantised() -> None:
+    for said in run_on_ranks(without_an_engine, 2):
+        assert said.startswith("an engine of your own has partitioned this base and trains nothing in it")
 
 
 def prepared(storage: str, sharded: bool) -> tuple[list[float], set[torch.dtype]]:
