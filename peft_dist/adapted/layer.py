@@ -200,7 +200,7 @@ class Adapted(AdapterModule):
             return y
         if not (followers := siblings.after(self, x)):
             return None
-        choice = rows.segments[0].adapter if rows is not None and rows.num is not None else None
+        choice = rows.segments[0].adapter if rows is not None and rows.segments else None
         alone = [other._served_alone(choice, x) for other in followers]
         if not all(one is not None and type(one[0]) is type(method) for one in alone):
             return None
