@@ -47,6 +47,10 @@ class Codes(Pending):
         super().__init__(shape, stands_for)
         self.stands_for, self.parts = stands_for, parts
 
+    def tell_levels(self, layer: Any) -> None:
+        """Has a partitionable layer read its codes by the levels that the file says, where they are others than
+        bitsandbytes' of now."""
+
     def to(self, *args: Any, **kwargs: Any) -> Pending:
         """The same codes; what is read of it as numbers comes in another dtype."""
         asked = [arg for arg in (*args, *kwargs.values()) if isinstance(arg, torch.dtype)]
@@ -101,6 +105,13 @@ class Codes4bit(Codes):
         super().__init__(tuple(facts["shape"]), _FLOATS[facts["dtype"]], parts)
         self.block, self.quant_type = int(facts["blocksize"]), str(facts["quant_type"])
         self.levels, self.nested_levels = levels, nested
+
+    def tell_levels(self, layer: Any) -> None:
+        """See `Codes`."""
+        state = layer.weight.quant_state
+        for where, own in ((state, self.levels), (state.state2, self.nested_levels)):
+            if own is not None and not torch.equal(where.code.cpu(), own):
+                where.code = own.to(where.code.device)
 
     def state(self, parts: Mapping[str, Tensor], shape: Any) -> Any:
         """bitsandbytes' QuantState of the whole weight, or a part of it, with statistics that were read."""

@@ -120,6 +120,7 @@ class _Pieces:
         self.advance(group)
 
     def _stored(self, layer: Any, codes: Codes) -> None:
+        codes.tell_levels(layer)
         for key, parameter in {"weight": layer.weight, **packed.statistics(layer)}.items():
             start, stop = self.ranks.bounds(parameter.numel())
             mine = torch.empty(stop - start, dtype=parameter.dtype, device=self.device)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
 
@@ -131,6 +132,11 @@ def test_pieces_of_stored_codes_are_those_of_the_whole(kind: str, tmp_path: Path
         base = load_base(full, "CAUSAL_LM", torch.bfloat16, asked)
         base.save_pretrained(tmp_path / str(number))
         folders.append(str(tmp_path / str(number)))
+    # Of nf4, the levels of one layer's statistics are not those that bitsandbytes has now.
+    state = load_file(tmp_path / "1" / "model.safetensors")
+    key = next(key for key in state if key.endswith("nested_quant_map"))
+    state[key] = state[key] * 0.5
+    save_file(state, tmp_path / "1" / "model.safetensors", metadata={"format": "pt"})
     for ours, theirs in zip(
         run_on_ranks(stored_in_pieces, 3, folders, timeout_s=300),
         run_on_ranks(stored_then_cut, 3, folders, timeout_s=300),
