@@ -18,6 +18,7 @@ import pytest
 from orchestrator import lease, objects
 from orchestrator.errors import RunError, StorageError
 from orchestrator.processes import is_alive, this_process
+from orchestrator.runner import Spent
 from orchestrator.spec.load import load_job_mapping
 from orchestrator.store import RunStore
 
@@ -289,9 +290,12 @@ from tests.orchestrator.test_store import job
 from orchestrator.store import RunStore
 run = RunStore(sys.argv[1]).open("small", job(), "d")
 run.set_state("starting")
-run.set_state("training")
-print(run.id, flush=True)
-time.sleep(60)
+with run.on_the_clock():
+    time.sleep(0.1)
+    run.note_retry("worker lost")
+    run.set_state("training")
+    print(run.id, flush=True)
+    time.sleep(60)
 """
 
 
@@ -316,6 +320,14 @@ def test_a_killed_driver_is_seen_and_taken_over(store: RunStore, repository: Pat
     assert list(store.events(id, follow=True))[-1]["state"] == "training"
     with store.open("small", job(), "d") as run:
         assert run.id == id
+        # what it used up of `retry` is used up
+        assert 0.1 <= run.record.spent.seconds < 60 and run.record.spent.retries == {"worker lost": 1}
+        with run.on_the_clock():
+            run.note_retry("worker lost")
+        assert run.record.spent.seconds > dead.spent.seconds
+        assert run.record.spent.retries == {"worker lost": 2}
+    with store.open("small", job(), "d", resume=True) as run:
+        assert run.record.spent == Spent()
     child.wait()
     child.stdout.close()
 
