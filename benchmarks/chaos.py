@@ -74,8 +74,8 @@ OTHERS = ("sigterm-worker", "sigterm-driver", *DAMAGES)
 SAVE_STEPS, HERE_STEPS, ROWS = 4, 10, 60
 IN_ONE_RUN, MOST_GAP = 4, 20
 """Faults in one run, and the most steps from one to the next."""
-LIMIT_S = 900.0
-"""For one trial; what has not ended by then counts as hanging."""
+LIMIT_S = 600.0
+"""A run that takes no step for so long counts as hanging."""
 LEAVE_S = 60.0
 """A driver that lost its head leaves by itself within this, or is killed."""
 
@@ -353,7 +353,7 @@ class Trial:
     def _hear(self, event: dict[str, Any]) -> None:
         kind, outcome = event.get("event"), self.outcome
         if kind == "progress":
-            self.step = event["step"]
+            self.step, self.deadline = event["step"], time.monotonic() + LIMIT_S
             if outcome is not None and outcome.resumed_at is not None and self.struck_at is not None:
                 outcome.again_s = round(event["t"] - self.struck_at, 1)
                 outcome.wall_s = round(time.monotonic() - self.armed_at, 1)
