@@ -22,6 +22,7 @@ from peft_dist.checkpoint import WEIGHTS_NAME
 from peft_dist.errors import ShardingError
 from peft_dist.model import PeftModel
 from tests.distributed import one_process as run
+from tests.distributed.own_engine import own_engine
 from tests.ranks import run_on_ranks
 
 STEPS, RATE = 3, 0.1
@@ -85,17 +86,9 @@ def with_own_engine(stage: int, folder: str, masters: bool = True) -> dict[str, 
 def one_with_own_engine(method: str, stage: int, folder: str, masters: bool) -> dict[str, Any]:
     model = model_of(method)
     trainable = [p for p in model.parameters() if p.requires_grad]
-    engine, *_ = deepspeed.initialize(
-        model=model,
-        model_parameters=trainable,
-        optimizer=torch.optim.SGD(trainable, lr=RATE),
-        config={
-            "train_micro_batch_size_per_gpu": run.PER_MICRO_BATCH // dist.get_world_size(),
-            "gradient_clipping": 0,
-            "zero_allow_untested_optimizer": True,
-            "zero_force_ds_cpu_optimizer": False,
-            "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
-        },
+    zero = {"stage": stage, "stage3_param_persistence_threshold": 0}
+    engine = own_engine(
+        model, torch.optim.SGD(trainable, lr=RATE), zero, run.PER_MICRO_BATCH // dist.get_world_size()
     )
     for step in range(STEPS):
         if step == 1:

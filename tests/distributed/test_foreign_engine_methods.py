@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import deepspeed
 import pytest
 import torch
 import torch.distributed as dist
@@ -33,6 +32,7 @@ from peft_dist.errors import ShardingError
 from peft_dist.gradients import Gradients
 from peft_dist.model import PeftModel
 from tests.distributed import one_process as run
+from tests.distributed.own_engine import config_of, own_engine
 from tests.ranks import run_on_ranks
 
 STEPS, RATE = 3, 0.05
@@ -86,21 +86,11 @@ def alone(method: str) -> dict[str, Any]:
 
 
 def in_engine(model: PeftModel, stage: int, optimizer: torch.optim.Optimizer) -> Any:
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    engine, *_ = deepspeed.initialize(
-        model=model, model_parameters=trainable, optimizer=optimizer, config=config_of(stage)
-    )
-    return engine
+    return own_engine(model, optimizer, zero_at(stage), run.PER_MICRO_BATCH // 2)
 
 
-def config_of(stage: int) -> dict[str, Any]:
-    return {
-        "train_micro_batch_size_per_gpu": run.PER_MICRO_BATCH // 2,
-        "gradient_clipping": 0,
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
-    }
+def zero_at(stage: int) -> dict[str, Any]:
+    return {"stage": stage, "stage3_param_persistence_threshold": 0}
 
 
 def one_method(method: str, stage: int, given: dict[str, Tensor]) -> dict[str, Any]:
@@ -255,7 +245,7 @@ def started(name: str, base: LlamaForCausalLM, on_meta: bool) -> PeftModel:
 
 def on_meta_in_an_engine(folder: str) -> dict[str, Any]:
     sharding.disable_deepspeed_op_builds()
-    keep = HfDeepSpeedConfig(config_of(3))
+    keep = HfDeepSpeedConfig(config_of(zero_at(3), run.PER_MICRO_BATCH // 2))
     report = {}
     for name in READS_THE_BASE:
         base = LlamaForCausalLM.from_pretrained(folder)

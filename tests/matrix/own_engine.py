@@ -6,10 +6,6 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-import deepspeed
-
-# Every engine asks for it, and it takes seconds to import: once, before any fork.
-import deepspeed.runtime.zero.muon.muon_optimizer
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -17,6 +13,7 @@ from torch import Tensor
 from peft_dist import get_peft_model, get_peft_model_state_dict, sharding
 from peft_dist.rows import Rows
 from tests.distributed import one_process as run
+from tests.distributed.own_engine import own_engine
 from tests.matrix import storages
 from tests.matrix.axes import OFFLOAD, Cell
 
@@ -44,18 +41,7 @@ def trained(cell: Cell) -> dict[str, Any]:
     zero: dict[str, Any] = {"stage": cell.zero_stage, "stage3_param_persistence_threshold": 0}
     if cell.stage == OFFLOAD:
         zero["offload_param"] = {"device": "cpu"}
-    engine, *_ = deepspeed.initialize(
-        model=model,
-        model_parameters=trainable,
-        optimizer=optimizer,
-        config={
-            "train_micro_batch_size_per_gpu": run.PER_MICRO_BATCH // dist.get_world_size(),
-            "gradient_clipping": 0,
-            "zero_allow_untested_optimizer": True,
-            "zero_force_ds_cpu_optimizer": False,
-            "zero_optimization": zero,
-        },
-    )
+    engine = own_engine(model, optimizer, zero, run.PER_MICRO_BATCH // dist.get_world_size())
     losses = [_step(model, engine, step, None) for step in range(STEPS)]
     losses.append(run.over_all_ranks(_loss(model, engine, 0).detach().double()))
     return {"losses": losses, "moved": moved(before, get_peft_model_state_dict(model))}
