@@ -58,6 +58,10 @@ class Codes(Pending):
         made.dtype = asked[0] if asked else self.dtype
         return made
 
+    def t(self) -> Pending:
+        """The other way round. A column of codes is no column of blocks, so each part takes the whole."""
+        return _Turned(self)
+
     def _fill(self, start: int, out: Tensor) -> None:
         step = self._step()
         first, stop = start // step * step, start + out.numel()
@@ -73,6 +77,15 @@ class Codes(Pending):
     def _numbers(self, low: int, high: int) -> Tensor:
         """The numbers [low, high), both multiples of a step, or the end."""
         raise NotImplementedError
+
+
+class _Turned(Pending):
+    def __init__(self, of: Codes) -> None:
+        super().__init__(reversed(of.shape), of.dtype)
+        self.of = of
+
+    def _fill(self, start: int, out: Tensor) -> None:
+        out.copy_(self.of.whole().T.reshape(-1)[start : start + out.numel()])
 
 
 class Codes8bit(Codes):
