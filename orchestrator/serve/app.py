@@ -20,6 +20,7 @@ from .catalogue import Catalogue, Target
 from .engine import Engine, EngineDead, FinishReason, Generation, Piece
 from .openai_api import ApiError, ChatRequest, CompletionRequest, Reply, Usage, parse
 from .prompts import Prompts
+from .sticky import Sticky
 
 _log = logging.getLogger("ray.serve")
 
@@ -62,8 +63,11 @@ def build_app(
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         await catalogue.start()
-        yield
-        engine.close()
+        try:
+            yield
+        finally:
+            await catalogue.stop()
+            engine.close()
 
     app = Starlette(
         lifespan=lifespan,
@@ -137,17 +141,21 @@ class _Api:
         return JSONResponse(found)
 
     async def completions(self, request: Request) -> Response:
-        wanted: CompletionRequest = parse(CompletionRequest, await _body(request))
+        body = await _body(request)
+        wanted: CompletionRequest = parse(CompletionRequest, body)
         prompts = [self._completion_ids(prompt) for prompt in wanted.prompts]
-        return await self._answer(wanted, prompts, wanted.token_limit, chat=False)
+        sticky = Sticky(request.headers, body)
+        return await self._answer(wanted, prompts, wanted.token_limit, sticky, chat=False)
 
     async def chat(self, request: Request) -> Response:
-        wanted: ChatRequest = parse(ChatRequest, await _body(request))
+        body = await _body(request)
+        wanted: ChatRequest = parse(ChatRequest, body)
         try:
             ids = self._prompts.chat_ids([message.plain() for message in wanted.messages])
         except ModelError as error:
             raise ApiError(str(error), param="messages") from error
-        return await self._answer(wanted, [ids], wanted.token_limit, chat=True)
+        sticky = Sticky(request.headers, body)
+        return await self._answer(wanted, [ids], wanted.token_limit, sticky, chat=True)
 
     def _completion_ids(self, prompt: str | list[int]) -> list[int]:
         ids = self._prompts.text_ids(prompt) if isinstance(prompt, str) else prompt
@@ -162,11 +170,12 @@ class _Api:
         wanted: CompletionRequest | ChatRequest,
         prompts: list[list[int]],
         token_limit: int | None,
+        sticky: Sticky,
         *,
         chat: bool,
     ) -> Response:
         async with AsyncExitStack() as stack:
-            target = await stack.enter_async_context(self._catalogue.acquire(wanted.model))
+            target = await stack.enter_async_context(self._catalogue.acquire(wanted.model, sticky))
             generations = self._generations(wanted, prompts, token_limit, target)
             usage = Usage(prompt_tokens=sum(len(ids) for ids in prompts))
             reply = Reply(chat=chat, model=target.name)
@@ -207,6 +216,7 @@ class _Api:
                 top_p=1.0 if wanted.top_p is None else wanted.top_p,
                 seed=wanted.seed,
                 stop=wanted.stops,
+                shadow=target.shadow,
             )
             for _ in range(wanted.n or 1):
                 # Each choice has a seed of its own, else all would be the same.

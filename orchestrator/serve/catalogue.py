@@ -16,12 +16,17 @@ from typing import Any, Protocol
 from ..errors import RaypeftError, closest
 from ..identity import BaseIdentity
 from ..registry import DEFAULT_ALIAS, AdapterVersion
+from .api_error import ApiError
 from .desired import Desired, Served
 from .engine import AdapterRefused, Engine
 from .naming import base_id
-from .openai_api import ApiError, model_card
+from .replies import model_card
+from .sticky import Sticky
 
 _log = logging.getLogger("ray.serve")
+
+ANYONE = Sticky()
+"""A request that nothing tells apart from others."""
 
 
 class AdapterSource(Protocol):
@@ -47,7 +52,9 @@ class Target:
     name: str
     """`name@version`, or the base's own name."""
     adapter: str | None
-    """The engine's key: the version's content hash."""
+    """The engine's key: the version's content hash, or an ensemble's."""
+    shadow: str | None = None
+    """The key of a candidate that answers the same prompts beside it, for comparison; for `Generation.shadow`."""
 
 
 class Catalogue:
@@ -88,6 +95,9 @@ class Catalogue:
         await self.refresh(max_age_s=0)
         await self._bring_up(list(self._served.values()))
 
+    async def stop(self) -> None:
+        """Ends what `start` began."""
+
     async def follow(self) -> None:
         """Reads the desired state, and lets versions that waited take their aliases."""
         await self.refresh()
@@ -113,7 +123,7 @@ class Catalogue:
         await self._free_others()
 
     @asynccontextmanager
-    async def acquire(self, model: str) -> AsyncIterator[Target]:
+    async def acquire(self, model: str, sticky: Sticky = ANYONE) -> AsyncIterator[Target]:
         """The target of a request's `model`, loaded and kept loaded within the context.
 
         Raises:

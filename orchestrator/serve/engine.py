@@ -3,7 +3,7 @@ engine takes its place behind the same protocol. No torch here: the HTTP side is
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
@@ -26,7 +26,8 @@ class Generation:
     `adapter` is the key given to `load`, None the bare base. `temperature` 0 is greedy; `seed` makes a
     sampled sequence repeatable. `logprobs` asks for the log-probability of each token and of so many of the
     likeliest beside it. `queue` names whose turn it takes where more wait than run (an adapter, or a tenant's
-    adapter).
+    adapter). `shadow` is the key of a candidate that answers the same beside it, compared and seen by no client;
+    `observed.Observed` sees to it, an engine itself passes it over.
     """
 
     prompt_ids: tuple[int, ...]
@@ -38,6 +39,7 @@ class Generation:
     stop: tuple[str, ...] = ()
     logprobs: int | None = None
     queue: str = ""
+    shadow: str | None = None
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,15 @@ class Engine(Protocol):
 
         Raises:
             AdapterRefused: the files are damaged or do not fit the base.
+            EngineDead: the engine has stopped.
+        """
+
+    async def combine(self, adapter: str, parts: Sequence[tuple[str, float]]) -> None:
+        """Makes a key that answers as the weighted sum of loaded adapters: each one's change of a layer times its
+        weight, added to the base. The parts stay loaded while it is; `unload` takes it away; `loaded` has it.
+
+        Raises:
+            AdapterRefused: adapters of these kinds have no such sum.
             EngineDead: the engine has stopped.
         """
 

@@ -16,6 +16,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 from peft_dist import PeftModel, Rows
+from peft_dist.errors import PeftDistError
 from peft_dist.rows import BASE
 
 from .engine import AdapterRefused, EngineDead, Generation, Piece
@@ -90,6 +91,10 @@ class SequentialEngine:
         """See `Engine.load`; waits for the generations that were asked for before."""
 
         await self._turn(lambda: self._load(adapter, directory))
+
+    async def combine(self, adapter: str, parts: Sequence[tuple[str, float]]) -> None:
+        """See `Engine.combine`: as far as `add_weighted_adapter` goes."""
+        await self._turn(lambda: self._combine(adapter, parts))
 
     async def unload(self, adapter: str) -> None:
         """See `Engine.unload`."""
@@ -168,6 +173,21 @@ class SequentialEngine:
         self._model.eval()
         config = self._model.peft_config[adapter]
         self._virtual_tokens[adapter] = int(getattr(config, "num_virtual_tokens", None) or 0)
+
+    def _combine(self, adapter: str, parts: Sequence[tuple[str, float]]) -> None:
+        if adapter in self._virtual_tokens:
+            return
+        names, weights = [name for name, _ in parts], [weight for _, weight in parts]
+        kinds = {str(self._model.peft_config[name].peft_type.value) for name in names}
+        exact = {"combination_type": "cat"} if kinds == {"LORA"} else {}
+        try:
+            if len(kinds) > 1:
+                raise AdapterRefused(f"adapters of {' and '.join(sorted(kinds))} have no sum as one adapter.")
+            self._model.add_weighted_adapter(names, weights, adapter, **exact)
+        except (PeftDistError, AttributeError) as error:
+            raise AdapterRefused(str(error)) from error
+        self._model.eval()
+        self._virtual_tokens[adapter] = 0
 
     def _unload(self, adapter: str) -> None:
         if self._virtual_tokens.pop(adapter, None) is not None:
