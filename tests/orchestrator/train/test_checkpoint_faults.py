@@ -28,8 +28,9 @@ from orchestrator.train.run import train
 
 from ..faulty import FaultyStorage, dies_at
 from ..test_store import job as small_job
+from .ends import adapter_of
 from .test_checkpoint import FAULTS, STATE, save_adapter
-from .test_run import Recorder, adapter_of, same
+from .test_run import Recorder, same
 from .tiny import job, request
 
 

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
-from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 import peft_dist
@@ -18,6 +15,7 @@ from peft_dist.catalog import METHODS, config_class
 from peft_dist.loading import load_base
 
 from ..spec.jobs import NEEDED
+from .ends import adapter_of
 from .test_run import Recorder
 from .tiny import job, plan, request
 
@@ -50,10 +48,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-def adapter_of(end) -> dict[str, torch.Tensor]:
-    return load_file(Path(end.adapter_dir) / "adapter_model.safetensors")
 
 
 METHOD_NAMES = [

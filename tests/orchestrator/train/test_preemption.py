@@ -16,7 +16,8 @@ from orchestrator.train.events import Reporter
 from orchestrator.train.run import train
 from tests.ranks import run_on_ranks
 
-from .test_ranks import difference, on_rank
+from .ends import difference
+from .test_ranks import on_rank
 from .tiny import job, plan, request
 
 

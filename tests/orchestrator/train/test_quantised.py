@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from orchestrator.train.model import load_frozen_base
 from orchestrator.train.run import train
 from tests.ranks import run_on_ranks
 
+from .ends import difference
 from .tiny import job, plan, request, save_base
 
 NF4 = {"load_in_4bit": True}
@@ -56,12 +56,6 @@ def test_each_key_of_a_base_in_4_bits(tmp_path, keys, precision, expected):
 def on_rank(folder: Path, spec, made_plan, run: str):
     torch.set_num_threads(1)
     return train(request(folder, spec, made_plan, run=run))
-
-
-def difference(one, other) -> float:
-    ours, theirs = (load_file(Path(end.adapter_dir) / "adapter_model.safetensors") for end in (one, other))
-    assert ours.keys() == theirs.keys()
-    return max(float((ours[name] - theirs[name]).abs().max()) for name in ours)
 
 
 @pytest.mark.parametrize(

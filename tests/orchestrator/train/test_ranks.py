@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from orchestrator.train.run import train
 from tests.ranks import RankFailed, run_on_ranks
 
+from .ends import difference
 from .tiny import job, plan, request
 
 METRICS = {"metrics": ["exact_match", "contains"], "max_new_tokens": 4}
@@ -19,16 +19,6 @@ METRICS = {"metrics": ["exact_match", "contains"], "max_new_tokens": 4}
 def on_rank(folder: Path, spec, made_plan, run: str):
     torch.set_num_threads(1)
     return train(request(folder, spec, made_plan, run=run))
-
-
-def adapter_of(end) -> dict[str, torch.Tensor]:
-    return load_file(Path(end.adapter_dir) / "adapter_model.safetensors")
-
-
-def difference(one, other) -> float:
-    ours, theirs = adapter_of(one), adapter_of(other)
-    assert ours.keys() == theirs.keys()
-    return max(float((ours[name] - theirs[name]).abs().max()) for name in ours)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])

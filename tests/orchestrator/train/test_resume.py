@@ -15,6 +15,7 @@ from orchestrator.train.run import train
 from peft_dist.optim import AdapterOptimizer
 from tests.ranks import run_on_ranks
 
+from .ends import difference
 from .tiny import job, plan, request
 
 HALF, STEPS, BATCH = 6, 12, 8
@@ -75,16 +76,6 @@ def in_two_parts(folder, spec, first: Plan, second: Plan, name: str):
     end, more = run(folder, spec, second, name)
     assert end.steps == STEPS and len(losses) == len(more) == HALF
     return end, losses + more
-
-
-def adapter_of(end) -> dict[str, torch.Tensor]:
-    return load_file(Path(end.adapter_dir) / "adapter_model.safetensors")
-
-
-def difference(one, other) -> float:
-    ours, theirs = adapter_of(one), adapter_of(other)
-    assert ours.keys() == theirs.keys()
-    return max(float((ours[name] - theirs[name]).abs().max()) for name in ours)
 
 
 @pytest.fixture(scope="module")

@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
 from peft import get_peft_model as hf_get_peft_model
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from orchestrator.errors import DataError, ModelError, SpecError, TrainingError
@@ -26,6 +24,7 @@ from orchestrator.train.schedule import learning_rate
 from orchestrator.train.tasks import causal
 from peft_dist.loading import load_base
 
+from .ends import adapter_of
 from .tiny import job, plan, request, save_base
 
 
@@ -53,10 +52,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-def adapter_of(end) -> dict[str, torch.Tensor]:
-    return load_file(Path(end.adapter_dir) / "adapter_model.safetensors")
 
 
 def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 
 import pytest
-from safetensors.torch import load_file
 
 from orchestrator.errors import DataError
 from orchestrator.spec.job import AdapterSpec
@@ -15,6 +14,7 @@ from orchestrator.train.sources import SourceRow
 from orchestrator.train.task_ids import TaskNumbers, task_numbers
 from orchestrator.train.tokenizer import load_tokenizer
 
+from .ends import adapter_of
 from .tiny import job, plan, request
 
 POLY = {"type": "poly", "r": 2, "n_skills": 2, "n_tasks": 2}
@@ -52,7 +52,7 @@ def test_each_dataset_is_a_task(adapter, tmp_path):
     same = load_examples(one, load_tokenizer(spec.model), max_len=128)
     assert {row.task_id for row in same.train} == {1}
     other = train(request(tmp_path, one, plan(), run="other"))
-    first, second = (load_file(f"{each.adapter_dir}/adapter_model.safetensors") for each in (end, other))
+    first, second = adapter_of(end), adapter_of(other)
     assert any(not first[name].equal(second[name]) for name in first)
 
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from orchestrator.train.run import train
 from tests.ranks import run_on_ranks
 
+from .ends import difference
 from .tasks import KINDS, task_job
 from .test_run import Recorder
 from .tiny import plan, request
@@ -20,16 +20,6 @@ from .tiny import plan, request
 def on_rank(folder: Path, spec, made_plan, run: str, stop_after: int | None = None):
     torch.set_num_threads(1)
     return train(request(folder, spec, made_plan, run=run), reporter=Recorder(stop_after))
-
-
-def adapter_of(end) -> dict[str, torch.Tensor]:
-    return load_file(Path(end.adapter_dir) / "adapter_model.safetensors")
-
-
-def difference(one, other) -> float:
-    ours, theirs = adapter_of(one), adapter_of(other)
-    assert ours.keys() == theirs.keys()
-    return max(float((ours[name] - theirs[name]).abs().max()) for name in ours)
 
 
 @pytest.mark.parametrize("kind", KINDS)
