@@ -56,6 +56,7 @@ Duration = Annotated[
     float, BeforeValidator(parse_duration), WithJsonSchema({"type": ["number", "string"], "minimum": 0})
 ]
 Share = Annotated[float, Field(ge=0, le=1)]
+Percent = Annotated[float, Field(ge=0, le=100)]
 Times = NonNegativeInt | Literal["unlimited"]
 Workers = Annotated[
     int | tuple[int, int],
@@ -385,6 +386,67 @@ class GateSpec(Section):
     any: tuple[Text, ...] | None = Field(default=None, description="one comparison must hold")
 
 
+class RolloutSpec(Section):
+    """`deploy.rollout`: how a version takes the place of the one before it."""
+
+    canary_percent: Percent = Field(
+        default=100,
+        description="share of the alias's requests that the new version answers while it is watched",
+    )
+    sticky_key: Text = Field(
+        default="user",
+        description="a field of the request, or a header: requests of one value get one version",
+    )
+    shadow_percent: Percent = Field(
+        default=0,
+        description="share of the alias's requests that the new version answers too, seen by nobody",
+    )
+    bake: Duration = Field(
+        default=0, description="how long it is watched before it takes the alias; 0: until raypeft promote"
+    )
+    rollback: GateSpec | None = Field(
+        default=None, description="conditions over live metrics by which it is taken back; none: only by hand"
+    )
+
+    @property
+    def is_watched(self) -> bool:
+        """Whether the version is watched at all before it takes the alias."""
+        return bool(self.canary_percent < 100 or self.shadow_percent or self.bake)
+
+
+class ScaleSpec(Section):
+    """`deploy.scale`: how many replicas there are, by how much is asked."""
+
+    min_replicas: NonNegativeInt | None = Field(
+        default=None, description="at least so many, 0 for none while nobody asks; deploy.num_replicas"
+    )
+    max_replicas: PositiveInt | None = Field(
+        default=None, description="at most so many; the larger of the two others where not given"
+    )
+    idle_timeout: Duration = Field(default="5m", description="how long replicas that are not needed stay")  # type: ignore[assignment]
+
+
+class EngineSpec(Section):
+    """`deploy.engine`: what a replica's engine is told; `auto` leaves it to the engine."""
+
+    max_context: PositiveInt | Literal["auto"] = Field(
+        default="auto", description="tokens of prompt and answer together; auto: what the base allows"
+    )
+    max_batch_tokens: PositiveInt | Literal["auto"] = Field(
+        default="auto", description="tokens of one forward over all requests"
+    )
+    max_adapters: PositiveInt | Literal["auto"] = Field(
+        default="auto", description="adapters loaded at once; others wait on disk. auto: all that are served"
+    )
+    deterministic: bool = Field(
+        default=False,
+        description="the same log-probabilities to the bit, alone or in any batch (fp32 on CPU)",
+    )
+    quantization: Literal["auto", "none", "int8", "nf4"] = Field(
+        default="auto", description="how the base's linear layers are kept; auto: as its files have them"
+    )
+
+
 class DeploySpec(Section):
     """`deploy`: present: the version that passes the gate is served."""
 
@@ -400,6 +462,22 @@ class DeploySpec(Section):
         default="auto", description="1 where the cluster has GPUs, else 0"
     )
     cpus_per_replica: AboveZero = Field(default=1, description="CPUs and threads of a replica")
+    rollout: RolloutSpec = Field(
+        default=RolloutSpec(), description="how it takes the place of the version before"
+    )
+    scale: ScaleSpec | None = Field(
+        default=None, description="replicas by demand; absent: num_replicas, always"
+    )
+    engine: EngineSpec = Field(default=EngineSpec(), description="what the engine is told")
+
+    @property
+    def bounds(self) -> tuple[int, int]:
+        """The fewest and the most replicas."""
+        if self.scale is None:
+            return self.num_replicas, self.num_replicas
+        low = self.num_replicas if self.scale.min_replicas is None else self.scale.min_replicas
+        most = max(low, self.num_replicas) if self.scale.max_replicas is None else self.scale.max_replicas
+        return low, most
 
 
 DeepSpeed = Literal["zero0", "zero1", "zero2", "zero3", "zero3-offload"] | str | dict[str, Any]

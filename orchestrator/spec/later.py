@@ -9,9 +9,6 @@ _NO_TRACKING = "Remove it: metrics are in the run's folder (metrics.jsonl) and o
 
 LATER: dict[str, str] = {
     "data.sample_packing": _NO_PACKING,
-    "deploy.rollout": "Remove it: the gated version takes the alias at once in this version.",
-    "deploy.scale": "Remove it: write deploy.num_replicas for a fixed number.",
-    "deploy.engine": "Remove it: the engine chooses these by itself in this version.",
     "sweep": "Remove it: run one job per setting, with --set training.learning_rate=1e-4 and the like.",
     "tracking": _NO_TRACKING,
 }

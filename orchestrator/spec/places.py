@@ -147,7 +147,7 @@ class Tree:
 
 def _is_whole(path: Path) -> bool:
     """A DeepSpeed config or a gate is one value: half of two of them is none."""
-    return path in {("deepspeed",), ("deploy", "gate")}
+    return path in {("deepspeed",), ("deploy", "gate"), ("deploy", "rollout", "rollback")}
 
 
 def _reading_order(place: Place, first: str) -> tuple:

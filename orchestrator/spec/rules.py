@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
+from functools import partial
 
 from peft_dist.catalog import METHODS
 
 from ..errors import closest
 from .conditions import parse_comparison
 from .job import DeploySpec, GateSpec, JobSpec, ModelSpec
+from .live_metrics import OF_SHADOW, live_metrics
 from .places import Path, Problem
 from .tasks import SERVED, TASKS, evaluated_types, measured_metrics, task_type
 from .words import show
@@ -23,6 +25,8 @@ def check_rules(spec: JobSpec, written: Collection[Path], warnings: list[str]) -
         *_bits(spec),
         *_batch(spec, written),
         *_gate(spec),
+        *_rollout(spec),
+        *_scale(spec),
         *_evaluation(spec),
         *_secrets(spec),
         *_task(spec),
@@ -127,36 +131,96 @@ def _gate(spec: JobSpec) -> Iterator[Problem]:
     if spec.deploy is None or (gate := spec.deploy.gate) is None:
         return
     path: Path = ("deploy", "gate")
+    written = list(_form(gate, path, 'gate: {all: ["eval_loss < base.eval_loss"]}'))
+    yield from written
+    if not written:
+        key, metrics = "all" if gate.all is not None else "any", produced_metrics(spec)
+        for index, text in enumerate(_conditions(gate)):
+            hint = partial(_how_to_measure, spec, metrics=metrics)
+            yield from _condition((*path, key, index), text, metrics, "by this job", hint)
+
+
+def _form(gate: GateSpec, path: Path, example: str) -> Iterator[Problem]:
+    """A gate, or what has its form, has one of two lists with something in it."""
     if (gate.all is None) == (gate.any is None):
         problem = "has both all and any." if gate.all is not None else "has neither all nor any."
-        yield Problem(path, problem, 'Write gate: {all: ["eval_loss < base.eval_loss"]}.')
-        return
-    key = "all" if gate.all is not None else "any"
-    conditions = _conditions(gate)
-    if not conditions:
+        yield Problem(path, problem, f"Write {example}.")
+    elif not _conditions(gate):
+        what = str(path[-1])
+        says = "it then always holds" if what == "gate" else "nothing is then taken back by itself"
         yield Problem(
-            (*path, key), "is an empty list.", "Write a condition, or remove the gate: it then always holds."
+            (*path, "all" if gate.all is not None else "any"),
+            "is an empty list.",
+            f"Write a condition, or remove the {what}: {says}.",
         )
-    for index, text in enumerate(conditions):
-        yield from _condition(spec, (*path, key, index), text)
+
+
+def _rollout(spec: JobSpec) -> Iterator[Problem]:
+    """`deploy.rollout`: what it is watched for must be measured."""
+    if spec.deploy is None:
+        return
+    rollout = spec.deploy.rollout
+    if rollout.rollback is None:
+        return
+    path: Path = ("deploy", "rollout", "rollback")
+    if not rollout.is_watched:
+        yield Problem(
+            path,
+            "is never looked at: the version takes the alias at once.",
+            "Write bake: 10m beside it, or canary_percent below 100.",
+        )
+    written = list(_form(rollout.rollback, path, 'rollback: {any: ["error_rate > 0.05"]}'))
+    yield from written
+    if not written:
+        key = "all" if rollout.rollback.all is not None else "any"
+        metrics = live_metrics(shadow=rollout.shadow_percent > 0)
+        for index, text in enumerate(_conditions(rollout.rollback)):
+            yield from _condition((*path, key, index), text, metrics, "of a rollout", partial(_live, metrics))
+
+
+def _live(metrics: list[str], name: str) -> str:
+    if name in OF_SHADOW:
+        return "Set deploy.rollout.shadow_percent above 0."
+    near = closest(name, metrics)
+    nearest = f"Closest: '{near[0]}'. " if near else ""
+    return f"{nearest}It measures: {', '.join(metrics)}."
+
+
+def _scale(spec: JobSpec) -> Iterator[Problem]:
+    """`deploy.scale`: bounds that leave room between them."""
+    deploy = spec.deploy
+    if deploy is None or deploy.scale is None:
+        return
+    low, most = deploy.bounds
+    if low > most:
+        yield Problem(
+            ("deploy", "scale", "max_replicas"),
+            f"{most} is below the {low} replicas that there are at least.",
+            f"Write at least {low}, or lower deploy.scale.min_replicas.",
+        )
+    elif "num_replicas" in deploy.model_fields_set and not low <= deploy.num_replicas <= most:
+        yield Problem(
+            ("deploy", "num_replicas"),
+            f"{deploy.num_replicas} is not between the bounds of deploy.scale, {low} and {most}.",
+            "Remove it: deploy.scale says how many there are.",
+        )
 
 
 def _conditions(gate: GateSpec) -> tuple[str, ...]:
     return gate.all if gate.all is not None else gate.any or ()
 
 
-def _condition(spec: JobSpec, path: Path, text: str) -> Iterator[Problem]:
+def _condition(
+    path: Path, text: str, metrics: list[str], where: str, hint: Callable[[str], str]
+) -> Iterator[Problem]:
     try:
         comparison = parse_comparison(text)
     except ValueError as error:
         yield Problem(path, str(error))
         return
-    metrics = produced_metrics(spec)
     for name in comparison.names:
         if name not in metrics:
-            yield Problem(
-                path, f"'{name}' is not measured by this job.", _how_to_measure(spec, name, metrics)
-            )
+            yield Problem(path, f"'{name}' is not measured {where}.", hint(name))
 
 
 def _how_to_measure(spec: JobSpec, name: str, metrics: list[str]) -> str:
@@ -243,7 +307,15 @@ def _task(spec: JobSpec) -> Iterator[Problem]:
             )
 
 
-_OF_ENDPOINTS = ("endpoint", "num_replicas", "gpus_per_replica", "cpus_per_replica")
+_OF_ENDPOINTS = (
+    "endpoint",
+    "num_replicas",
+    "gpus_per_replica",
+    "cpus_per_replica",
+    "rollout",
+    "scale",
+    "engine",
+)
 
 
 def _served(spec: JobSpec) -> Iterator[Problem]:

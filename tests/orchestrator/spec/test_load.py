@@ -113,9 +113,6 @@ def test_errors_are_told_together_one_a_line(text, message):
         "data: {datasets: [{path: a}], sample_packing: true}",
         "sweep: {metric: eval_loss}",
         "tracking: {mlflow: {uri: x}}",
-        "deploy: {rollout: {canary_percent: 10}}",
-        "deploy: {scale: {min_replicas: 0}}",
-        "deploy: {engine: {max_context: 1}}",
     ],
 )
 def test_keys_of_later_versions_say_so(key):
