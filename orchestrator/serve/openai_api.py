@@ -1,19 +1,17 @@
-"""The OpenAI HTTP API as data: what requests may say, what answers and errors look like. No transport."""
+"""What requests may say, in OpenAI's words. No transport."""
 
 from __future__ import annotations
 
 import re
-import time
-import uuid
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ..errors import closest
-from .engine import FinishReason
+from .api_error import ApiError
 
 _IGNORED = frozenset({
-    "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "verbosity",
+    "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "verbosity",
 })  # fmt: skip
 """Keys of OpenAI's own that change nothing in the answer's text."""
 
@@ -24,7 +22,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "function_call": (None, "none"),
     "functions": (None, []),
     "logit_bias": (None, {}),
-    "logprobs": (None, False),
     "modalities": (None, ["text"]),
     "parallel_tool_calls": (None, True, False),
     "presence_penalty": (None, 0),
@@ -32,36 +29,19 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "suffix": (None, ""),
     "tool_choice": (None, "none", "auto"),
     "tools": (None, []),
-    "top_logprobs": (None, 0),
 }
 """Keys that we do not serve, with the values that ask for nothing."""
 
 
-class ApiError(Exception):
-    """An error in OpenAI's form.
-
-    Args:
-        status: the HTTP status.
-        param: the request's key that is wrong.
-        code: OpenAI's word for it, such as `model_not_found`.
-    """
-
-    def __init__(
-        self, message: str, *, status: int = 400, param: str | None = None, code: str | None = None
-    ) -> None:
-        super().__init__(message)
-        self.message, self.status, self.param, self.code = message, status, param, code
-
-    @property
-    def body(self) -> dict[str, Any]:
-        """`{"error": {"message", "type", "param", "code"}}`."""
-        kind = "invalid_request_error" if self.status < 500 else "server_error"
-        return {
-            "error": {"message": self.message, "type": kind, "param": self.param, "code": self.code},
-        }
+MAX_SEQUENCES = 128
+"""Prompts times choices of one request."""
+MOST_LIKELY = 20
+"""The most tokens that log-probabilities are shown of, beside the one that was taken."""
 
 
-class _Strict(BaseModel):
+class Strict(BaseModel):
+    """Part of a request: of the types it says, with no key that it does not say."""
+
     model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
 
 
@@ -70,24 +50,21 @@ def _same(value: Any, neutral: Any) -> bool:
     return value == neutral and isinstance(value, bool) == isinstance(neutral, bool)
 
 
-class StreamOptions(_Strict):
+StopString = Annotated[str, Field(max_length=256)]
+
+
+class StreamOptions(Strict):
     """`include_usage`: a last chunk with the counts."""
 
     include_usage: bool = False
     include_obfuscation: bool | None = None
 
 
-class _Request(_Strict):
-    """What completions and chat completions share."""
+class Ask(Strict):
+    """What every request says: which model; keys that change no answer are passed over, others are refused."""
 
-    model: str
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    n: Annotated[int, Field(ge=1, le=16)] | None = None
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: str | Annotated[list[str], Field(max_length=16)] | None = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
+    model: Annotated[str, Field(max_length=512)]
+    user: str | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -103,8 +80,20 @@ class _Request(_Strict):
                     raise ValueError(f"'{key}' is not supported here; leave it out")
             elif key not in _IGNORED:
                 near = closest(key, cls.model_fields)
-                raise ValueError(f"unknown key '{key}'" + (f"; closest: '{near[0]}'" if near else ""))
+                raise ValueError(f"unknown key '{key[:80]}'" + (f"; closest: '{near[0]}'" if near else ""))
         return kept
+
+
+class _Request(Ask):
+    """What completions and chat completions share."""
+
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    n: Annotated[int, Field(ge=1, le=16)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    stop: StopString | Annotated[list[StopString], Field(max_length=16)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -128,6 +117,26 @@ class CompletionRequest(_Request):
         | Annotated[list[Annotated[list[int], Field(min_length=1)]], Field(min_length=1, max_length=64)]
     )
     max_tokens: Annotated[int, Field(ge=1)] | None = 16
+    logprobs: Annotated[int, Field(ge=0, le=MOST_LIKELY)] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _false_is_none(cls, data: Any) -> Any:
+        """Clients of the chat API say false here."""
+        return (
+            {**data, "logprobs": None} if isinstance(data, dict) and data.get("logprobs") is False else data
+        )
+
+    @model_validator(mode="after")
+    def _not_too_many(self) -> CompletionRequest:
+        if len(self.prompts) * (self.n or 1) > MAX_SEQUENCES:
+            raise ValueError(f"prompts times n is more than {MAX_SEQUENCES}")
+        return self
+
+    @property
+    def top(self) -> int | None:
+        """How many tokens log-probabilities are asked of; None: of none."""
+        return self.logprobs
 
     @property
     def token_limit(self) -> int:
@@ -144,7 +153,7 @@ class CompletionRequest(_Request):
         return [item for item in self.prompt if not isinstance(item, int)]
 
 
-class TextPart(_Strict):
+class TextPart(Strict):
     """A part of a message; only text can be served."""
 
     type: Literal["text"]
@@ -172,6 +181,19 @@ class ChatRequest(_Request):
     messages: Annotated[list[Message], Field(min_length=1)]
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MOST_LIKELY)] | None = None
+
+    @model_validator(mode="after")
+    def _top_needs_logprobs(self) -> ChatRequest:
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("'top_logprobs' needs 'logprobs': true")
+        return self
+
+    @property
+    def top(self) -> int | None:
+        """How many tokens log-probabilities are asked of; None: of none."""
+        return (self.top_logprobs or 0) if self.logprobs else None
 
     @property
     def token_limit(self) -> int | None:
@@ -179,7 +201,10 @@ class ChatRequest(_Request):
         return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
 
 
-def parse(kind: type[_Request], body: bytes) -> Any:
+Kind = TypeVar("Kind", bound=Ask)
+
+
+def parse(kind: type[Kind], body: bytes) -> Kind:
     """The request that a body holds.
 
     Raises:
@@ -189,6 +214,8 @@ def parse(kind: type[_Request], body: bytes) -> Any:
         return kind.model_validate_json(body or b"")
     except ValidationError as error:
         raise _bad_request(error) from error
+    except (RecursionError, UnicodeEncodeError) as error:
+        raise ApiError(f"The body cannot be read: {error}.") from error
 
 
 _UNION_TAG = re.compile(r"str|list\[.*|constrained-.*|function-.*")
@@ -206,71 +233,3 @@ def _bad_request(error: ValidationError) -> ApiError:
         return ApiError(f"You must provide '{where}'.", param=where, code="missing_required_parameter")
     message = f"Invalid '{where}': {said}." if where else f"{said[0].upper()}{said[1:]}."
     return ApiError(message, param=where or None, code="invalid_value")
-
-
-class Usage(BaseModel):
-    """Token counts of one request."""
-
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-
-    def to_dict(self) -> dict[str, int]:
-        """With the sum."""
-        return {**self.model_dump(), "total_tokens": self.prompt_tokens + self.completion_tokens}
-
-
-class Reply:
-    """Builds the objects that answer one request: whole, or chunk by chunk."""
-
-    def __init__(self, *, chat: bool, model: str) -> None:
-        self._chat, self._model = chat, model
-        self._id = ("chatcmpl-" if chat else "cmpl-") + uuid.uuid4().hex
-        self._created = int(time.time())
-
-    def whole(self, choices: list[tuple[str, FinishReason]], usage: Usage) -> dict[str, Any]:
-        """The answer in one object; `choices` are texts with what ended them."""
-        return {
-            **self._head(chunk=False),
-            "choices": [self._choice(at, text, reason) for at, (text, reason) in enumerate(choices)],
-            "usage": usage.to_dict(),
-        }
-
-    def opening(self, index: int) -> dict[str, Any] | None:
-        """The chunk that names the role, as chat streams begin; None for completions."""
-        if not self._chat:
-            return None
-        return self._chunk(
-            [{"index": index, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}]
-        )
-
-    def piece(self, index: int, text: str, reason: FinishReason | None) -> dict[str, Any]:
-        """A chunk with some text, or with what ended it."""
-        if not self._chat:
-            return self._chunk([{"index": index, "text": text, "logprobs": None, "finish_reason": reason}])
-        delta = {"content": text} if text else {}
-        return self._chunk([{"index": index, "delta": delta, "finish_reason": reason}])
-
-    def counts(self, usage: Usage) -> dict[str, Any]:
-        """The last chunk where usage was asked for."""
-        return {**self._chunk([]), "usage": usage.to_dict()}
-
-    def _choice(self, index: int, text: str, reason: FinishReason) -> dict[str, Any]:
-        if self._chat:
-            message = {"role": "assistant", "content": text, "refusal": None}
-            return {"index": index, "message": message, "logprobs": None, "finish_reason": reason}
-        return {"index": index, "text": text, "logprobs": None, "finish_reason": reason}
-
-    def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        return {**self._head(chunk=True), "choices": choices}
-
-    def _head(self, *, chunk: bool) -> dict[str, Any]:
-        kind = ("chat.completion.chunk" if chunk else "chat.completion") if self._chat else "text_completion"
-        return {"id": self._id, "object": kind, "created": self._created, "model": self._model}
-
-
-def model_card(
-    name: str, *, created: int, parent: str | None = None, root: str | None = None
-) -> dict[str, Any]:
-    """One row of /v1/models; an adapter's parent is its base, an alias's root the version it names."""
-    card = {"id": name, "object": "model", "created": created, "owned_by": "raypeft"}
-    return card | ({"parent": parent} if parent else {}) | ({"root": root} if root else {})

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..errors import ModelError
+from .token_text import TokenBytes
 
 
 class Prompts:
@@ -13,6 +14,7 @@ class Prompts:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
+        self.token_bytes = TokenBytes(tokenizer)
 
     def text_ids(self, text: str) -> list[int]:
         """Token ids of a plain prompt, with the special tokens that the tokenizer puts first."""

@@ -1,0 +1,218 @@
+"""/v1/completions and /v1/chat/completions: a request to generations, their pieces to an answer."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import AsyncExitStack, aclosing
+from dataclasses import replace
+from importlib.metadata import version
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from ..errors import ModelError, RaypeftError
+from .api_error import ApiError, engine_stopped
+from .body import read_body
+from .catalogue import Catalogue, Target
+from .choices import Numbered, pieces
+from .engine import Engine, EngineDead, Generation
+from .event_stream import DONE, EventStream, event, while_connected
+from .openai_api import ChatRequest, CompletionRequest, parse
+from .prompts import Prompts
+from .replies import Choice, Reply, Usage
+from .sticky import Sticky
+
+_log = logging.getLogger("ray.serve")
+
+ANSWERED_BY = "x-raypeft-adapter"
+"""The response header that names the version which answered."""
+_PROGRAM = version("raypeft")
+
+
+class Completions:
+    """The routes that generate."""
+
+    def __init__(self, engine: Engine, prompts: Prompts, catalogue: Catalogue) -> None:
+        self._engine, self._prompts, self._catalogue = engine, prompts, catalogue
+
+    async def complete(self, request: Request) -> Response:
+        """POST /v1/completions."""
+        body = await read_body(request)
+        wanted = parse(CompletionRequest, body)
+        prompts = [self._completion_ids(prompt) for prompt in wanted.prompts]
+        return await self._answer(request, body, wanted, prompts)
+
+    async def chat(self, request: Request) -> Response:
+        """POST /v1/chat/completions."""
+        body = await read_body(request)
+        wanted = parse(ChatRequest, body)
+        try:
+            ids = self._prompts.chat_ids([message.plain() for message in wanted.messages])
+        except ModelError as error:
+            raise ApiError(str(error), param="messages") from error
+        if not ids:
+            raise ApiError("The messages have no tokens.", param="messages")
+        return await self._answer(request, body, wanted, [ids])
+
+    def _completion_ids(self, prompt: str | list[int]) -> list[int]:
+        ids = self._prompts.text_ids(prompt) if isinstance(prompt, str) else prompt
+        if not ids:
+            raise ApiError("The prompt has no tokens.", param="prompt")
+        if min(ids) < 0 or max(ids) >= self._engine.vocab_size:
+            raise ApiError(f"Token ids go from 0 to {self._engine.vocab_size - 1}.", param="prompt")
+        return ids
+
+    async def _answer(
+        self,
+        request: Request,
+        body: bytes,
+        wanted: CompletionRequest | ChatRequest,
+        prompts: list[list[int]],
+    ) -> Response:
+        async with AsyncExitStack() as held:
+            sticky = Sticky(request.headers, body)
+            target = await held.enter_async_context(self._catalogue.acquire(wanted.model, sticky))
+            generations = self._generations(wanted, prompts, target)
+            usage = Usage(prompt_tokens=sum(map(len, prompts)))
+            reply = Reply(
+                chat=isinstance(wanted, ChatRequest),
+                model=target.name,
+                fingerprint=self._fingerprint(target),
+                token_bytes=None if wanted.top is None else self._prompts.token_bytes,
+                include_usage=bool(wanted.stream and wanted.include_usage),
+            )
+            headers = {ANSWERED_BY: target.name}
+            self._engine.check()
+            coming = pieces(self._engine, generations)
+            if not wanted.stream:
+                choices = await while_connected(
+                    _whole(coming, len(generations), reply, usage), request.receive
+                )
+                return JSONResponse(reply.whole(choices, usage), headers=headers)
+            return await self._stream(request, coming, len(generations), reply, usage, headers, held)
+
+    async def _stream(
+        self,
+        request: Request,
+        coming: AsyncGenerator[Numbered, None],
+        num_choices: int,
+        reply: Reply,
+        usage: Usage,
+        headers: Mapping[str, str],
+        held: AsyncExitStack,
+    ) -> Response:
+        """Begins with the first piece, so that what fails before it is answered by its status."""
+        held.push_async_callback(coming.aclose)
+        first = await while_connected(anext(coming), request.receive)
+        return EventStream(_events(first, coming, num_choices, reply, usage), headers, held.pop_all())
+
+    def _generations(
+        self, wanted: CompletionRequest | ChatRequest, prompts: list[list[int]], target: Target
+    ) -> list[Generation]:
+        """One per prompt and choice, in the order of the choices' indices."""
+        generations: list[Generation] = []
+        for ids in prompts:
+            one = Generation(
+                prompt_ids=tuple(ids),
+                adapter=target.adapter,
+                max_tokens=self._room(wanted, len(ids), target),
+                temperature=1.0 if wanted.temperature is None else wanted.temperature,
+                top_p=1.0 if wanted.top_p is None else wanted.top_p,
+                seed=wanted.seed,
+                stop=wanted.stops,
+                logprobs=wanted.top,
+                queue=target.name,
+                shadow=target.shadow,
+            )
+            for _ in range(wanted.n or 1):
+                # Each choice has a seed of its own, else all would be the same.
+                seed = None if wanted.seed is None else (wanted.seed + len(generations)) % 2**63
+                generations.append(replace(one, seed=seed))
+        return generations
+
+    def _room(self, wanted: CompletionRequest | ChatRequest, num_tokens: int, target: Target) -> int:
+        """Tokens of one answer.
+
+        Raises:
+            ApiError: the prompt leaves none, or fewer than were asked for.
+        """
+        room = self._engine.max_context - self._engine.virtual_tokens(target.adapter) - num_tokens
+        limit = wanted.token_limit if wanted.token_limit is not None else room
+        if room < 1 or limit > room:
+            asked = f" and you asked for {limit} more" if wanted.token_limit is not None else ""
+            raise ApiError(
+                f"This model's maximum context length is {self._engine.max_context} tokens. "
+                f"Your prompt has {num_tokens}{asked}. Shorten the prompt or lower max_tokens.",
+                param="messages" if isinstance(wanted, ChatRequest) else "prompt",
+                code="context_length_exceeded",
+            )
+        return limit
+
+    def _fingerprint(self, target: Target) -> str:
+        """What an answer depends on beside the request: the base, the version, this program."""
+        said = f"{self._catalogue.base.content_hash} {target.adapter} {_PROGRAM}"
+        return "fp_" + hashlib.sha256(said.encode()).hexdigest()[:10]
+
+
+async def _whole(
+    coming: AsyncGenerator[Numbered, None], num_choices: int, reply: Reply, usage: Usage
+) -> list[Choice]:
+    choices = [Choice(index) for index in range(num_choices)]
+    taken = [reply.taken() for _ in choices]
+    async with aclosing(coming):
+        async for index, piece in coming:
+            choice, ledger = choices[index], taken[index]
+            usage.completion_tokens += piece.num_tokens
+            choice.text.append(piece.text)
+            choice.reason = piece.finish_reason
+            if ledger is not None:
+                choice.tokens += ledger.push(piece.text, piece.logprobs, piece.finish_reason)
+    return choices
+
+
+async def _events(
+    first: Numbered,
+    coming: AsyncGenerator[Numbered, None],
+    num_choices: int,
+    reply: Reply,
+    usage: Usage,
+) -> AsyncGenerator[bytes, None]:
+    """The server-sent events of one answer; left early (the client hangs up), it cancels the engine."""
+    taken = [reply.taken() for _ in range(num_choices)]
+
+    def shown(numbered: Numbered) -> list[bytes]:
+        index, piece = numbered
+        ledger = taken[index]
+        usage.completion_tokens += piece.num_tokens
+        tokens = ledger.push(piece.text, piece.logprobs, piece.finish_reason) if ledger else []
+        events = [event(reply.piece(index, piece.text, None, tokens))] if piece.text or tokens else []
+        if piece.finish_reason is not None:
+            events.append(event(reply.piece(index, "", piece.finish_reason)))
+        return events
+
+    try:
+        openings = [reply.opening(index) for index in range(num_choices)]
+        yield b"".join([*(event(opening) for opening in openings if opening), *shown(first)])
+        async for numbered in coming:
+            if events := shown(numbered):
+                yield b"".join(events)
+        if reply.include_usage:
+            yield event(reply.counts(usage))
+    except Exception as error:
+        yield event(broken_off(error).body)
+    yield DONE
+
+
+def broken_off(error: Exception) -> ApiError:
+    """What a stream says that cannot go on."""
+    match error:
+        case ApiError():
+            return error
+        case EngineDead():
+            return engine_stopped()
+        case RaypeftError():
+            return ApiError(str(error), status=503)
+    _log.error("a stream broke off", exc_info=error)
+    return ApiError(f"The answer broke off: {type(error).__name__}.", status=500)
