@@ -1,12 +1,22 @@
 """Fixtures of the orchestrator's tests that need no Ray."""
 
+from pathlib import Path
+
 import pytest
 
 from orchestrator.cli import app, run_guarded
 
 from .s3 import s3_bucket, s3_endpoint
 
-__all__ = ["raypeft", "s3_bucket", "s3_endpoint"]
+__all__ = ["place", "raypeft", "s3_bucket", "s3_endpoint"]
+
+
+@pytest.fixture(params=["disk", "s3"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """An empty folder on each kind of storage."""
+    if request.param == "disk":
+        return str(tmp_path / "store")
+    return request.getfixturevalue("s3_bucket").url + "/store"
 
 
 @pytest.fixture

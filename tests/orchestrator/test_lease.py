@@ -29,14 +29,6 @@ TTL_S = 0.6
 DAY_S = 86_400.0
 
 
-@pytest.fixture(params=["disk", "s3"])
-def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """An empty folder on each kind of storage."""
-    if request.param == "disk":
-        return str(tmp_path / "there")
-    return request.getfixturevalue("s3_bucket").url + "/there"
-
-
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lease, "TTL_S", TTL_S)

@@ -17,14 +17,6 @@ from orchestrator.objects import NotFound, local
 from .s3 import run_together
 
 
-@pytest.fixture(params=["disk", "s3"])
-def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """An empty folder on each kind of storage."""
-    if request.param == "disk":
-        return str(tmp_path / "store")
-    return request.getfixturevalue("s3_bucket").url + "/store"
-
-
 def everything(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
 

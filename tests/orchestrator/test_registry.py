@@ -22,12 +22,10 @@ from .adapters import BASE, lineage, make_adapter
 from .s3 import run_together
 
 
-@pytest.fixture(params=["disk", "s3"])
-def registry(request: pytest.FixtureRequest, tmp_path: Path) -> Registry:
+@pytest.fixture
+def registry(place: str) -> Registry:
     """An empty registry on each kind of storage."""
-    if request.param == "disk":
-        return Registry(tmp_path / "registry")
-    return Registry(request.getfixturevalue("s3_bucket").url + "/registry")
+    return Registry(place)
 
 
 @pytest.fixture
