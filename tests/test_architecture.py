@@ -12,8 +12,10 @@ ROOT = Path(__file__).parent.parent
 LAYERS = {
     "peft_dist": [
         {"contract", "catalog", "errors", "lazy", "linalg", "starts", "config", "folder", "aside"},
-        {"foreign_engine", "base_layer", "fused", "packed", "targets", "sharding", "ranks", "pool", "rows", "replicate", "siblings"}
-        | {"layer_api", "loss", "recompute"},
+        {
+            "foreign_engine", "base_layer", "fused", "packed", "targets", "sharding", "ranks", "pool", "rows",
+            "replicate", "siblings", "layer_api", "loss", "recompute",
+        },
         {"methods"},
         {"adapted", "tuner_layer"},
         {
@@ -21,8 +23,8 @@ LAYERS = {
             "savable", "calibration", "arithmetic", "lora_optimizers", "gradients",
         },
         {
-            "model", "entry", "tuner", "tasks", "mixed", "compat", "loading", "registry", "status", "auto", "signatures",
-            "scaling", "hotswap", "functional", "kbit", "merged",
+            "model", "entry", "tuner", "tasks", "mixed", "compat", "loading", "registry", "status", "auto",
+            "signatures", "scaling", "hotswap", "functional", "kbit", "merged",
         },
         {"__init__"},
     ],
