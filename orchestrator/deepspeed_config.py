@@ -16,7 +16,6 @@ from .spec.job import JobSpec
 from .spec.places import Tree, raise_all
 
 _STAGE_3 = {
-    "stage3_max_live_parameters": 1_000_000_000,
     "stage3_max_reuse_distance": 0,
     "stage3_prefetch_bucket_size": "auto",
     "stage3_param_persistence_threshold": 0,

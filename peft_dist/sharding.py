@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from peft_dist import packed
 from peft_dist.errors import ShardingError
 from peft_dist.lazy import lazy
+from peft_dist.resting import RestingLinear
 
 deepspeed = lazy("deepspeed")
 
@@ -39,6 +40,9 @@ _NOT_FOR_A_BASE = (
     "train_micro_batch_size_per_gpu",
     "gradient_accumulation_steps",
 )
+_AHEAD = 2
+"""Blocks of the base that may be whole at once, one in use and one fetched ahead. DeepSpeed fetches at least one
+weight more at every module that runs, and would soon hold the whole base."""
 # What DeepSpeed may do to what it gathers.
 _NOT_FOR_CODES = {
     "zero_quantized_weights": "quantise its pieces once more",
@@ -337,6 +341,8 @@ def partition_base(
         _freeze(base, num_adapted)
         for layer in base.modules():
             packed.make_partitionable(layer)
+            if type(layer) is nn.Linear:
+                layer.__class__ = RestingLinear
         _lay_out(base, config, pieces)
         with _led_by_a_float(base):
             engine, *_ = deepspeed.initialize(model=base, config=config)
@@ -478,11 +484,26 @@ def _check_codes(base: nn.Module, config: Mapping[str, Any]) -> None:
             )
 
 
+def _largest_block(base: nn.Module) -> int:
+    """Elements of the largest of the layers that a base repeats; of the whole base where none repeat."""
+    stacks = [[*each] for each in base.modules() if isinstance(each, nn.ModuleList)]
+    blocks = max(stacks, key=lambda blocks: sum(map(_elements, blocks)), default=[base])
+    return max(map(_elements, blocks), default=1) or 1
+
+
+def _elements(module: nn.Module) -> int:
+    return sum(whole_shape(parameter).numel() for parameter in module.parameters())
+
+
 def _engine_config(config: Mapping[str, Any], base: nn.Module) -> dict[str, Any]:
     ours = {key: value for key, value in config.items() if key not in _NOT_FOR_A_BASE}
     # A weight kept for a reuse that never comes (an evaluation has no backward) would rest whole on every rank,
     # as would each small one under a threshold above 0.
-    leeway = {"stage3_max_reuse_distance": 0, "stage3_param_persistence_threshold": 0}
+    leeway = {
+        "stage3_max_reuse_distance": 0,
+        "stage3_param_persistence_threshold": 0,
+        "stage3_max_live_parameters": _AHEAD * _largest_block(base),
+    }
     # Of a mixture's block that is gathered as one, DeepSpeed would take its adapters' tensors for pieces too.
     # transformers stacks experts in one parameter: every rank reads it, whichever of them its tokens go to.
     blocks = deepspeed.runtime.zero.leaf_module_config.DEFAULT_LEAF_MODULE_CLASSES

@@ -13,7 +13,7 @@ LAYERS = {
     "peft_dist": [
         {"contract", "catalog", "errors", "lazy", "linalg", "starts", "config", "folder", "aside"},
         {
-            "foreign_engine", "base_layer", "fused", "packed", "targets", "sharding", "ranks", "pool", "rows",
+            "foreign_engine", "base_layer", "fused", "packed", "targets", "sharding", "resting", "ranks", "pool", "rows",
             "replicate", "siblings", "layer_api", "loss", "recompute",
         },
         {"methods"},

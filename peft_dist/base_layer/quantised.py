@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from peft_dist import packed
 from peft_dist.base_layer.layer import Layer
 from peft_dist.lazy import lazy
-from peft_dist.sharding import gathered, partition_like, stored_bits, whole_shape
+from peft_dist.resting import RestingLinear
+from peft_dist.sharding import gathered, is_partitioned, partition_like, stored_bits, whole_shape
 
 bitsandbytes = lazy("bitsandbytes")
 
@@ -96,7 +97,7 @@ class QuantisedLayer(Layer):
             made["bias"] = bias.to(dtype, copy=True)
         before = (layer.__class__, dict(layer._parameters), packed.taken_off(layer))
         codes = layer.weight
-        layer.__class__ = nn.Linear
+        layer.__class__ = RestingLinear if is_partitioned(codes) else nn.Linear
         layer._parameters.clear()
         for key in ("weight", "bias"):
             parameter = nn.Parameter(made[key], requires_grad=False) if key in made else None

@@ -8,8 +8,9 @@ from transformers.pytorch_utils import Conv1D
 
 from peft_dist.base_layer import Conv1DLayer, LinearLayer
 from peft_dist.contract import BaseLayer
+from peft_dist.resting import RestingLinear
 
-_DOORS, _LAYERS = (LinearLayer, Conv1DLayer), (nn.Linear, Conv1D)
+_DOORS, _LAYERS = (LinearLayer, Conv1DLayer), (nn.Linear, RestingLinear, Conv1D)
 
 
 def plain(base: BaseLayer, x: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor | None] | None:
@@ -38,7 +39,7 @@ def plain(base: BaseLayer, x: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor 
         or nn.modules.module._has_any_global_hook()
     ):
         return None
-    return (weight if type(layer) is nn.Linear else weight.T), bias
+    return (weight.T if type(layer) is Conv1D else weight), bias
 
 
 def _is_untouched(layer: nn.Module, weight: Tensor) -> bool:
