@@ -64,6 +64,26 @@ class Piece:
     logprobs: tuple[TokenLogprob, ...] = ()
 
 
+@dataclass(frozen=True)
+class Figures:
+    """What an engine does just now, for whoever watches it."""
+
+    running: int = 0
+    """Sequences of the batch."""
+    waiting: int = 0
+    """Sequences that wait for a place in it."""
+    max_running: int = 1
+    """Places of the batch."""
+    prompt_tokens: int = 0
+    """Tokens of all prompts since the start."""
+    cached_tokens: int = 0
+    """Those of them that the prefix cache had."""
+    slots: int = 0
+    """Adapters that the batch can hold loaded at once; 0: no bound."""
+    loaded: int = 0
+    """Adapters that are loaded."""
+
+
 class Engine(Protocol):
     """One base and the adapters that were loaded onto it. All methods may be called from any thread."""
 
@@ -103,6 +123,9 @@ class Engine(Protocol):
 
     def generate(self, request: Generation) -> AsyncGenerator[Piece, None]:
         """Yields pieces as they come; closing the generator cancels the generation within one token."""
+
+    def figures(self) -> Figures:
+        """What it does just now; cheap, from any thread."""
 
     def check(self) -> None:
         """Raises EngineDead where requests would never be answered."""

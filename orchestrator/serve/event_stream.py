@@ -27,7 +27,8 @@ def event(data: dict[str, Any]) -> bytes:
 
 class EventStream(Response):
     """A response of events; the generator is closed as soon as the client hangs up or takes nothing for
-    `stall_s` seconds. What waits for a slow client is what the transport buffers, and the generator waits with it. `held` is left at the end, also where nothing was ever sent.
+    `stall_s` seconds. What waits for a slow client is what the transport buffers, and the generator waits with it.
+    `held` is left at the end, also where nothing was ever sent.
     """
 
     media_type = "text/event-stream"

@@ -13,13 +13,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from peft_dist import PeftModel, Rows
 from peft_dist.errors import PeftDistError
 from peft_dist.rows import BASE
 
-from .engine import AdapterRefused, EngineDead, Generation, Piece
+from .engine import AdapterRefused, EngineDead, Figures, Generation, Piece, TokenLogprob
 from .text import TextStream
 
 Decode = Callable[[Sequence[int]], str]
@@ -65,6 +72,7 @@ class SequentialEngine:
         self._decode, self._eos_ids, self._max_context = decode, eos_ids, max_context
         self._tasks: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
         self._dead: BaseException | None = None
+        self._running, self._prompt_tokens = 0, 0
         self._door = threading.Lock()
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
         self._thread.start()
@@ -114,6 +122,15 @@ class SequentialEngine:
                     return
         finally:
             stream.cancelled.set()
+
+    def figures(self) -> Figures:
+        """See `Engine.figures`; no caches, no slots."""
+        return Figures(
+            running=self._running,
+            waiting=self._tasks.qsize(),
+            prompt_tokens=self._prompt_tokens,
+            loaded=len(self._virtual_tokens),
+        )
 
     def check(self) -> None:
         """Raises EngineDead where the thread has ended."""
@@ -193,11 +210,20 @@ class SequentialEngine:
         if self._virtual_tokens.pop(adapter, None) is not None:
             self._model.delete_adapter(adapter)
 
-    @torch.inference_mode()
     def _generate(self, request: Generation, stream: _Stream) -> None:
         if stream.cancelled.is_set():
             return
-        tap = _Tap(TextStream(self._decode, request.stop), self._eos_ids, stream)
+        self._running = 1
+        self._prompt_tokens += len(request.prompt_ids)
+        try:
+            self._run(request, stream)
+        finally:
+            self._running = 0
+
+    @torch.inference_mode()
+    def _run(self, request: Generation, stream: _Stream) -> None:
+        notes = None if request.logprobs is None else _Notes(request.logprobs)
+        tap = _Tap(TextStream(self._decode, request.stop), self._eos_ids, stream, notes)
         if request.temperature > 0:
             torch.manual_seed(request.seed if request.seed is not None else torch.seed() % 2**63)
         ids = torch.tensor([request.prompt_ids], device=self._base.device)
@@ -206,6 +232,7 @@ class SequentialEngine:
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
                 generation_config=self._config(request),
+                logits_processor=LogitsProcessorList([notes] if notes else []),
                 stopping_criteria=StoppingCriteriaList([tap]),
             )
         if not tap.ended:
@@ -234,8 +261,10 @@ class SequentialEngine:
 class _Tap(StoppingCriteria):
     """Sees each new token before transformers asks whether to go on; gives its text out and may say stop."""
 
-    def __init__(self, text: TextStream, eos_ids: frozenset[int], stream: _Stream) -> None:
-        self.text, self._eos_ids, self._stream = text, eos_ids, stream
+    def __init__(
+        self, text: TextStream, eos_ids: frozenset[int], stream: _Stream, notes: _Notes | None
+    ) -> None:
+        self.text, self._eos_ids, self._stream, self._notes = text, eos_ids, stream, notes
         self.ended = False
 
     def __call__(self, input_ids: torch.LongTensor, scores: Any, **kwargs: Any) -> Any:
@@ -247,14 +276,36 @@ class _Tap(StoppingCriteria):
             self.ended = True
             return True
         if token in self._eos_ids:
-            return self._end(self.text.finish())
+            return self._end(self.text.finish(), token)
         new = self.text.push(token)
         if self.text.stopped:
-            return self._end(new)
-        self._stream.put(Piece(new, 1))
+            return self._end(new, token)
+        self._stream.put(Piece(new, 1, logprobs=self._noted(token)))
         return False
 
-    def _end(self, text: str) -> bool:
+    def _end(self, text: str, token: int) -> bool:
         self.ended = True
-        self._stream.put(Piece(text, 1, "stop"))
+        self._stream.put(Piece(text, 1, "stop", self._noted(token)))
         return True
+
+    def _noted(self, token: int) -> tuple[TokenLogprob, ...]:
+        return (self._notes.of(token),) if self._notes else ()
+
+
+class _Notes(LogitsProcessor):
+    """Sees each step's scores before temperature and top-p, and changes nothing."""
+
+    def __init__(self, num_top: int) -> None:
+        self._num_top = num_top
+        self._logprobs = torch.empty(0)
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        """The scores (1, vocabulary), as they are."""
+        self._logprobs = scores[0].float().log_softmax(-1)
+        return scores
+
+    def of(self, token: int) -> TokenLogprob:
+        """What the last step says of the token that was taken."""
+        values, ids = self._logprobs.topk(self._num_top)
+        top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
+        return TokenLogprob(token, float(self._logprobs[token]), top)
