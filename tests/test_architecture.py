@@ -13,8 +13,8 @@ LAYERS = {
     "peft_dist": [
         {"contract", "catalog", "errors", "lazy", "linalg", "starts", "config", "folder", "aside"},
         {
-            "foreign_engine", "base_layer", "fused", "packed", "targets", "sharding", "resting", "ranks", "pool", "rows",
-            "replicate", "siblings", "layer_api", "loss", "recompute",
+            "foreign_engine", "base_layer", "fused", "packed", "targets", "sharding", "resting", "ranks",
+            "pool", "rows", "packed_rows", "lanes", "replicate", "siblings", "layer_api", "loss", "recompute",
         },
         {"methods"},
         {"adapted", "tuner_layer"},
@@ -32,8 +32,8 @@ LAYERS = {
         {"__init__", "errors", "spec", "home", "processes"},
         {
             "plan", "deepspeed_config", "objects", "stored", "journal", "lease", "store", "run_state",
-            "registry", "lineage", "identity", "gate", "adapter_folder", "model_folder", "weights_table",
-            "cluster", "local_ray", "keeper", "devices", "chat_template", "runner", "ask",
+            "registry", "keys", "spending", "lineage", "identity", "gate", "adapter_folder", "model_folder",
+            "weights_table", "cluster", "local_ray", "keeper", "devices", "chat_template", "runner", "ask",
         },
         {"service", "train", "merging"},
         {"sweep", "serve", "submit"},
