@@ -139,7 +139,7 @@ def make(folder: Path, num_bytes: float, dtype: str) -> dict[str, int]:
     config.save_pretrained(base)
     shards = split(entries, 2_000_000_000)
     torch.manual_seed(0)
-    with Shards(base, shards, {"format": "pt"}, create=True) as files:
+    with Shards(base, shards, create=True) as files:
         for key, shape in shapes.items():
             files.write(key, [torch.randn(shape, dtype=kind).mul_(0.02)])
     if (index := index_of(shards)) is not None:

@@ -89,6 +89,26 @@ def check_room(folder: Path, entries: Sequence[Entry]) -> None:
         )
 
 
+def write_description(
+    folder: Path,
+    base: Any,
+    config: Any,
+    shards: Sequence[Shard],
+    dtype: torch.dtype | None,
+    origin: Mapping[str, Any] | None,
+) -> None:
+    """What says how the weights are opened, and of what they were made where that is known: the config and the index,
+    the code of a base that brings its own, `merged_from.json`.
+
+    Args:
+        dtype: as `write_config`'s.
+    """
+    write_code(folder, base, config)
+    write_config(folder, config, type(base).__name__, shards, dtype)
+    if origin is not None:
+        write_origin(folder, origin)
+
+
 def write_config(
     folder: Path, config: Any, model_class: str, shards: Sequence[Shard], dtype: torch.dtype | None = None
 ) -> None:

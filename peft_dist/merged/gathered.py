@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -50,8 +49,11 @@ def save_merged(
             if is_writer(is_main_process):
                 folder = stack.enter_context(folders.filled(target))
                 folders.check_room(folder, plan.entries)
-                _write_small_files(folder, base, plan, shards, tokenizer, origin)
-                files = stack.enter_context(Shards(folder, shards, {"format": "pt"}, create=True))
+                widest = plan.widest if plan.is_quantised else None
+                folders.write_description(folder, base, plan.outline.config, shards, widest, origin)
+                folders.write_generation_config(folder, base)
+                folders.copy_tokenizer(folder, [getattr(base, "name_or_path", None)], tokenizer)
+                files = stack.enter_context(Shards(folder, shards, create=True))
         merged = Merged(plan.changes, plan.dtypes)
         for step in plan.steps:
             keys = [key for item in step for key in item.keys]
@@ -98,22 +100,3 @@ def dtype_named(dtype: torch.dtype | str | None) -> torch.dtype | None:
             f"dtype: {dtype!r}; a merged model is float32, bfloat16, float16, float64, or as its base (auto)."
         )
     return dtype  # type: ignore[return-value]
-
-
-def _write_small_files(
-    folder: Path,
-    base: Any,
-    plan: Plan,
-    shards: Sequence[Any],
-    tokenizer: Any,
-    origin: Mapping[str, Any] | None,
-) -> None:
-    config = plan.outline.config
-    folders.write_code(folder, base, config)
-    folders.write_config(
-        folder, config, type(base).__name__, shards, plan.widest if plan.is_quantised else None
-    )
-    folders.write_generation_config(folder, base)
-    folders.copy_tokenizer(folder, [getattr(base, "name_or_path", None)], tokenizer)
-    if origin is not None:
-        folders.write_origin(folder, origin)

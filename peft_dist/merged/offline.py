@@ -132,22 +132,18 @@ class OfflineMerge:
     def prepare(self, folder: Path) -> None:
         """Writes into `folder` all but the weights: the files with their headers, config, tokenizer, origin."""
         folders.check_room(folder, self.plan.entries)
-        metadata = {"format": "pt"}
-        with Shards(folder, self.shards, metadata, create=True):
+        with Shards(folder, self.shards, create=True):
             pass
-        config = self.plan.outline.config
-        folders.write_code(folder, self._base, config)
         widest = self.plan.widest if self._unread.from_codes else None
-        folders.write_config(folder, config, type(self._base).__name__, self.shards, widest)
+        config = self.plan.outline.config
+        folders.write_description(folder, self._base, config, self.shards, widest, self.request.origin)
         folders.copy_generation_config(folder, self._unread.folder)
         folders.copy_tokenizer(folder, [self.request.adapter, str(self._unread.folder)])
-        if self.request.origin is not None:
-            folders.write_origin(folder, self.request.origin)
 
     def write(self, folder: Path, steps: Sequence[int]) -> Iterator[int]:
         """Writes the tensors of the given steps; gives the bytes that each took, as it goes."""
         merged = Merged(self.plan.changes, self.plan.dtypes)
-        with Shards(folder, self.shards, {"format": "pt"}, create=False) as files:
+        with Shards(folder, self.shards, create=False) as files:
             layers = FilledLayers(self.plan, self._pending, self._tensors, self._config, self._holders)
             layers.fill_common()
             for number in steps:

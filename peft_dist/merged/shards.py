@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import struct
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,9 +46,9 @@ class Shard:
     name: str
     entries: tuple[Entry, ...]
 
-    def header(self, metadata: Mapping[str, str]) -> bytes:
+    def header(self) -> bytes:
         """What stands before the data, its length first."""
-        table: dict[str, Any] = {"__metadata__": dict(metadata)}
+        table: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         begin = 0
         for entry in self.entries:
             end = begin + entry.num_bytes
@@ -103,13 +103,11 @@ class Shards:
         create: write the headers, and make each file as long as it will be.
     """
 
-    def __init__(
-        self, folder: Path, shards: Sequence[Shard], metadata: Mapping[str, str], *, create: bool
-    ) -> None:
+    def __init__(self, folder: Path, shards: Sequence[Shard], *, create: bool) -> None:
         self._places: dict[str, tuple[int, int, Entry]] = {}
         self._open: list[int] = []
         for shard in shards:
-            header = shard.header(metadata)
+            header = shard.header()
             flags = os.O_RDWR | (os.O_CREAT | os.O_EXCL if create else 0)
             number = os.open(folder / shard.name, flags, 0o666)
             self._open.append(number)
