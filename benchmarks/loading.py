@@ -21,11 +21,12 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from memory_of import Sampler, own_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
 RANKS, SPARE_BYTES, SAMPLE_S = 2, 300_000_000, 0.01
@@ -170,36 +171,6 @@ def _say(what: dict[str, Any]) -> None:
 # The parent
 
 
-def held(pid: int) -> int:
-    """RssAnon + RssShmem of a process, in bytes."""
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(("RssAnon", "RssShmem")))
-
-
-class Sampler(threading.Thread):
-    """The peak of each process while it runs."""
-
-    def __init__(self, pids: list[int]) -> None:
-        super().__init__(daemon=True)
-        self.peaks = {pid: held(pid) for pid in pids}
-        self._over = threading.Event()
-
-    def run(self) -> None:
-        """Samples until it is told to stop."""
-        while not self._over.wait(SAMPLE_S):
-            for pid in self.peaks:
-                try:
-                    self.peaks[pid] = max(self.peaks[pid], held(pid))
-                except OSError:
-                    continue
-
-    def stop(self) -> dict[int, int]:
-        """The peaks, in bytes."""
-        self._over.set()
-        self.join()
-        return self.peaks
-
-
 def measure(side: str, kind: str, folder: Path) -> tuple[int, dict[str, Any]]:
     """The peak of the worse rank beyond idle, and what it says that it holds."""
     with socket.socket() as probe:
@@ -209,16 +180,14 @@ def measure(side: str, kind: str, folder: Path) -> tuple[int, dict[str, Any]]:
     try:
         for rank in ranks:
             _hear(rank, "idle")
-        idle = {rank.pid: held(rank.pid) for rank in ranks}
-        sampler = Sampler(list(idle))
-        sampler.start()
+        idle = {rank.pid: own_bytes(rank.pid) for rank in ranks}
+        with Sampler(lambda: idle, SAMPLE_S) as sampler:
+            for rank in ranks:
+                _go_on(rank)
+            said = [_hear(rank, "loaded") for rank in ranks]
         for rank in ranks:
             _go_on(rank)
-        said = [_hear(rank, "loaded") for rank in ranks]
-        peaks = sampler.stop()
-        for rank in ranks:
-            _go_on(rank)
-        return max(peaks[pid] - idle[pid] for pid in idle), {
+        return max(sampler.peaks[pid] - idle[pid] for pid in idle), {
             "seconds": max(one["seconds"] for one in said),
             "share": max(one["share"] for one in said),
             "largest": said[0]["largest"],

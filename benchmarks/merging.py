@@ -22,17 +22,18 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from memory_of import Sampler, own_bytes
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-RANKS, WORKERS, SAMPLE_S, SPARE, TOGETHER = 2, 2, 0.01, 300_000_000, 1_500_000_000
+RANKS, WORKERS, SPARE, TOGETHER = 2, 2, 300_000_000, 1_500_000_000
 HIDDEN, INNER, HEADS, VOCABULARY, RANK = 2048, 5632, 16, 32000, 16
 LINEAR = {
     "self_attn.q_proj": (HIDDEN, HIDDEN), "self_attn.k_proj": (HIDDEN, HIDDEN), "self_attn.v_proj": (HIDDEN, HIDDEN),
@@ -63,47 +64,6 @@ class Line:
 
 
 HEADER = f"{'':<44}{'s':>8}{'peak MB':>10}{'bound':>10}"
-
-
-def held_by(pid: int) -> int:
-    """Bytes that a process holds of memory that is its own: anonymous and shared; 0 where it has ended."""
-    try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    except OSError:
-        return 0
-    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(("RssAnon", "RssShmem")))
-
-
-class Sampler:
-    """Samples the processes that `find` gives, every 10 ms, while its body runs.
-
-    Attributes:
-        peaks: process -> the most that it held. together: the most that all held at once.
-    """
-
-    def __init__(self, find: Any) -> None:
-        self.peaks: dict[int, int] = {}
-        self.together = 0
-        self._find, self._ends = find, threading.Event()
-        self._thread = threading.Thread(target=self._sample, daemon=True)
-
-    def __enter__(self) -> Sampler:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._ends.set()
-        self._thread.join()
-
-    def _sample(self) -> None:
-        pids, looked = [], 0.0
-        while not self._ends.wait(SAMPLE_S):
-            if time.monotonic() - looked > 0.2:
-                pids, looked = list(self._find()), time.monotonic()
-            held = {pid: held_by(pid) for pid in pids}
-            self.together = max(self.together, sum(held.values()))
-            for pid, size in held.items():
-                self.peaks[pid] = max(self.peaks.get(pid, 0), size)
 
 
 # The base and the adapter
@@ -177,7 +137,7 @@ def hf_peft(folder: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     torch.set_num_threads(1)
-    say(idle=held_by(os.getpid()))
+    say(idle=own_bytes())
     begun = time.monotonic()
     base = AutoModelForCausalLM.from_pretrained(folder / "base", dtype="auto")
     merged = peft.PeftModel.from_pretrained(base, folder / "adapter").merge_and_unload()
@@ -204,12 +164,12 @@ def rank(folder: Path, number: int, port: int) -> None:
     sharding.disable_deepspeed_op_builds()
     deepspeed.init_distributed("gloo", verbose=False)
     dist.barrier()
-    say(idle=held_by(os.getpid()), module=gathered.__name__)
+    say(idle=own_bytes(), module=gathered.__name__)
     begun = time.monotonic()
     base = load_base(str(folder / "base"), dtype="auto", zero_stage=3)
     model = peft_dist.PeftModel.from_pretrained(base, folder / "adapter")
     dist.barrier()
-    say(loaded=held_by(os.getpid()))
+    say(loaded=own_bytes())
     # What loading took is loading's own benchmark.
     (folder / f"loaded-{number}").touch()
     model.save_merged(folder / "gathered")
@@ -228,7 +188,7 @@ def command(folder: Path) -> None:
 
     idle = max(ray.get([ray.remote(idle_worker).remote() for _ in range(WORKERS)]))
     wiring.disconnect()
-    say(idle=idle, own=held_by(os.getpid()))
+    say(idle=idle, own=own_bytes())
     (folder / "ready").touch()
     begun = time.monotonic()
     result = api.merge(str(folder / "adapter"), folder / "offline", workers=WORKERS)
@@ -241,7 +201,7 @@ def idle_worker() -> int:
     from orchestrator.merging import part
 
     time.sleep(0.5)  # until both are there
-    return held_by(os.getpid()) if part.REPORT_BYTES else 0
+    return own_bytes() if part.REPORT_BYTES else 0
 
 
 # Measuring them

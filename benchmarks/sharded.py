@@ -42,20 +42,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from shapes import SHAPES
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-SHAPES = {
-    "14M": {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 6,
-            "num_key_value_heads": 6, "vocab_size": 2048},
-    "90M": {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12,
-            "num_key_value_heads": 12, "vocab_size": 4096},
-    "1B": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
-           "num_key_value_heads": 8, "vocab_size": 128256},
-    "7B": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
-           "num_key_value_heads": 32, "vocab_size": 32000},
-}  # fmt: skip
 ROWS = {"14M": (4, 128), "90M": (4, 128), "1B": (4, 512), "7B": (2, 512)}
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 RANK, RATE = 16, 1e-4
@@ -85,7 +77,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--stages", type=int, nargs="+", default=[2, 3], choices=[1, 2, 3])
-    parser.add_argument("--shape", nargs="+", choices=list(SHAPES), help="14M on CPU, 1B and 7B on a GPU")
+    parser.add_argument("--shape", nargs="+", choices=list(ROWS), help="14M on CPU, 1B and 7B on a GPU")
     parser.add_argument(
         "--bits", type=int, nargs="+", default=None, choices=[4, 16, 32], help="of the base's weights"
     )

@@ -85,10 +85,17 @@ def free_bytes() -> int:
     return max(free, 0)
 
 
-def own_bytes() -> int:
-    """What this process holds of memory that no other has: anonymous and shared, mapped files aside."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(("RssAnon", "RssShmem")))
+def own_bytes(pid: int | str = "self", kinds: tuple[str, ...] = ("RssAnon", "RssShmem")) -> int:
+    """What a process, this one by default, holds of memory that no other has: anonymous and shared, mapped files aside.
+
+    Args:
+        kinds: the lines of /proc/PID/status that are added up.
+
+    Raises:
+        OSError: there is no such process.
+    """
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(kinds))
 
 
 def gigabytes(size: float) -> str:

@@ -237,7 +237,7 @@ def _memory(
             recomputes=recomputes_activations(
                 spec.training.gradient_checkpointing, on_gpu=on_gpu, num_parameters=sizes.parameters
             ),
-            flash=on_gpu,
+            on_gpu=on_gpu,
             texts=_TEXTS.get(spec.data.datasets[0].type, 1),
             has_vocabulary=TASKS[spec.data.datasets[0].type].task in ("CAUSAL_LM", "SEQ_2_SEQ_LM"),
             quantization=_quantization(spec, sizes, "fp32" if compute_bytes == FP32 else "bf16", stage),

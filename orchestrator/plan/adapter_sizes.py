@@ -48,6 +48,16 @@ class SiteSizes:
     """Elements of its largest trained tensor."""
     frozen: int = 0
     """Elements that it keeps beside those that are trained."""
+    keeps_input: bool = True
+    """Whether the backward reads what the layer takes."""
+    outputs: int = 0
+    """Tensors as large as what the layer gives that it keeps until the backward."""
+    called_outputs: int = 0
+    """The same where the frozen layer is called by itself: quantised, in another precision, or with dropout."""
+    between: int = 0
+    """Elements, whatever the tokens, that it computes from its tensors and keeps until the backward."""
+    is_folded: bool = False
+    """Whether it multiplies itself into a copy of the weight where that is smaller than what the layer takes."""
 
     @property
     def leaf(self) -> str:
@@ -67,8 +77,6 @@ class AdapterSizes:
     """`modules_to_save` and the task's head, trained whole."""
     virtual_tokens: int = 0
     dropout: float = 0.0
-    scales_output: bool = False
-    """Whether a site keeps what it gives, not what it takes (IA3)."""
     frozen: int = 0
     """Elements that stay with the adapter and are not trained: no gradient, no optimizer state."""
     full_size: int = 0
@@ -113,7 +121,7 @@ def _counted(config: Any, base: _Base, task_type: str) -> AdapterSizes:
         return _with(saved, _prompt(config, base))
     places = _sites(config, base)
     config = config.over([site for _, site in places])
-    sites = [_site(name, config.at(site).params(site), site) for name, site in places]  # type: ignore[attr-defined]
+    sites = [_keeping(_site(name, config.at(site).params(site), site), config, site) for name, site in places]  # type: ignore[attr-defined]
     sites += _token_rows(config, base)
     sites += _biases(config, base, [name for name, _ in places] + [each.name for each in saved])
     shared = _site("", config.shared([site for _, site in places]), Site("", 0, 0, "module"))
@@ -125,7 +133,6 @@ def _counted(config: Any, base: _Base, task_type: str) -> AdapterSizes:
             max((each.largest for each in every), default=0),
             tuple(sites),
             dropout=float(getattr(config, "dropout", 0.0)),
-            scales_output=config.peft_type == "IA3",
             frozen=sum(each.frozen for each in every),
             full_size=max((int(getattr(config.at(site), "full_size", 0)) for _, site in places), default=0),
         ),
@@ -231,6 +238,20 @@ def _site(name: str, params: Mapping[str, Param], site: Site) -> SiteSizes:
         math.prod(each.shape) * (2 if each.is_index else 1) for each in params.values() if not each.trainable
     )
     return SiteSizes(name, site.in_, site.out, inner, sum(elements), max(elements, default=0), frozen)
+
+
+def _keeping(own: SiteSizes, config: Any, site: Site) -> SiteSizes:
+    """With what a method keeps for its backward where that is not what the layer takes and the ranks between."""
+    if config.peft_type == "IA3":
+        takes = config.is_feedforward(site)
+        given = 0 if takes else 1
+        return replace(own, keeps_input=takes, outputs=given, called_outputs=given, is_folded=True)
+    if getattr(config, "use_dora", False):
+        return replace(own, outputs=1, called_outputs=2)
+    if config.peft_type == "OFT" and site.in_:
+        # The skew matrices of the blocks, their squares and their rotations.
+        return replace(own, between=3 * site.in_ * config.block_size(site))
+    return own
 
 
 def _whole(name: str, shapes: Sequence[tuple[int, ...]]) -> SiteSizes:

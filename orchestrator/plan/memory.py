@@ -5,16 +5,19 @@ queries, keys, values and the output, never the matrix of scores. T tokens a for
 V vocabulary; every number below is elements for each token of one layer:
 
     norms            2 H     their input, in float32 whatever the precision
-    attention        Q + 2 K + Q       queries, keys, values, output (Q = heads x head size, K = kv heads x head size)
+    attention        Q + 2 K + Q       queries, keys, values, output (Q = heads x head size, K = kv heads x head size;
+                     where several rows are padded to one length, keys and values are repeated for every head)
     mlp              3 I     the gate before and after its nonlinearity, and up
-    adapted layers   each layer's input once, where sites share it; each site's own copy where it is dropped out or
-                     cast; the ranks between the adapter's tensors
-    loss             4 T V at its backward: logits, log-probabilities and two gradients, in float32; nothing worth
-                     counting where a task's head tells a few labels apart
+    adapted layers   each layer's input once, where sites share it; each site's own copy and what was left of it where
+                     it is dropped out or cast; the ranks between the adapter's tensors; of IA3 and DoRA the output
+    loss             12 bytes for each of T V: in its forward the logits, those of the targets and log-probabilities, in
+                     its backward log-probabilities and two gradients; nothing worth counting where a task's head tells
+                     a few labels apart
     whole weights    those as large as W that a method keeps until the backward (`full_size`), once a layer
 
 With gradient checkpointing a layer keeps its input alone, and one layer at a time keeps everything. Over a base that
-is sharded, a method's whole weights are made again in the backward, one layer's at a time.
+is sharded, a method's whole weights are made again in the backward, one layer's at a time, and two of the base's
+layers are whole at once (`sharding.partition_base` has DeepSpeed fetch no further ahead), or its largest tensor.
 
 A quantised base stores, for each element of its linear layers (embeddings and the head stay as they are):
 
@@ -22,6 +25,8 @@ A quantised base stores, for each element of its linear layers (embeddings and t
     4-bit   1/2 byte, and for each block of 64 a scale of 4 bytes, or of 1 byte and 4 / 256
 
 and has one layer's weight whole while it is used.
+
+On a CPU a process holds more than is alive (`LEFT_OVER`).
 """
 
 from __future__ import annotations
@@ -50,6 +55,14 @@ SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_
 """Layers that take one and the same tensor."""
 
 FP32 = 4
+FOR_LOSS = 12
+"""Bytes for each token and entry of the vocabulary while the loss is computed, in float32 as in bfloat16."""
+LEFT_OVER = (16 + 12) * 2**20
+"""Bytes that a CPU worker holds beyond what is alive in it, as `benchmarks/memory_plan.py --left-over` measures them by
+asking for them back: MKL's packed copies of what it multiplies, 16 MiB a thread at most, and holes in glibc's heap,
+among the blocks that are too small to be mapped by themselves."""
+WHOLE_IN_BACKWARD = 4
+"""Tensors as large as a weight while the backward of a layer that keeps whole ones runs."""
 BLOCK, BLOCKS = 64, 256
 """Elements of one scale in 4 bits, and scales of one scale where they are quantised too."""
 
@@ -65,8 +78,7 @@ class Step:
     """Bytes of an element of the base and of activations."""
     recomputes: bool
     """Whether gradient checkpointing is on."""
-    flash: bool = False
-    """Whether the attention kernel takes fewer kv heads than heads as they are."""
+    on_gpu: bool = False
     texts: int = 1
     """Sequences of a row."""
     has_vocabulary: bool = True
@@ -164,20 +176,34 @@ def _gathered(sizes: ModelSizes, step: Step, whole: int) -> int:
 
 
 def activations(sizes: ModelSizes, adapter: AdapterSizes, step: Step) -> int:
-    """Bytes that a forward keeps for its backward, and those of the backward at the peak."""
+    """Bytes that a forward keeps for its backward, those of the loss or of the backward at the peak, and on a CPU what
+    is left over of what was freed."""
     tokens = step.rows * step.texts * (step.length + adapter.virtual_tokens)
     layer = _layer(sizes, adapter, step) * tokens
     residual = sizes.hidden * step.compute_bytes * tokens
-    logits = sizes.vocab * tokens if step.has_vocabulary else 0
-    loss = logits * step.compute_bytes + 3 * logits * FP32
-    backward = logits * step.compute_bytes + _backward(sizes, step) * tokens + _dequantised(sizes, step)
-    whole = adapter.full_size * sum(site.in_ * site.out for site in adapter.sites) * FP32
+    last = sizes.hidden * FP32 * tokens  # the last norm's input
+    loss = FOR_LOSS * sizes.vocab * tokens if step.has_vocabulary else 0
+    backward = _backward(sizes, step) * tokens + _dequantised(sizes, step)
+    backward += WHOLE_IN_BACKWARD * adapter.full_size * _largest(sizes) * FP32
+    whole = 0 if step.is_sharded else adapter.full_size * sum(s.in_ * s.out for s in adapter.sites) * FP32
+    whole += sum(_between(site, step, tokens) for site in adapter.sites) * FP32
+    left_over = 0 if step.on_gpu else LEFT_OVER
     if step.recomputes:
-        kept = sizes.layers * residual
-        return kept + max(loss, backward + layer + whole // max(1, sizes.layers))
-    if step.is_sharded:
-        backward, whole = backward + adapter.full_size * _largest(sizes) * FP32, 0
-    return sizes.layers * layer + residual + max(loss, backward) + whole
+        kept = sizes.layers * residual + last
+        return kept + max(loss, backward + layer + whole // max(1, sizes.layers)) + left_over
+    return sizes.layers * layer + last + max(loss, backward) + whole + left_over
+
+
+def _between(site: SiteSizes, step: Step, tokens: int) -> int:
+    """Elements that a site computes from its own tensors, or from these and its weight, and keeps."""
+    may_fold = site.is_folded and not (step.on_gpu or step.is_sharded or _is_called(step))
+    folded = site.in_ * site.out if may_fold and tokens >= min(site.in_, site.out) else 0
+    return site.between + folded
+
+
+def _is_called(step: Step) -> bool:
+    """Whether frozen layers are called by themselves, not as one with their adapter."""
+    return step.quantization is not None or step.compute_bytes != FP32
 
 
 def _largest(sizes: ModelSizes) -> int:
@@ -194,24 +220,27 @@ def _dequantised(sizes: ModelSizes, step: Step) -> int:
 def _layer(sizes: ModelSizes, adapter: AdapterSizes, step: Step) -> int:
     """Bytes that one layer keeps for each token."""
     queries = sizes.heads * sizes.head_dim
-    keys = queries if not step.flash else sizes.kv_heads * sizes.head_dim
+    # A mask for padding lets torch's kernels take keys and values for every head alone.
+    keys = queries if step.rows * step.texts > 1 else sizes.kv_heads * sizes.head_dim
     plain = 2 * queries + 2 * keys + 3 * sizes.intermediate
     return 2 * sizes.hidden * FP32 + plain * step.compute_bytes + _adapted(sizes, adapter, step)
 
 
 def _adapted(sizes: ModelSizes, adapter: AdapterSizes, step: Step) -> int:
     """Bytes that the adapted layers of one block keep for each token, on average over the blocks."""
-    total = 0
+    total, drops = 0, adapter.dropout > 0
     for shared in _by_input(adapter.sites):
         total += sum(2 * site.inner * FP32 for site in shared)
-        if adapter.scales_output:
-            total += sum(max(site.in_, site.out) * step.compute_bytes for site in shared)
-        elif adapter.dropout > 0:
-            total += sum(site.in_ * (FP32 + 1) for site in shared)  # its own masked copy, and the mask
+        outputs = [site.called_outputs if drops or _is_called(step) else site.outputs for site in shared]
+        total += sum(site.out * each * FP32 for site, each in zip(shared, outputs, strict=True))
+        taking = [site for site in shared if site.keeps_input]
+        if drops:
+            # Its own masked copy and the mask.
+            total += sum(site.in_ * (FP32 + 1) for site in taking)
         elif step.compute_bytes != FP32:
-            total += sum(site.in_ * FP32 for site in shared)
-        elif not _is_kept_anyway(shared):
-            total += shared[0].in_ * FP32
+            total += sum(site.in_ * FP32 for site in taking)
+        elif taking and not _is_kept_anyway(taking):
+            total += taking[0].in_ * FP32
     return total // max(1, sizes.layers)
 
 

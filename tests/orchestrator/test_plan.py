@@ -7,6 +7,7 @@ from rich.console import Console
 from orchestrator.cluster import ClusterFacts, NodeFacts
 from orchestrator.errors import PlacementError, SpecError
 from orchestrator.plan import make_plan
+from orchestrator.plan.memory import LEFT_OVER
 from orchestrator.plan.model_sizes import sizes_of
 from orchestrator.plan.view import plan_dict, plan_view
 
@@ -168,7 +169,7 @@ def test_what_sharding_and_recomputing_save():
     assert states.optimizer * 3 < whole.optimizer and states.base == whole.base
     assert base.base < 0.4 * whole.base and base.gradients == whole.gradients
     kept, recomputed = memory(""), memory("training: {gradient_checkpointing: true}\n")
-    assert recomputed.activations < 0.3 * kept.activations
+    assert recomputed.activations - LEFT_OVER < 0.3 * (kept.activations - LEFT_OVER)
     assert memory("training: {optimizer: sgd}\n").optimizer == 0
     assert memory("adapter: {dropout: 0.1}\n").activations > kept.activations
     assert memory("training: {precision: bf16}\n").base == kept.base // 2
