@@ -103,10 +103,10 @@ def write_description(
     Args:
         dtype: as `write_config`'s.
     """
-    write_code(folder, base, config)
+    _write_code(folder, base, config)
     write_config(folder, config, type(base).__name__, shards, dtype)
     if origin is not None:
-        write_origin(folder, origin)
+        _write_origin(folder, origin)
 
 
 def write_config(
@@ -131,7 +131,7 @@ def write_config(
         (folder / INDEX).write_text(index, encoding="utf-8")
 
 
-def write_code(folder: Path, base: Any, config: Any) -> None:
+def _write_code(folder: Path, base: Any, config: Any) -> None:
     """The Python files of a base that brings its own."""
     if hasattr(base, "is_custom_code") and base.is_custom_code() and getattr(config, "auto_map", None):
         custom_object_save(base, folder, config=config)
@@ -176,6 +176,6 @@ def _tokenizer_files(source: str) -> dict[str, Path]:
     return {name: Path(path) for name, path in cached if isinstance(path, str)}
 
 
-def write_origin(folder: Path, origin: Mapping[str, Any]) -> None:
+def _write_origin(folder: Path, origin: Mapping[str, Any]) -> None:
     """`merged_from.json`: of what base and which adapters it was made."""
     (folder / ORIGIN).write_text(json.dumps(dict(origin), indent=2) + "\n", encoding="utf-8")
