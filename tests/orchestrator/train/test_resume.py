@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from orchestrator.plan import Plan
 from orchestrator.train.checkpoint import newest_good, steps_in
+from orchestrator.train.loop import Training
 from orchestrator.train.run import train
 from peft_dist.optim import AdapterOptimizer
 from tests.ranks import run_on_ranks
@@ -123,6 +124,19 @@ def test_where_nothing_changed_not_a_bit_does(house, stage):
     end, losses = in_two_parts(folder, spec, over(2, stage), over(2, stage), f"halves-{stage}")
     assert difference(end, whole) == 0 and losses == told
     assert end.metrics == whole.metrics
+
+
+def test_layers_that_take_one_input_sum_alike_from_the_first_step_on(house, monkeypatch):
+    """Without dropout they are computed together once a forward has shown which they are."""
+    folder, _ = house
+    spec = spec_of(folder, {"type": "lora", "r": 4})
+    whole, told = run(folder, spec, over(1, 0), "together")
+    end, losses = in_two_parts(folder, spec, over(1, 0), over(1, 0), "together-halves")
+    assert difference(end, whole) == 0 and losses == told
+    # The negative control: the process that goes on has yet to learn it in its first step.
+    monkeypatch.setattr(Training, "_rehearse", lambda self: None)
+    end, _ = in_two_parts(folder, spec, over(1, 0), over(1, 0), "unrehearsed-halves")
+    assert difference(end, whole) > 0
 
 
 def test_what_acts_on_the_adapter_as_a_whole_goes_on_too(house):

@@ -196,7 +196,7 @@ def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path, monkeypatch):
     real = causal.target_loss
 
     def spoilt(logits, labels, weights):
-        spoilt.calls += 1
+        spoilt.calls += torch.is_grad_enabled()
         return real(logits, labels, weights) * (float("nan") if spoilt.calls > 4 else 1.0)
 
     spoilt.calls = 0
