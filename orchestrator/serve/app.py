@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -13,11 +14,14 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from ..errors import RaypeftError, closest
+from .admission import Admission
 from .api_error import ApiError, engine_stopped
 from .catalogue import Catalogue
 from .completions import ANSWERED_BY, Completions
 from .engine import Engine, EngineDead
 from .event_stream import ClientGone
+from .measured import Measured
+from .metrics import CONTENT_TYPE, Metrics
 from .mount import Mount, OtherEndpoints, no_others
 from .prompts import Prompts
 
@@ -33,30 +37,38 @@ def build_app(
     catalogue: Catalogue,
     others: OtherEndpoints = no_others,
     registry: str | None = None,
+    *,
+    admission: Admission | None = None,
+    metrics: Metrics | None = None,
 ) -> ASGIApp:
     """The application; answers below `/ENDPOINT` and, while there is no other endpoint, below `/`.
 
     It loads the endpoint's adapters when it starts and closes the engine when it ends. `registry` is what
-    /healthz says that it follows.
+    /healthz says that it follows. Without `admission` it takes all that its queues hold, from anybody.
     """
-    facts = _Facts(engine, catalogue, registry)
-    completions = Completions(engine, prompts, catalogue)
+    admission = admission or Admission()
+    metrics = metrics or Metrics(figures=engine.figures)
+    facts = _Facts(engine, catalogue, registry, admission, metrics)
+    completions = Completions(engine, prompts, catalogue, admission, metrics)
     routes = [
         Route("/v1/models", facts.models, methods=["GET"]),
         Route("/v1/models/{model:path}", facts.model, methods=["GET"]),
         Route("/v1/completions", completions.complete, methods=["POST"]),
         Route("/v1/chat/completions", completions.chat, methods=["POST"]),
         Route("/healthz", facts.health, methods=["GET"]),
+        Route("/metrics", facts.metrics, methods=["GET"]),
     ]
     paths = [route.path for route in routes if "{" not in route.path]
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        await admission.start()
         await catalogue.start()
         try:
             yield
         finally:
             await catalogue.stop()
+            await admission.stop()
             engine.close()
 
     async def no_route(request: Request, error: Exception) -> Response:
@@ -75,25 +87,37 @@ def build_app(
             Exception: _unexpected,
         },
     )
-    return Mount(endpoint, app, others)
+    return Mount(endpoint, Measured(app, metrics, frozenset(paths)), others)
 
 
 class _Facts:
     """What the endpoint says of itself."""
 
-    def __init__(self, engine: Engine, catalogue: Catalogue, registry: str | None) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        catalogue: Catalogue,
+        registry: str | None,
+        admission: Admission,
+        metrics: Metrics,
+    ) -> None:
         self._engine, self._catalogue, self._registry = engine, catalogue, registry
+        self._admission, self._metrics = admission, metrics
 
     async def health(self, request: Request) -> Response:
         self._engine.check()
         return JSONResponse({"status": "ok", "base": self._catalogue.base_name, "registry": self._registry})
 
+    async def metrics(self, request: Request) -> Response:
+        await self._admission.tenant(request.headers.get("authorization"))
+        return Response(self._metrics.text(), headers={"content-type": CONTENT_TYPE})
+
     async def models(self, request: Request) -> Response:
-        return JSONResponse({"object": "list", "data": await self._catalogue.cards()})
+        return JSONResponse({"object": "list", "data": await self._cards(request)})
 
     async def model(self, request: Request) -> Response:
         name = request.path_params["model"]
-        cards = await self._catalogue.cards()
+        cards = await self._cards(request)
         found = next((card for card in cards if card["id"] == name), None)
         if found is None:
             there = [card["id"] for card in cards]
@@ -104,6 +128,10 @@ class _Facts:
                 code="model_not_found",
             )
         return JSONResponse(found)
+
+    async def _cards(self, request: Request) -> list[dict[str, Any]]:
+        tenant = await self._admission.tenant(request.headers.get("authorization"))
+        return [card for card in await self._catalogue.cards() if tenant.may_use(card["id"])]
 
 
 def _error_response(error: ApiError) -> Response:

@@ -13,15 +13,19 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from ..errors import ModelError, RaypeftError
+from .admission import Admission
 from .api_error import ApiError, engine_stopped
 from .body import read_body
 from .catalogue import Catalogue, Target
 from .choices import Numbered, pieces
 from .engine import Engine, EngineDead, Generation
 from .event_stream import DONE, EventStream, event, while_connected
+from .key_check import Tenant
+from .measured import timing_of
+from .metrics import Metrics, Timing
 from .openai_api import ChatRequest, CompletionRequest, parse
 from .prompts import Prompts
-from .replies import Choice, Reply, Usage
+from .replies import Choice, Reply
 from .sticky import Sticky
 
 _log = logging.getLogger("ray.serve")
@@ -34,18 +38,23 @@ _PROGRAM = version("raypeft")
 class Completions:
     """The routes that generate."""
 
-    def __init__(self, engine: Engine, prompts: Prompts, catalogue: Catalogue) -> None:
+    def __init__(
+        self, engine: Engine, prompts: Prompts, catalogue: Catalogue, admission: Admission, metrics: Metrics
+    ) -> None:
         self._engine, self._prompts, self._catalogue = engine, prompts, catalogue
+        self._admission, self._metrics = admission, metrics
 
     async def complete(self, request: Request) -> Response:
         """POST /v1/completions."""
+        tenant = await self._admission.tenant(request.headers.get("authorization"))
         body = await read_body(request)
         wanted = parse(CompletionRequest, body)
         prompts = [self._completion_ids(prompt) for prompt in wanted.prompts]
-        return await self._answer(request, body, wanted, prompts)
+        return await self._answer(request, tenant, body, wanted, prompts)
 
     async def chat(self, request: Request) -> Response:
         """POST /v1/chat/completions."""
+        tenant = await self._admission.tenant(request.headers.get("authorization"))
         body = await read_body(request)
         wanted = parse(ChatRequest, body)
         try:
@@ -54,7 +63,7 @@ class Completions:
             raise ApiError(str(error), param="messages") from error
         if not ids:
             raise ApiError("The messages have no tokens.", param="messages")
-        return await self._answer(request, body, wanted, [ids])
+        return await self._answer(request, tenant, body, wanted, [ids])
 
     def _completion_ids(self, prompt: str | list[int]) -> list[int]:
         ids = self._prompts.text_ids(prompt) if isinstance(prompt, str) else prompt
@@ -67,15 +76,25 @@ class Completions:
     async def _answer(
         self,
         request: Request,
+        tenant: Tenant,
         body: bytes,
         wanted: CompletionRequest | ChatRequest,
         prompts: list[list[int]],
     ) -> Response:
+        timing = timing_of(request)
+        timing.tenant = tenant.name
+        tenant.check_model(wanted.model)
         async with AsyncExitStack() as held:
             sticky = Sticky(request.headers, body)
             target = await held.enter_async_context(self._catalogue.acquire(wanted.model, sticky))
             generations = self._generations(wanted, prompts, target)
-            usage = Usage(prompt_tokens=sum(map(len, prompts)))
+            most = sum(len(each.prompt_ids) + each.max_tokens for each in generations)
+            await self._admission.know(tenant)
+            usage = timing.usage
+            held.enter_context(self._admission.admitted(tenant, target.name, len(generations), most, usage))
+            self._metrics.begin(timing, target.name)
+            self._engine.check()
+            usage.prompt_tokens = sum(map(len, prompts))
             reply = Reply(
                 chat=isinstance(wanted, ChatRequest),
                 model=target.name,
@@ -84,14 +103,12 @@ class Completions:
                 include_usage=bool(wanted.stream and wanted.include_usage),
             )
             headers = {ANSWERED_BY: target.name}
-            self._engine.check()
             coming = pieces(self._engine, generations)
             if not wanted.stream:
-                choices = await while_connected(
-                    _whole(coming, len(generations), reply, usage), request.receive
-                )
+                whole = _whole(coming, len(generations), reply, timing)
+                choices = await while_connected(whole, request.receive)
                 return JSONResponse(reply.whole(choices, usage), headers=headers)
-            return await self._stream(request, coming, len(generations), reply, usage, headers, held)
+            return await self._stream(request, coming, len(generations), reply, timing, headers, held)
 
     async def _stream(
         self,
@@ -99,14 +116,14 @@ class Completions:
         coming: AsyncGenerator[Numbered, None],
         num_choices: int,
         reply: Reply,
-        usage: Usage,
+        timing: Timing,
         headers: Mapping[str, str],
         held: AsyncExitStack,
     ) -> Response:
         """Begins with the first piece, so that what fails before it is answered by its status."""
         held.push_async_callback(coming.aclose)
         first = await while_connected(anext(coming), request.receive)
-        return EventStream(_events(first, coming, num_choices, reply, usage), headers, held.pop_all())
+        return EventStream(_events(first, coming, num_choices, reply, timing), headers, held.pop_all())
 
     def _generations(
         self, wanted: CompletionRequest | ChatRequest, prompts: list[list[int]], target: Target
@@ -157,14 +174,14 @@ class Completions:
 
 
 async def _whole(
-    coming: AsyncGenerator[Numbered, None], num_choices: int, reply: Reply, usage: Usage
+    coming: AsyncGenerator[Numbered, None], num_choices: int, reply: Reply, timing: Timing
 ) -> list[Choice]:
     choices = [Choice(index) for index in range(num_choices)]
     taken = [reply.taken() for _ in choices]
     async with aclosing(coming):
         async for index, piece in coming:
             choice, ledger = choices[index], taken[index]
-            usage.completion_tokens += piece.num_tokens
+            timing.token(piece.num_tokens)
             choice.text.append(piece.text)
             choice.reason = piece.finish_reason
             if ledger is not None:
@@ -177,7 +194,7 @@ async def _events(
     coming: AsyncGenerator[Numbered, None],
     num_choices: int,
     reply: Reply,
-    usage: Usage,
+    timing: Timing,
 ) -> AsyncGenerator[bytes, None]:
     """The server-sent events of one answer; left early (the client hangs up), it cancels the engine."""
     taken = [reply.taken() for _ in range(num_choices)]
@@ -185,7 +202,7 @@ async def _events(
     def shown(numbered: Numbered) -> list[bytes]:
         index, piece = numbered
         ledger = taken[index]
-        usage.completion_tokens += piece.num_tokens
+        timing.token(piece.num_tokens)
         tokens = ledger.push(piece.text, piece.logprobs, piece.finish_reason) if ledger else []
         events = [event(reply.piece(index, piece.text, None, tokens))] if piece.text or tokens else []
         if piece.finish_reason is not None:
@@ -199,9 +216,11 @@ async def _events(
             if events := shown(numbered):
                 yield b"".join(events)
         if reply.include_usage:
-            yield event(reply.counts(usage))
+            yield event(reply.counts(timing.usage))
     except Exception as error:
-        yield event(broken_off(error).body)
+        said = broken_off(error)
+        timing.broke = said.status
+        yield event(said.body)
     yield DONE
 
 
