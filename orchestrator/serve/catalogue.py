@@ -1,13 +1,13 @@
-"""Which model a request's `model` names right now, and having it loaded: desired state from the registry,
-aliases looked up per request, versions counted while a request uses them."""
+"""Which model a request's `model` names right now, and having it loaded: what the endpoint shall serve comes from the
+registry, is looked at every second, and is known here when a request comes."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
-from collections import Counter, defaultdict
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,15 +18,25 @@ from ..identity import BaseIdentity
 from ..registry import DEFAULT_ALIAS, AdapterVersion
 from .api_error import ApiError
 from .desired import Desired, Served
-from .engine import AdapterRefused, Engine
+from .engine import Engine
+from .ensemble import ensemble_name, parse_ensemble
 from .naming import base_id
 from .replies import model_card
+from .residency import Residency
+from .rollout import Rollout
 from .sticky import Sticky
 
 _log = logging.getLogger("ray.serve")
 
 ANYONE = Sticky()
 """A request that nothing tells apart from others."""
+_EVERY_S = 1.0
+_BOOKS_AT_ONCE = 32
+"""Names whose aliases are read again in one look; the others' turn comes."""
+_LOADS_AT_ONCE = 8
+_TRIES = 3
+"""A version that could not be brought here so often counts as one that cannot be served."""
+_LONGEST_PAUSE_S = 30.0
 
 
 class AdapterSource(Protocol):
@@ -35,8 +45,8 @@ class AdapterSource(Protocol):
     def get(self, ref: str) -> AdapterVersion:
         """The version of `name@version`."""
 
-    def alias(self, name: str, alias: str) -> int | None:
-        """The version that an alias names."""
+    def aliases(self, name: str) -> dict[str, int]:
+        """Alias -> version."""
 
     def set_alias(self, name: str, version: int, alias: str) -> Any:
         """Points an alias at a version."""
@@ -45,16 +55,44 @@ class AdapterSource(Protocol):
         """Copies a version's files into a directory."""
 
 
+class Companion(Protocol):
+    """What goes on beside a catalogue, once after each of its looks."""
+
+    async def looked(self) -> None:
+        """The catalogue has looked at the registry and done what follows from it."""
+
+    async def ended(self) -> None:
+        """The catalogue looks no more."""
+
+
 @dataclass(frozen=True)
 class Target:
-    """What answers a request: an adapter version, or the bare base where `adapter` is None."""
+    """What answers a request: an adapter version, several as one, or the bare base where `adapter` is None."""
 
     name: str
-    """`name@version`, or the base's own name."""
+    """`name@version`, `name@version:weight+...`, or the base's own name."""
     adapter: str | None
     """The engine's key: the version's content hash, or an ensemble's."""
     shadow: str | None = None
     """The key of a candidate that answers the same prompts beside it, for comparison; for `Generation.shadow`."""
+
+
+@dataclass
+class _Book:
+    """The aliases of one name, as they were last read."""
+
+    aliases: dict[str, int]
+    read_at: float
+
+
+@dataclass
+class _Failure:
+    """A version that could not be brought here."""
+
+    why: str
+    times: int = 0
+    again_at: float = 0.0
+    """By the monotonic clock."""
 
 
 class Catalogue:
@@ -64,7 +102,10 @@ class Catalogue:
         read_desired: reads the endpoint's desired state; None where it has been taken away.
         finish_promotion: tells the storage that a version's waiting alias was set.
         cache: a directory of this replica for the adapters' files.
-        max_age_s: how old the desired state may be when a request comes.
+        max_age_s: how old may be what is known when a request comes; beyond it, the request waits for a new look.
+        every_s: seconds between two looks that no request asks for; None: there are none.
+        slots: adapters loaded at once; None for as many as there are.
+        companion: told after each look.
     """
 
     def __init__(
@@ -75,56 +116,104 @@ class Catalogue:
         read_desired: Callable[[], Desired | None],
         finish_promotion: Callable[[Served], None],
         cache: Path,
-        max_age_s: float = 1.0,
+        max_age_s: float = 3.0,
+        every_s: float | None = _EVERY_S,
+        slots: int | None = None,
+        companion: Companion | None = None,
     ) -> None:
         self.base, self.base_name = base, base_id(base)
-        self._engine, self._registry, self._cache = engine, registry, cache
+        self.residency = Residency(engine, registry, cache, slots)
+        self._registry = registry
         self._read_desired, self._finish_promotion = read_desired, finish_promotion
-        self._max_age_s = max_age_s
+        self._max_age_s, self._every_s = max_age_s, every_s
+        self._desired: Desired | None = None
         self._served: dict[str, Served] = {}
+        self._names: set[str] = set()
         self._read_at = float("-inf")
+        self._books: dict[str, _Book] = {}
         self._versions: dict[str, AdapterVersion] = {}
-        self._uses: Counter[str] = Counter()
-        self._leaving: set[str] = set()
-        self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._failures: dict[str, _Failure] = {}
+        self._companion = companion
         self._refreshing = asyncio.Lock()
+        self._following: asyncio.Task[None] | None = None
         self._started = int(time.time())
 
+    # following the registry
+
     async def start(self) -> None:
-        """Loads all that the endpoint shall serve; one that does not load is logged, the others serve."""
-        await self.refresh(max_age_s=0)
-        await self._bring_up(list(self._served.values()))
+        """Loads all that the endpoint shall serve, and follows it from now on; one that does not load is logged,
+        the others serve."""
+        await self.look()
+        if self._every_s is not None:
+            self._following = asyncio.ensure_future(self._follow(self._every_s))
 
     async def stop(self) -> None:
         """Ends what `start` began."""
+        if self._following is not None:
+            self._following.cancel()
+            await asyncio.gather(self._following, return_exceptions=True)
+            self._following = None
+        await self.residency.close()
+        if self._companion is not None:
+            await self._companion.ended()
 
-    async def follow(self) -> None:
-        """Reads the desired state, and lets versions that waited take their aliases."""
-        await self.refresh()
-        await self._bring_up([entry for entry in self._served.values() if entry.alias_when_live])
+    async def look(self) -> None:
+        """Reads what the endpoint shall serve, loads what is new, frees what is gone, and lets versions that waited
+        take their aliases."""
+        await self.refresh(max_age_s=0)
+        await self._bring_up(list(self._served.values()))
+        await self._free_others()
+        if self._companion is not None:
+            await self._companion.looked()
+
+    async def _follow(self, every_s: float) -> None:
+        while True:
+            await asyncio.sleep(every_s)
+            try:
+                await self.look()
+            except Exception as error:  # whatever it is, the next look is due
+                _log.warning("following the registry: %r", error)
 
     async def refresh(self, max_age_s: float | None = None) -> None:
-        """Reads the desired state again where it is older than `max_age_s`; frees what is no longer served.
+        """Reads the desired state and aliases again where they are older than `max_age_s`.
 
         A storage that does not answer leaves the last known state in force.
         """
         age = self._max_age_s if max_age_s is None else max_age_s
+        if time.monotonic() - self._read_at < age:
+            return
         async with self._refreshing:
             if time.monotonic() - self._read_at < age:
                 return
             try:
                 desired = await asyncio.to_thread(self._read_desired)
+                names = {entry.name for entry in desired.adapters} if desired else set()
+                oldest = sorted(
+                    names, key=lambda name: self._books[name].read_at if name in self._books else 0.0
+                )
+                read = await asyncio.to_thread(self._read_books, oldest[:_BOOKS_AT_ONCE])
             except (RaypeftError, OSError) as error:
                 _log.warning("desired state not read, the last one stays in force: %s", error)
                 self._read_at = time.monotonic()
                 return
+            # Replaced as a whole, without a pause: whoever asks sees the one or the other.
+            self._desired, self._names = desired, names
             self._served = {entry.ref: entry for entry in desired.adapters} if desired else {}
+            self._books = {name: book for name, book in (self._books | read).items() if name in names}
             self._read_at = time.monotonic()
-        await self._free_others()
+
+    def _read_books(self, names: Iterable[str]) -> dict[str, _Book]:
+        return {name: _Book(self._registry.aliases(name), time.monotonic()) for name in names}
+
+    # requests
 
     @asynccontextmanager
     async def acquire(self, model: str, sticky: Sticky = ANYONE) -> AsyncIterator[Target]:
-        """The target of a request's `model`, loaded and kept loaded within the context.
+        """The target of a request's `model`, loaded and kept loaded within the context: it was decided when the
+        request came, and stays what it is whatever happens meanwhile.
+
+        Args:
+            sticky: what tells the request apart, where a rollout shares an alias out.
 
         Raises:
             ApiError: 404 where nothing here has that name, 400 where the version cannot be served.
@@ -133,58 +222,132 @@ class Catalogue:
             yield Target(self.base_name, None)
             return
         await self.refresh()
-        entry = await self._entry(model)
-        version = await self._version(entry.ref)
-        async with self._held(version):
-            if entry.alias_when_live:
-                await self._promote(entry)
-            yield Target(entry.ref, version.content_hash)
+        parts = parse_ensemble(model)
+        if parts is None:
+            entry, rollout = await self._entry(model, sticky)
+            version = await self._version(entry.ref)
+            async with self.residency.held(version) as key:
+                if entry.alias_when_live:
+                    await self._promote(entry)
+                yield Target(entry.ref, key, self._shadow(entry, rollout, sticky))
+            return
+        versions = []
+        for name, weight in parts:
+            entry, _ = await self._entry(name, sticky)
+            versions.append((await self._version(entry.ref), weight))
+        async with self.residency.held_sum(versions) as key:
+            yield Target(ensemble_name([(version.ref, weight) for version, weight in versions]), key)
 
     async def cards(self) -> list[dict[str, Any]]:
-        """The rows of /v1/models: the base, each version, and the aliases that name one of them."""
-        await self.refresh(max_age_s=0)
+        """The rows of /v1/models, from what is known here: the base, each version, and the aliases that name one of
+        them."""
+        await self.refresh()
         rows = [model_card(self.base_name, created=self._started)]
         for entry in list(self._served.values()):
-            try:
-                version = await asyncio.to_thread(self._registry.get, entry.ref)
-            except (RaypeftError, OSError) as error:
-                _log.warning("%s: %s", entry.ref, error)
+            version = self._versions.get(entry.ref) or await self._version_or_none(entry)
+            if version is None:
                 continue
-            created = int(version.created)
-            rows.append(model_card(entry.ref, created=created, parent=self.base_name))
-            names = [f"{entry.name}@{alias}" for alias in version.aliases]
-            names += [entry.name] if DEFAULT_ALIAS in version.aliases else []
-            rows += [
-                model_card(name, created=created, parent=self.base_name, root=entry.ref) for name in names
-            ]
+            key = version.content_hash
+            facts: dict[str, Any] = {
+                "created": int(version.created),
+                "parent": self.base_name,
+                "version": entry.version,
+                "method": self.residency.methods.get(key) or None,
+            }
+            rows.append(model_card(entry.ref, **facts, state=self._state(entry, key)))
+            aliases = self._books[entry.name].aliases if entry.name in self._books else {}
+            names = [alias for alias, number in sorted(aliases.items()) if number == entry.version]
+            shown = [f"{entry.name}@{alias}" for alias in names]
+            shown += [entry.name] if DEFAULT_ALIAS in names else []
+            rows += [model_card(name, **facts, root=entry.ref) for name in shown]
         return rows
 
-    async def _entry(self, model: str) -> Served:
+    def states(self) -> dict[str, str]:
+        """`name@version` -> loaded | loading | cold | refused | absent."""
+        known = self._known()
+        return {
+            ref: self.residency.state(known[ref].content_hash) if ref in known else "absent"
+            for ref in self._served
+        }
+
+    def refused(self) -> dict[str, str]:
+        """`name@version` -> why it cannot be served."""
+        found = {ref: each.why for ref, each in self._failures.items() if each.times >= _TRIES}
+        for ref, version in self._known().items():
+            if version.content_hash in self.residency.refused:
+                found[ref] = self.residency.refused[version.content_hash]
+        return found
+
+    def rollouts(self) -> dict[str, tuple[str, str | None]]:
+        """The ids of rollouts -> keys of the candidate and of the version that the alias names."""
+        found = {}
+        known = self._known()
+        for rollout in self._desired.rollouts if self._desired else ():
+            if rollout.ref not in known:
+                continue
+            stable = known.get(f"{rollout.name}@{self._alias(rollout.name, rollout.alias)}")
+            found[rollout.id] = (known[rollout.ref].content_hash, stable.content_hash if stable else None)
+        return found
+
+    def name_of(self, key: str) -> str | None:
+        """`name@version` of a key that is served."""
+        return next((ref for ref, version in self._known().items() if version.content_hash == key), None)
+
+    # inside
+
+    def _known(self) -> dict[str, AdapterVersion]:
+        return {ref: self._versions[ref] for ref in self._served if ref in self._versions}
+
+    def _state(self, entry: Served, key: str) -> str:
+        rolling = self._desired.rollouts if self._desired else ()
+        if any(each.ref == entry.ref and each.state == "baking" for each in rolling):
+            return "canary"
+        return self.residency.state(key)
+
+    def _alias(self, name: str, alias: str) -> int | None:
+        return self._books[name].aliases.get(alias) if name in self._books else None
+
+    async def _entry(self, model: str, sticky: Sticky) -> tuple[Served, Rollout | None]:
         name, _, selector = model.partition("@")
-        number = await self._number(name, selector or DEFAULT_ALIAS)
-        if number is not None:
-            ref = f"{name}@{number}"
-            if ref not in self._served:
-                await self.refresh(max_age_s=0)
-            if ref in self._served:
-                return self._served[ref]
+        for is_second in (False, True):  # what is not known here may have come this instant
+            if is_second:
+                await self.refresh(max_age_s=min(self._max_age_s, 0.2))
+            number, rollout = await self._number(name, selector or DEFAULT_ALIAS, sticky)
+            if number is not None and (entry := self._served.get(f"{name}@{number}")) is not None:
+                return entry, rollout
         raise await self._not_found(model, name, number)
 
-    async def _number(self, name: str, selector: str) -> int | None:
+    async def _number(self, name: str, selector: str, sticky: Sticky) -> tuple[int | None, Rollout | None]:
         if selector.isascii() and selector.isdigit():
-            return int(selector)
-        if not any(entry.name == name for entry in self._served.values()):
-            await self.refresh(max_age_s=0)
-            if not any(entry.name == name for entry in self._served.values()):
-                return None
-        try:
-            return await asyncio.to_thread(self._registry.alias, name, selector)
-        except RaypeftError:
+            return int(selector), None
+        if name not in self._names:
+            return None, None
+        book = self._books.get(name)
+        if book is None or time.monotonic() - book.read_at > self._max_age_s:
+            with contextlib.suppress(RaypeftError, OSError):  # else the last one known stays in force
+                self._books |= await asyncio.to_thread(self._read_books, [name])
+        rollout = self._desired.rollout(name, selector) if self._desired else None
+        if rollout is not None and self._answers(rollout, sticky):
+            return rollout.candidate, rollout
+        return self._alias(name, selector), rollout
+
+    def _answers(self, rollout: Rollout, sticky: Sticky) -> bool:
+        """Whether the candidate answers here. A replica that cannot serve it leaves its requests to the other."""
+        if rollout.state not in ("baking", "promoting") or rollout.ref in self.refused():
+            return False
+        return rollout.answers(sticky.value(rollout.sticky_key))
+
+    def _shadow(self, entry: Served, rollout: Rollout | None, sticky: Sticky) -> str | None:
+        if rollout is None or entry.ref == rollout.ref or not rollout.shadow_percent:
             return None
+        candidate = self._known().get(rollout.ref)
+        if candidate is None or not self.residency.has(candidate.content_hash):
+            return None
+        return candidate.content_hash if rollout.shadows(sticky.value(rollout.sticky_key)) else None
 
     async def _not_found(self, model: str, name: str, number: int | None) -> ApiError:
         there = [card["id"] for card in await self.cards()]
-        served = any(entry.name == name for entry in self._served.values())
+        served = name in self._names
         if served and number is not None and "@" + str(number) not in model:
             why = f"names version {number}, which is not deployed here"
         elif served and "@" not in model:
@@ -213,32 +376,14 @@ class Catalogue:
             self._versions[ref] = version
         return self._versions[ref]
 
-    @asynccontextmanager
-    async def _held(self, version: AdapterVersion) -> AsyncIterator[None]:
-        """Within it, the version is loaded and nothing unloads it."""
-        key = version.content_hash
-        self._uses[key] += 1
+    async def _version_or_none(self, entry: Served) -> AdapterVersion | None:
+        """Of one that came this instant; None where it cannot be read."""
+        if entry.ref in self._failures:
+            return None
         try:
-            if key in self._leaving or key not in self._engine.loaded():
-                async with self._locks[key]:
-                    if key not in self._engine.loaded():
-                        await self._load(version)
-            yield
-        finally:
-            self._uses[key] -= 1
-            if not self._uses[key]:
-                del self._uses[key]
-
-    async def _load(self, version: AdapterVersion) -> None:
-        directory = self._cache / version.content_hash
-        try:
-            if not directory.exists():
-                await asyncio.to_thread(self._registry.pull, version.ref, directory)
-            await self._engine.load(version.content_hash, directory)
-        except AdapterRefused as error:
-            raise ApiError(
-                f"The model '{version.ref}' does not load: {error}", param="model", code="adapter_refused"
-            ) from error
+            return await self._version(entry.ref)
+        except (ApiError, RaypeftError, OSError):
+            return None
 
     async def _promote(self, entry: Served) -> None:
         """Sets the alias of a version that had to wait for its replica."""
@@ -249,21 +394,41 @@ class Catalogue:
         self._read_at = float("-inf")
 
     async def _bring_up(self, entries: list[Served]) -> None:
-        for entry in entries:
-            try:
-                async with self._held(await self._version(entry.ref)):
-                    await self._promote(entry)
-            except (ApiError, RaypeftError, OSError) as error:
+        """Loads what there is room for; the newest first, so that what is rolled out is there."""
+        enough = asyncio.Semaphore(_LOADS_AT_ONCE)
+
+        async def bring(entry: Served) -> None:
+            async with enough:
+                await self._bring(entry)
+
+        waiting = [entry for entry in reversed(entries) if self._lacks(entry)]
+        await asyncio.gather(*map(bring, waiting))
+
+    def _lacks(self, entry: Served) -> bool:
+        failure = self._failures.get(entry.ref)
+        if failure is not None and time.monotonic() < failure.again_at:
+            return False
+        if entry.alias_when_live or entry.ref not in self._versions:
+            return True
+        state = self.residency.state(self._versions[entry.ref].content_hash)
+        return state == "absent" or (state == "cold" and self.residency.has_room())
+
+    async def _bring(self, entry: Served) -> None:
+        try:
+            version = await self._version(entry.ref)
+            await self.residency.bring(version)
+            if self.residency.has(version.content_hash):
+                await self._promote(entry)
+        except (ApiError, RaypeftError, OSError) as error:
+            failure = self._failures.setdefault(entry.ref, _Failure(""))
+            if str(error) != failure.why:
                 _log.error("%s is not served: %s", entry.ref, error)
+            failure.why, failure.times = str(error), failure.times + 1
+            failure.again_at = time.monotonic() + min(2.0**failure.times, _LONGEST_PAUSE_S)
+        else:
+            self._failures.pop(entry.ref, None)
 
     async def _free_others(self) -> None:
-        keep = {self._versions[ref].content_hash for ref in self._served if ref in self._versions}
-        for key in self._engine.loaded() - keep:
-            if self._uses[key] or key in self._leaving:
-                continue
-            self._leaving.add(key)
-            try:
-                async with self._locks[key]:
-                    await self._engine.unload(key)
-            finally:
-                self._leaving.discard(key)
+        self._versions = self._known()
+        self._failures = {ref: each for ref, each in self._failures.items() if ref in self._served}
+        await self.residency.keep_only(version.content_hash for version in self._versions.values())

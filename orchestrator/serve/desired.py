@@ -4,10 +4,14 @@ changes it."""
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any
+from typing import Any, Literal
 
 from ..identity import BaseIdentity
-from ..spec.job import ModelSpec
+from ..spec.job import EngineSpec, ModelSpec
+from .rollout import Rollout, Step
+
+_TRAIL = 20
+"""Earlier versions of an alias that are remembered."""
 
 
 @dataclass(frozen=True)
@@ -28,8 +32,32 @@ class Served:
 
 
 @dataclass(frozen=True)
+class EngineOptions:
+    """What a replica's engine is told; None leaves it to the engine."""
+
+    max_context: int | None = None
+    """Tokens of prompt and answer together."""
+    max_batch_tokens: int | None = None
+    """Tokens of one forward over all requests."""
+    max_adapters: int | None = None
+    """Adapters loaded at once; the others wait on disk."""
+    deterministic: bool = False
+    """The same log-probabilities to the bit, alone or in any batch."""
+    quantization: Literal["none", "int8", "nf4"] | None = None
+    """How the base's linear layers are kept."""
+
+    @classmethod
+    def of(cls, spec: EngineSpec) -> EngineOptions:
+        """What a job's `deploy.engine` says."""
+        said: dict[str, Any] = {
+            name: None if value == "auto" else value for name, value in spec.model_dump().items()
+        }
+        return cls(**said)
+
+
+@dataclass(frozen=True)
 class Desired:
-    """One endpoint: its base, and the versions that it serves."""
+    """One endpoint: its base, the versions that it serves, and those on their way to an alias."""
 
     endpoint: str
     base: BaseIdentity
@@ -38,6 +66,11 @@ class Desired:
     trust_remote_code: bool = False
     """Whether a job that trained one of its adapters said so of the base."""
     adapters: tuple[Served, ...] = field(default=())
+    engine: EngineOptions = EngineOptions()
+    rollouts: tuple[Rollout, ...] = ()
+    """At most one an alias."""
+    earlier: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    """`name@alias` -> the versions that it named before, oldest first."""
 
     @property
     def model(self) -> ModelSpec:
@@ -59,8 +92,9 @@ class Desired:
         return replace(self, adapters=kept)
 
     def without(self, ref: str) -> Desired:
-        """No longer serving that version."""
-        return replace(self, adapters=tuple(entry for entry in self.adapters if entry.ref != ref))
+        """No longer serving that version, nor rolling it out."""
+        kept = tuple(entry for entry in self.adapters if entry.ref != ref)
+        return replace(self, adapters=kept, rollouts=tuple(each for each in self.rollouts if each.ref != ref))
 
     def without_promise(self, name: str, alias: str) -> Desired:
         """No version of `name` takes that alias when it becomes live: another one has it now."""
@@ -72,9 +106,62 @@ class Desired:
         )
         return replace(self, adapters=kept)
 
+    # rollouts
+
+    def rollout(self, name: str, alias: str) -> Rollout | None:
+        """The one that is on its way to an alias."""
+        return next((each for each in self.rollouts if (each.name, each.alias) == (name, alias)), None)
+
+    def with_rollout(self, rollout: Rollout) -> Desired:
+        """Rolling that out, in place of what was on its way to the same alias."""
+        others = tuple(each for each in self.rollouts if each.takes != rollout.takes)
+        return replace(self, rollouts=(*others, rollout))
+
+    def after(self, id: str, step: Step, now: float, before: int | None = None) -> Desired:
+        """With a rollout's next state; as it is where another has decided it meanwhile.
+
+        Args:
+            before: what the alias names, where the candidate is to take it.
+        """
+        found = next((each for each in self.rollouts if each.id == id), None)
+        if found is None or found.state not in ("starting", "baking"):
+            return self
+        if step.kind == "begin":
+            return self.with_rollout(replace(found, state="baking", began=now))
+        state: Any = "promoting" if step.kind == "promote" else "withdrawing"
+        return self.with_rollout(replace(found, state=state, reasons=step.reasons, before=before))
+
+    def finished(self, id: str) -> Desired:
+        """Without a rollout whose alias was set, or which is withdrawn: then without its version, too."""
+        found = next((each for each in self.rollouts if each.id == id), None)
+        if found is None:
+            return self
+        if found.state == "withdrawing":
+            return self.without(found.ref)
+        left = replace(self, rollouts=tuple(each for each in self.rollouts if each.id != id))
+        return left.passed(found.name, found.alias, found.before, found.candidate)
+
+    def passed(self, name: str, alias: str, before: int | None, now: int) -> Desired:
+        """Remembers which version an alias named before it was given to another."""
+        if before is None or before == now:
+            return self
+        key = f"{name}@{alias}"
+        trail = (*self.earlier.get(key, ()), before)[-_TRAIL:]
+        return replace(self, earlier={**self.earlier, key: trail})
+
+    def stepped_back(self, name: str, alias: str) -> Desired:
+        """Without the last of the earlier versions: the alias names it again."""
+        key = f"{name}@{alias}"
+        return replace(self, earlier={**self.earlier, key: self.earlier.get(key, ())[:-1]})
+
+    # stored
+
     def to_dict(self) -> dict[str, Any]:
         """As it is stored."""
-        return asdict(self)
+        stored = asdict(self)
+        stored["rollouts"] = [each.to_dict() for each in self.rollouts]
+        stored["earlier"] = {key: list(versions) for key, versions in self.earlier.items()}
+        return stored
 
     @classmethod
     def from_dict(cls, stored: dict[str, Any]) -> Desired:
@@ -85,6 +172,9 @@ class Desired:
             threads=stored.get("threads", 1),
             trust_remote_code=stored.get("trust_remote_code", False),
             adapters=tuple(Served(**_known(Served, entry)) for entry in stored.get("adapters", ())),
+            engine=EngineOptions(**_known(EngineOptions, stored.get("engine", {}))),
+            rollouts=tuple(Rollout.from_dict(each) for each in stored.get("rollouts", ())),
+            earlier={key: tuple(versions) for key, versions in stored.get("earlier", {}).items()},
         )
 
 

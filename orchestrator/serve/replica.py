@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import tempfile
+import os
+import secrets
+import socket
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from ray import serve
@@ -17,11 +18,16 @@ from peft_dist.lazy import lazy
 
 from ..errors import ServeError
 from ..registry import Registry
+from . import scratch
 from .app import build_app
+from .arbiter import Arbiter
 from .catalogue import Catalogue
 from .desired import Desired, Served
 from .naming import endpoint_of
+from .observed import Observed
 from .prompts import Prompts
+from .reporter import Reporter
+from .reports import Reports
 
 # Whoever deploys imports this file too, and needs neither torch nor transformers for it.
 base_model = lazy("orchestrator.serve.base_model")
@@ -44,18 +50,24 @@ class Replica:
             raise ServeError(f"endpoint '{endpoint}' is not in the registry {registry_url}.")
         base = base_model.load(desired.model, desired.threads)
         self._prompts = Prompts(base.tokenizer)
-        self._engine = sequential.SequentialEngine(
-            base.model, self._prompts.decode, base.eos_ids, base.max_context
-        )
-        self._scratch = tempfile.TemporaryDirectory(prefix="raypeft-adapters-")
+        context = min(base.max_context, desired.engine.max_context or base.max_context)
+        engine = sequential.SequentialEngine(base.model, self._prompts.decode, base.eos_ids, context)
+        self._engine: Any = Observed(engine)
+        name = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
+        reports = Reports(registry_url, endpoint)
+        reporter = Reporter(name, self._engine, reports, Arbiter(self._registry, endpoint, name))
         self._catalogue = Catalogue(
             desired.base,
             self._engine,
             self._registry,
             self._read_desired,
             self._finish_promotion,
-            cache=Path(self._scratch.name),
+            cache=scratch.folder_of_this_process("raypeft-adapters"),
+            slots=desired.engine.max_adapters,
+            companion=reporter,
         )
+        reporter.known = self._catalogue
+        self._engine.pin = self._catalogue.residency.pinned
         self._others: tuple[float, Sequence[str]] = (float("-inf"), ())
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
@@ -70,9 +82,8 @@ class Replica:
         )
 
     async def check_health(self) -> None:
-        """Called by Serve, which replaces a replica that raises; follows the desired state while idle."""
+        """Called by Serve, which replaces a replica that raises."""
         self._engine.check()
-        await self._catalogue.follow()
 
     def _read_desired(self) -> Desired | None:
         stored = self._registry.endpoint_state(self._endpoint)
@@ -114,6 +125,8 @@ def replica_deployment(**options: Any) -> Any:
         health_check_timeout_s=60,
         graceful_shutdown_timeout_s=120,
         max_constructor_retry_count=2,
+        # a replica of new code or other settings answers before the one that it replaces leaves
+        max_surge_percent=100,
         logging_config={"enable_access_log": False},
         **options,
     )

@@ -214,7 +214,7 @@ def test_an_adapter_taken_away_is_unloaded(served):
     served.text("docs@1")
     assert version.content_hash in served.engine.loaded()
     served.undeploy("docs@1")
-    served.catalogue._read_at = float("-inf")
+    served.client.portal.call(served.catalogue.look)
     assert served.complete("docs@1").status_code == 404
     assert served.engine.loaded() == frozenset()
     assert served.text("tiny") == generated(served.base, prompt_ids(served.base))
