@@ -31,6 +31,8 @@ _ENGINE = "_peft_dist_zero3_engine"
 _ORDER = "_peft_dist_fetches"
 _REGISTRY = "_peft_dist_in_flight"
 _TRAINED = "_peft_dist_trained_in_pieces"
+# What takes tokens, images or sounds, which need no gradient.
+_FIRST = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 # What a base is partitioned with has no optimizer, no schedule and no precision of its own.
 _NOT_FOR_A_BASE = (
     "optimizer",
@@ -352,7 +354,7 @@ def partition_base(
     for parameter in base.parameters():
         if is_partitioned(parameter):
             setattr(parameter, _REGISTRY, base.ds_inflight_param_registry)
-    _let_embeddings_require_grad(base)
+    _let_first_layers_require_grad(base)
     _release_when_done(base, offload)
 
 
@@ -570,11 +572,12 @@ def _freeze(base: nn.Module, num_adapted: int) -> None:
     base.requires_grad_(False)
 
 
-def _let_embeddings_require_grad(base: nn.Module) -> None:
-    """Makes what embeddings give require a gradient.
+def _let_first_layers_require_grad(base: nn.Module) -> None:
+    """Makes what embeddings and convolutions give require a gradient.
 
     The hook that releases a layer after its backward hangs on the gradient of the layer's input; the first
-    layer has none otherwise, and would rest whole on every rank from its first backward on.
+    layer has none otherwise, and would rest whole on every rank from its first backward on. And a layer is gathered
+    for its backward where its output needs a gradient: so on every rank, whatever is trained before it there.
     """
 
     def require(module: nn.Module, args: Any, output: Tensor) -> None:
@@ -582,7 +585,7 @@ def _let_embeddings_require_grad(base: nn.Module) -> None:
             output.requires_grad_(True)
 
     for module in base.modules():
-        if isinstance(module, nn.Embedding):
+        if isinstance(module, _FIRST):
             module.register_forward_hook(require)
 
 
