@@ -6,11 +6,11 @@ Each case is a job: its base is read, its adapter put on and two steps are taken
 trainer's optimizer, each worker a process of its own. Measured: on a CPU the peak of RssAnon, sampled every 5 ms from
 before the base is read, less that of the same process idle (all imports, a step of a tiny base behind it); on a GPU
 `max_memory_allocated`. Estimated: the plan's total less its `framework`. Where there are several workers the one that
-takes most counts. The bases are random Llamas. To reach: a ratio between 0.8 and 1.2 in every case. The cases of
+takes most counts. The bases have random weights. To reach: a ratio between 0.8 and 1.2 in every case. The cases of
 `UNSEEN` were added once the estimate was written, and nothing was changed for them.
 
-`--left-over` also says what a worker gives back after the last step, asked to: what MKL had packed, and what was free
-in glibc's heap; `plan.memory.LEFT_OVER` is the most that is alive in nobody.
+`--left-over` also says what a worker gives back after the last step, asked to: what MKL had packed, and what is free in
+glibc's heap by then, most of which was in use at the peak.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def case(
 ) -> dict:
     """A job as its table says it: `stage`, `bits`, `recomputes`, `precision` beside the shape, rows and adapter."""
     chosen = {"shape": shape, "rows": rows, "length": length, "adapter": adapter or {"type": "lora", "r": 8}}
-    usual = {"stage": "zero2", "bits": {}, "recomputes": False, "precision": "fp32"}
+    usual = {"stage": "zero2", "bits": {}, "recomputes": False, "precision": "fp32", "model": "llama"}
     return {**chosen, "workers": workers, **usual, **more}
 
 
@@ -86,6 +86,8 @@ UNSEEN = {
     "unseen-dora-nf4": case("35M", 2, 640, DORA, bits=NF4),
     "unseen-oft-zero3": case("35M", 5, 200, OFT, workers=2, stage="zero3"),
     "unseen-prompts-bf16": case("110M", 2, 320, PROMPTS, precision="bf16"),
+    "unseen-qwen3": case("35M", 2, 512, model="qwen3"),
+    "unseen-starcoder2": case("35M", 2, 512, model="starcoder2"),
 }
 GPU_CASES = {
     "1B-lora": case("1B", 4, 1024, precision="bf16"),
@@ -159,9 +161,9 @@ def write(device: str, found: list[dict[str, Any]]) -> None:
 
 def row(name: str, what: dict, folder: Path) -> dict[str, Any]:
     """One case, estimated and measured, in bytes."""
-    base = folder / what["shape"]
-    make_base(base, what["shape"])
-    make_base(folder / "tiny", "tiny")
+    base = folder / f"{what['model']}-{what['shape']}"
+    make_base(base, what["model"], what["shape"])
+    make_base(base.with_name(f"{what['model']}-tiny"), what["model"], "tiny")
     _, plan = planned(what, str(base))
     memory = plan.memory
     assert memory is not None, plan.notes
@@ -180,7 +182,7 @@ def row(name: str, what: dict, folder: Path) -> dict[str, Any]:
     }
 
 
-CASE = ("shape", "rows", "length", "workers", "stage", "bits", "precision", "recomputes", "adapter")
+CASE = ("model", "shape", "rows", "length", "workers", "stage", "bits", "precision", "recomputes", "adapter")
 
 
 def text_of(found: dict[str, Any], with_parts: bool) -> str:
@@ -226,16 +228,17 @@ def planned(what: dict, base: str) -> tuple[Any, Any]:
     return spec, make_plan(spec, facts, read_sizes(base))
 
 
-def make_base(folder: Path, shape: str) -> None:
+def make_base(folder: Path, model: str, shape: str) -> None:
     """Saves a random base in a process that then ends, so that its memory is not counted."""
     if folder.exists():
         return
     if (child := os.fork()) == 0:
         import torch
-        from transformers import LlamaConfig, LlamaForCausalLM
+        from transformers import AutoConfig, AutoModelForCausalLM
 
         torch.set_default_dtype(torch.bfloat16 if shape in ("1B", "7B") else torch.float32)
-        LlamaForCausalLM(LlamaConfig(**SHAPES[shape], max_position_embeddings=2048)).save_pretrained(folder)
+        config = AutoConfig.for_model(model, **SHAPES[shape], max_position_embeddings=2048)
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
         os._exit(0)
     os.waitpid(child, 0)
 
@@ -347,7 +350,8 @@ def work(what: dict, found: dict[str, int]) -> None:
 
 def warm_up(what: dict) -> None:
     """The same with a tiny base: what a first step imports and sets up belongs to an idle worker."""
-    work({**what, "base": str(Path(what["base"]).parent / "tiny"), "rows": 1, "length": 8}, {})
+    base = Path(what["base"]).with_name(f"{what['model']}-tiny")
+    work({**what, "base": str(base), "rows": 1, "length": 8}, {})
     gc.collect()
 
 

@@ -4,10 +4,11 @@ The activations are those of a Llama-like block under torch's scaled-dot-product
 queries, keys, values and the output, never the matrix of scores. T tokens a forward, H hidden, I intermediate,
 V vocabulary; every number below is elements for each token of one layer:
 
-    norms            2 H     their input, in float32 whatever the precision
+    norms            2 H     their input, in float32 whatever the precision where they are root mean squares; more where
+                     queries and keys have norms of their own
     attention        Q + 2 K + Q       queries, keys, values, output (Q = heads x head size, K = kv heads x head size;
                      where several rows are padded to one length, keys and values are repeated for every head)
-    mlp              3 I     the gate before and after its nonlinearity, and up
+    mlp              3 I     the gate before and after its nonlinearity, and up; I where there is no gate
     adapted layers   each layer's input once, where sites share it; each site's own copy and what was left of it where
                      it is dropped out or cast; the ranks between the adapter's tensors; of IA3 and DoRA the output
     loss             12 bytes for each of T V: in its forward the logits, those of the targets and log-probabilities, in
@@ -58,9 +59,10 @@ FP32 = 4
 FOR_LOSS = 12
 """Bytes for each token and entry of the vocabulary while the loss is computed, in float32 as in bfloat16."""
 LEFT_OVER = (16 + 12) * 2**20
-"""Bytes that a CPU worker holds beyond what is alive in it, as `benchmarks/memory_plan.py --left-over` measures them by
-asking for them back: MKL's packed copies of what it multiplies, 16 MiB a thread at most, and holes in glibc's heap,
-among the blocks that are too small to be mapped by themselves."""
+"""Bytes that a CPU worker holds at its peak beyond what is alive in it, each measured on its own: MKL's packed copies
+of what it multiplies, 16 MiB a thread at most (`benchmarks/memory_plan.py --left-over` asks for them back), and holes in
+glibc's heap, among the blocks too small to be mapped by themselves (the peak of RssAnon less MKL's copies and less what
+torch's profiler counts at that moment)."""
 WHOLE_IN_BACKWARD = 4
 """Tensors as large as a weight while the backward of a layer that keeps whole ones runs."""
 BLOCK, BLOCKS = 64, 256
@@ -222,8 +224,25 @@ def _layer(sizes: ModelSizes, adapter: AdapterSizes, step: Step) -> int:
     queries = sizes.heads * sizes.head_dim
     # A mask for padding lets torch's kernels take keys and values for every head alone.
     keys = queries if step.rows * step.texts > 1 else sizes.kv_heads * sizes.head_dim
-    plain = 2 * queries + 2 * keys + 3 * sizes.intermediate
-    return 2 * sizes.hidden * FP32 + plain * step.compute_bytes + _adapted(sizes, adapter, step)
+    mlp = (3 if _is_gated(sizes) else 1) * sizes.intermediate
+    plain = 2 * queries + 2 * keys + mlp
+    return _norms(sizes, step) + plain * step.compute_bytes + _adapted(sizes, adapter, step)
+
+
+def _norms(sizes: ModelSizes, step: Step) -> int:
+    """Bytes of what one layer's norms take, for each token."""
+    wide = {"q_norm": sizes.heads * sizes.head_dim, "k_norm": sizes.kv_heads * sizes.head_dim}
+    total = 0
+    for name in sizes.tensors:
+        layer, _, kind = name.rpartition(".")
+        if kind == "weight" and ".layers." in name and layer.endswith("norm"):
+            bytes_ = step.compute_bytes if f"{layer}.bias" in sizes.tensors else FP32
+            total += wide.get(layer.rpartition(".")[2], sizes.hidden) * bytes_
+    return total // max(1, sizes.layers) or 2 * sizes.hidden * FP32
+
+
+def _is_gated(sizes: ModelSizes) -> bool:
+    return not any(name.endswith(".c_fc") for name in sizes.linear_shapes)
 
 
 def _adapted(sizes: ModelSizes, adapter: AdapterSizes, step: Step) -> int:

@@ -131,10 +131,11 @@ def test_what_is_not_known_is_said():
     text = " ".join(plan.notes)
     for words in ("GPUs are not known", "The cluster is not known", "The base's sizes are not known"):
         assert words in text
-    unknown = make_plan(spec_of(), ONE, llama(architecture="MambaForCausalLM"))
-    assert unknown.memory is None and unknown.fits is None
-    assert "Memory is not estimated: the activations of MambaForCausalLM are not known." in unknown.notes
-    assert unknown.adapter_parameters
+    for architecture in ("MambaForCausalLM", "T5ForConditionalGeneration"):
+        unknown = make_plan(spec_of(), ONE, llama(architecture=architecture))
+        assert unknown.memory is None and unknown.fits is None
+        assert f"Memory is not estimated: the activations of {architecture} are not known." in unknown.notes
+        assert unknown.adapter_parameters
 
 
 def test_memory_that_does_not_fit_is_said():
