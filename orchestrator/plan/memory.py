@@ -60,9 +60,9 @@ FOR_LOSS = 12
 """Bytes for each token and entry of the vocabulary while the loss is computed, in float32 as in bfloat16."""
 LEFT_OVER = (16 + 12) * 2**20
 """Bytes that a CPU worker holds at its peak beyond what is alive in it, each measured on its own: MKL's packed copies
-of what it multiplies, 16 MiB a thread at most (`benchmarks/memory_plan.py --left-over` asks for them back), and holes in
-glibc's heap, among the blocks too small to be mapped by themselves (the peak of RssAnon less MKL's copies and less what
-torch's profiler counts at that moment)."""
+of what it multiplies, 16 MiB a thread at most (`benchmarks/memory_plan.py --left-over` asks for them back), and holes
+in glibc's heap, among the blocks too small to be mapped by themselves (the peak of RssAnon less MKL's copies and less
+what torch's profiler counts at that moment)."""
 WHOLE_IN_BACKWARD = 4
 """Tensors as large as a weight while the backward of a layer that keeps whole ones runs."""
 BLOCK, BLOCKS = 64, 256
