@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import socket
 import time
 from collections.abc import Callable
@@ -13,14 +14,20 @@ import requests
 
 from ..errors import ModelError, PlacementError, ServeError, closest
 from ..identity import BaseIdentity, base_identity
+from ..keys import KeyBook
 from ..registry import AdapterVersion, Registry
 from ..runner import Event
 from ..service import Deployment
 from ..spec.canonical import load_stored
 from ..spec.job import DeploySpec
 from . import serve_cluster
-from .desired import Desired, Served
+from .code_version import version_of
+from .desired import Desired, EngineOptions, Served
+from .key_check import require_keys
 from .naming import base_id, check_endpoint_name, default_endpoint
+from .promotion import desired_of, withdraw
+from .reports import Reports
+from .rollout import Rollout
 from .serve_cluster import Application, Door, Placement
 
 OnEvent = Callable[[Event], None]
@@ -48,7 +55,7 @@ class EndpointInfo:
     adapters: tuple[str, ...]
     """`name@version` of each; with ` (forced)` where the gate had refused it."""
     state: str
-    """live | starting | waiting | failed | down"""
+    """live | idle | starting | waiting | failed | down"""
     message: str = ""
     replicas: int = 0
 
@@ -90,10 +97,11 @@ class RayEndpoints:
         force: bool = False,
         on_event: OnEvent = lambda event: None,
     ) -> Deployment:
-        """Has the endpoint of the version's base answer with the version, then points the alias at it.
+        """Has the endpoint of the version's base answer with the version, then points the alias at it. Where
+        `deploy.rollout` has it watched, and the alias names a version already, the replicas decide that later.
 
-        Returns with state `waiting` where the cluster has no room now; the endpoint then becomes live, and
-        takes the alias, by itself.
+        Returns with state `canary` where it is watched, `waiting` where the cluster has no room now: the endpoint
+        then becomes live, and takes the alias or begins to be watched, by itself.
 
         Raises:
             ServeError: refused by its gate, another base's endpoint, or it does not come up; nothing changes.
@@ -103,6 +111,9 @@ class RayEndpoints:
         base = _check_base(version, base_model, revision)
         endpoint = self._choose(base, deploy.endpoint)
         placement = self._place(deploy)
+        keys = KeyBook(self._registry.url)
+        running_door = serve_cluster.find_door()
+        require_keys(running_door.host if running_door else self._host, keys.read())
         door = serve_cluster.open_serve(self._host, self._port)
         if door.note:
             on_event({"event": "warning", "message": door.note})
@@ -110,25 +121,29 @@ class RayEndpoints:
         if running is not None and running.num_running:
             _check_registry(f"{door.url}/{endpoint}", endpoint, self._registry.url)
         entry = Served(version.name, version.version, forced=force and version.lineage.gate_passed is False)
-        before = self._record(endpoint, base, version, entry, max(1, int(deploy.cpus_per_replica)))
+        rollout = self._rollout(endpoint, version, deploy)
+        before = self._record(endpoint, base, version, entry, deploy, rollout)
         started = False
         try:
             if running is None or running.status in ("DELETING", "NOT_STARTED", "DEPLOY_FAILED"):
                 started = True
-                serve_cluster.start_application(endpoint, self._registry.url, placement)
-            elif "num_replicas" in deploy.model_fields_set and deploy.num_replicas != running.num_replicas:
-                serve_cluster.change_application(
-                    running, self._registry.url, num_replicas=deploy.num_replicas
-                )
+                code = self._note_code(endpoint)
+                serve_cluster.start_application(endpoint, self._registry.url, placement, code)
+            else:
+                self._change_running(endpoint, running, placement, deploy, on_event)
             live = self._await(endpoint, version.ref, door, on_event)
         except BaseException:
             self._restore(endpoint, before, version.ref)
             if started:
                 serve_cluster.delete_application(endpoint)
             raise
-        if live:
-            self._registry.set_alias(version.name, version.version, deploy.alias)
-            self._change(endpoint, lambda now: now.without_promise(version.name, deploy.alias))
+        if rollout is not None:
+            pass  # the replicas see to it
+        elif live:
+            self._give_alias(endpoint, version, deploy.alias)
+            _await_alias(
+                f"{door.url}/{endpoint}", f"{version.name}@{deploy.alias}", version.ref, deploy.bounds[1]
+            )
         else:
             self._change(endpoint, lambda now: now.with_adapter(replace(entry, alias_when_live=deploy.alias)))
         return Deployment(
@@ -136,7 +151,8 @@ class RayEndpoints:
             url=f"{door.url}/{endpoint}/v1",
             model=version.ref,
             base_name=base_id(base),
-            state="live" if live else "waiting",
+            state="waiting" if not live else "canary" if rollout else "live",
+            rollout=rollout.describe() if rollout else None,
         )
 
     def status(self) -> list[EndpointInfo]:
@@ -202,6 +218,12 @@ class RayEndpoints:
         Raises:
             PlacementError: no node of this machine's own cluster has that much.
         """
+        placement = self._reserved(deploy)
+        if deploy.scale is None:
+            return placement
+        return replace(placement, bounds=deploy.bounds, idle_s=deploy.scale.idle_timeout)
+
+    def _reserved(self, deploy: DeploySpec) -> Placement:
         if self._local and deploy.gpus_per_replica == "auto":
             # It shares what training reserves; Ray leaves the GPUs in sight of who reserves none.
             return Placement(deploy.num_replicas, 0, 0)
@@ -216,25 +238,111 @@ class RayEndpoints:
             )
         return Placement(deploy.num_replicas, cpus, gpus, hide_gpus=gpus == 0)
 
+    def _rollout(self, endpoint: str, version: AdapterVersion, deploy: DeploySpec) -> Rollout | None:
+        """How the version is watched before it takes the alias; None: it takes it at once, as does one that takes it
+        from nobody."""
+        if not deploy.rollout.is_watched:
+            return None
+        desired = desired_of(self._registry, endpoint)
+        stable = self._registry.alias(version.name, deploy.alias)
+        if (
+            desired is None
+            or stable in (None, version.version)
+            or desired.served(f"{version.name}@{stable}") is None
+        ):
+            return None
+        return Rollout.of(
+            deploy.rollout,
+            version.name,
+            version.version,
+            deploy.alias,
+            id=secrets.token_hex(6),
+            now=time.time(),
+        )
+
     def _record(
-        self, endpoint: str, base: BaseIdentity, version: AdapterVersion, entry: Served, threads: int
+        self,
+        endpoint: str,
+        base: BaseIdentity,
+        version: AdapterVersion,
+        entry: Served,
+        deploy: DeploySpec,
+        rollout: Rollout | None,
     ) -> Desired | None:
         """Adds a version to the desired state; returns the state before."""
-        stored = self._registry.endpoint_state(endpoint)
-        before = Desired.from_dict(stored) if stored else None
+        before = desired_of(self._registry, endpoint)
         if before is not None and not before.base.is_same(base):
             raise ServeError(f"endpoint '{endpoint}' now serves another base.", hint="Deploy again.")
+        threads = max(1, int(deploy.cpus_per_replica))
+        options = EngineOptions.of(deploy.engine) if "engine" in deploy.model_fields_set else None
+        if before is not None and (under_way := before.rollout(entry.name, deploy.alias)) is not None:
+            withdraw(self._registry, endpoint, under_way, f"{entry.ref} is deployed in its place")
 
         def add(now: dict[str, Any] | None) -> dict[str, Any]:
             there = Desired.from_dict(now) if now else Desired(endpoint, base)
             trusts = there.trust_remote_code or _trusts_code(version)
-            now_there = replace(there, base=base, threads=threads, trust_remote_code=trusts)
-            return now_there.with_adapter(entry).to_dict()
+            there = replace(
+                there, base=base, threads=threads, trust_remote_code=trusts, engine=options or there.engine
+            )
+            there = there.with_adapter(entry)
+            return (there.with_rollout(rollout) if rollout else there).to_dict()
 
         reasons = version.lineage.gate_reasons if entry.forced else ()
         self._registry.hold(entry.ref, endpoint, forced=entry.forced, reasons=reasons)
         self._registry.update_endpoint(endpoint, add)
+        if rollout is not None:
+            stable = self._registry.alias(rollout.name, rollout.alias)
+            Reports(self._registry.url, endpoint).note(
+                "rollout",
+                adapter=rollout.ref,
+                alias=rollout.alias,
+                rollout=rollout.id,
+                stable=stable,
+                reasons=[rollout.describe()],
+                by="deploy",
+            )
         return before
+
+    def _change_running(
+        self,
+        endpoint: str,
+        running: Application,
+        placement: Placement,
+        deploy: DeploySpec,
+        on_event: OnEvent,
+    ) -> None:
+        """Gives a running application the number of replicas that is asked for, and this process's code."""
+        said = deploy.model_fields_set
+        other_number = "num_replicas" in said and deploy.num_replicas != running.num_replicas
+        other_number = other_number or (deploy.scale is not None and placement.bounds != running.bounds)
+        desired = desired_of(self._registry, endpoint)
+        other_code = desired is not None and desired.code != version_of(desired)
+        if other_code:
+            message = f"endpoint {endpoint}: its replicas are replaced, one after the other, by this code's"
+            on_event({"event": "state", "state": "deploying", "message": message})
+        if other_number or other_code:
+            wanted = placement if other_number else None
+            code = self._note_code(endpoint)
+            serve_cluster.change_application(running, self._registry.url, code, placement=wanted)
+
+    def _note_code(self, endpoint: str) -> str:
+        """The version of this code with the endpoint's settings, noted as that which it runs."""
+        desired = desired_of(self._registry, endpoint)
+        if desired is None:
+            raise ServeError(f"endpoint '{endpoint}' was undeployed meanwhile.", hint="Deploy again.")
+        code = version_of(desired)
+        self._change(endpoint, lambda now: replace(now, code=code))
+        return code
+
+    def _give_alias(self, endpoint: str, version: AdapterVersion, alias: str) -> None:
+        before = self._registry.alias(version.name, alias)
+        self._registry.set_alias(version.name, version.version, alias)
+        self._change(
+            endpoint,
+            lambda now: now.without_promise(version.name, alias).passed(
+                version.name, alias, before, version.version
+            ),
+        )
 
     def _restore(self, endpoint: str, before: Desired | None, ref: str) -> None:
         """Takes a failed deployment back."""
@@ -254,7 +362,7 @@ class RayEndpoints:
         Raises:
             ServeError: Serve gave the application up, or the replica refuses the adapter.
         """
-        said = ""
+        said, headers = "", _authorization(self._registry)
         unplaced, ill, refusing = _Stopwatch(), _Stopwatch(), _Stopwatch()
         while True:
             app = serve_cluster.applications().get(endpoint)
@@ -263,9 +371,9 @@ class RayEndpoints:
             # A replica that was killed leaves the application unhealthy until the next one is up.
             if app.status == "DEPLOY_FAILED" or ill.runs(app.status == "UNHEALTHY") > _SECONDS_TO_RECOVER:
                 raise ServeError(f"endpoint '{endpoint}' does not come up: {_cause(app.message)}")
-            if app.num_running:
+            if app.num_running or app.is_idle:
                 said = _say(on_event, said, f"endpoint {endpoint}: loading {ref}")
-                status, message = _probe(f"{door.url}/{endpoint}", ref)
+                status, message = _probe(f"{door.url}/{endpoint}", ref, headers)
                 if status == 200:
                     return True
                 if status == 400 or refusing.runs(status is not None) > _SECONDS_OF_REFUSALS:
@@ -292,14 +400,19 @@ class RayEndpoints:
             self._registry.release(entry.ref, endpoint)
         door = serve_cluster.find_door()
         if is_up and door is not None:
-            _await_gone(f"{door.url}/{endpoint}", {entry.ref for entry in entries})
+            _await_gone(
+                f"{door.url}/{endpoint}", {entry.ref for entry in entries}, _authorization(self._registry)
+            )
 
     def _give_root_to_the_last(self) -> None:
         """`/v1` belongs to the only endpoint: where one is left, it takes `/` over, in place."""
         running = serve_cluster.applications()
         if len(running) != 1 or serve_cluster.route_taken("/") is not None:
             return
-        serve_cluster.change_application(next(iter(running.values())), self._registry.url, route_prefix="/")
+        last = next(iter(running.values()))
+        desired = desired_of(self._registry, last.endpoint)
+        if desired is not None:
+            serve_cluster.change_application(last, self._registry.url, desired.code, route_prefix="/")
 
     def _change(self, endpoint: str, change: Callable[[Desired], Desired]) -> None:
         def apply(stored: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -417,27 +530,48 @@ def _is_unplaced(app: Application) -> bool:
     return bool(app.num_unplaced and not app.num_running)
 
 
-def _probe(url: str, ref: str) -> tuple[int | None, str]:
+def _authorization(registry: Registry) -> dict[str, str]:
+    """The header of our own calls: a short-lived key, where keys are asked for."""
+    keys = KeyBook(registry.url)
+    return {} if keys.read().is_empty else {"Authorization": f"Bearer {keys.lend()}"}
+
+
+def _probe(url: str, ref: str, headers: dict[str, str]) -> tuple[int | None, str]:
     """HTTP status and message when one token is asked of `ref`; None where nothing answers."""
     body: dict[str, Any] = {"model": ref, "prompt": "a", "max_tokens": 1, "temperature": 0}
     try:
-        answer = requests.post(f"{url}/v1/completions", json=body, timeout=(5, 600))
+        answer = requests.post(f"{url}/v1/completions", json=body, headers=headers, timeout=(5, 600))
     except requests.ConnectionError:
         return None, ""
     return answer.status_code, _message(answer)
 
 
-def _await_gone(url: str, refs: set[str], timeout_s: float = 15.0) -> None:
+def _await_gone(url: str, refs: set[str], headers: dict[str, str], timeout_s: float = 15.0) -> None:
     """Waits until a running endpoint no longer lists versions; one that does not answer lists none."""
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         try:
-            answer = requests.get(f"{url}/v1/models", timeout=5)
+            answer = requests.get(f"{url}/v1/models", headers=headers, timeout=5)
         except requests.RequestException:
             return
         if answer.status_code != 200 or not refs & {card["id"] for card in answer.json()["data"]}:
             return
         time.sleep(_POLL_S)
+
+
+def _await_alias(url: str, alias: str, ref: str, num_replicas: int, timeout_s: float = 15.0) -> None:
+    """Waits until the replicas of a running endpoint know what an alias names: each looks every second."""
+    deadline, knowing = time.monotonic() + timeout_s, 0
+    while knowing < 3 * num_replicas - 2 and time.monotonic() < deadline:
+        try:
+            answer = requests.get(f"{url}/v1/models/{alias}", timeout=5)
+            knows = answer.status_code == 200 and answer.json().get("root") == ref
+        except (requests.RequestException, ValueError):
+            return
+        if answer.status_code in (401, 403):
+            return  # it wants a key that this process does not have
+        knowing = knowing + 1 if knows else 0
+        time.sleep(0 if knows else _POLL_S)
 
 
 def _message(answer: requests.Response) -> str:
@@ -493,6 +627,8 @@ def _state(app: Application | None) -> tuple[str, str]:
         return "down", _DOWN
     if app.num_running:
         return "live", ""
+    if app.is_idle:
+        return "idle", "nobody asks: the first request starts a replica"
     if app.status in ("DEPLOY_FAILED", "UNHEALTHY"):
         return "failed", _cause(app.message)
     if app.num_unplaced:

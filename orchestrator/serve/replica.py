@@ -23,9 +23,11 @@ from .app import build_app
 from .arbiter import Arbiter
 from .catalogue import Catalogue
 from .desired import Desired, Served
+from .metrics import Metrics
 from .naming import endpoint_of
 from .observed import Observed
 from .prompts import Prompts
+from .reach import admission
 from .reporter import Reporter
 from .reports import Reports
 
@@ -48,6 +50,7 @@ class Replica:
         desired = self._read_desired()
         if desired is None:
             raise ServeError(f"endpoint '{endpoint}' is not in the registry {registry_url}.")
+        self._admission = admission(registry_url)
         base = base_model.load(desired.model, desired.threads)
         self._prompts = Prompts(base.tokenizer)
         context = min(base.max_context, desired.engine.max_context or base.max_context)
@@ -79,6 +82,12 @@ class Replica:
             self._catalogue,
             others=self._other_endpoints,
             registry=self._registry.url,
+            admission=self._admission,
+            metrics=Metrics(
+                serve.get_replica_context().replica_tag,
+                self._engine.figures,
+                served=lambda: [self._catalogue.base_name, *self._catalogue.states()],
+            ),
         )
 
     async def check_health(self) -> None:
@@ -121,7 +130,7 @@ def replica_deployment(**options: Any) -> Any:
         serve.ingress()(Replica),
         name="endpoint",
         max_ongoing_requests=1024,
-        health_check_period_s=5,
+        health_check_period_s=2,  # a replica that failed three of them is replaced
         health_check_timeout_s=60,
         graceful_shutdown_timeout_s=120,
         max_constructor_retry_count=2,
