@@ -26,10 +26,9 @@ class TokenBucket:
     def wait_s(self, amount: float, now: float) -> float:
         """Seconds until `amount` may be taken; 0: now."""
         self._fill(now)
-        lacking = min(amount, self._per_minute) - self._level
-        if lacking <= 0:
-            return 0.0
-        return lacking / self._per_minute * 60 if self._per_minute > 0 else math.inf
+        if self._per_minute <= 0:
+            return math.inf
+        return max(0.0, (min(amount, self._per_minute) - self._level) / self._per_minute * 60)
 
     def take(self, amount: float, now: float) -> None:
         """Takes `amount`, also what is not there; a negative amount is given back."""
