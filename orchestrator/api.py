@@ -25,6 +25,7 @@ from .adapter_folder import check_adapter
 from .cluster import Cluster, load_cluster
 from .errors import ClusterError, ModelError, RaypeftError, RunError, ServeError, SpecError
 from .identity import base_identity
+from .keys import PERIODS, KeyBook, KeyRow, NewKey
 from .lineage import Lineage
 from .merging.merge import Adapter as AdapterToMerge
 from .merging.merge import MergeResult, check_out
@@ -40,10 +41,13 @@ from .spec import schema as schemas
 from .spec import templates as job_templates
 from .spec.job import DeploySpec, JobSpec
 from .spec.load import LoadedJob, load_job, load_job_mapping
-from .spec.places import dotted
+from .spec.overrides import apply_overrides
+from .spec.places import Tree, dotted
+from .spec.rules import check_deploy
 from .spec.secrets import read_secrets
 from .spec.unknown import unknown_key
 from .spec.words import explain
+from .spending import Spending
 from .store import RunRecord
 
 if TYPE_CHECKING:
@@ -171,7 +175,7 @@ def run(
                 on_event=on_event,
                 stop=stop,
             )
-        result = _with_answers(result)
+        result = _with_answers(result, environment.registry)
     finally:
         stays = was_up or _leave(where)
         wiring.disconnect()
@@ -215,23 +219,24 @@ def _leave(cluster: Cluster) -> bool:
     return False
 
 
-def _with_answers(result: RunResult) -> RunResult:
+def _with_answers(result: RunResult, registry: Registry) -> RunResult:
     """Asks the base and the adapter one and the same question, where the endpoint answers."""
     endpoint, question = result.endpoint, result.question
     if endpoint is None or endpoint.state != "live":
         return result
+    key = _key(registry)
     try:
-        asking.models(endpoint.url)
+        asking.models(endpoint.url, key)
     except ServeError:
         note = f"Its endpoint is down; start it again: raypeft deploy {result.adapter}"
         return replace(result, notes=(note,))
     if question is None:
         return result
     base, adapter = (
-        asking.ask(endpoint.url, model, question, max_tokens=64)
+        asking.ask(endpoint.url, model, question, max_tokens=64, key=key)
         for model in (endpoint.base_name, endpoint.model)
     )
-    curl = asking.curl_line(endpoint.url, endpoint.model, question, max_tokens=64)
+    curl = asking.curl_line(endpoint.url, endpoint.model, question, max_tokens=64, with_key=key is not None)
     return replace(result, comparison=service.Comparison(question, base, adapter, curl))
 
 
@@ -598,10 +603,14 @@ def deploy(
     alias: str = "production",
     num_replicas: int | None = None,
     force: bool = False,
+    settings: Sequence[str] = (),
     cluster: str | None = None,
     on_event: OnEvent = ignore,
 ) -> Deployment:
     """Serves a version at the endpoint of its base, which is started where there is none.
+
+    Args:
+        settings: keys of a job's `deploy`, such as `rollout.canary_percent=10` or `scale.min_replicas=0`.
 
     On a cluster that is reached through Ray's Jobs API this is a short job there, with the same events, result
     and errors.
@@ -616,7 +625,7 @@ def deploy(
     environment = _environment(where)
     version = environment.registry.get(ref)
     service.check_served(version)
-    spec = _deploy_spec(endpoint=endpoint, alias=alias, num_replicas=num_replicas)
+    spec = _deploy_spec(settings, endpoint=endpoint, alias=alias, num_replicas=num_replicas)
     base = version.lineage.base
     was_up = _is_up(where)
     try:
@@ -629,14 +638,23 @@ def deploy(
         raise
 
 
-def _deploy_spec(**asked: Any) -> DeploySpec:
+def _deploy_spec(settings: Sequence[str], **asked: Any) -> DeploySpec:
     """What was asked for on the command line, checked as in a job."""
+    keys = [f"deploy.{each.strip().removeprefix('deploy.')}" for each in settings]
+    tree, errors = apply_overrides(Tree("--set"), keys)
+    if errors:
+        raise errors[0]
+    said = {key: value for key, value in asked.items() if value is not None}
+    values = {**tree.values.get("deploy", {}), **said}
     try:
-        return DeploySpec(**{key: value for key, value in asked.items() if value is not None})
+        spec = DeploySpec(**values)
     except ValidationError as error:
-        problem = explain(DeploySpec, asked, error.errors(), unknown_key)[0]
+        problem = explain(DeploySpec, values, error.errors(), unknown_key)[0]
         where = f"deploy.{dotted(problem.path)}"
         raise SpecError(problem.problem, where=where, hint=problem.hint) from error
+    for problem in check_deploy(spec):
+        raise SpecError(problem.problem, where=dotted(problem.path), hint=problem.hint)
+    return spec
 
 
 def endpoints(*, cluster: str | None = None) -> list[EndpointInfo]:
@@ -671,15 +689,64 @@ def undeploy(name: str, *, endpoint: str | None = None, cluster: str | None = No
 def ask(
     model: str, question: str, *, max_tokens: int = 128, url: str | None = None, cluster: str | None = None
 ) -> str:
-    """An adapter's, or a bare base's, answer to one question."""
-    return asking.ask(url or _url_of(model, cluster), model, question, max_tokens=max_tokens)
+    """An adapter's, or a bare base's, answer to one question. Its key is RAYPEFT_API_KEY, or one lent by the registry.
+    """
+    there, key = url or _url_of(model, cluster), _asking_key(url, cluster)
+    return asking.ask(there, model, question, max_tokens=max_tokens, key=key)
 
 
 def ask_stream(
     model: str, question: str, *, max_tokens: int = 128, url: str | None = None, cluster: str | None = None
 ) -> Iterator[str]:
     """Likewise, piece by piece as it is generated."""
-    return asking.ask_stream(url or _url_of(model, cluster), model, question, max_tokens=max_tokens)
+    there, key = url or _url_of(model, cluster), _asking_key(url, cluster)
+    return asking.ask_stream(there, model, question, max_tokens=max_tokens, key=key)
+
+
+def _asking_key(url: str | None, cluster: str | None) -> str | None:
+    """A key for one question: an endpoint that was named by its URL may follow another registry."""
+    return os.environ.get("RAYPEFT_API_KEY") if url else _key(_registry(cluster))
+
+
+def _key(registry: Registry) -> str | None:
+    """The key to ask a registry's endpoints with: the environment's, or, where keys are asked for, a short-lived one:
+    who writes the registry may ask what it serves."""
+    if said := os.environ.get("RAYPEFT_API_KEY"):
+        return said
+    book = KeyBook(registry.url)
+    return None if book.read().is_empty else book.lend()
+
+
+def create_key(
+    tenant: str,
+    limits: Mapping[str, Any] | None = None,
+    *,
+    expires_s: float | None = None,
+    cluster: str | None = None,
+) -> NewKey:
+    """Makes a key for a tenant of the registry's endpoints; its `secret` is seen this once.
+
+    Args:
+        limits: fields of `keys.Limits` to change for the tenant, all its keys included.
+        expires_s: seconds after which it opens nothing.
+    """
+    return KeyBook(_registry(cluster).url).create(tenant, dict(limits or {}), expires_s=expires_s)
+
+
+def keys(*, cluster: str | None = None) -> list[KeyRow]:
+    """Every key, the oldest first, with its tenant's limits."""
+    return KeyBook(_registry(cluster).url).rows()
+
+
+def revoke_key(name: str, *, cluster: str | None = None) -> list[str]:
+    """Ends a key (by its id), or all keys of a tenant; returns their ids."""
+    return KeyBook(_registry(cluster).url).revoke(name)
+
+
+def used(tenant: str, *, cluster: str | None = None) -> dict[str, int]:
+    """Tokens that a tenant has used today, this month and in all."""
+    used = Spending(_registry(cluster).url).read(tenant)
+    return {period: used.tokens_in(period, time.time()) for period in PERIODS}
 
 
 def _url_of(model: str, cluster: str | None) -> str:

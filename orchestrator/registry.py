@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import random
 import re
 import shutil
@@ -285,6 +286,17 @@ class Registry:
     def aliases(self, name: str) -> dict[str, int]:
         """Alias -> version."""
         return dict(self._book(name)[0]["aliases"])
+
+    def aliases_mark(self, name: str) -> tuple[int, int] | None:
+        """What is another as soon as an alias of `name` is, at the price of a look at the folder; None on storages that
+        have no such thing: there only reading tells."""
+        if not objects.is_local(self.url) or not _NAME.fullmatch(name):
+            return None
+        try:
+            found = os.stat(objects.local_path(join(self._name_url(name), "book.json")))
+        except OSError:
+            return None
+        return found.st_mtime_ns, found.st_ino
 
     def set_alias(self, name: str, version: int, alias: str) -> AdapterVersion:
         """Points `name@alias` at a version; whoever reads sees the old one or the new one."""

@@ -47,7 +47,8 @@ OnEvent = Callable[[Event], None]
 
 @dataclass(frozen=True)
 class Deployment:
-    """Where an adapter answers. `state` is `live`, or `waiting` for room on the cluster."""
+    """Where an adapter answers. `state` is `live`, `canary` where it is watched before it takes its alias, or
+    `waiting` for room on the cluster."""
 
     endpoint: str
     url: str
@@ -57,6 +58,8 @@ class Deployment:
     base_name: str
     """What the bare base is called there."""
     state: str = "live"
+    rollout: str | None = None
+    """How it is watched, in words."""
 
     def to_dict(self) -> dict[str, Any]:
         """As `--json` prints it."""
@@ -357,6 +360,9 @@ class _Attempt:
         )
         if deployment.state == "live":
             return self._settle("done", f"{version.ref} answers at {deployment.url}", version, deployment)
+        if deployment.state == "canary":
+            message = f"{version.ref} is a canary at {deployment.url}: {deployment.rollout}"
+            return self._settle("done", message, version, deployment)
         state = "registered, waiting to deploy"
         return self._settle(
             state, f"{version.ref} is {state}: the cluster has no room yet", version, deployment

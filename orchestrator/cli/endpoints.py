@@ -32,12 +32,20 @@ def deploy(
         int | None, typer.Option(min=1, help="Replicas; 1 for a new endpoint where not given.")
     ] = None,
     force: Annotated[bool, typer.Option(help="Although its gate refused it; recorded.")] = False,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", "-s", metavar="KEY=VALUE", help="A key of a job's deploy: rollout.canary_percent=10."
+        ),
+    ] = None,
     cluster: ClusterOption = None,
     as_json: AsJson = False,
 ) -> None:
     """Serve a version at the endpoint of its base, started where there is none.
 
     Example: raypeft deploy python-docs@2
+
+    As a canary: raypeft deploy python-docs@2 -s rollout.canary_percent=10 -s rollout.bake=10m
     """
 
     events = JsonView(sys.stderr)
@@ -54,6 +62,7 @@ def deploy(
         alias=alias,
         num_replicas=replicas,
         force=force,
+        settings=settings or (),
         cluster=cluster,
         on_event=show,
     )

@@ -48,6 +48,9 @@ class AdapterSource(Protocol):
     def aliases(self, name: str) -> dict[str, int]:
         """Alias -> version."""
 
+    def aliases_mark(self, name: str) -> tuple[int, int] | None:
+        """What changes with a name's aliases, where that is cheap to know."""
+
     def set_alias(self, name: str, version: int, alias: str) -> Any:
         """Points an alias at a version."""
 
@@ -82,6 +85,7 @@ class _Book:
     """The aliases of one name, as they were last read."""
 
     aliases: dict[str, int]
+    mark: tuple[int, int] | None
     read_at: float
 
 
@@ -203,7 +207,11 @@ class Catalogue:
             self._read_at = time.monotonic()
 
     def _read_books(self, names: Iterable[str]) -> dict[str, _Book]:
-        return {name: _Book(self._registry.aliases(name), time.monotonic()) for name in names}
+        found = {}
+        for name in names:
+            mark = self._registry.aliases_mark(name)  # first: what changes meanwhile is read again
+            found[name] = _Book(self._registry.aliases(name), mark, time.monotonic())
+        return found
 
     # requests
 
@@ -322,14 +330,21 @@ class Catalogue:
             return int(selector), None
         if name not in self._names:
             return None, None
-        book = self._books.get(name)
-        if book is None or time.monotonic() - book.read_at > self._max_age_s:
+        if self._is_old(name):
             with contextlib.suppress(RaypeftError, OSError):  # else the last one known stays in force
                 self._books |= await asyncio.to_thread(self._read_books, [name])
         rollout = self._desired.rollout(name, selector) if self._desired else None
         if rollout is not None and self._answers(rollout, sticky):
             return rollout.candidate, rollout
         return self._alias(name, selector), rollout
+
+    def _is_old(self, name: str) -> bool:
+        """Whether the aliases of a name may be others by now: on a disk, a look tells; else their age."""
+        book = self._books.get(name)
+        if book is None:
+            return True
+        mark = self._registry.aliases_mark(name)
+        return mark != book.mark if mark is not None else time.monotonic() - book.read_at > self._max_age_s
 
     def _answers(self, rollout: Rollout, sticky: Sticky) -> bool:
         """Whether the candidate answers here. A replica that cannot serve it leaves its requests to the other."""

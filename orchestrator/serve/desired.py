@@ -67,6 +67,8 @@ class Desired:
     """Whether a job that trained one of its adapters said so of the base."""
     adapters: tuple[Served, ...] = field(default=())
     engine: EngineOptions = EngineOptions()
+    code: str = ""
+    """The version of code and settings with which Serve was last told to run it."""
     rollouts: tuple[Rollout, ...] = ()
     """At most one an alias."""
     earlier: dict[str, tuple[int, ...]] = field(default_factory=dict)
@@ -173,6 +175,7 @@ class Desired:
             trust_remote_code=stored.get("trust_remote_code", False),
             adapters=tuple(Served(**_known(Served, entry)) for entry in stored.get("adapters", ())),
             engine=EngineOptions(**_known(EngineOptions, stored.get("engine", {}))),
+            code=stored.get("code", ""),
             rollouts=tuple(Rollout.from_dict(each) for each in stored.get("rollouts", ())),
             earlier={key: tuple(versions) for key, versions in stored.get("earlier", {}).items()},
         )

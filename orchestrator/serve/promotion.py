@@ -102,6 +102,11 @@ def promote(registry: Registry, ref: str, alias: str | None = None, *, by: str =
     raise ServeError(f"no endpoint serves {ref}.", hint=f"Serve it first: raypeft deploy {ref}")
 
 
+def withdraw(registry: Registry, endpoint: str, rollout: Rollout, why: str, *, by: str = "deploy") -> None:
+    """Takes back a version that is being rolled out."""
+    _decide(registry, endpoint, rollout, Step("rollback", (why,)), by)
+
+
 def rollback(
     registry: Registry, name: str, alias: str = DEFAULT_ALIAS, *, by: str = "user"
 ) -> tuple[str, int | None]:

@@ -21,9 +21,9 @@ from .replica import replica_deployment
 logging.getLogger("ray.serve").setLevel(logging.WARNING)  # it says each thing that it is told to do
 
 _PORTS_TRIED = 50
-_CODE_VERSION = "1"
-"""Serve restarts replicas whose version changes, and by itself gives a new one each time; a fixed one lets an
-application be moved in place. Ray keeps this option to itself; tests see that it holds."""
+_REQUESTS_A_REPLICA = 16
+"""More at once ask for another replica, within the bounds."""
+_UPSCALE_S = 3.0
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,20 @@ class Application:
     num_unplaced: int
     """Replicas that wait for room on the cluster."""
     actor_options: dict[str, Any]
+    bounds: tuple[int, int] | None = None
+    """The fewest and the most replicas, where their number follows what is asked."""
+    idle_s: float = 0.0
+    """How long replicas that are not needed stay, there."""
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether it has no replica because nobody asks: the first request starts one."""
+        return (
+            self.bounds is not None
+            and self.bounds[0] == 0
+            and self.status == "RUNNING"
+            and not self.num_running
+        )
 
 
 @dataclass(frozen=True)
@@ -67,6 +81,10 @@ class Placement:
     num_gpus: float
     hide_gpus: bool = False
     """Ray leaves the GPUs in sight of who reserves none."""
+    bounds: tuple[int, int] | None = None
+    """The fewest and the most replicas, where their number is to follow what is asked."""
+    idle_s: float = 0.0
+    """How long replicas that are not needed stay, there."""
 
     @property
     def actor_options(self) -> dict[str, Any]:
@@ -146,40 +164,77 @@ def route_taken(prefix: str) -> str | None:
     return next((name for name, details in there if details.get("route_prefix") == prefix), None)
 
 
-def start_application(endpoint: str, registry_url: str, placement: Placement) -> None:
+def start_application(endpoint: str, registry_url: str, placement: Placement, version: str) -> None:
     """Starts an endpoint's application, at `/` where that is free, else at `/ENDPOINT`; returns before its
-    replicas are up."""
+    replicas are up.
+
+    Args:
+        version: of code and settings; replicas of another one are replaced when the application is changed.
+    """
     root_is_free = route_taken("/") is None
     try:
-        prefix = "/" if root_is_free else f"/{endpoint}"
-        _run(endpoint, registry_url, prefix, placement.num_replicas, placement.actor_options)
+        _run(endpoint, registry_url, "/" if root_is_free else f"/{endpoint}", placement, version)
     except RayError:
         if not root_is_free or route_taken("/") in (None, application(endpoint)):
             raise
         # Another application has taken `/` meanwhile.
-        _run(endpoint, registry_url, f"/{endpoint}", placement.num_replicas, placement.actor_options)
+        _run(endpoint, registry_url, f"/{endpoint}", placement, version)
 
 
 def change_application(
-    app: Application, registry_url: str, *, route_prefix: str | None = None, num_replicas: int | None = None
+    app: Application,
+    registry_url: str,
+    version: str,
+    *,
+    route_prefix: str | None = None,
+    placement: Placement | None = None,
 ) -> None:
-    """Mounts a running application elsewhere, or changes the number of its replicas; those that run go on."""
-    _run(
-        app.endpoint,
-        registry_url,
-        route_prefix or app.route_prefix or f"/{app.endpoint}",
-        num_replicas or app.num_replicas,
-        app.actor_options,
-    )
+    """Mounts a running application elsewhere, or changes the number of its replicas; those that run go on. Where
+    `version` is another than theirs, new ones take their places one after the other, and no request is lost.
+
+    Args:
+        placement: how many replicas; what each reserves stays what it is.
+    """
+    if placement is None:
+        placement = Placement(app.num_replicas, 0, 0, bounds=app.bounds, idle_s=app.idle_s)
+    prefix = route_prefix or app.route_prefix or f"/{app.endpoint}"
+    _run(app.endpoint, registry_url, prefix, placement, version, actor_options=app.actor_options)
 
 
 def _run(
-    endpoint: str, registry_url: str, route_prefix: str, num_replicas: int, options: dict[str, Any]
+    endpoint: str,
+    registry_url: str,
+    route_prefix: str,
+    placement: Placement,
+    version: str,
+    actor_options: dict[str, Any] | None = None,
 ) -> None:
-    deployment = replica_deployment(num_replicas=num_replicas, ray_actor_options=options)
-    deployment = deployment.options(version=_CODE_VERSION, _internal=True)
+    options: dict[str, Any] = {"ray_actor_options": actor_options or placement.actor_options}
+    if placement.bounds is None:
+        options["num_replicas"] = placement.num_replicas
+    else:
+        options["autoscaling_config"] = _autoscaling(placement.bounds, placement.idle_s)
+    deployment = replica_deployment(**options)
+    # Serve restarts replicas whose version changes, and by itself gives a new one each time; one of our own lets an
+    # application be moved in place. Ray keeps this option to itself; tests see that it holds.
+    deployment = deployment.options(version=version, _internal=True)
     bound = deployment.bind(endpoint, registry_url)
     serve.api._run(bound, name=application(endpoint), route_prefix=route_prefix, _blocking=False)
+
+
+def _autoscaling(bounds: tuple[int, int], idle_s: float) -> dict[str, Any]:
+    low, most = bounds
+    return {
+        "min_replicas": low,
+        "max_replicas": most,
+        # the deployment itself asks something of it, and nobody waits for a first request to see it fail
+        "initial_replicas": max(1, low),
+        "target_ongoing_requests": _REQUESTS_A_REPLICA,
+        "upscale_delay_s": _UPSCALE_S,
+        "downscale_delay_s": idle_s,
+        # Demand is a mean over this time: longer than what replicas stay for, it would keep them.
+        "look_back_period_s": min(30.0, max(2.0, idle_s / 2)),
+    }
 
 
 def delete_application(endpoint: str) -> None:
@@ -206,6 +261,8 @@ def has_free(actor_options: dict[str, Any]) -> bool:
 def _application(endpoint: str, details: dict[str, Any]) -> Application:
     deployment = next(iter(details.get("deployments", {}).values()), None)
     replicas = deployment["replicas"] if deployment else []
+    config = deployment["deployment_config"] if deployment else {}
+    scaling = config.get("autoscaling_config")
     return Application(
         endpoint=endpoint,
         status=str(getattr(details["status"], "value", details["status"])),
@@ -217,7 +274,9 @@ def _application(endpoint: str, details: dict[str, Any]) -> Application:
         num_unplaced=sum(
             replica["state"] == "STARTING" and not replica.get("node_id") for replica in replicas
         ),
-        actor_options=deployment["deployment_config"].get("ray_actor_options") or {} if deployment else {},
+        actor_options=config.get("ray_actor_options") or {},
+        bounds=(scaling["min_replicas"], scaling["max_replicas"]) if scaling else None,
+        idle_s=scaling["downscale_delay_s"] if scaling else 0.0,
     )
 
 

@@ -25,8 +25,7 @@ def check_rules(spec: JobSpec, written: Collection[Path], warnings: list[str]) -
         *_bits(spec),
         *_batch(spec, written),
         *_gate(spec),
-        *_rollout(spec),
-        *_scale(spec),
+        *(check_deploy(spec.deploy) if spec.deploy else ()),
         *_evaluation(spec),
         *_secrets(spec),
         *_task(spec),
@@ -155,11 +154,15 @@ def _form(gate: GateSpec, path: Path, example: str) -> Iterator[Problem]:
         )
 
 
-def _rollout(spec: JobSpec) -> Iterator[Problem]:
+def check_deploy(deploy: DeploySpec) -> Iterator[Problem]:
+    """What breaks a rule across the keys of `deploy` itself; paths begin with `deploy`."""
+    yield from _rollout(deploy)
+    yield from _scale(deploy)
+
+
+def _rollout(deploy: DeploySpec) -> Iterator[Problem]:
     """`deploy.rollout`: what it is watched for must be measured."""
-    if spec.deploy is None:
-        return
-    rollout = spec.deploy.rollout
+    rollout = deploy.rollout
     if rollout.rollback is None:
         return
     path: Path = ("deploy", "rollout", "rollback")
@@ -186,10 +189,9 @@ def _live(metrics: list[str], name: str) -> str:
     return f"{nearest}It measures: {', '.join(metrics)}."
 
 
-def _scale(spec: JobSpec) -> Iterator[Problem]:
+def _scale(deploy: DeploySpec) -> Iterator[Problem]:
     """`deploy.scale`: bounds that leave room between them."""
-    deploy = spec.deploy
-    if deploy is None or deploy.scale is None:
+    if deploy.scale is None:
         return
     low, most = deploy.bounds
     if low > most:

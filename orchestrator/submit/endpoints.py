@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
+
 from ..cluster import Cluster
 from ..errors import ClusterError
 from ..objects import is_local, local_path
@@ -40,6 +43,7 @@ class JobEndpoints:
             arguments.append(f"--replicas={deploy.num_replicas}")
         if force:
             arguments.append("--force")
+        arguments += [f"--set={setting}" for setting in _settings(deploy)]
         return Deployment(**run_command(self._cluster, arguments, on_event))
 
     def undeploy(self, name: str, adapter: str | None = None) -> None:
@@ -47,6 +51,14 @@ class JobEndpoints:
         _check_folder(self._cluster)
         arguments = ["undeploy", name] if adapter is None else ["undeploy", adapter, f"--endpoint={name}"]
         run_command(self._cluster, arguments, lambda event: None)
+
+
+def _settings(deploy: DeploySpec) -> Iterator[str]:
+    """What the sections of `deploy` say, as `raypeft deploy --set` takes it."""
+    said = deploy.model_dump(mode="json", exclude_unset=True, exclude_none=True)
+    for section in ("rollout", "scale", "engine"):
+        for key, value in said.get(section, {}).items():
+            yield f"{section}.{key}={json.dumps(value)}"
 
 
 def check_registry(cluster: Cluster) -> None:
