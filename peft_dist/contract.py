@@ -333,6 +333,11 @@ class WeightMethod(SiteMethod):
     def forward(self, p: Params, base: BaseLayer, x: Tensor, enter: Enter) -> Tensor:
         return base(x) + self.added(p, base, enter(x))
 
+    def low_rank(self, p: Params, base: BaseLayer) -> tuple[Tensor, Tensor, float] | None:
+        """(A (r, in), B (out, r), s) where `added` is s B A x and nothing else; None where it is more, or where
+        nothing is gained. Many such adapters serve one batch side by side."""
+        return None
+
     @classmethod
     def mixed(cls, methods: Sequence[Any], p: Params, base: BaseLayer, x: Tensor) -> Tensor | None:
         """`added` of k adapters at once: p stacked (k, ...), x (k, rows, ..., in) -> (k, rows, ..., out), or

@@ -25,7 +25,7 @@ from peft_dist.merge import is_dequantised, refuse_unmergeable
 from peft_dist.pool import outer_modules
 from peft_dist.prompts import PromptedModel
 from peft_dist.prompts.generation import rows_each
-from peft_dist.rows import BASE, Rows, token_input
+from peft_dist.rows import Rows, token_input
 from peft_dist.sharding import set_whole
 from peft_dist.tuner import BaseTuner, tuner_class
 from peft_dist.tuner_layer import hooked_layers
@@ -190,8 +190,7 @@ class PeftModel(PromptedModel):
         Raises:
             AdapterError: rows name an adapter that the model does not have.
         """
-        names = {s.adapter for s in rows.segments} - {None, BASE}
-        self._known([str(name) for name in names])
+        self._known(sorted(rows.named))
         current = self._adapters.current
         before = dataclasses.replace(current)
         current.rows, current.length, current.padding = rows, None, None
@@ -417,7 +416,7 @@ class PeftModel(PromptedModel):
 
     def load_adapter(
         self,
-        model_id: str | Path,
+        model_id: str | Path | checkpoint.SavedAdapter,
         adapter_name: str,
         is_trainable: bool = False,
         torch_device: str | None = None,
@@ -431,6 +430,7 @@ class PeftModel(PromptedModel):
         adapter of this name that the model has, with the same settings, its values are put.
 
         Args:
+            model_id: where it is, or what `checkpoint.read` made of it.
             torch_device: where the tensors are read to; they end on their layers' device.
             ephemeral_gpu_offload: as in `LoraRuntimeConfig`.
             key_mapping: regular expressions on names in the file, and what to put there.
@@ -440,7 +440,9 @@ class PeftModel(PromptedModel):
             AdapterError: the model has another adapter of this name. ConfigError, TargetError, CheckpointError:
                 it does not fit. The model is as it was.
         """
-        saved = checkpoint.read(model_id, key_mapping=key_mapping, **kwargs)
+        saved = model_id if isinstance(model_id, checkpoint.SavedAdapter) else None
+        if saved is None:
+            saved = checkpoint.read(model_id, key_mapping=key_mapping, **kwargs)  # type: ignore[arg-type]
         if ephemeral_gpu_offload and hasattr(saved.config, "runtime_config"):
             saved.config.runtime_config.ephemeral_gpu_offload = True
         if adapter_name in self.peft_config:

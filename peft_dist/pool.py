@@ -20,6 +20,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from peft_dist.contract import Param
 from peft_dist.errors import AdapterError
+from peft_dist.lanes import Lanes
 
 # On a Parameter that hangs on no module any more.
 _GONE = "_peft_dist_gone"
@@ -178,12 +179,16 @@ class AdapterPool:
 
     Attributes:
         waiting: (site, adapter) where tensors were made on meta and have no values yet.
+        generation: another number whenever adapters came, went or moved.
+        lanes: site -> (rank, dtype, device) -> the adapters there that serve now, side by side.
     """
 
     def __init__(self) -> None:
         self.waiting: set[tuple[str, str]] = set()
         self.buckets: dict[tuple, Bucket] = {}
         self.homes: dict[tuple[str, str], Bucket] = {}
+        self.generation = 0
+        self.lanes: dict[str, dict[tuple, Lanes]] = {}
 
     def take(self, site: str, method: str, adapter: str, parameters: dict[str, nn.Parameter]) -> None:
         """Gives the adapter a slot at `site`; its Parameters become views of the pool. Again for one that is
@@ -198,11 +203,28 @@ class AdapterPool:
 
     def release(self, site: str, adapter: str) -> None:
         """Frees the adapter's slot at `site`, where it has one."""
+        self.changed(site, adapter)
         bucket = self.homes.pop((site, adapter), None)
         if bucket is not None:
             bucket.release(adapter)
             if not any(bucket.owners):
                 self.buckets = {key: b for key, b in self.buckets.items() if b is not bucket}
+
+    def changed(self, site: str, adapter: str) -> None:
+        """To be called when an adapter's tensors at a site have other values: nothing made of the old ones is used."""
+        self.generation += 1
+        for key, lanes in list(self.lanes.get(site, {}).items()):
+            lanes.leave(adapter)
+            if lanes.is_empty:
+                del self.lanes[site][key]
+
+    def lanes_at(self, site: str, rank: int, shape: tuple[int, int], like: Tensor) -> Lanes:
+        """The lanes of one class of ranks at a site of this (out, in), in the dtype and on the device of `like`."""
+        here = self.lanes.setdefault(site, {})
+        key = (rank, like.dtype, like.device)
+        if key not in here:
+            here[key] = Lanes(rank, shape[1], shape[0], like)
+        return here[key]
 
     def bucket(self, site: str, adapter: str) -> Bucket | None:
         """Where the adapter's tensors at `site` are; adapters of one bucket can be stacked."""
@@ -211,7 +233,8 @@ class AdapterPool:
     @property
     def num_bytes(self) -> int:
         """What the arrays take, free slots counted."""
-        return sum(a.nbytes for bucket in self.buckets.values() for a in bucket.arrays.values())
+        slots = sum(a.nbytes for bucket in self.buckets.values() for a in bucket.arrays.values())
+        return slots + sum(lanes.num_bytes for here in self.lanes.values() for lanes in here.values())
 
 
 class Tensors(nn.Module):

@@ -70,6 +70,11 @@ class Rows:
             return len(self.adapters)
         return None if self.samples is None else len(self.samples)
 
+    @property
+    def named(self) -> set[str]:
+        """Every adapter that serves one of the rows by its name."""
+        return {s.adapter for s in self.segments if s.adapter is not None and s.adapter != BASE}
+
     def of(self, site: Site, x: Tensor, length: int | None) -> Split:
         """How these rows divide x (rows, ...), the input of `site`.
 
@@ -80,7 +85,7 @@ class Rows:
             RowsError: x is none of these; names the site.
         """
         num = self.num
-        if num is not None and _is_routed(site.name) and (x.ndim < 3 or x.shape[0] != num):
+        if num is not None and is_routed(site.name) and (x.ndim < 3 or x.shape[0] != num):
             raise RowsError(
                 f"{site.name}: an expert is given the tokens that a router sent to it, and rows cannot tell "
                 "whose they are. Run one adapter at a time, or leave the experts out."
@@ -99,7 +104,7 @@ class Rows:
 
 
 @functools.lru_cache(maxsize=4096)
-def _is_routed(name: str) -> bool:
+def is_routed(name: str) -> bool:
     """Whether it is one of a list of experts, or in one: however many tokens it gets, their number says
     nothing."""
     return re.search(r"(^|\.)\w*experts?\w*\.(.*\.)?\d+(\.|$)", name) is not None

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from peft_dist.adapted.around import Around
 from peft_dist.adapted.beside import beside
+from peft_dist.adapted.packed import chosen
 from peft_dist.contract import BlockMethod
+from peft_dist.packed_rows import PackedRows
 from peft_dist.rows import Cut, Rows, Segment
 from peft_dist.sharding import is_partitioned
 
@@ -22,6 +24,8 @@ class AdaptedBlock(Around):
         rows = self._current.rows
         if self.disabled:
             return output
+        if isinstance(rows, PackedRows):
+            return self._packed(rows, output, args, kwargs)
         choices = [] if rows is None else [(self.serving(s.adapter), s) for s in rows.segments]
         used = {name for names, _ in choices for name in names}
         if all(names == choices[0][0] for names, _ in choices):
@@ -45,6 +49,17 @@ class AdaptedBlock(Around):
                     p = {key: _apart(t) for key, t in self.given(name).items()}
                     given = beside(given, method.around(p, self.original_module, output, args, kwargs))
         return given
+
+    def _packed(self, rows: PackedRows, output: Any, args: tuple, kwargs: Mapping[str, Any]) -> Any:
+        run = rows.tokens
+        blends = [chosen(self, stretch.choice) for stretch in run.stretches]
+        if not any(blends):
+            return output
+        pieces = []
+        for blend, stretch in zip(blends, run.stretches, strict=True):
+            given, its_args, its_kwargs = run.cut((output, args, dict(kwargs)), stretch)
+            pieces.append(self._around([name for name, _ in blend], given, its_args, its_kwargs))
+        return run.joined(pieces, 1)
 
     def _around(
         self,

@@ -14,9 +14,11 @@ from torch.utils.checkpoint import checkpoint
 from peft_dist.adapted.entrance import Entrance, Framed, as_given, dtype_of, unchanged
 from peft_dist.adapted.levels import Adjusted, Level, down, up
 from peft_dist.adapted.module import AdapterModule
+from peft_dist.adapted.packed import run_packed
 from peft_dist.base_layer import Layer, door, rounded
 from peft_dist.contract import BaseLayer, Method, Params, SiteMethod, WeightMethod
 from peft_dist.errors import RowsError
+from peft_dist.packed_rows import PackedRows
 from peft_dist.pool import AdapterPool, PooledModule
 from peft_dist.recompute import Remembering
 from peft_dist.rows import Current, Rows, Segment, Split
@@ -105,6 +107,8 @@ class Adapted(AdapterModule):
         rows = self._current.rows
         if self.disabled:
             return self.base_layer(*args, **kwargs)
+        if isinstance(rows, PackedRows) and not self.merged_adapters:
+            return self._packed(args, kwargs, rows)
         if self.merged_adapters:
             if rows is not None and rows.adapters is not None:
                 raise RowsError(
@@ -138,6 +142,14 @@ class Adapted(AdapterModule):
         if all(isinstance(level.method, WeightMethod) for levels, _, _ in parts for level in levels):
             return self._mixed_weights(x, split, parts)
         return self._mixed(split, parts)
+
+    def _packed(self, args: tuple, kwargs: dict[str, Any], rows: PackedRows) -> Tensor:
+        if self.base.is_argument or len(args) != 1 or kwargs:
+            raise RowsError(
+                f"{self._site_name}: its weight is used as a function's argument, so that a row that many adapters "
+                "serve cannot be run through it. Run one adapter at a time, or leave the layer out."
+            )
+        return run_packed(self, args[0], rows)
 
     def _as_argument(self, args: tuple, kwargs: dict[str, Any]) -> Any:
         """A layer whose weight is used as a function's argument: it runs with the changed weight in place."""

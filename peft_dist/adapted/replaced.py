@@ -11,8 +11,11 @@ from torch.func import functional_call
 
 from peft_dist.adapted.around import Around
 from peft_dist.adapted.beside import Beside
+from peft_dist.adapted.module import AdapterModule, bare
+from peft_dist.adapted.packed import chosen
 from peft_dist.contract import Params
 from peft_dist.errors import RowsError
+from peft_dist.packed_rows import PackedRows
 from peft_dist.rows import Rows
 from peft_dist.sharding import is_partitioned, whole_shape
 
@@ -34,6 +37,8 @@ class Replaced(Around):
         rows = self._current.rows
         if self.disabled:
             return self.original_module(*args, **kwargs)
+        if isinstance(rows, PackedRows):
+            return self._packed(rows, args, kwargs)
         if rows is None or rows.adapters is None:
             return self._run(self.serving(None), args, kwargs)
         choices = [(self.serving(s.adapter), s.start, s.stop) for s in rows.segments]
@@ -69,7 +74,8 @@ class Replaced(Around):
             or any(own[name] is None for name in p)
             or torch.compiler.is_compiling()
         ):
-            buffers = dict(self.base.layer.named_buffers())
+            own_buffers = {name for name, _ in shell.named_buffers()}
+            buffers = {n: b for n, b in self.base.layer.named_buffers() if n in own_buffers}
             return functional_call(shell, {**buffers, **p}, args, kwargs)
         # A norm, most often: nothing to look for below it.
         empty = dict(own)
@@ -78,6 +84,25 @@ class Replaced(Around):
             return shell(*args, **kwargs)
         finally:
             own.update(empty)
+
+    def _packed(self, rows: PackedRows, args: tuple, kwargs: dict[str, Any]) -> Any:
+        run = rows.run_of(self._site_name, args[0])
+        blends = [chosen(self, stretch.choice) for stretch in run.stretches]
+        served = [tuple(name for name, _ in blend) for blend in blends]
+        if all(names == served[0] for names in served) and not (rows.alone and served[0]):
+            return self._run(served[0], args, kwargs)
+        # Adapters beneath know the whole row.
+        whole = None if all(served) else self.original_module(*args, **kwargs)
+        pieces = []
+        for names, stretch in zip(served, run.stretches, strict=True):
+            if not names:
+                pieces.append(run.cut(whole, stretch))
+                continue
+            own_args, own_kwargs = run.cut((args, kwargs), stretch)
+            pieces.append(self._run(names, own_args, own_kwargs))
+        dim = run.dim(args[0])
+        assert dim is not None
+        return run.joined(pieces, dim)
 
     def _mixed(self, rows: Rows, choices: list, args: tuple, kwargs: dict[str, Any]) -> Tensor:
         if len(args) != 1 or kwargs:
@@ -107,7 +132,12 @@ def _shell(module: nn.Module) -> nn.Module:
         id(p): nn.Parameter(torch.empty(whole_shape(p), dtype=p.dtype, device="meta"), requires_grad=False)
         for p in module.parameters()
     }
-    shell = copy.deepcopy(module, memo=dict(empty))
+    memo: dict[int, Any] = dict(empty)
+    # Adapters that others have within it are not its own: a copy holds what is beneath them.
+    for part in module.modules():
+        if isinstance(part, AdapterModule):
+            memo[id(part)] = copy.deepcopy(bare(part), memo)
+    shell = copy.deepcopy(module, memo)
     for part in shell.modules():
         part._forward_hooks.clear()
         part._forward_pre_hooks.clear()

@@ -17,8 +17,12 @@ from torch import Tensor, nn
 
 from peft_dist.contract import Kind, Site
 from peft_dist.errors import BaseLayerError
+from peft_dist.pool import outer_modules
 from peft_dist.rows import Cut, Rows
 from peft_dist.sharding import gathered, is_partitioned, restore_bits, stored_bits, whole_shape
+
+# Where a wrapper keeps what it stands around.
+_WRAPPED = ("base_layer", "original_module")
 
 
 class Layer:
@@ -69,7 +73,16 @@ class Layer:
         return 0
 
     def _tensors(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
-        return tuple((key, _shape_of(p)) for key, p in self.layer.named_parameters())
+        # Layers in it that others have wrapped keep their names.
+        return tuple(
+            (
+                ".".join(part for part in (*name.split("."), key) if part and part not in _WRAPPED),
+                _shape_of(p),
+            )
+            for name, module in outer_modules(self.layer)
+            for key, p in module._parameters.items()
+            if p is not None
+        )
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -150,6 +150,9 @@ class AdaLoraConfig(LoraConfig):
     def factors(self, p: Params, site: Site) -> tuple[Tensor, Tensor] | None:
         return super().factors(self._as_lora(p), site)
 
+    def low_rank(self, p: Params, base: BaseLayer) -> tuple[Tensor, Tensor, float] | None:
+        return super().low_rank(self._as_lora(p), base)
+
     def added(self, p: Params, base: BaseLayer, x: Tensor) -> Tensor:
         p = self._as_lora(p)
         if base.site.groups == 1:

@@ -314,6 +314,11 @@ class LoraConfig(TargetedConfig, WeightMethod):
             return None
         return self.scaling(site) * p["B"].flatten(1), p["A"].flatten(1)
 
+    def low_rank(self, p: Params, base: BaseLayer) -> tuple[Tensor, Tensor, float] | None:
+        if base.site.kind != "linear" or "bias" in p:
+            return None
+        return p["A"], p["B"], self.scaling(base.site)
+
     def bias_delta(self, p: Params, base: BaseLayer) -> Tensor | None:
         return p["bias"] - base.bias() if "bias" in p else None  # type: ignore[operator]
 

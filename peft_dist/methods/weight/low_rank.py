@@ -26,6 +26,12 @@ class LowRankMethod(BiasedMethod):
         A, B = self.pair(p, base.site)
         return B @ A
 
+    def low_rank(self, p: Params, base: BaseLayer) -> tuple[Tensor, Tensor, float] | None:
+        if base.site.kind != "linear" or self.bias_delta(p, base) is not None:
+            return None
+        A, B = self.pair(p, base.site)
+        return A, B, 1.0
+
     def added(self, p: Params, base: BaseLayer, x: Tensor) -> Tensor:
         A, B = self.pair(p, base.site)
         return self.with_bias(base.mix(B, base.apply(A, x)), p, base)
