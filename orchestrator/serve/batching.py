@@ -1,0 +1,614 @@
+"""An engine that generates many sequences at once: adapters of any method, and the bare base, in one batch."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from peft_dist import PeftModel
+from peft_dist.packed_rows import Blend, PackedRows
+from peft_dist.prompts.packed import num_virtual, packed_embeds, packed_past
+from peft_dist.rows import BASE
+
+from .continuous import ContinuousBatches, Packed, Part, Sizes, Step
+from .engine import AdapterRefused, EngineDead, Figures, Generation, Piece, TokenLogprob
+from .fair import FairQueue
+from .row_tiles import RowTiles
+from .sampling import Sampler, logprob_of
+from .servable import check_blend, check_placed, read_servable
+from .text import TextStream
+
+Decode = Callable[[Sequence[int]], str]
+
+_HANGS_AFTER_S = 120.0
+_log = logging.getLogger(__name__)
+
+
+class StepFailed(RuntimeError):
+    """The forward in which a sequence was failed; nothing is known of whose fault it was."""
+
+
+@dataclass(eq=False)
+class _Stream:
+    """Pieces on their way from the engine's thread to one request."""
+
+    loop: asyncio.AbstractEventLoop
+    pieces: asyncio.Queue[Piece | BaseException] = field(default_factory=asyncio.Queue)
+
+
+@dataclass(eq=False)
+class _Sequence:
+    """One request from when it was asked until it is answered."""
+
+    name: str
+    request: Generation
+    choice: str | Blend
+    stream: _Stream
+    text: TextStream
+    ids: list[int]
+    """The prompt and what was generated, without virtual tokens."""
+    sampler: Sampler | None = None
+    num_generated: int = 0
+    runs: bool = False
+
+    @property
+    def queue(self) -> str:
+        return self.request.queue or self.request.adapter or ""
+
+
+@dataclass
+class _Adapter:
+    """A key that was loaded: what serves it, and how many sequences use it."""
+
+    choice: str | Blend
+    virtual_tokens: int = 0
+    users: int = 0
+    leaving: Future[None] | None = None
+
+
+class BatchingEngine:
+    """One thread that owns the model; between two steps it takes in and lets go of sequences and adapters.
+
+    A sequence is served by the adapter that had its key when it was asked: a key is a version's content hash, and
+    an adapter goes when nobody uses it any more. Cached prefixes are shared within one key only.
+
+    Args:
+        model: the base, on its device, of a decoder.
+        decode: token ids to text, without special tokens.
+        eos_ids: the tokens that end an answer.
+        max_context: tokens of prompt and answer together.
+        max_sequences: of one batch; more wait their turn. max_batch_tokens: of one step.
+        cache_bytes: memory of keys and values; what `max_sequences` can use, at most a quarter of the device's
+            memory, where None.
+        deterministic: log-probabilities are the same to the bit, alone or in any batch; fp32 on a CPU only.
+
+    Raises:
+        ValueError: `deterministic` for another dtype or device.
+        UnfitBase: a base that cannot be run so.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        decode: Decode,
+        eos_ids: frozenset[int],
+        max_context: int,
+        *,
+        max_sequences: int = 64,
+        max_batch_tokens: int | None = None,
+        cache_bytes: int | None = None,
+        deterministic: bool = False,
+    ) -> None:
+        if deterministic and (model.device.type != "cpu" or model.dtype != torch.float32):
+            raise ValueError(
+                f"deterministic: is for fp32 on a CPU; this base is {model.dtype} on {model.device.type}. Leave it out."
+            )
+        self._base: Any = model.eval()
+        self._model: Any = PeftModel(model, None)
+        self._decode, self._eos_ids = decode, eos_ids
+        self._deterministic = deterministic
+        sizes = sizes_for(model, max_context, max_sequences, max_batch_tokens, cache_bytes)
+        self._batches = ContinuousBatches(model, sizes, one_by_one=deterministic)
+        self._max_context = min(max_context, self._batches.max_length - 1)
+        self._adapters: dict[str, _Adapter] = {}
+        self._sequences: dict[str, _Sequence] = {}
+        self._fair: FairQueue[_Sequence] = FairQueue()
+        self._left: deque[_Sequence] = deque()
+        self._turns: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
+        self._loading: dict[str, Future[None]] = {}
+        self._files = ThreadPoolExecutor(2, thread_name_prefix="adapter-files")
+        self._numbers = itertools.count()
+        self._prompt_tokens = 0
+        self._door = threading.Lock()
+        self._wake = threading.Event()
+        self._dead: BaseException | None = None
+        self._step_began: float | None = None
+        self._outbox: dict[asyncio.AbstractEventLoop, list[tuple[_Stream, Piece | BaseException]]] = {}
+        self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
+        self._thread.start()
+
+    # --- what is asked of it, from any thread
+
+    @property
+    def max_context(self) -> int:
+        """Tokens that prompt and answer may have together."""
+        return self._max_context
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the base's embedding."""
+        return int(self._base.get_input_embeddings().weight.shape[0])
+
+    def virtual_tokens(self, adapter: str | None) -> int:
+        """Tokens that a prompt method's adapter puts before the prompt."""
+        known = self._adapters.get(adapter) if adapter else None
+        return known.virtual_tokens if known else 0
+
+    def loaded(self) -> frozenset[str]:
+        """The keys that are loaded."""
+        with self._door:
+            return frozenset(key for key, adapter in self._adapters.items() if adapter.leaving is None)
+
+    def figures(self) -> Figures:
+        """See `Engine.figures`."""
+        with self._door:
+            return Figures(
+                running=sum(each.runs for each in self._sequences.values()),
+                waiting=len(self._fair),
+                max_running=self._batches.sizes.max_sequences,
+                prompt_tokens=self._prompt_tokens,
+                cached_tokens=self._batches.shared_tokens,
+                loaded=len(self._adapters),
+            )
+
+    async def load(self, adapter: str, directory: Path) -> None:
+        """See `Engine.load`; files are read and checked beside the generations, which go on."""
+        with self._door:
+            self._refuse_if_dead()
+            known = self._adapters.get(adapter)
+            if known is not None and known.leaving is None:
+                return
+            leaving = known.leaving if known is not None else None
+            task = self._loading.get(adapter)
+            mine = task is None
+            if task is None:
+                task = self._loading[adapter] = Future()
+        if mine:
+            self._files.submit(self._load, adapter, directory, task, leaving)
+        await asyncio.shield(asyncio.wrap_future(task))
+
+    async def combine(self, adapter: str, parts: Sequence[tuple[str, float]]) -> None:
+        """See `Engine.combine`: nothing is computed ahead, the sum is that of each batch's additions."""
+        with self._door:
+            self._refuse_if_dead()
+            if adapter in self._adapters and self._adapters[adapter].leaving is None:
+                return
+            missing = [name for name, _ in parts if name not in self._adapters]
+            if missing:
+                raise AdapterRefused(f"{missing[0]!r} is not loaded, so nothing can be made of it.")
+            blend: list[tuple[str, float]] = []
+            for name, weight in parts:
+                own = self._adapters[name].choice
+                blend += [(own, weight)] if isinstance(own, str) else [(n, w * weight) for n, w in own]
+        summed: dict[str, float] = {}
+        for name, weight in blend:
+            summed[name] = summed.get(name, 0.0) + weight
+
+        def make() -> None:
+            check_blend(self._model, list(summed))
+            with self._door:
+                self._adapters[adapter] = _Adapter(tuple(summed.items()))
+
+        await self._turn(make)
+
+    async def unload(self, adapter: str) -> None:
+        """See `Engine.unload`."""
+        with self._door:
+            self._refuse_if_dead()
+            known = self._adapters.get(adapter)
+            if known is None:
+                return
+            if known.leaving is None:
+                known.leaving = Future()
+            leaving = known.leaving
+            at_rest = known.users == 0
+        if at_rest:
+            self._enqueue(lambda: self._let_go(adapter), Future())
+        await asyncio.shield(asyncio.wrap_future(leaving))
+
+    async def generate(self, request: Generation) -> AsyncGenerator[Piece, None]:
+        """See `Engine.generate`."""
+        sequence = self._asked(request, asyncio.get_running_loop())
+        try:
+            while True:
+                piece = await sequence.stream.pieces.get()
+                if isinstance(piece, BaseException):
+                    raise piece
+                yield piece
+                if piece.finish_reason is not None:
+                    return
+        finally:
+            self._left.append(sequence)
+            self._wake.set()
+
+    def check(self) -> None:
+        """Raises EngineDead where the thread has ended, or has been at one step for two minutes."""
+        self._refuse_if_dead()
+        began = self._step_began
+        if began is not None and time.monotonic() - began > _HANGS_AFTER_S:
+            raise EngineDead(f"the engine has been at one step for more than {_HANGS_AFTER_S:.0f} s")
+
+    def close(self) -> None:
+        """Ends the thread after the step that runs; everything that runs or waits fails with EngineDead."""
+        with self._door:
+            self._dead = self._dead or EngineDead("closed")
+        self._wake.set()
+        self._files.shutdown(wait=False, cancel_futures=True)
+
+    # --- in the callers' threads
+
+    def _refuse_if_dead(self) -> None:
+        if self._dead is not None or not self._thread.is_alive():
+            raise EngineDead(f"the engine has stopped: {self._dead!r}")
+
+    def _asked(self, request: Generation, loop: asyncio.AbstractEventLoop) -> _Sequence:
+        sequence = _Sequence(
+            f"{next(self._numbers)}",
+            request,
+            BASE,
+            _Stream(loop),
+            TextStream(self._decode, request.stop),
+            list(request.prompt_ids),
+        )
+        with self._door:
+            self._refuse_if_dead()
+            known = None
+            if request.adapter is not None:
+                known = self._adapters.get(request.adapter)
+                if known is None or known.leaving is not None:
+                    raise AdapterRefused(f"{request.adapter!r} is not loaded.")
+                sequence.choice = known.choice
+            virtual = known.virtual_tokens if known else 0
+            length = virtual + len(request.prompt_ids) + request.max_tokens
+            if not request.prompt_ids or length > self._max_context + 1:
+                raise ValueError(
+                    f"{len(request.prompt_ids)} tokens of a prompt, {virtual} virtual ones and max_tokens "
+                    f"{request.max_tokens} do not fit the context of {self._max_context}."
+                )
+            if known:
+                known.users += 1
+            self._sequences[sequence.name] = sequence
+            self._fair.push(sequence.queue, sequence)
+        self._wake.set()
+        return sequence
+
+    async def _turn(self, action: Callable[[], Any]) -> Any:
+        done: Future[Any] = Future()
+        self._enqueue(action, done)
+        return await asyncio.wrap_future(done)
+
+    def _enqueue(self, action: Callable[[], Any], done: Future[Any]) -> None:
+        with self._door:
+            self._refuse_if_dead()
+            self._turns.append((action, done))
+        self._wake.set()
+
+    # --- in the threads that read files
+
+    def _load(self, key: str, directory: Path, task: Future[None], leaving: Future[None] | None) -> None:
+        try:
+            if leaving is not None:
+                leaving.result()
+            saved = read_servable(directory, self._base)
+            # Two turns, between which the sequences get a step.
+            for action in (lambda: self._put_on(key, saved), lambda: self._open(key)):
+                done: Future[None] = Future()
+                self._enqueue(action, done)
+                done.result()
+        except EngineDead as error:
+            failure: BaseException | None = error
+        except AdapterRefused as error:
+            failure = error
+        except Exception as error:  # whatever its files hold: the model is as it was, and the others serve on
+            failure = AdapterRefused(str(error))
+            failure.__cause__ = error
+        else:
+            failure = None
+        with self._door:
+            self._loading.pop(key, None)
+        if failure is None:
+            task.set_result(None)
+        else:
+            task.set_exception(failure)
+
+    # --- in the engine's own thread
+
+    def _work(self) -> None:
+        try:
+            while self._dead is None:
+                self._take_turn()
+                self._let_leave()
+                self._admit()
+                step = self._batches.next_step(lambda name: str(self._sequences[name].choice))
+                if step is None:
+                    if not self._turns and not self._left and not len(self._fair):
+                        self._wake.wait(timeout=1.0)
+                    self._wake.clear()
+                    continue
+                self._step_began = time.monotonic()
+                self._run(step)
+                self._step_began = None
+                self._send()
+        except BaseException as error:
+            self._dead = self._dead or error
+            if not isinstance(error, Exception):
+                raise
+        finally:
+            self._step_began = None
+            with self._door:
+                self._dead = self._dead or EngineDead("its thread has ended")
+                gone = EngineDead(f"the engine has stopped: {self._dead!r}")
+                turns, self._turns = self._turns, deque()
+            for sequence in self._sequences.values():
+                self._give(sequence, gone)
+            self._send()
+            for _, done in turns:
+                if not done.done():
+                    done.set_exception(gone)
+            for adapter in self._adapters.values():
+                if adapter.leaving is not None and not adapter.leaving.done():
+                    adapter.leaving.set_exception(gone)
+
+    def _take_turn(self) -> None:
+        """One thing that was asked between steps: a second one waits for the next, so that sequences go on."""
+        if not self._turns:
+            return
+        action, done = self._turns.popleft()
+        try:
+            result = action()
+        except Exception as error:
+            done.set_exception(error)
+        else:
+            done.set_result(result)
+
+    def _let_leave(self) -> None:
+        while self._left:
+            sequence = self._left.popleft()
+            if sequence.name in self._sequences:
+                self._end(sequence)
+
+    def _admit(self) -> None:
+        while self._batches.num_sequences < self._batches.sizes.max_sequences:
+            with self._door:
+                popped = self._fair.pop()
+            if popped is None:
+                return
+            _, sequence = popped
+            sequence.runs = True
+            try:
+                sequence.sampler = Sampler(self._base, sequence.request, self._eos_ids)
+            except Exception as error:
+                self._give(sequence, error)
+                self._end(sequence)
+                continue
+            virtual = self.virtual_tokens(sequence.request.adapter)
+            tokens = (0,) * virtual + sequence.request.prompt_ids
+            self._prompt_tokens += len(tokens)
+            salt = sequence.choice if isinstance(sequence.choice, str) else repr(sequence.choice)
+            self._batches.add(sequence.name, tokens, salt)
+
+    def _run(self, step: Step) -> None:
+        """One forward and what follows from it. Where it fails, its sequences do, and the others go on."""
+        sequences = [self._sequences[part.sequence] for part in step.parts]
+        try:
+            with torch.inference_mode():
+                logits = self._forward(step, sequences)
+                last = [s for s, part in zip(sequences, step.parts, strict=True) if part.is_last]
+                chosen = self._choose(last, logits)
+        except Exception as error:
+            _log.exception("a step of %d sequences failed", len(sequences))
+            for sequence in sequences:
+                self._give(sequence, StepFailed(f"{type(error).__name__}: {error}"))
+                self._end(sequence)
+            return
+        self._batches.take(step, {s.name: token for s, (token, _) in zip(last, chosen, strict=True)})
+        with self._door:
+            for sequence, part in zip(sequences, step.parts, strict=True):
+                self._fair.served(sequence.queue, part.length)
+        for sequence, (token, note) in zip(last, chosen, strict=True):
+            self._say(sequence, token, note)
+
+    def _forward(self, step: Step, sequences: list[_Sequence]) -> Tensor:
+        """Scores (kept sequences, vocabulary) in fp32."""
+        rows = PackedRows(
+            adapters=tuple(s.choice for s in sequences),  # type: ignore[arg-type]
+            lengths=tuple(part.length for part in step.parts),
+            starts=tuple(part.start for part in step.parts),
+            kept=tuple(i for i, part in enumerate(step.parts) if part.is_last),
+            alone=self._deterministic,
+        )
+        return self._scores(rows, dict(step.inputs))
+
+    def _scores(self, rows: PackedRows, inputs: dict[str, Any]) -> Tensor:
+        tiles = RowTiles() if self._deterministic else contextlib.nullcontext()
+        with self._model.using(rows), tiles:
+            embeds = packed_embeds(self._model, rows, inputs["input_ids"])
+            if embeds is not None:
+                del inputs["input_ids"]
+                inputs["inputs_embeds"] = embeds
+            inputs["packed"].past = packed_past(self._model, rows, self._base.dtype)
+            return self._base(**inputs).logits[0].float()
+
+    def _choose(self, sequences: list[_Sequence], logits: Tensor) -> list[tuple[int, TokenLogprob | None]]:
+        if not sequences:
+            return []
+        likeliest = logits.argmax(-1).tolist()
+        chosen = []
+        for row, sequence in enumerate(sequences):
+            sampler = sequence.sampler
+            assert sampler is not None
+            token = likeliest[row]
+            if not sampler.takes_the_likeliest:
+                token = sampler.choose(logits[row], sequence.ids)
+            note = None
+            if sequence.request.logprobs is not None:
+                note = logprob_of(logits[row].log_softmax(-1), token, sequence.request.logprobs)
+            chosen.append((token, note))
+        return chosen
+
+    def _say(self, sequence: _Sequence, token: int, note: TokenLogprob | None) -> None:
+        """Gives a new token's text out, and ends the sequence where it is its last."""
+        notes = () if note is None else (note,)
+        sequence.ids.append(token)
+        sequence.num_generated += 1
+        if token in self._eos_ids:
+            self._give(sequence, Piece(sequence.text.finish(), 1, "stop", notes))
+            self._end(sequence)
+            return
+        new = sequence.text.push(token)
+        if sequence.text.stopped:
+            self._give(sequence, Piece(new, 1, "stop", notes))
+            self._end(sequence)
+            return
+        self._give(sequence, Piece(new, 1, None, notes))
+        if sequence.num_generated >= sequence.request.max_tokens:
+            rest = sequence.text.finish()
+            self._give(sequence, Piece(rest, 0, "stop" if sequence.text.stopped else "length"))
+            self._end(sequence)
+
+    def _end(self, sequence: _Sequence) -> None:
+        """Forgets a sequence, and its adapter where that was to go."""
+        with self._door:
+            self._sequences.pop(sequence.name, None)
+            if sequence.runs:
+                self._fair.leave(sequence.queue)
+            else:
+                self._fair.remove(sequence.queue, sequence)
+            key = sequence.request.adapter
+            known = self._adapters.get(key) if key is not None else None
+            goes = False
+            if known is not None:
+                known.users -= 1
+                goes = known.leaving is not None and known.users == 0
+        if sequence.runs:
+            self._batches.finish(sequence.name)
+        if goes:
+            assert key is not None
+            self._let_go(key)
+
+    def _give(self, sequence: _Sequence, item: Piece | BaseException) -> None:
+        self._outbox.setdefault(sequence.stream.loop, []).append((sequence.stream, item))
+
+    def _send(self) -> None:
+        """Everything that this step gave, in one call of each loop."""
+        outbox, self._outbox = self._outbox, {}
+        for loop, items in outbox.items():
+            with contextlib.suppress(RuntimeError):  # closed in between: nobody listens
+                loop.call_soon_threadsafe(_deliver, items)
+
+    def _put_on(self, key: str, saved: Any) -> None:
+        """Puts an adapter that was read and checked on the base."""
+        self._model.load_adapter(saved, key, autocast_adapter_dtype=False)
+
+    def _open(self, key: str) -> None:
+        """Lets an adapter serve, where it is seen to."""
+        try:
+            virtual = num_virtual(self._model, key)
+            check_placed(self._model, key)
+            self._try(key, virtual)
+        except Exception:
+            self._model.delete_adapter(key)
+            raise
+        with self._door:
+            self._adapters[key] = _Adapter(key, virtual)
+
+    def _try(self, key: str, virtual: int) -> None:
+        """A row of the base and the adapter without the cache: it must run, and give numbers."""
+        parts = (Part("base", 0, 1, True), Part("adapter", 0, virtual + 1, True))
+        rows = PackedRows(
+            adapters=(BASE, key), lengths=(1, virtual + 1), kept=(0, 1), alone=self._deterministic
+        )
+        at = torch.tensor([[0, *range(virtual + 1)]], device=self._base.device)
+        packed = Packed(parts)
+        inputs = {
+            "input_ids": torch.zeros_like(at),
+            "position_ids": at,
+            "logits_to_keep": torch.tensor([0, virtual + 1], device=at.device),
+            "use_cache": False,
+            "packed": packed,
+        }
+        with torch.inference_mode():
+            logits = self._scores(rows, inputs)
+        if not torch.isfinite(logits).all():
+            raise AdapterRefused("what the base gives with it are numbers that are not finite.")
+
+    def _let_go(self, key: str) -> None:
+        with self._door:
+            known = self._adapters.get(key)
+            if known is None or known.users or known.leaving is None:
+                return
+            del self._adapters[key]
+        if isinstance(known.choice, str):
+            self._model.delete_adapter(known.choice)
+        if not known.leaving.done():
+            known.leaving.set_result(None)
+
+
+def _deliver(items: list[tuple[_Stream, Piece | BaseException]]) -> None:
+    for stream, item in items:
+        stream.pieces.put_nowait(item)
+
+
+def sizes_for(
+    model: Any, max_context: int, max_sequences: int, max_batch_tokens: int | None, cache_bytes: int | None
+) -> Sizes:
+    """How large batches and cache are to be: each sequence may fill the context, as far as memory allows."""
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    token_bytes = 2 * config.num_hidden_layers * heads * width * model.dtype.itemsize
+    page = 16
+    if cache_bytes is None:
+        cache_bytes = _memory_of(model.device) // 4
+    tokens = min(max_sequences * (max_context + 1), max(cache_bytes // token_bytes, 2 * page))
+    return Sizes(
+        num_blocks=-(-tokens // page),
+        page_size=page,
+        max_batch_tokens=max_batch_tokens or max(256, max_sequences),
+        max_sequences=max_sequences,
+    )
+
+
+def _memory_of(device: torch.device) -> int:
+    """Bytes that are free on the device; of the machine's, what this process's group may have."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    free = _field("/proc/meminfo", "MemAvailable:")
+    limits = [_number("/sys/fs/cgroup/memory.max"), _number("/sys/fs/cgroup/memory/memory.limit_in_bytes")]
+    return min([each for each in (free, *limits) if each] or [2**30])
+
+
+def _field(path: str, name: str) -> int | None:
+    with contextlib.suppress(OSError), open(path) as lines:
+        return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(name)), None)
+    return None
+
+
+def _number(path: str) -> int | None:
+    with contextlib.suppress(OSError, ValueError), open(path) as text:
+        return int(text.read())
+    return None

@@ -1,0 +1,80 @@
+"""Whose turn it is: the queue that has been served the fewest tokens.
+
+Each queue has a counter of tokens, divided by its weight. A queue that comes back from having nothing to do
+starts at the least counter of those that have, so that nobody saves up turns by waiting. No torch, no clock.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class FairQueue(Generic[T]):
+    """Things that wait, each in a queue of its own name.
+
+    `pop` gives the first of the queue that was served least; `served` says what one was served; `leave` that
+    one of its things is done.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: dict[str, deque[T]] = {}
+        self._running: dict[str, int] = {}
+        self._counters: dict[str, float] = {}
+
+    def __len__(self) -> int:
+        return sum(len(queue) for queue in self._waiting.values())
+
+    def push(self, queue: str, item: T) -> None:
+        """Puts a thing at the end of its queue."""
+        if queue not in self._counters:
+            self._counters[queue] = min(self._counters.values(), default=0.0)
+        self._waiting.setdefault(queue, deque()).append(item)
+
+    def pop(self) -> tuple[str, T] | None:
+        """The queue whose turn it is and its first thing, which runs from now on until `leave`; None where nothing
+        waits."""
+        if not self._waiting:
+            return None
+        queue = min(self._waiting, key=lambda name: self._counters[name])
+        items = self._waiting[queue]
+        item = items.popleft()
+        if not items:
+            del self._waiting[queue]
+        self._running[queue] = self._running.get(queue, 0) + 1
+        return queue, item
+
+    def remove(self, queue: str, item: T) -> bool:
+        """Takes a thing out that waits; whether it did."""
+        items = self._waiting.get(queue)
+        if items is None or item not in items:
+            return False
+        items.remove(item)
+        if not items:
+            del self._waiting[queue]
+        self._forget(queue)
+        return True
+
+    def served(self, queue: str, tokens: int, weight: float = 1.0) -> None:
+        """Counts tokens that were computed for a thing of this queue."""
+        if queue in self._counters:
+            self._counters[queue] += tokens / weight
+
+    def leave(self, queue: str) -> None:
+        """One of its things that ran is done."""
+        left = self._running.get(queue, 0) - 1
+        if left > 0:
+            self._running[queue] = left
+        else:
+            self._running.pop(queue, None)
+            self._forget(queue)
+
+    def waiting(self) -> dict[str, int]:
+        """How many things wait in each queue that has any."""
+        return {name: len(items) for name, items in self._waiting.items()}
+
+    def _forget(self, queue: str) -> None:
+        if queue not in self._waiting and queue not in self._running:
+            self._counters.pop(queue, None)

@@ -1,0 +1,74 @@
+"""The next token of one sequence, as transformers' `generate` would choose it from the same scores."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
+
+from .engine import Generation, TokenLogprob
+
+
+def generation_config(model: Any, request: Generation, eos_ids: frozenset[int]) -> GenerationConfig:
+    """The base's own defaults (a repetition penalty, its end tokens) with what the request says."""
+    config = copy.deepcopy(model.generation_config)
+    config.update(
+        max_new_tokens=request.max_tokens,
+        max_length=None,
+        do_sample=request.temperature > 0,
+        temperature=request.temperature if request.temperature > 0 else None,
+        top_p=request.top_p if request.temperature > 0 else None,
+        top_k=0 if request.temperature > 0 else None,
+        eos_token_id=sorted(eos_ids) or None,
+        num_beams=1,
+        num_return_sequences=1,
+        return_dict_in_generate=False,
+    )
+    if config.pad_token_id is None:
+        config.pad_token_id = min(eos_ids, default=0)
+    return config
+
+
+class Sampler:
+    """Chooses one sequence's tokens; a seed makes its choices repeatable, whatever else is in the batch."""
+
+    def __init__(self, model: PreTrainedModel, request: Generation, eos_ids: frozenset[int]) -> None:
+        config: Any = generation_config(model, request, eos_ids)
+        base: Any = model
+        base._prepare_special_tokens(config, True, device=model.device)
+        self._processors: LogitsProcessorList = base._get_logits_processor(
+            config, input_ids_seq_length=len(request.prompt_ids), device=str(model.device)
+        )
+        self._draws = request.temperature > 0
+        self._device = model.device
+        self._generator: torch.Generator | None = None
+        if self._draws:
+            self._generator = torch.Generator(model.device)
+            if request.seed is None:
+                self._generator.seed()
+            else:
+                self._generator.manual_seed(request.seed % 2**63)
+
+    @property
+    def takes_the_likeliest(self) -> bool:
+        """Whether the next token is the one of the highest score, and nothing else is to be asked."""
+        return not self._draws and not self._processors
+
+    def choose(self, scores: Tensor, ids: Sequence[int]) -> int:
+        """The next token after `ids` from the model's scores (vocabulary,), fp32."""
+        scores = scores[None].clone()
+        if self._processors:
+            scores = self._processors(torch.tensor([ids], device=self._device), scores)  # type: ignore[arg-type]
+        if not self._draws:
+            return int(scores.argmax(-1))
+        return int(torch.multinomial(scores.softmax(-1), 1, generator=self._generator))
+
+
+def logprob_of(logprobs: Tensor, token: int, num_top: int) -> TokenLogprob:
+    """What (vocabulary,) log-probabilities say of the token that was taken, and of so many of the likeliest."""
+    values, ids = logprobs.topk(num_top)
+    return TokenLogprob(token, float(logprobs[token]), tuple(zip(ids.tolist(), values.tolist(), strict=True)))
