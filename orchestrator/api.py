@@ -730,6 +730,7 @@ def create_key(
         limits: fields of `keys.Limits` to change for the tenant, all its keys included.
         expires_s: seconds after which it opens nothing.
     """
+    wiring.check_registry(load_cluster(cluster))
     return KeyBook(_registry(cluster).url).create(tenant, dict(limits or {}), expires_s=expires_s)
 
 

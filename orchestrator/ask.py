@@ -24,18 +24,20 @@ def ask(
     *,
     max_tokens: int = 128,
     temperature: float = 0.0,
+    key: str | None = None,
 ) -> str:
     """One answer's text.
 
     Args:
         url: the endpoint's API, http://HOST:PORT/BASE/v1.
         question: what the user says, or a whole conversation.
+        key: where the endpoint asks for one.
 
     Raises:
         ServeError: nothing answers there, or the endpoint refuses; the message is the endpoint's own.
     """
     body = {**_body(model, question, max_tokens), "temperature": temperature}
-    with _post(url, body, stream=False) as response:
+    with _post(url, body, key, stream=False) as response:
         try:
             return str(response.json()["choices"][0]["message"]["content"])
         except (ValueError, LookupError, TypeError) as error:
@@ -51,10 +53,11 @@ def ask_stream(
     *,
     max_tokens: int = 128,
     temperature: float = 0.0,
+    key: str | None = None,
 ) -> Iterator[str]:
     """The answer's text as it comes; see `ask`."""
     body = {**_body(model, question, max_tokens), "temperature": temperature, "stream": True}
-    with _post(url, body, stream=True) as response:
+    with _post(url, body, key, stream=True) as response:
         for line in response.iter_lines():
             data = line.removeprefix(b"data: ").strip()
             if not data or not line.startswith(b"data: "):
@@ -69,26 +72,29 @@ def ask_stream(
                     yield text
 
 
-def models(url: str) -> list[str]:
+def models(url: str, key: str | None = None) -> list[str]:
     """The names that an endpoint answers to.
 
     Raises:
         ServeError: nothing answers there.
     """
     try:
-        response = requests.get(f"{url.rstrip('/')}/models", timeout=(_CONNECT_TIMEOUT_S, 60))
+        response = requests.get(
+            f"{url.rstrip('/')}/models", headers=_headers(key), timeout=(_CONNECT_TIMEOUT_S, 60)
+        )
     except requests.RequestException as error:
         raise _silent(url) from error
     _check(response, url)
     return [card["id"] for card in response.json()["data"]]
 
 
-def curl_line(url: str, model: str, question: str, *, max_tokens: int = 128) -> str:
-    """The shell line that asks the same."""
+def curl_line(url: str, model: str, question: str, *, max_tokens: int = 128, with_key: bool = False) -> str:
+    """The shell line that asks the same; a key is read from the shell's RAYPEFT_API_KEY."""
     body = {**_body(model, question, max_tokens), "temperature": 0}
     address = shlex.quote(f"{url.rstrip('/')}/chat/completions")
+    key = '-H "Authorization: Bearer $RAYPEFT_API_KEY" ' if with_key else ""
     return (
-        f"curl -s {address} -H 'Content-Type: application/json' "
+        f"curl -s {address} -H 'Content-Type: application/json' {key}"
         f"-d {shlex.quote(json.dumps(body, ensure_ascii=False))}"
     )
 
@@ -98,11 +104,16 @@ def _body(model: str, question: str | Messages, max_tokens: int) -> dict[str, An
     return {"model": model, "messages": messages, "max_tokens": max_tokens}
 
 
-def _post(url: str, body: dict[str, Any], *, stream: bool) -> requests.Response:
+def _headers(key: str | None) -> dict[str, str]:
+    return {"Authorization": f"Bearer {key}"} if key else {}
+
+
+def _post(url: str, body: dict[str, Any], key: str | None, *, stream: bool) -> requests.Response:
     try:
         response = requests.post(
             f"{url.rstrip('/')}/chat/completions",
             json=body,
+            headers=_headers(key),
             stream=stream,
             timeout=(_CONNECT_TIMEOUT_S, _ANSWER_TIMEOUT_S),
         )
@@ -119,7 +130,8 @@ def _check(response: requests.Response, url: str) -> None:
         said = response.json()["error"]["message"]
     except (ValueError, LookupError, TypeError):
         said = f"HTTP {response.status_code}: {response.text[:300]}"
-    raise ServeError(said, where=url)
+    hint = "Set RAYPEFT_API_KEY to a key of this endpoint." if response.status_code == 401 else None
+    raise ServeError(said, where=url, hint=hint)
 
 
 def _silent(url: str) -> ServeError:

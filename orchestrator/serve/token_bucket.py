@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 
+_NOTHING_S = 1e-6
+"""Less than a rounding error of sums of floats: nobody waits for it."""
+
 
 class TokenBucket:
     """Fills at `per_minute` a minute up to one minute's worth.
@@ -28,7 +31,8 @@ class TokenBucket:
         self._fill(now)
         if self._per_minute <= 0:
             return math.inf
-        return max(0.0, (min(amount, self._per_minute) - self._level) / self._per_minute * 60)
+        wait = (min(amount, self._per_minute) - self._level) / self._per_minute * 60
+        return wait if wait > _NOTHING_S else 0.0
 
     def take(self, amount: float, now: float) -> None:
         """Takes `amount`, also what is not there; a negative amount is given back."""

@@ -1,0 +1,76 @@
+"""`raypeft keys`, and how `raypeft ask` comes by its own."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from orchestrator import api
+from orchestrator.cli import app, run_guarded
+from orchestrator.keys import KeyBook
+from orchestrator.registry import Registry
+
+
+@pytest.fixture
+def raypeft(tmp_path, monkeypatch, capsys):
+    """Runs the command; returns its exit code, standard output and standard error."""
+    monkeypatch.setenv("RAYPEFT_HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("RAYPEFT_API_KEY", raising=False)
+
+    def run(*arguments):
+        code = run_guarded(app, arguments)
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    return run
+
+
+def test_a_key_is_made_shown_once_listed_and_revoked(raypeft, tmp_path):
+    code, secret, told = raypeft("keys", "create", "acme", "--requests-per-minute", "5", "--model", "docs")
+    assert code == 0 and "It is not shown again" in told and "5 requests/min, models docs" in told
+    book = KeyBook(str(tmp_path / "registry"))
+    key = book.read().find(secret.strip())
+    assert key.tenant == "acme"
+    _, listed, _ = raypeft("keys", "list")
+    assert key.id in listed and "5 requests/min" in listed and secret.strip() not in listed
+    _, rows, _ = raypeft("keys", "list", "--json")
+    assert json.loads(rows)[0]["used"] == {"day": 0, "month": 0, "total": 0}
+    assert raypeft("keys", "revoke", "acme") == (0, f"revoked {key.id}\n", "")
+    assert json.loads(raypeft("keys", "list", "--json")[1])[0]["state"] == "revoked"
+
+
+def test_scripts_read_the_secret_from_json(raypeft, tmp_path):
+    made = json.loads(
+        raypeft("keys", "create", "acme", "--token-budget", "9", "--expires", "1d", "--json")[1]
+    )
+    assert made["limits"]["token_budget"] == 9 and made["expires"] > 0
+    assert KeyBook(str(tmp_path / "registry")).read().find(made["secret"]).id == made["id"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("create", "a b"), "cannot be a tenant's name"),
+        (("create", "x", "--expires", "soon"), "--expires: 'soon' is not a duration"),
+        (("create", "x", "--budget-period", "week"), "One of: day, month, total."),
+        (("revoke", "nobody"), "there is no key or tenant 'nobody'"),
+    ],
+)
+def test_mistakes_are_explained_and_change_nothing(raypeft, tmp_path, arguments, said):
+    code, _, told = raypeft("keys", *arguments)
+    assert code != 0 and said in told.replace("\n", " ")
+    assert KeyBook(str(tmp_path / "registry")).read().is_empty
+
+
+def test_asking_needs_no_key_where_none_is_asked_for_and_lends_itself_one_elsewhere(
+    raypeft, tmp_path, monkeypatch
+):
+    registry = Registry(tmp_path / "registry")
+    assert api._key(registry) is None
+    raypeft("keys", "create", "acme")
+    lent = api._key(registry)
+    assert KeyBook(registry.url).read().find(lent).tenant == "raypeft"
+    monkeypatch.setenv("RAYPEFT_API_KEY", "mine")
+    assert api._key(registry) == "mine" == api._asking_key("http://somewhere/v1", None)
