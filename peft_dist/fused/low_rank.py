@@ -30,28 +30,29 @@ class _LowRank(Node):
         Ws, bs, As, Bs = (tensors[i::4] for i in range(4))
         rows = flat(x)
         taken = rows if entered is x else flat(entered)
-        A = As[0] if len(As) == 1 else torch.cat(As)
-        ranks = [len(A) for A in As]
-        # The small product first: it fetches x for the large ones.
-        h = torch.mm(taken, A.T)
-        given = [
-            linear(rows, W, b).addmm_(own, B.T, alpha=s)
-            for W, b, B, s, own in zip(Ws, bs, Bs, scalings, h.split(ranks, 1), strict=True)
-        ]
+        given, hs = [], []
+        for W, b, A, B, s in zip(Ws, bs, As, Bs, scalings, strict=True):
+            # The small product first: it fetches x for the large one. Each layer by itself: not a bit of what it
+            # gives depends on the others.
+            hs.append(torch.mm(taken, A.T))
+            given.append(linear(rows, W, b).addmm_(hs[-1], B.T, alpha=s))
         # What a frozen A reads is not needed again.
         trains_A = any(ctx.needs_input_grad[5::4])
-        ctx.save_for_backward(taken if trains_A else None, h, A, *Ws, *Bs)
-        ctx.scalings, ctx.ranks, ctx.shape, ctx.is_same = scalings, ranks, x.shape, entered is x
+        ctx.save_for_backward(taken if trains_A else None, *hs, *Ws, *As, *Bs)
+        ctx.scalings, ctx.shape, ctx.is_same = scalings, x.shape, entered is x
         ctx.set_materialize_grads(False)
         return tuple(shaped(y, x) for y in given)
 
     @staticmethod
     def gradients(ctx: Any, *gs: Tensor | None) -> tuple[Tensor | None, ...]:
-        taken, h, A, *frozen = ctx.saved_tensors
-        Ws, Bs, ranks, wanted = frozen[: len(gs)], frozen[len(gs) :], ctx.ranks, ctx.needs_input_grad
-        u = torch.empty_like(h)
-        hs, us, g_x = h.split(ranks, 1), u.split(ranks, 1), None
-        g_Bs: list[Tensor | None] = [None] * len(gs)
+        taken, *kept = ctx.saved_tensors
+        num, wanted, g_x, g_entered = len(gs), ctx.needs_input_grad, None, None
+        hs, Ws, As, Bs = (kept[i * num : (i + 1) * num] for i in range(4))
+        ranks = [len(A) for A in As]
+        A = As[0] if num == 1 else torch.cat(As)
+        u = hs[0].new_empty(len(hs[0]), len(A))
+        us = u.split(ranks, 1)
+        g_Bs: list[Tensor | None] = [None] * num
         for i, g in enumerate(gs):
             if g is None:
                 us[i].zero_()
@@ -63,12 +64,11 @@ class _LowRank(Node):
                 g_Bs[i] = torch.addmm(B.T, hs[i].T, g, beta=0, alpha=s).T
             if wanted[0]:
                 g_x = torch.mm(g, Ws[i]) if g_x is None else g_x.addmm_(g, Ws[i])
-        g_entered = None
         if g_x is not None:
             g_x = (g_x.addmm_(u, A) if ctx.is_same else g_x).view(ctx.shape)
         if wanted[1] and not ctx.is_same:
             g_entered = torch.mm(u, A).view(ctx.shape)
-        g_As = [None] * len(gs) if taken is None else torch.mm(u.T, taken).split(ranks)
+        g_As = [None] * num if taken is None else torch.mm(u.T, taken).split(ranks)
         each = [
             (None, None, None if g is None or not wanted[5 + 4 * i] else g_A, g_B)
             for i, (g, g_A, g_B) in enumerate(zip(gs, g_As, g_Bs, strict=True))

@@ -214,3 +214,15 @@ def test_a_copy_of_a_model_learns_anew(joined):
     copied = copy.deepcopy(model)
     torch.testing.assert_close(copied(x), model(x))
     assert joined == [3, 3]
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("LORA", torch.float32), ("LORA", torch.bfloat16), ("IA3", torch.float32)]
+)
+def test_not_a_bit_of_the_answer_depends_on_what_was_learned(name, dtype, joined):
+    model = tuned(name).to(dtype)
+    with torch.no_grad():
+        alone = model(input_ids=IDS).logits
+        assert joined == []
+        assert torch.equal(model(input_ids=IDS).logits, alone)
+    assert joined
