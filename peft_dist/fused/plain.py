@@ -60,8 +60,8 @@ def exactly(base: BaseLayer, x: Tensor, *tensors: Tensor) -> tuple[Tensor, Tenso
 
 
 def foldable(base: BaseLayer, x: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor | None] | None:
-    """`exactly` where a product with the weight may be kept until the backward: it takes no more room than x, and
-    the weight itself is whole all the time."""
+    """`exactly` where a product with the weight may be kept until the backward: it takes no more room than x or y,
+    and the weight itself is whole all the time."""
     if x.device.type != "cpu" or base.is_running:  # type: ignore[attr-defined]
         return None
     frozen = exactly(base, x, *tensors)

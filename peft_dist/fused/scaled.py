@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -35,14 +36,14 @@ class _ScaledInput(Node):
 
 
 def folded_input(x: Tensor, W: Tensor, b: Tensor | None, scale: Tensor) -> Tensor:
-    """`scaled_input` as x (scale * W)^T + b, for a scale that `is_divisor`."""
+    """`scaled_input` as x (scale * W)^T + b, for a scale of any shape that `is_divisor`."""
     return _FoldedInput.run(x, W, b, scale)
 
 
 class _FoldedInput(Node):
     @staticmethod
     def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, scale: Tensor) -> Tensor:
-        rows, V = flat(x), W * scale
+        rows, V = flat(x), W * scale.view(-1)
         ctx.save_for_backward(rows, V, scale)
         ctx.shape = x.shape
         return shaped(linear(rows, V, b), x)
@@ -51,13 +52,13 @@ class _FoldedInput(Node):
     def gradients(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         rows, V, scale = ctx.saved_tensors
         g = torch.mm(g, V)
-        g_scale = sum_of_products(rows, g).div_(scale) if ctx.needs_input_grad[3] else None
+        g_scale = sum_of_products(rows, g).view_as(scale).div_(scale) if ctx.needs_input_grad[3] else None
         return g.view(ctx.shape) if ctx.needs_input_grad[0] else None, None, None, g_scale
 
 
 def folded_outputs(x: Tensor, parts: Sequence[tuple[Tensor, Tensor | None, Tensor]]) -> tuple[Tensor, ...]:
     """scale * (x W^T + b) as x (scale W)^T + scale b, for each (W, b, scale) of `parts`, layers that take the same
-    x and whose scales are each `is_divisor`."""
+    x and whose scales, of any shape, are each `is_divisor`."""
     return _FoldedOutputs.run(x, *(t for part in parts for t in part))
 
 
@@ -66,9 +67,10 @@ class _FoldedOutputs(Node):
     def forward(ctx: Any, x: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
         Ws, bs, scales = (tensors[i::3] for i in range(3))
         rows = flat(x)
-        Vs = [W * scale[:, None] for W, scale in zip(Ws, scales, strict=True)]
+        Vs = [W * scale.view(-1, 1) for W, scale in zip(Ws, scales, strict=True)]
         ys = [
-            linear(rows, V, b if b is None else b * scale) for V, b, scale in zip(Vs, bs, scales, strict=True)
+            linear(rows, V, b if b is None else b * scale.view(-1))
+            for V, b, scale in zip(Vs, bs, scales, strict=True)
         ]
         ctx.save_for_backward(*ys, *Vs, *scales)
         ctx.shape = x.shape
@@ -84,7 +86,7 @@ class _FoldedOutputs(Node):
         for i, g in enumerate(gs):
             g_scale = None
             if g is not None and wanted[3 + 3 * i]:
-                g_scale = sum_of_products(g, ys[i]).div_(scales[i])
+                g_scale = sum_of_products(g, ys[i]).view_as(scales[i]).div_(scales[i])
             if g is not None and wanted[0]:
                 g_x = torch.mm(g, Vs[i]) if g_x is None else g_x.addmm_(g, Vs[i])
             each += [None, None, g_scale]
@@ -102,6 +104,11 @@ def sum_of_products(a: Tensor, b: Tensor) -> Tensor:
         return (a * b).sum(0)
     # The gradient of a layer norm's scale is this sum, taken in one pass, where the mean is 0 and the
     # deviation 1.
-    zeros, ones = a.new_zeros(len(a), 1), a.new_ones(len(a), 1)
+    zeros, ones = _zeros_and_ones(len(a), a.dtype)
     like, mask = a[0], (False, True, False)
     return torch.ops.aten.native_layer_norm_backward(a, b, like.shape, zeros, ones, like, None, mask)[1]
+
+
+@functools.lru_cache(maxsize=16)
+def _zeros_and_ones(num: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return torch.zeros(num, 1, dtype=dtype), torch.ones(num, 1, dtype=dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 
 import pytest
 import torch
@@ -34,6 +35,10 @@ def dora(b, x, A, B, m):
 def by_series(x, Q):
     K = fused.skew(Q)
     return x @ torch.block_diag(*(EYE + 2 * K + 2 * K @ K + 2 * K @ K @ K + K @ K @ K @ K))
+
+
+def head(b):
+    return None if b is None else b[:9]
 
 
 # name -> (the node, what it stands for, the shapes of its tensors beside x)
@@ -89,13 +94,13 @@ NODES = {
     ),
     "folded_input": (
         lambda b, x, s: fused.folded_input(x, W, b, s),
-        lambda b, x, s: F.linear(x * s, W, b),
-        ((IN,),),
+        lambda b, x, s: F.linear(x * s.flatten(), W, b),
+        ((1, IN),),
     ),
     "folded_outputs": (
         lambda b, x, s, t: torch.cat(fused.folded_outputs(x, [(W, b, s), (W2, None, t)]), -1),
-        lambda b, x, s, t: torch.cat([F.linear(x, W, b) * s, x @ W2.T * t], -1),
-        ((OUT,), (IN,)),
+        lambda b, x, s, t: torch.cat([F.linear(x, W, b) * s, x @ W2.T * t.flatten()], -1),
+        ((OUT,), (IN, 1)),
     ),
     "changed": (
         lambda b, x, D: fused.changed(x, W, b, D),
@@ -120,6 +125,15 @@ NODES = {
     "turned_by_series of two layers": (
         lambda b, x, Q, P: torch.cat(fused.turned_by_series(x, [(W, b, Q), (W2, None, P)]), -1),
         lambda b, x, Q, P: torch.cat([F.linear(by_series(x, Q), W, b), by_series(x, P) @ W2.T], -1),
+        ((6, 6), (6, 6)),
+    ),
+    "turned_by_series of two layers, folded": (
+        lambda b, x, Q, P: torch.cat(
+            fused.turned_by_series(x, [(W[:9], head(b), Q / 50), (W2[:4], None, P / 50)], folds=True), -1
+        ),
+        lambda b, x, Q, P: torch.cat(
+            [F.linear(by_series(x, Q / 50), W[:9], head(b)), by_series(x, P / 50) @ W2[:4].T], -1
+        ),
         ((6, 6), (6, 6)),
     ),
     "hadamard": (
@@ -155,6 +169,41 @@ def test_a_node_is_not_differentiated_twice(name):
     leaves = [leaf(2, 5, IN), *(leaf(*shape) for shape in shapes)]
     with pytest.raises(RuntimeError, match=r"cannot be differentiated twice: create_graph=True"):
         torch.autograd.grad(node(None, *leaves).sum(), leaves, create_graph=True)
+
+
+SIZES = (1e-4, 1e-3, 3e-3, 0.01, 0.02, 0.04, 0.07, 0.1, 0.15, 0.2, 0.3, 1.0)
+
+
+def error_of_folding(dtype: torch.dtype) -> dict[float, float | None]:
+    """Size of the entries -> how far the folded node's gradient of them is from float64's by definition, as a
+    share of it; None where it does not fold."""
+    torch.manual_seed(0)
+    x, unit, g = torch.randn(40, IN), torch.randn(6, 6), torch.randn(40, OUT)
+    errors: dict[float, float | None] = {}
+    for size in SIZES:
+        exact = (size * unit).to(dtype).double().requires_grad_(True)
+        (wanted,) = torch.autograd.grad(F.linear(by_series(x.double(), exact), W), exact, g.double())
+        own = exact.detach().to(dtype).requires_grad_(True)
+        (y,) = fused.turned_by_series(x.to(dtype), [(W.to(dtype), None, own)], folds=True)
+        (given,) = torch.autograd.grad(y, own, g.to(dtype))
+        error = float((given.double() - wanted).norm() / wanted.norm())
+        assert error < 30 * torch.finfo(dtype).eps
+        errors[size] = error if "Folded" in type(y.grad_fn).__name__ else None
+    return errors
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_weight_is_turned_as_long_as_the_gradient_is_right_to_rounding(dtype, monkeypatch):
+    is_folded = [error is not None for error in error_of_folding(dtype).values()]
+    # Small turns are, large ones are not, and where one ends the other begins.
+    assert is_folded[0]
+    assert not is_folded[-1]
+    assert is_folded == sorted(is_folded, reverse=True)
+    # Two terms whatever the size would be wrong.
+    series = importlib.import_module("peft_dist.fused.turned")._Series
+    monkeypatch.setattr(series, "transposed_inverse", lambda self, R: R + 2 * self.S @ self.S @ R)
+    with pytest.raises(AssertionError):
+        error_of_folding(dtype)
 
 
 def frozen(layer: nn.Module) -> nn.Module:

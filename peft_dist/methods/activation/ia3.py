@@ -94,7 +94,7 @@ class IA3Config(TargetedConfig, ActivationMethod):
     @staticmethod
     def _foldable(p: Params, base: BaseLayer, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor] | None:
         """(W, b, scale) where the scale is cheaper to multiply into W than into x or y; else None."""
-        frozen, scale = fused.foldable(base, x, p["l"]), p["l"].flatten()
+        frozen, scale = fused.foldable(base, x, p["l"]), p["l"]
         return (*frozen, scale) if frozen and fused.is_divisor(scale) else None
 
     @classmethod

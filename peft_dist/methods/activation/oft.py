@@ -167,14 +167,12 @@ class OFTConfig(TargetedConfig, OwnBias, Turning):
         return self.with_bias(y, p, base)
 
     def forward(self, p: Params, base: BaseLayer, x: Tensor, enter: Enter) -> Tensor:
-        frozen = fused.plain(base, x, p["Q"])
-        if not frozen:
+        if self._is_series(p) and (ys := self._by_series([p], [base], x)):
+            return self.with_bias(ys[0], p, base)
+        if not (frozen := fused.plain(base, x, p["Q"])):
             return super().forward(p, base, x, enter)
-        if self._is_series(p):
-            (y,) = fused.turned_by_series(x, [(*frozen, p["Q"])])
-        else:
-            R = self.rotation(p)
-            y = fused.turned(x, *frozen, R.expand(base.site.in_ // R.shape[-1], -1, -1))
+        R = self.rotation(p)
+        y = fused.turned(x, *frozen, R.expand(base.site.in_ // R.shape[-1], -1, -1))
         return self.with_bias(y, p, base)
 
     def _is_series(self, p: Params) -> bool:
@@ -186,14 +184,23 @@ class OFTConfig(TargetedConfig, OwnBias, Turning):
     def together(
         cls, methods: Sequence[OFTConfig], ps: Sequence[Params], bases: Sequence[BaseLayer], x: Tensor
     ) -> Sequence[Tensor] | None:
-        frozen = [fused.plain(base, x, p["Q"]) for p, base in zip(ps, bases, strict=True)]
-        if not all(frozen) or not all(m._is_series(p) for m, p in zip(methods, ps, strict=True)):
+        if not all(m._is_series(p) for m, p in zip(methods, ps, strict=True)):
             return None
         if len({p["Q"].shape for p in ps}) > 1:
             return None
-        parts = [(*f, p["Q"]) for f, p in zip(frozen, ps, strict=True) if f]
-        ys = fused.turned_by_series(x, parts)
-        return [m.with_bias(y, p, base) for m, y, p, base in zip(methods, ys, ps, bases, strict=True)]
+        ys = cls._by_series(ps, bases, x)
+        return ys and [m.with_bias(y, p, base) for m, y, p, base in zip(methods, ys, ps, bases, strict=True)]
+
+    @staticmethod
+    def _by_series(ps: Sequence[Params], bases: Sequence[BaseLayer], x: Tensor) -> tuple[Tensor, ...] | None:
+        """What layers without their own biases give, where they may be computed without being called."""
+        Qs = [p["Q"] for p in ps]
+        frozen = [fused.foldable(base, x, Q) for base, Q in zip(bases, Qs, strict=True)]
+        if not (folds := all(frozen)):
+            frozen = [fused.plain(base, x, Q) for base, Q in zip(bases, Qs, strict=True)]
+        if not all(frozen):
+            return None
+        return fused.turned_by_series(x, [(*f, Q) for f, Q in zip(frozen, Qs, strict=True) if f], folds)
 
     def drawn_delta(self, p: Params, base: BaseLayer) -> Tensor:
         W = base.weight().to(p["Q"].dtype)
