@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -20,6 +20,8 @@ from .catalogue import Catalogue
 from .completions import ANSWERED_BY, Completions
 from .engine import Engine, EngineDead
 from .event_stream import ClientGone
+from .head_routes import GENERATION, ROUTES, HeadRoutes, other_task
+from .heads import Heads
 from .measured import Measured
 from .metrics import CONTENT_TYPE, Metrics
 from .mount import Mount, OtherEndpoints, no_others
@@ -32,7 +34,7 @@ _log = logging.getLogger("ray.serve")
 
 def build_app(
     endpoint: str,
-    engine: Engine,
+    engine: Engine | None,
     prompts: Prompts,
     catalogue: Catalogue,
     others: OtherEndpoints = no_others,
@@ -40,21 +42,24 @@ def build_app(
     *,
     admission: Admission | None = None,
     metrics: Metrics | None = None,
+    heads: Heads | None = None,
 ) -> ASGIApp:
     """The application; answers below `/ENDPOINT` and, while there is no other endpoint, below `/`.
 
     It loads the endpoint's adapters when it starts and closes the engine when it ends. `registry` is what
-    /healthz says that it follows. Without `admission` it takes all that its queues hold, from anybody.
+    /healthz says that it follows. Without `admission` it takes all that its queues hold, from anybody. An endpoint of a
+    base with a task's head has `heads` in place of an engine.
     """
+    works = engine if engine is not None else heads
+    if works is None:
+        raise ValueError("an endpoint needs an engine or heads")
     admission = admission or Admission()
-    metrics = metrics or Metrics(figures=engine.figures)
-    facts = _Facts(engine, catalogue, registry, admission, metrics)
-    completions = Completions(engine, prompts, catalogue, admission, metrics)
+    metrics = metrics or Metrics(figures=works.figures)
+    facts = _Facts(works, catalogue, registry, admission, metrics)
     routes = [
         Route("/v1/models", facts.models, methods=["GET"]),
         Route("/v1/models/{model:path}", facts.model, methods=["GET"]),
-        Route("/v1/completions", completions.complete, methods=["POST"]),
-        Route("/v1/chat/completions", completions.chat, methods=["POST"]),
+        *_task_routes(engine, heads, prompts, catalogue, admission, metrics),
         Route("/healthz", facts.health, methods=["GET"]),
         Route("/metrics", facts.metrics, methods=["GET"]),
     ]
@@ -69,7 +74,7 @@ def build_app(
         finally:
             await catalogue.stop()
             await admission.stop()
-            engine.close()
+            works.close()
 
     async def no_route(request: Request, error: Exception) -> Response:
         return _no_route(request, error, paths)
@@ -90,22 +95,51 @@ def build_app(
     return Mount(endpoint, Measured(app, metrics, frozenset(paths)), others)
 
 
+def _task_routes(
+    engine: Engine | None,
+    heads: Heads | None,
+    prompts: Prompts,
+    catalogue: Catalogue,
+    admission: Admission,
+    metrics: Metrics,
+) -> list[Route]:
+    """What the base's task answers, and for every other task's route where to ask instead."""
+    answering: dict[str, Callable[[Request], Awaitable[Response]]] = {}
+    if engine is not None:
+        completions = Completions(engine, prompts, catalogue, admission, metrics)
+        answering[GENERATION] = completions.complete
+        answering["/v1/chat/completions"] = completions.chat
+        own = GENERATION
+    if heads is not None:
+        routes = HeadRoutes(heads, catalogue, admission, metrics)
+        own = ROUTES[heads.task]
+        answering[own] = {
+            "FEATURE_EXTRACTION": routes.embeddings,
+            "SEQ_CLS": routes.classify,
+            "TOKEN_CLS": routes.token_classify,
+            "QUESTION_ANS": routes.question_answering,
+        }[heads.task]
+    other = other_task(catalogue.base_name, own)
+    paths = [GENERATION, "/v1/chat/completions", *ROUTES.values()]
+    return [Route(path, answering.get(path, other), methods=["POST"]) for path in paths]
+
+
 class _Facts:
     """What the endpoint says of itself."""
 
     def __init__(
         self,
-        engine: Engine,
+        works: Engine | Heads,
         catalogue: Catalogue,
         registry: str | None,
         admission: Admission,
         metrics: Metrics,
     ) -> None:
-        self._engine, self._catalogue, self._registry = engine, catalogue, registry
+        self._works, self._catalogue, self._registry = works, catalogue, registry
         self._admission, self._metrics = admission, metrics
 
     async def health(self, request: Request) -> Response:
-        self._engine.check()
+        self._works.check()
         return JSONResponse({"status": "ok", "base": self._catalogue.base_name, "registry": self._registry})
 
     async def metrics(self, request: Request) -> Response:

@@ -17,6 +17,7 @@ _IGNORED = frozenset({
 
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "best_of": (None, 1),
+    "dimensions": (None,),
     "echo": (None, False),
     "frequency_penalty": (None, 0),
     "function_call": (None, "none"),

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import hashlib
 import math
+import re
 import threading
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
@@ -23,6 +24,17 @@ from orchestrator.serve.api_error import ApiError
 from orchestrator.serve.app import build_app
 from orchestrator.serve.catalogue import Target
 from orchestrator.serve.engine import EngineDead, Figures, Generation, Piece, TokenLogprob
+from orchestrator.serve.heads import (
+    Classified,
+    Embedded,
+    Entity,
+    Found,
+    HeadTask,
+    Input,
+    Span,
+    Tagged,
+    TooLong,
+)
 from orchestrator.serve.prompts import Prompts
 from orchestrator.serve.replies import model_card
 from orchestrator.serve.text import TextStream
@@ -124,6 +136,76 @@ class ScriptedEngine:
         return (TokenLogprob(token, -0.5, ranked),)
 
 
+class ScriptedHeads:
+    """Answers from the texts themselves: words that begin with a capital are entities, labels go by length."""
+
+    vocab_size = 300
+    max_tokens = 60
+
+    def __init__(self, task: HeadTask, step_s: float = 0.0) -> None:
+        self.task, self.step_s = task, step_s
+        self.asked: list[tuple[str | None, str]] = []
+        self.running, self.cancelled = 0, 0
+        self._dead = False
+
+    async def embed(self, inputs: Sequence[Input], adapter: str | None, queue: str = "") -> list[Embedded]:
+        counts = await self._take(inputs, adapter, queue)
+        return [Embedded((0.6, -0.8, count / 7), count) for count in counts]
+
+    async def classify(
+        self, inputs: Sequence[Input], adapter: str | None, queue: str = ""
+    ) -> list[Classified]:
+        counts = await self._take(inputs, adapter, queue)
+        label = "base" if adapter is None else adapter
+        return [Classified(((label, 0.7), ("b", 0.2), ("c", 0.1)), count) for count in counts]
+
+    async def tag(self, inputs: Sequence[Input], adapter: str | None, queue: str = "") -> list[Tagged]:
+        counts = await self._take(inputs, adapter, queue)
+        return [
+            Tagged(tuple(Entity("NAME", 0.9, *m.span()) for m in re.finditer(r"[A-Z]\w*", each.text)), count)
+            for each, count in zip(inputs, counts, strict=True)
+        ]
+
+    async def find(
+        self, questions: Sequence[tuple[str, str]], adapter: str | None, top: int, queue: str = ""
+    ) -> list[Found]:
+        counts = await self._take([Input(*each) for each in questions], adapter, queue)
+        return [Found(tuple(Span(at, at + 3, 0.5) for at in range(min(top, 4))), count) for count in counts]
+
+    async def _take(self, inputs: Sequence[Input], adapter: str | None, queue: str) -> list[int]:
+        self.check()
+        self.asked.append((adapter, queue))
+        self.running += 1
+        ended = False
+        try:
+            counts = [len(each.ids or each.text + (each.pair or "")) for each in inputs]
+            for index, count in enumerate(counts):
+                await asyncio.sleep(self.step_s)
+                if count > self.max_tokens:
+                    raise TooLong(index, count, self.max_tokens)
+            ended = True
+            return counts
+        finally:
+            self.running -= 1
+            self.cancelled += not ended
+
+    def virtual_tokens(self, adapter: str | None) -> int:
+        return 0
+
+    def loaded(self) -> frozenset[str]:
+        return frozenset()
+
+    def figures(self) -> Figures:
+        return Figures(running=self.running)
+
+    def check(self) -> None:
+        if self._dead:
+            raise EngineDead("the engine has stopped")
+
+    def close(self) -> None:
+        self._dead = True
+
+
 @dataclass
 class FixedCatalogue:
     """A base and two adapters, always there."""
@@ -164,20 +246,27 @@ class Served:
     """An endpoint that listens."""
 
     url: str
-    engine: ScriptedEngine
+    engine: Any
     catalogue: FixedCatalogue
 
 
 @contextmanager
 def listening(
-    engine: ScriptedEngine | None = None, admission: Admission | None = None, **options: Any
+    engine: ScriptedEngine | ScriptedHeads | None = None, admission: Admission | None = None, **options: Any
 ) -> Iterator[Served]:
     """The endpoint `tiny` on a free port of loopback, for as long as the context lasts."""
     engine = engine or ScriptedEngine()
     catalogue = FixedCatalogue()
-    app = build_app("tiny", engine, engine.prompts, catalogue, admission=admission, **options)
+    app = app_of(engine, catalogue, admission=admission, **options)
     with uvicorn_server(app) as root:
         yield Served(root, engine, catalogue)
+
+
+def app_of(engine: ScriptedEngine | ScriptedHeads, catalogue: FixedCatalogue, **options: Any) -> Any:
+    """The application of the endpoint `tiny`."""
+    if isinstance(engine, ScriptedHeads):
+        return build_app("tiny", None, Prompts(tokenizer()), catalogue, heads=engine, **options)
+    return build_app("tiny", engine, engine.prompts, catalogue, **options)
 
 
 @contextmanager

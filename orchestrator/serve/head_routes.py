@@ -1,0 +1,193 @@
+"""/v1/embeddings, /v1/classify, /v1/token-classify and /v1/question-answering: what a base with a head answers."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, TypeVar
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from .admission import Admission
+from .api_error import ApiError
+from .body import read_body
+from .catalogue import Catalogue, Target
+from .completions import ANSWERED_BY
+from .event_stream import while_connected
+from .head_api import (
+    ClassifyRequest,
+    EmbeddingRequest,
+    QuestionAnsweringRequest,
+    TokenClassifyRequest,
+    classes,
+    embeddings,
+    entities,
+    spans,
+)
+from .heads import Classified, Embedded, Found, Heads, HeadTask, Input, Tagged, TooLong
+from .key_check import Tenant
+from .measured import timing_of
+from .metrics import Metrics
+from .openai_api import Ask, parse
+from .sticky import Sticky
+
+Answer = TypeVar("Answer", Embedded, Classified, Tagged, Found)
+Asked = TypeVar("Asked", bound=Ask)
+
+ROUTES: dict[HeadTask, str] = {
+    "FEATURE_EXTRACTION": "/v1/embeddings",
+    "SEQ_CLS": "/v1/classify",
+    "TOKEN_CLS": "/v1/token-classify",
+    "QUESTION_ANS": "/v1/question-answering",
+}
+GENERATION = "/v1/completions"
+
+_BYTES_A_TOKEN = 3
+"""Roughly, of texts in whose tokens nobody has looked yet; what a request truly took is known when it is answered."""
+
+
+class HeadRoutes:
+    """The routes of task heads; one answers, the others say which."""
+
+    def __init__(self, heads: Heads, catalogue: Catalogue, admission: Admission, metrics: Metrics) -> None:
+        self._heads, self._catalogue = heads, catalogue
+        self._admission, self._metrics = admission, metrics
+
+    async def embeddings(self, request: Request) -> Response:
+        """POST /v1/embeddings."""
+        tenant, body, asked = await self._asked(request, EmbeddingRequest)
+        inputs = asked.inputs
+        self._check_ids(inputs)
+        return await self._answer(
+            request,
+            tenant,
+            body,
+            asked,
+            sum(map(_guess, inputs)),
+            lambda target: self._heads.embed(inputs, target.adapter, target.name),
+            lambda answers: embeddings(answers, asked.encoding_format),
+        )
+
+    async def classify(self, request: Request) -> Response:
+        """POST /v1/classify."""
+        tenant, body, asked = await self._asked(request, ClassifyRequest)
+        inputs = asked.inputs
+        return await self._answer(
+            request,
+            tenant,
+            body,
+            asked,
+            sum(map(_guess, inputs)),
+            lambda target: self._heads.classify(inputs, target.adapter, target.name),
+            lambda answers: classes(answers, asked.top_k),
+        )
+
+    async def token_classify(self, request: Request) -> Response:
+        """POST /v1/token-classify."""
+        tenant, body, asked = await self._asked(request, TokenClassifyRequest)
+        inputs = asked.inputs
+        return await self._answer(
+            request,
+            tenant,
+            body,
+            asked,
+            sum(map(_guess, inputs)),
+            lambda target: self._heads.tag(inputs, target.adapter, target.name),
+            lambda answers: entities(answers, inputs),
+        )
+
+    async def question_answering(self, request: Request) -> Response:
+        """POST /v1/question-answering."""
+        tenant, body, asked = await self._asked(request, QuestionAnsweringRequest)
+        questions = asked.questions
+        if questions is None:
+            raise ApiError(
+                "Give 'question' and 'context', or several of them as 'input'.",
+                param="question" if asked.input is None else "input",
+            )
+        return await self._answer(
+            request,
+            tenant,
+            body,
+            asked,
+            sum(_guess(Input(*each)) for each in questions),
+            lambda target: self._heads.find(questions, target.adapter, asked.top_k, target.name),
+            lambda answers: spans(answers, questions),
+        )
+
+    async def _asked(self, request: Request, kind: type[Asked]) -> tuple[Tenant, bytes, Asked]:
+        tenant = await self._admission.tenant(request.headers.get("authorization"))
+        body = await read_body(request)
+        return tenant, body, parse(kind, body)
+
+    def _check_ids(self, inputs: Sequence[Input]) -> None:
+        for each in inputs:
+            if each.ids is not None and not 0 <= min(each.ids) <= max(each.ids) < self._heads.vocab_size:
+                raise ApiError(f"Token ids go from 0 to {self._heads.vocab_size - 1}.", param="input")
+            if each.ids is None and not each.text:
+                raise ApiError("A text is empty.", param="input")
+
+    async def _answer(
+        self,
+        request: Request,
+        tenant: Tenant,
+        body: bytes,
+        asked: Ask,
+        num_tokens: int,
+        ask: Callable[[Target], Awaitable[list[Answer]]],
+        rows: Callable[[list[Answer]], list[dict[str, Any]]],
+    ) -> Response:
+        timing = timing_of(request)
+        timing.tenant = tenant.name
+        tenant.check_model(asked.model)
+        await self._admission.know(tenant)
+        sticky = Sticky(request.headers, body)
+        async with self._catalogue.acquire(asked.model, sticky) as target:
+            with self._admission.admitted(tenant, target.name, 1, num_tokens, timing.usage):
+                self._metrics.begin(timing, target.name)
+                self._heads.check()
+
+                async def run() -> list[Answer]:
+                    return await ask(target)
+
+                try:
+                    answers = await while_connected(run(), request.receive)
+                except TooLong as error:
+                    raise ApiError(
+                        f"This model's maximum context length is {error.max_tokens} tokens, and input "
+                        f"{error.index} has {error.num_tokens}. Shorten it.",
+                        param="input",
+                        code="context_length_exceeded",
+                    ) from error
+                timing.usage.prompt_tokens = sum(answer.num_tokens for answer in answers)
+        tokens = timing.usage.prompt_tokens
+        whole = {
+            "object": "list",
+            "data": rows(answers),
+            "model": target.name,
+            "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
+        }
+        return JSONResponse(whole, headers={ANSWERED_BY: target.name})
+
+
+def _guess(asked: Input) -> int:
+    if asked.ids is not None:
+        return len(asked.ids)
+    return 2 + (len(asked.text) + len(asked.pair or "")) // _BYTES_A_TOKEN
+
+
+def other_task(base: str, route: str) -> Callable[[Request], Awaitable[Response]]:
+    """What a route says whose task the base does not have.
+
+    Args:
+        route: the one that it answers.
+    """
+
+    async def refuse(request: Request) -> Response:
+        raise ApiError(
+            f"The base '{base}' of this endpoint does not answer {request.url.path}; it answers {route}.",
+            status=404,
+            code="wrong_task",
+        )
+
+    return refuse
