@@ -34,6 +34,7 @@ from .plan import Plan
 from .processes import is_alive
 from .registry import AdapterRow, AdapterVersion, Registry
 from .runner import Event
+from .serve import promotion, traffic
 from .service import Deployment, OnEvent, RunResult
 from .spec import canonical
 from .spec import methods as method_rows
@@ -660,6 +661,51 @@ def _deploy_spec(settings: Sequence[str], **asked: Any) -> DeploySpec:
 def endpoints(*, cluster: str | None = None) -> list[EndpointInfo]:
     """All endpoints with what they serve. Starts no Ray: without one they are shown as down."""
     return wiring.endpoint_rows(load_cluster(cluster))
+
+
+def promote(ref: str, *, alias: str | None = None, cluster: str | None = None) -> tuple[str, str]:
+    """Gives a served version its alias now; returns the endpoint and what took it (`NAME@V`).
+
+    Args:
+        alias: that of its rollout, else `production`.
+
+    Raises:
+        RegistryError: there is no such version.
+        ServeError: no endpoint serves it.
+    """
+    registry = _registry(cluster)
+    name, number = registry.resolve(ref)
+    return promotion.promote(registry, f"{name}@{number}", alias), f"{name}@{number}"
+
+
+def rollback(name: str, *, alias: str = "production", cluster: str | None = None) -> tuple[str, str | None]:
+    """Takes back what is being rolled out to an alias, else gives the alias to the version before it; returns the
+    endpoint and what the alias names now.
+
+    Raises:
+        ServeError: nothing is rolled out, and no version before is known.
+    """
+    registry = _registry(cluster)
+    endpoint, number = promotion.rollback(registry, name.partition("@")[0], alias)
+    return endpoint, None if number is None else f"{name.partition('@')[0]}@{number}"
+
+
+def rollouts(name: str | None = None, *, cluster: str | None = None) -> list[traffic.RolloutRow]:
+    """What is being rolled out, of one adapter or of all, with the numbers that decide it."""
+    return traffic.rollout_rows(_registry(cluster), name)
+
+
+def audit(name: str | None = None, *, cluster: str | None = None) -> list[dict[str, Any]]:
+    """Every step of every rollout, of one adapter or of all, oldest first."""
+    return traffic.audit_lines(_registry(cluster), name)
+
+
+def top(*, cluster: str | None = None) -> Iterator[list[traffic.TrafficRow]]:
+    """What each version answers, looked at again for each `next`; from the second on with rates."""
+    registry, before = _registry(cluster), None
+    while True:
+        rows, before = traffic.traffic_rows(registry, before)
+        yield rows
 
 
 def undeploy(name: str, *, endpoint: str | None = None, cluster: str | None = None) -> None:

@@ -34,7 +34,7 @@ def registry(home) -> Registry:
 COMMANDS = [
     "init", "validate", "inspect", "plan", "schema", "methods", "run", "submit", "jobs", "status", "logs",
     "cancel", "adapters", "show", "alias", "register", "pull", "merge", "delete", "eval", "deploy", "endpoints",
-    "undeploy", "ask", "up", "down",
+    "undeploy", "ask", "up", "down", "promote", "rollback", "top",
 ]  # fmt: skip
 
 

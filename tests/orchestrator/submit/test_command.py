@@ -24,7 +24,7 @@ ENVIRONMENT = {"python": PYTHON, "ray": RAY, "executable": "python", "missing": 
 STATE = {"event": "state", "state": "deploying", "message": "endpoint tiny: starting a replica"}
 MADE = {
     "endpoint": "tiny", "url": "http://127.0.0.1:8000/tiny/v1", "model": "docs@1", "base_name": "tiny",
-    "state": "live",
+    "state": "live", "rollout": None,
 }  # fmt: skip
 
 
