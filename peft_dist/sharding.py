@@ -42,9 +42,10 @@ _NOT_FOR_A_BASE = (
     "train_micro_batch_size_per_gpu",
     "gradient_accumulation_steps",
 )
-_AHEAD = 2
-"""Blocks of the base that may be whole at once, one in use and one fetched ahead. DeepSpeed fetches at least one
-weight more at every module that runs, and would soon hold the whole base."""
+_AHEAD, _DEFAULT_BUCKET = 2, 50_000_000
+"""Blocks of the base that may be whole at once, one in use and one fetched ahead, or as many elements as DeepSpeed
+fetches in one go, by default so many. It fetches at least one weight more at every module that runs, and would soon
+hold the whole base."""
 # What DeepSpeed may do to what it gathers.
 _NOT_FOR_CODES = {
     "zero_quantized_weights": "quantise its pieces once more",
@@ -486,6 +487,12 @@ def _check_codes(base: nn.Module, config: Mapping[str, Any]) -> None:
             )
 
 
+def _bucket(config: Mapping[str, Any]) -> int:
+    """Elements that DeepSpeed may fetch ahead in one go."""
+    asked = config["zero_optimization"].get("stage3_prefetch_bucket_size")
+    return asked if isinstance(asked, int) else _DEFAULT_BUCKET
+
+
 def _largest_block(base: nn.Module) -> int:
     """Elements of the largest of the layers that a base repeats; of the whole base where none repeat."""
     stacks = [[*each] for each in base.modules() if isinstance(each, nn.ModuleList)]
@@ -504,7 +511,7 @@ def _engine_config(config: Mapping[str, Any], base: nn.Module) -> dict[str, Any]
     leeway = {
         "stage3_max_reuse_distance": 0,
         "stage3_param_persistence_threshold": 0,
-        "stage3_max_live_parameters": _AHEAD * _largest_block(base),
+        "stage3_max_live_parameters": max(_AHEAD * _largest_block(base), _bucket(config)),
     }
     # Of a mixture's block that is gathered as one, DeepSpeed would take its adapters' tensors for pieces too.
     # transformers stacks experts in one parameter: every rank reads it, whichever of them its tokens go to.

@@ -31,7 +31,10 @@ def held(folder: str, way: str) -> tuple[int, list[float]]:
     """Elements of linear layers whose storage is there after the last of three forwards, the most of a rank; and the
     losses."""
     more = {"stage3_max_live_parameters": 10**9} if way == "fetching ahead" else {}
-    config = {"zero_optimization": {**run.ZERO3["zero_optimization"], **more}}
+    # Less than a layer in one go, as jobs have it.
+    config = {
+        "zero_optimization": {**run.ZERO3["zero_optimization"], "stage3_prefetch_bucket_size": 230, **more}
+    }
     stage = 0 if way == "one process" else 3
     base = load_base(folder, "CAUSAL_LM", "float32", None, stage, deepspeed=config if stage else None)
     base.requires_grad_(False)
