@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -69,9 +70,12 @@ def build_app(
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         await admission.start()
         await catalogue.start()
+        sharing = asyncio.create_task(metrics.share())
         try:
             yield
         finally:
+            sharing.cancel()
+            await asyncio.gather(sharing, return_exceptions=True)
             await catalogue.stop()
             await admission.stop()
             works.close()
@@ -144,7 +148,7 @@ class _Facts:
 
     async def metrics(self, request: Request) -> Response:
         await self._admission.tenant(request.headers.get("authorization"))
-        return Response(self._metrics.text(), headers={"content-type": CONTENT_TYPE})
+        return Response(await self._metrics.whole_text(), headers={"content-type": CONTENT_TYPE})
 
     async def models(self, request: Request) -> Response:
         return JSONResponse({"object": "list", "data": await self._cards(request)})

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 import collections
+import logging
+import re
 import time
 from collections.abc import Callable, Collection, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from ..errors import RaypeftError
 from .engine import Figures
+from .metric_files import EVERY_S, MetricFiles, merged
 from .replies import Usage
+
+_log = logging.getLogger("ray.serve")
 
 OTHER = "other"
 """The label of adapters beyond the bound, and of names that nothing here has."""
@@ -21,6 +29,7 @@ MAX_ADAPTERS = 100
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
+_CREATED = re.compile(r"(# (HELP|TYPE) )?\w+_created[ {]")
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 150)
 _GAPS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2)
 
@@ -54,6 +63,7 @@ class Metrics:
         replica: its id, a label of every series: what one proxy serves for several replicas stays apart.
         figures: what the engine does just now.
         served: the adapters that the endpoint serves; series of others are dropped.
+        files: where replicas find one another's series; None: each shows its own.
     """
 
     def __init__(
@@ -62,7 +72,10 @@ class Metrics:
         figures: Callable[[], Figures] = Figures,
         served: Callable[[], Collection[str]] | None = None,
         max_adapters: int = MAX_ADAPTERS,
+        files: MetricFiles | None = None,
+        num_replicas: Callable[[], int] = lambda: 1,
     ) -> None:
+        self._files, self._num_replicas = files, num_replicas
         self._replica, self._served, self._max_adapters = replica, served, max_adapters
         self._labels: set[str] = set()
         self._under_way: collections.Counter[str] = collections.Counter()
@@ -157,10 +170,38 @@ class Metrics:
             if status == 200 and timing.usage.completion_tokens > 1:
                 self._gap.labels(*mine).observe((now - timing.first) / (timing.usage.completion_tokens - 1))
 
-    def text(self) -> bytes:
+    def text(self) -> str:
         """All series, as Prometheus reads them."""
         self._forget()
-        return generate_latest(self.registry)
+        lines = generate_latest(self.registry).decode().splitlines(keepends=True)
+        # When each counter was made says nothing here, and would be a third of all series.
+        return "".join(line for line in lines if not _CREATED.match(line))
+
+    async def whole_text(self) -> str:
+        """Those of all replicas."""
+        if self._files is None or self._num_replicas() < 2:
+            return self.text()
+        try:
+            return merged([self.text(), *await asyncio.to_thread(self._files.others)])
+        except (RaypeftError, OSError) as error:
+            _log.warning("metrics of other replicas not read: %s", error)
+            return self.text()
+
+    async def share(self) -> None:
+        """Writes the series down for other replicas to show, for as long as this one runs."""
+        if self._files is None:
+            return
+        try:
+            while True:
+                if self._num_replicas() > 1:
+                    try:
+                        await asyncio.to_thread(self._files.write, self.text())
+                    except (RaypeftError, OSError) as error:
+                        _log.warning("metrics not written down: %s", error)
+                await asyncio.sleep(EVERY_S)
+        finally:
+            with suppress(RaypeftError, OSError):
+                self._files.remove()
 
     def _label(self, adapter: str) -> str:
         if adapter not in self._labels:

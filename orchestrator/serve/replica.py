@@ -23,6 +23,7 @@ from .app import build_app
 from .arbiter import Arbiter
 from .catalogue import Catalogue
 from .desired import Desired, Served
+from .metric_files import MetricFiles
 from .metrics import Metrics
 from .naming import endpoint_of
 from .observed import Observed
@@ -51,6 +52,7 @@ class Replica:
         if desired is None:
             raise ServeError(f"endpoint '{endpoint}' is not in the registry {registry_url}.")
         self._admission = admission(registry_url)
+        self._slots = desired.engine.max_adapters
         base = base_model.load(desired.model, desired.threads)
         self._prompts = Prompts(base.tokenizer)
         context = min(base.max_context, desired.engine.max_context or base.max_context)
@@ -66,7 +68,7 @@ class Replica:
             self._read_desired,
             self._finish_promotion,
             cache=scratch.folder_of_this_process("raypeft-adapters"),
-            slots=desired.engine.max_adapters,
+            slots=self._slots,
             companion=reporter,
         )
         reporter.known = self._catalogue
@@ -83,16 +85,22 @@ class Replica:
             others=self._other_endpoints,
             registry=self._registry.url,
             admission=self._admission,
-            metrics=Metrics(
-                serve.get_replica_context().replica_tag,
-                self._engine.figures,
-                served=lambda: [self._catalogue.base_name, *self._catalogue.states()],
-            ),
+            metrics=self._metrics(),
         )
 
     async def check_health(self) -> None:
         """Called by Serve, which replaces a replica that raises."""
         self._engine.check()
+
+    def _metrics(self) -> Metrics:
+        context = serve.get_replica_context()
+        return Metrics(
+            context.replica_tag,
+            lambda: replace(self._engine.figures(), slots=self._slots or 0),
+            served=lambda: [self._catalogue.base_name, *self._catalogue.states()],
+            files=MetricFiles(self._registry.url, self._endpoint, context.replica_tag),
+            num_replicas=lambda: serve.get_replica_context().world_size,
+        )
 
     def _read_desired(self) -> Desired | None:
         stored = self._registry.endpoint_state(self._endpoint)
