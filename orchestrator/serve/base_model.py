@@ -6,15 +6,24 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from peft_dist.loading import load_base
 
 from ..chat_template import ensure_chat_template
 from ..spec.job import ModelSpec
 from ..train.tokenizer import load_tokenizer
+from .desired import EngineOptions
 
 _CONTEXT_WHERE_UNKNOWN = 2048
+AS_IT_IS = EngineOptions()
+"""Nothing is asked of the base."""
+_QUANTIZED = {
+    "int8": lambda: BitsAndBytesConfig(load_in_8bit=True),
+    "nf4": lambda: BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -40,17 +49,19 @@ class Base:
         return positions or (limit if limit < 10**9 else _CONTEXT_WHERE_UNKNOWN)
 
 
-def load(spec: ModelSpec, threads: int) -> Base:
+def load(spec: ModelSpec, threads: int, options: EngineOptions = AS_IT_IS) -> Base:
     """The base in the dtype of its files, on the GPU that this process was given or else the CPU.
 
     Args:
         threads: CPU threads of the process, for good.
+        options: may ask for its linear layers in 8 or 4 bits; `deterministic` takes it in fp32.
     """
     torch.set_num_threads(threads)
     model: Any = load_base(
         spec.base_model,
         task="CAUSAL_LM",
-        dtype="auto",
+        dtype="float32" if options.deterministic else "auto",
+        quantization=_QUANTIZED[options.quantization]() if options.quantization in _QUANTIZED else None,
         revision=spec.revision,
         trust_remote_code=spec.trust_remote_code,
     )

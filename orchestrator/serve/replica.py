@@ -34,7 +34,7 @@ from .reports import Reports
 
 # Whoever deploys imports this file too, and needs neither torch nor transformers for it.
 base_model = lazy("orchestrator.serve.base_model")
-sequential = lazy("orchestrator.serve.sequential")
+engine_choice = lazy("orchestrator.serve.engine_choice")
 
 
 class Replica:
@@ -53,11 +53,9 @@ class Replica:
             raise ServeError(f"endpoint '{endpoint}' is not in the registry {registry_url}.")
         self._admission = admission(registry_url)
         self._slots = desired.engine.max_adapters
-        base = base_model.load(desired.model, desired.threads)
+        base = base_model.load(desired.model, desired.threads, desired.engine)
         self._prompts = Prompts(base.tokenizer)
-        context = min(base.max_context, desired.engine.max_context or base.max_context)
-        engine = sequential.SequentialEngine(base.model, self._prompts.decode, base.eos_ids, context)
-        self._engine: Any = Observed(engine)
+        self._engine: Any = Observed(engine_choice.engine_for(base, self._prompts, desired.engine))
         name = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
         reports = Reports(registry_url, endpoint)
         reporter = Reporter(name, self._engine, reports, Arbiter(self._registry, endpoint, name))
