@@ -36,7 +36,7 @@ class Base:
     @property
     def eos_ids(self) -> frozenset[int]:
         """The tokens that end an answer: the base's generation config says them, else the tokenizer."""
-        said = self.model.generation_config.eos_token_id
+        said = getattr(self.model.generation_config, "eos_token_id", None)
         if said is None:
             said = self.tokenizer.eos_token_id
         return frozenset([said] if isinstance(said, int) else said or ())
@@ -46,20 +46,32 @@ class Base:
         """Tokens of prompt and answer together: the base's positions, else the tokenizer's limit."""
         positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         limit = self.tokenizer.model_max_length
-        return positions or (limit if limit < 10**9 else _CONTEXT_WHERE_UNKNOWN)
+        if positions:
+            return positions - _positions_before(self.model)
+        return limit if limit < 10**9 else _CONTEXT_WHERE_UNKNOWN
 
 
-def load(spec: ModelSpec, threads: int, options: EngineOptions = AS_IT_IS) -> Base:
+def _positions_before(model: Any) -> int:
+    """Rows of a table of positions that no token of a text has: RoBERTa's begin behind the padding's."""
+    for name, module in model.named_modules():
+        padding = getattr(module, "padding_idx", None)
+        if name.endswith(".position_embeddings") and padding is not None:
+            return int(padding) + 1
+    return 0
+
+
+def load(spec: ModelSpec, threads: int, options: EngineOptions = AS_IT_IS, task: str = "CAUSAL_LM") -> Base:
     """The base in the dtype of its files, on the GPU that this process was given or else the CPU.
 
     Args:
+        task: PEFT's name of what it is asked for, which decides its head.
         threads: CPU threads of the process, for good.
         options: may ask for its linear layers in 8 or 4 bits; `deterministic` takes it in fp32.
     """
     torch.set_num_threads(threads)
     model: Any = load_base(
         spec.base_model,
-        task="CAUSAL_LM",
+        task=task,
         dtype="float32" if options.deterministic else "auto",
         quantization=_QUANTIZED[options.quantization]() if options.quantization in _QUANTIZED else None,
         revision=spec.revision,

@@ -13,6 +13,7 @@ from .api_error import ApiError
 from .body import read_body
 from .catalogue import Catalogue, Target
 from .completions import ANSWERED_BY
+from .engine import AdapterRefused
 from .event_stream import while_connected
 from .head_api import (
     ClassifyRequest,
@@ -24,7 +25,7 @@ from .head_api import (
     entities,
     spans,
 )
-from .heads import Classified, Embedded, Found, Heads, HeadTask, Input, Tagged, TooLong
+from .heads import Classified, Embedded, Found, Heads, HeadTask, Input, NoTokens, Tagged, TooLong
 from .key_check import Tenant
 from .measured import timing_of
 from .metrics import Metrics
@@ -159,6 +160,10 @@ class HeadRoutes:
                         param="input",
                         code="context_length_exceeded",
                     ) from error
+                except NoTokens as error:
+                    raise ApiError(f"Input {error.index} has no tokens.", param="input") from error
+                except AdapterRefused as error:
+                    raise ApiError(str(error), param="model", code="adapter_refused") from error
                 timing.usage.prompt_tokens = sum(answer.num_tokens for answer in answers)
         tokens = timing.usage.prompt_tokens
         whole = {

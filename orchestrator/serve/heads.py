@@ -29,6 +29,18 @@ class TooLong(Exception):
         self.index, self.num_tokens, self.max_tokens = index, num_tokens, max_tokens
 
 
+class NoTokens(Exception):
+    """A text of no tokens: nothing can be said of it.
+
+    Args:
+        index: its place among those that were asked.
+    """
+
+    def __init__(self, index: int) -> None:
+        super().__init__(f"text {index} has no tokens")
+        self.index = index
+
+
 @dataclass(frozen=True)
 class Input:
     """One text, or one that comes with another (a pair to compare); or its token ids, special ones included."""
@@ -96,7 +108,8 @@ class Heads(Protocol):
     that come together are answered together, whatever their adapters. All methods may be called from any thread;
     `adapter` is a key given to `load`, or None for the bare base.
 
-    A call that is cancelled leaves no work behind. Each of the four raises TooLong and EngineDead.
+    A call that is cancelled leaves no work behind. Each of the four raises TooLong, NoTokens, EngineDead, and
+    AdapterRefused where the bare base is asked and has no trained head.
     """
 
     @property

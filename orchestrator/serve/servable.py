@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,16 @@ from peft_dist.pool import outer_modules
 
 from .engine import AdapterRefused
 
-_GENERATES = (None, "CAUSAL_LM")
+GENERATES = (None, "CAUSAL_LM")
 
 
-def read_servable(directory: Path, base: Any) -> checkpoint.SavedAdapter:
+def read_servable(
+    directory: Path, base: Any, tasks: Collection[str | None] = GENERATES
+) -> checkpoint.SavedAdapter:
     """An adapter's config and tensors, read and checked without touching the base.
+
+    Args:
+        tasks: that the base is loaded for, by PEFT's names; None: adapters that name none.
 
     Raises:
         AdapterRefused: it holds numbers that are none, or is of a kind that cannot answer beside others.
@@ -29,8 +34,9 @@ def read_servable(directory: Path, base: Any) -> checkpoint.SavedAdapter:
     saved = checkpoint.read(directory)
     config: Any = saved.config
     task = getattr(config.task_type, "value", config.task_type)
-    if task not in _GENERATES:
-        raise AdapterRefused(f"it is of task {task}, and this endpoint's base generates text.")
+    if task not in tasks:
+        here = ", ".join(each for each in tasks if each)
+        raise AdapterRefused(f"it is of task {task}, and this endpoint's base is loaded for {here}.")
     if not isinstance(config, Method):
         raise AdapterRefused(f"{config.peft_type} is given by hooks of its own, which know of no batches.")
     if config.reads and not isinstance(config, PromptMethod):

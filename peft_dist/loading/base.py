@@ -67,7 +67,8 @@ def load_base(
     labels: Sequence[str] | None = None,
     on_progress: Progress | None = None,
 ) -> Any:
-    """The base model at `path`, in eval mode, with the head of `task`.
+    """The base model at `path`, in eval mode, with the head of `task`; its `begun_anew` names the tensors that its files
+    do not hold, which begin with random values.
 
     At stages 0 to 2 it is whole on each rank; at stage 3 it comes back as `sharding.partition_base` leaves it, and
     no rank has read or held more than its part. All ranks of the process group then call this together.
@@ -128,6 +129,7 @@ def load_base(
             check_filled(base)
             packed.keep_4bit(base)
         place.finish(base)
+        base.begun_anew = frozenset(keys.missing)
     if into is not None:
         start_waiting(model)
     return model
@@ -220,6 +222,7 @@ class _Place:
                 output_loading_info=True,
             )
         self._refuse_missing(model, report["missing_keys"])
+        model.begun_anew = frozenset(report["missing_keys"])
         return model if device is None else model.to(device)
 
     def keys(self, base: Any, files: Files, labels: Sequence[str] | None, *, are_codes: bool) -> Keys:
