@@ -172,8 +172,14 @@ def test_what_broke_off_is_ended_by_the_next_one(site, monkeypatch):
         arbiter.step()
     assert site.desired.rollouts[0].state == "promoting" and site.registry.alias("docs", "production") == 1
     arbiter.leave()
-    Arbiter(site.registry, "tiny", "r2").step()
+    second = Arbiter(site.registry, "tiny", "r2")
+    with monkeypatch.context() as broken, pytest.raises(RuntimeError):
+        broken.setattr(Desired, "finished", _killed)  # the alias is set and noted, and then
+        second.step()
+    second.leave()
+    assert Arbiter(site.registry, "tiny", "r3").step()
     assert site.registry.alias("docs", "production") == 2
+    assert site.events == ["promoting", "promoted"]
     assert site.desired.earlier == {"docs@production": (1,)} and site.desired.rollouts == ()
 
 
