@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import logging
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import replace
 from importlib.metadata import version
@@ -32,6 +33,10 @@ _log = logging.getLogger("ray.serve")
 
 ANSWERED_BY = "x-raypeft-adapter"
 """The response header that names the version which answered."""
+_LONG = 10_000
+"""Letters that take a tokenizer a millisecond or more."""
+_HUGE = 50_000
+"""Letters whose tokens are not counted where they cannot fit."""
 _PROGRAM = version("raypeft")
 
 
@@ -49,7 +54,7 @@ class Completions:
         tenant = await self._admission.tenant(request.headers.get("authorization"))
         body = await read_body(request)
         wanted = parse(CompletionRequest, body)
-        prompts = [self._completion_ids(prompt) for prompt in wanted.prompts]
+        prompts = [await self._completion_ids(prompt) for prompt in wanted.prompts]
         return await self._answer(request, tenant, body, wanted, prompts)
 
     async def chat(self, request: Request) -> Response:
@@ -58,20 +63,42 @@ class Completions:
         body = await read_body(request)
         wanted = parse(ChatRequest, body)
         try:
-            ids = self._prompts.chat_ids([message.plain() for message in wanted.messages])
+            messages = [message.plain() for message in wanted.messages]
+            size = self._check_size([message["content"] for message in messages], "messages")
+            ids = await _beside(size, lambda: self._prompts.chat_ids(messages))
         except ModelError as error:
             raise ApiError(str(error), param="messages") from error
         if not ids:
             raise ApiError("The messages have no tokens.", param="messages")
         return await self._answer(request, tenant, body, wanted, [ids])
 
-    def _completion_ids(self, prompt: str | list[int]) -> list[int]:
-        ids = self._prompts.text_ids(prompt) if isinstance(prompt, str) else prompt
+    async def _completion_ids(self, prompt: str | list[int]) -> list[int]:
+        if isinstance(prompt, str):
+            size = self._check_size([prompt], "prompt")
+            ids = await _beside(size, lambda: self._prompts.text_ids(prompt))
+        else:
+            ids = prompt
         if not ids:
             raise ApiError("The prompt has no tokens.", param="prompt")
         if min(ids) < 0 or max(ids) >= self._engine.vocab_size:
             raise ApiError(f"Token ids go from 0 to {self._engine.vocab_size - 1}.", param="prompt")
         return ids
+
+    def _check_size(self, texts: list[str], param: str) -> int:
+        """How many letters there are.
+
+        Raises:
+            ApiError: so many that they cannot fit; to know the very number of tokens would take seconds.
+        """
+        size = sum(map(len, texts))
+        if size > _HUGE and (least := sum(map(self._prompts.least_tokens, texts))) > self._engine.max_context:
+            raise ApiError(
+                f"This model's maximum context length is {self._engine.max_context} tokens. Your prompt has at least "
+                f"{least}. Shorten the prompt.",
+                param=param,
+                code="context_length_exceeded",
+            )
+        return size
 
     async def _answer(
         self,
@@ -171,6 +198,11 @@ class Completions:
         """What an answer depends on beside the request: the base, the version, this program."""
         said = f"{self._catalogue.base.content_hash} {target.adapter} {_PROGRAM}"
         return "fp_" + hashlib.sha256(said.encode()).hexdigest()[:10]
+
+
+async def _beside(size: int, work: Callable[[], list[int]]) -> list[int]:
+    """The result of `work` on so many letters: of many in another thread, so that other requests need not wait."""
+    return await asyncio.to_thread(work) if size > _LONG else work()
 
 
 async def _whole(

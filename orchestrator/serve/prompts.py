@@ -15,6 +15,7 @@ class Prompts:
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         self.token_bytes = TokenBytes(tokenizer)
+        self._longest_token = max(map(len, tokenizer.get_vocab()))
 
     def text_ids(self, text: str) -> list[int]:
         """Token ids of a plain prompt, with the special tokens that the tokenizer puts first."""
@@ -24,6 +25,10 @@ class Prompts:
         if not ids and self._tokenizer.bos_token_id is not None:
             return [self._tokenizer.bos_token_id]
         return ids
+
+    def least_tokens(self, text: str) -> int:
+        """A number of tokens that a text has at least, known without reading it: spaces may count for nothing."""
+        return sum(map(len, text.split())) // self._longest_token
 
     def chat_ids(self, messages: Sequence[dict[str, str]]) -> list[int]:
         """Token ids of a conversation up to where the assistant's answer begins.
