@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import ctypes
 import functools
 import json
 import os
@@ -38,6 +37,7 @@ sys.path.insert(0, str(ROOT))
 
 import peft  # noqa: E402
 import torch  # noqa: E402
+from heap import keep_heap  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 
 import peft_dist  # noqa: E402
@@ -128,14 +128,6 @@ class Line:
     def __str__(self) -> str:
         verdict = "met" if self.is_met else "MISSED"
         return f"{self.name:<12} {self.theirs:9.3f} {self.ours:9.3f} {self.target:9.3f}   {verdict} ({self.unit})"
-
-
-def keep_heap() -> None:
-    """Lets glibc's malloc keep what is freed, whatever its size; where there is another, nothing."""
-    trim_threshold, mmap_threshold = -1, -3
-    if hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(mmap_threshold, 32 << 20)
-        libc.mallopt(trim_threshold, 2**31 - 1)
 
 
 def alternated(sides: Sequence[Callable[[], float]], rounds: int, warm: int = 2) -> list[list[float]]:

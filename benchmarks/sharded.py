@@ -4,7 +4,7 @@
 
 Steps: two ranks over gloo, each with its own rows, LoRA r 16 on all seven linears, AdamW. On a CPU one thread a rank
 works and CPU time is counted, summed over the ranks: what waits for the other rank costs nothing, so a busy machine
-changes little. In each round every side takes one step, the first one changing; the table has the medians.
+changes little; the heap is kept between steps for all sides alike. In each round every side takes one step, the first one changing; the table has the medians.
 
     base        the frozen base's forward and backward as it is sharded at this stage, without an adapter: at stage 3 it
                 gathers each layer for the forward and for the backward, at stage 2 it is whole
@@ -42,6 +42,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from heap import keep_heap
 from shapes import SHAPES
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -191,6 +192,7 @@ def _rank(rank: int, work: Callable[..., dict], case: Case, folder: Path, more: 
 
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
+    keep_heap()
     if case.device == "cuda":
         torch.cuda.set_device(rank)
     backend = "gloo" if case.device == "cpu" else "nccl"

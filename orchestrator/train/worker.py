@@ -22,6 +22,7 @@ from orchestrator.runner import Event, TrainRequest
 from peft_dist.lazy import lazy
 
 from . import preemption
+from .allocator import map_large_blocks
 from .backend import listening
 from .events import Reporter
 from .output import captured
@@ -129,6 +130,7 @@ def _train(request: TrainRequest, reporter: Reporter) -> Any:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         # the same number on every attempt: sums are cut by threads, and runs are compared bit for bit
         torch.set_num_threads(max(1, int(request.plan.bundle.get("CPU", 1))))
+        map_large_blocks()
     if own.rank == 0:
         backend = f" over {dist.get_backend()}" if dist.is_initialized() else ""
         message = f"{own.world_size} worker(s) on {device.partition(':')[0]}{backend}, {precision}"
