@@ -47,3 +47,21 @@ class Prompts:
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids; special tokens give nothing."""
         return self._tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+class SourcePrompts(Prompts):
+    """Texts that an encoder reads, as it was trained: with the tokenizer's own end."""
+
+    def text_ids(self, text: str) -> list[int]:
+        """Token ids of a text, with the tokenizer's special tokens."""
+        return list(self._tokenizer(text)["input_ids"])
+
+    def chat_ids(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        """Token ids of the one message that there may be.
+
+        Raises:
+            ModelError: it is a conversation.
+        """
+        if len(messages) != 1 or messages[0]["role"] != "user":
+            raise ModelError("this base reads one text and writes another: send one message of role user.")
+        return self.text_ids(messages[0]["content"])

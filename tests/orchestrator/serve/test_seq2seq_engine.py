@@ -1,0 +1,140 @@
+"""An encoder with a decoder: each text of a mixed batch is the one that its adapter writes alone."""
+
+import asyncio
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from orchestrator.serve.base_model import load
+from orchestrator.serve.engine import AdapterRefused, Generation
+from orchestrator.serve.prompts import SourcePrompts
+from orchestrator.serve.seq2seq import Seq2SeqEngine
+from orchestrator.spec.job import ModelSpec
+from tests.orchestrator.serve import tiny_heads
+
+TASK = "SEQ_2_SEQ_LM"
+METHODS = {"one": "lora", "two": "ia3", "three": "dora", "four": "prompt", "five": "prefix"}
+TEXTS = ["a", "def f(x): return x", "os.path.join", "what is it?"]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return tiny_heads.save_base(tmp_path_factory.mktemp("bases") / "t5", "t5")
+
+
+@pytest.fixture(scope="module")
+def made(base, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("adapters")
+    found = {}
+    for number, (name, method) in enumerate(METHODS.items()):
+        model = tiny_heads.alone(base, TASK, method, seed=number + 1)
+        found[name] = (model, tiny_heads.save(model, folder / name, TASK))
+    return found
+
+
+@pytest.fixture
+def engine(base):
+    loaded = load(ModelSpec(base_model=str(base)), threads=1, task=TASK)
+    prompts = SourcePrompts(loaded.tokenizer)
+    engine = Seq2SeqEngine(loaded.model, prompts.decode, loaded.eos_ids, loaded.max_context)
+    engine.prompts = prompts
+    yield engine
+    engine.close()
+
+
+async def write(engine, name, text, **options):
+    asked = {"max_tokens": 10, "logprobs": 0, **options}
+    request = Generation(tuple(engine.prompts.text_ids(text)), name, **asked)
+    pieces = [piece async for piece in engine.generate(request)]
+    ids = [each.token for piece in pieces for each in piece.logprobs]
+    return ids, "".join(piece.text for piece in pieces), pieces[-1].finish_reason
+
+
+def test_each_text_is_what_its_adapter_writes_alone(engine, base, made):
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    everyone = {**made, None: (tiny_heads.alone(base, TASK, None), None)}
+    calls = []
+
+    async def run():
+        await asyncio.gather(*(engine.load(name, folder) for name, (_, folder) in made.items()))
+        engine._base.register_forward_pre_hook(lambda *_: calls.append(1))
+        asked = [write(engine, name, text) for name in everyone for text in TEXTS]
+        return await asyncio.gather(*asked)
+
+    found = iter(asyncio.run(run()))
+    distinct = set()
+    for name, (model, _) in everyone.items():
+        for text in TEXTS:
+            ids, written, reason = next(found)
+            with torch.no_grad():
+                wanted = model.generate(
+                    **tokenizer(text, return_tensors="pt"), max_new_tokens=10, do_sample=False
+                )[0, 1:].tolist()
+            assert ids == wanted, (name, text)
+            assert written == tokenizer.decode(wanted, skip_special_tokens=True)
+            assert reason == ("stop" if wanted[-1] == tokenizer.eos_token_id else "length")
+            distinct.add(tuple(ids))
+    assert len(distinct) > 6
+    assert len(calls) < 10 * len(everyone) * len(TEXTS) / 2  # they were batched
+
+
+def test_rows_end_where_their_own_request_says(engine):
+    async def run():
+        plain = await write(engine, None, "os.path", max_tokens=12)
+        stop = plain[1][2:4]
+        asked = [{"max_tokens": 3}, {"max_tokens": 12}, {"max_tokens": 12, "stop": (stop,)}]
+        return plain, stop, await asyncio.gather(*(write(engine, None, "os.path", **each) for each in asked))
+
+    plain, stop, (short, long, stopped) = asyncio.run(run())
+    assert (short[0], short[2]) == (plain[0][:3], "length")
+    assert long == plain
+    assert stopped[1] == plain[1][: plain[1].index(stop)] and stopped[2] == "stop"
+
+
+def test_a_seed_draws_the_same_alone_and_in_a_batch(engine):
+    drawn = {"temperature": 1.3, "top_p": 0.9, "seed": 5}
+
+    async def run():
+        alone = await write(engine, None, "os.path", **drawn)
+        together = await asyncio.gather(
+            write(engine, None, "a"),
+            write(engine, None, "os.path", **drawn),
+            write(engine, None, "os.path", **{**drawn, "seed": 6}),
+        )
+        return alone, together
+
+    alone, (_, same, other) = asyncio.run(run())
+    assert same == alone and other != alone
+
+
+def test_a_text_that_was_left_ends_its_batch_early(engine):
+    calls = []
+    engine._base.register_forward_pre_hook(lambda *_: calls.append(1))
+
+    async def leave():
+        request = Generation(tuple(engine.prompts.text_ids("os.path")), None, max_tokens=40)
+        pieces = engine.generate(request)
+        await anext(pieces)
+        await pieces.aclose()
+        await write(engine, None, "a", max_tokens=1)
+
+    asyncio.run(leave())
+    assert len(calls) < 30
+
+
+def test_adapters_of_other_tasks_are_refused_and_sums_answer_as_their_merge(engine, base, made, tmp_path):
+    other = tiny_heads.save(tiny_heads.alone(base, "FEATURE_EXTRACTION", "lora"), tmp_path / "f", "x")
+
+    async def run():
+        with pytest.raises(AdapterRefused, match="of task FEATURE_EXTRACTION"):
+            await engine.load("f", other)
+        await engine.load("one", made["one"][1])
+        await engine.combine("half", [("one", 1.0)])
+        same = await write(engine, "half", "os.path"), await write(engine, "one", "os.path")
+        await engine.unload("one")
+        assert engine.loaded() == {"half"}
+        return same
+
+    half, one = asyncio.run(run())
+    assert half[0] == one[0]
