@@ -43,7 +43,8 @@ from .spec import templates as job_templates
 from .spec.job import DeploySpec, JobSpec
 from .spec.load import LoadedJob, load_job, load_job_mapping
 from .spec.overrides import apply_overrides
-from .spec.places import Tree, dotted
+from .spec.places import Path as SpecPath
+from .spec.places import Problem, Tree, dotted
 from .spec.rules import check_deploy
 from .spec.secrets import read_secrets
 from .spec.unknown import unknown_key
@@ -650,12 +651,18 @@ def _deploy_spec(settings: Sequence[str], **asked: Any) -> DeploySpec:
     try:
         spec = DeploySpec(**values)
     except ValidationError as error:
-        problem = explain(DeploySpec, values, error.errors(), unknown_key)[0]
+        problem = explain(DeploySpec, values, error.errors(), _unknown_of_deploy)[0]
         where = f"deploy.{dotted(problem.path)}"
         raise SpecError(problem.problem, where=where, hint=problem.hint) from error
     for problem in check_deploy(spec):
         raise SpecError(problem.problem, where=dotted(problem.path), hint=problem.hint)
     return spec
+
+
+def _unknown_of_deploy(path: SpecPath) -> Problem:
+    """What to say of a key below `deploy` that does not exist, at its place below it."""
+    found = unknown_key(("deploy", *path))
+    return Problem(path, found.problem, found.hint)
 
 
 def endpoints(*, cluster: str | None = None) -> list[EndpointInfo]:

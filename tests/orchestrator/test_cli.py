@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -13,6 +14,7 @@ from orchestrator import local_ray
 from orchestrator.cli import app
 from orchestrator.registry import Registry
 from orchestrator.serve.desired import Desired, Served
+from orchestrator.serve.rollout import Rollout
 from orchestrator.spec.methods import method_rows
 
 from .adapters import lineage, make_adapter, make_base
@@ -233,3 +235,61 @@ def test_completion_offers_adapters_and_runs(home, registry, tmp_path):
     registry.register("docs", make_adapter(tmp_path / "a"), lineage())
     assert complete_adapters("do") == ["docs", "docs@1"] and complete_adapters("x") == []
     assert complete_runs("") == []
+
+
+@pytest.fixture
+def rolling(registry, tmp_path) -> Registry:
+    """`docs`, with its first version in production and its second on its way there."""
+    for number in (1, 2):
+        registry.register("docs", make_adapter(tmp_path / str(number), value=number), lineage())
+        registry.hold(f"docs@{number}", "tiny")
+    registry.set_alias("docs", 1, "production")
+    rollout = Rollout(
+        "id", "docs", "production", 2, canary_percent=10, bake_s=600, state="baking", began=time.time()
+    )
+    served = (Served("docs", 1), Served("docs", 2))
+    state = Desired("tiny", lineage().base, adapters=served, rollouts=(rollout,))
+    registry.update_endpoint("tiny", lambda now: state.to_dict())
+    return registry
+
+
+def test_a_rollout_is_shown_promoted_and_taken_back(raypeft, rolling):
+    code, out, _ = raypeft("rollout", "status", "docs", "--json")
+    (row,) = json.loads(out)["rollouts"]
+    assert code == 0 and (row["candidate"], row["stable"], row["state"]) == ("docs@2", "docs@1", "baking")
+    out = raypeft("rollout", "status")[1]
+    assert "docs@2 to docs@production on tiny" in out and "10 % by 'user', 0 % in shadow" in out
+    assert raypeft("promote", "docs@2")[1] == "promoted docs@2 at endpoint tiny\n"
+    assert rolling.alias("docs", "production") == 2
+    code, out, _ = raypeft("rollback", "docs", "--json")
+    assert json.loads(out) == {
+        "event": "result", "alias": "docs@production", "is": "docs@1", "endpoint": "tiny",
+    }  # fmt: skip
+    out = raypeft("rollout", "status", "docs")[1]
+    assert "nothing is being rolled out" in out and "rolled back" in out and "user" in out
+    code, _, err = raypeft("rollback", "docs")
+    assert code == 1 and "no version before docs@production is known" in err
+
+
+def test_top_shows_each_version_once_for_scripts(raypeft, rolling):
+    code, out, _ = raypeft("top", "--once", "--json", "--interval", "0.2")
+    rows = {row["model"]: row for row in json.loads(out)}
+    assert code == 0 and list(rows) == ["docs@1", "docs@2", "tiny"]
+    assert rows["docs@1"]["aliases"] == ["production"] and rows["docs@2"]["state"] == "canary"
+    assert rows["docs@1"]["requests_per_s"] == 0.0
+    assert "docs@2" in raypeft("top", "--once", "--interval", "0.2")[1]
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("rollout.bake=soon", "error: deploy.rollout.bake: 'soon' is not a duration."),
+        ("rollout.bak=1m", "error: deploy.rollout.bak: no such key. Closest: "),
+        ("scale.max_replicas=0", "error: deploy.scale.max_replicas: "),
+        ("rollout.rollback={any: [error_rate > 1]}", "error: deploy.rollout.rollback: is never looked at"),
+        ("deploy.rollout", "error: --set: 'deploy.rollout' is not KEY=VALUE."),
+    ],
+)
+def test_deploy_takes_the_keys_of_a_job(raypeft, rolling, setting, message):
+    code, _, err = raypeft("deploy", "docs@2", "--set", setting)
+    assert code == 2 and err.startswith(message), err
