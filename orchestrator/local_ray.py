@@ -39,6 +39,10 @@ RAY_HEAD = Path(__file__).parent / "submit" / "ray_head.py"
 LOOPBACK_ONLY = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 # Ray Train's controller looks at its workers every 2 s by default: that long, a finished run seems to go on.
 QUICK_TRAIN = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2"}
+# Serve's proxies answer for a replica that went away as OpenAI's clients read it; see serve/broken_answers.py.
+READABLE_ERRORS = {
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "orchestrator.serve.broken_answers:middlewares"
+}
 # Left by a Ray that this process belongs to or was told to use; they would misdirect a new one.
 FOREIGN = (
     "RAY_ADDRESS",
@@ -280,7 +284,7 @@ def _head_command(num_cpus: int, num_gpus: int, object_store_bytes: int, temp_di
 def _daemon_environment(name: str, token_path: str | None) -> dict[str, str]:
     inherited = {key: value for key, value in os.environ.items() if key not in (*FOREIGN, "RAY_AUTH_TOKEN")}
     ours = {"RAY_USAGE_STATS_ENABLED": "0", "NO_COLOR": "1", keeper.MARKER: name}
-    return {**inherited, **LOOPBACK_ONLY, **QUICK_TRAIN, **_auth(token_path), **ours}
+    return {**READABLE_ERRORS, **inherited, **LOOPBACK_ONLY, **QUICK_TRAIN, **_auth(token_path), **ours}
 
 
 def _auth(token_path: str | None) -> dict[str, str]:
