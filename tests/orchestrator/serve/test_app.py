@@ -170,6 +170,27 @@ def test_prompts_may_be_lists_and_token_ids(served):
     assert served.complete("tiny", prompt=[ids, ids]).json()["choices"][1]["text"] == one
 
 
+def test_log_probabilities_are_those_of_the_adapted_model(served):
+    version = served.register("docs")
+    served.deploy(version)
+    choice = served.complete("docs@1", logprobs=3, temperature=1.3, seed=4).json()["choices"][0]
+    said, tokenizer = choice["logprobs"], AutoTokenizer.from_pretrained(served.base)
+    prompt = prompt_ids(served.base)
+    taken = [tokenizer(token)["input_ids"][0] for token in said["tokens"] if not token.startswith("bytes:")]
+    assert len(taken) >= 4  # what is no text by itself ends the comparison
+    count = next((at for at, token in enumerate(said["tokens"]) if token.startswith("bytes:")), len(taken))
+    model = peft.PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(served.base), version.url
+    ).eval()
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt + taken[:count]])).logits[0]
+    expected = logits[len(prompt) - 1 : -1].log_softmax(-1)
+    for at in range(count):
+        assert said["token_logprobs"][at] == pytest.approx(expected[at, taken[at]].item(), abs=1e-4)
+        best = expected[at].topk(3).values.tolist()
+        assert sorted(said["top_logprobs"][at].values(), reverse=True) == pytest.approx(best, abs=1e-4)
+
+
 # which model answers
 
 
