@@ -6,6 +6,7 @@ model keeps the last position of some of them alone (before its head), a layer g
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,13 +34,13 @@ class Run:
     """A packed row as one layer gets it: which stretches of its positions are whose.
 
     Attributes:
-        stretches: in the order of the row. choices: what each of them is served by. num: positions.
-        made: what was computed for this row once, by whoever computed it.
+        stretches: in the order of the row. choices: what each of them is served by; one object for equal ones.
+        num: positions. made: what was computed for this row once, by whoever computed it.
     """
 
     def __init__(self, stretches: Sequence[Stretch]) -> None:
         self.stretches = tuple(stretches)
-        self.choices = tuple(s.choice for s in self.stretches)
+        self.choices = interned(tuple(s.choice for s in self.stretches))
         self.num = self.stretches[-1].stop if self.stretches else 0
         self.made: dict[Hashable, Any] = {}
 
@@ -133,6 +134,21 @@ class PackedRows(Rows):
             f"{site}: its input {tuple(x.shape)} is no packed row of {self.tokens.num} positions, so nothing tells "
             "which adapter serves which part of it. Run one adapter at a time, or leave the layer out."
         )
+
+
+class Interned:
+    """A tuple that is one object for all equal ones, so that it is compared and hashed by its identity."""
+
+    __slots__ = ("values",)
+
+    def __init__(self, values: tuple) -> None:
+        self.values = values
+
+
+@functools.lru_cache(maxsize=4096)
+def interned(values: tuple) -> Interned:
+    """The one object that stands for these values."""
+    return Interned(values)
 
 
 def _stretches(parts: Sequence[tuple[Any, int]], joins: bool) -> list[Stretch]:

@@ -181,6 +181,7 @@ class AdapterPool:
         waiting: (site, adapter) where tensors were made on meta and have no values yet.
         generation: another number whenever adapters came, went or moved.
         lanes: site -> (rank, dtype, device) -> the adapters there that serve now, side by side.
+        kinds: site -> adapter -> the class of its rank where it can have a lane, else 0.
     """
 
     def __init__(self) -> None:
@@ -189,6 +190,7 @@ class AdapterPool:
         self.homes: dict[tuple[str, str], Bucket] = {}
         self.generation = 0
         self.lanes: dict[str, dict[tuple, Lanes]] = {}
+        self.kinds: dict[str, dict[str, int]] = {}
 
     def take(self, site: str, method: str, adapter: str, parameters: dict[str, nn.Parameter]) -> None:
         """Gives the adapter a slot at `site`; its Parameters become views of the pool. Again for one that is
@@ -213,9 +215,10 @@ class AdapterPool:
     def changed(self, site: str, adapter: str) -> None:
         """To be called when an adapter's tensors at a site have other values: nothing made of the old ones is used."""
         self.generation += 1
+        self.kinds.get(site, {}).pop(adapter, None)
         for key, lanes in list(self.lanes.get(site, {}).items()):
             lanes.leave(adapter)
-            if lanes.is_empty:
+            if not lanes.lane_of:
                 del self.lanes[site][key]
 
     def lanes_at(self, site: str, rank: int, shape: tuple[int, int], like: Tensor) -> Lanes:

@@ -24,7 +24,7 @@ from peft_dist.packed_rows import Blend, PackedRows
 from peft_dist.prompts.packed import num_virtual, packed_embeds, packed_past
 from peft_dist.rows import BASE
 
-from .continuous import ContinuousBatches, Packed, Part, Sizes, Step
+from .continuous import ContinuousBatches, Packed, Part, Sizes, Step, UnfitBase
 from .engine import AdapterRefused, EngineDead, Figures, Generation, Piece, TokenLogprob
 from .fair import FairQueue
 from .row_tiles import RowTiles
@@ -35,6 +35,7 @@ from .text import TextStream
 Decode = Callable[[Sequence[int]], str]
 
 _HANGS_AFTER_S = 120.0
+_ENDS_WITHIN_S = 10.0
 _log = logging.getLogger(__name__)
 
 
@@ -122,7 +123,7 @@ class BatchingEngine:
         self._decode, self._eos_ids = decode, eos_ids
         self._deterministic = deterministic
         sizes = sizes_for(model, max_context, max_sequences, max_batch_tokens, cache_bytes)
-        self._batches = ContinuousBatches(model, sizes, one_by_one=deterministic)
+        self._batches = _batches_of(self._base, sizes, one_by_one=deterministic)
         self._max_context = min(max_context, self._batches.max_length - 1)
         self._adapters: dict[str, _Adapter] = {}
         self._sequences: dict[str, _Sequence] = {}
@@ -258,6 +259,8 @@ class BatchingEngine:
             self._dead = self._dead or EngineDead("closed")
         self._wake.set()
         self._files.shutdown(wait=False, cancel_futures=True)
+        if threading.current_thread() is not self._thread:
+            self._thread.join(timeout=_ENDS_WITHIN_S)
 
     # --- in the callers' threads
 
@@ -571,6 +574,33 @@ class BatchingEngine:
 def _deliver(items: list[tuple[_Stream, Piece | BaseException]]) -> None:
     for stream, item in items:
         stream.pieces.put_nowait(item)
+
+
+def _batches_of(model: Any, sizes: Sizes, *, one_by_one: bool) -> ContinuousBatches:
+    """The batches of a base, once a packed row of two sequences gave what each gives by itself."""
+    before = model.config._attn_implementation
+    ids = torch.arange(1, 9, device=model.device) % model.get_input_embeddings().weight.shape[0]
+    try:
+        with torch.inference_mode():
+            wanted = model(input_ids=ids[None], use_cache=False).logits[0].float()
+            batches = ContinuousBatches(model, sizes, one_by_one=one_by_one)
+            given = model(
+                input_ids=torch.cat([ids, ids[:4]])[None],
+                position_ids=torch.tensor([[*range(8), *range(4)]], device=model.device),
+                logits_to_keep=torch.tensor([7, 11], device=model.device),
+                use_cache=False,
+                packed=Packed((Part("whole", 0, 8, True), Part("begun", 0, 4, True))),
+            ).logits[0]
+            allowed = (1e-3 if model.dtype == torch.float32 else 0.1) * wanted.abs().max()
+            worst = (given.float() - wanted[[7, 3]]).abs().max()
+        if not worst <= allowed:
+            raise UnfitBase(f"{type(model).__name__} gives other numbers in a packed row, by {worst:.3g}")
+    except Exception as error:
+        model.set_attn_implementation(before)
+        if isinstance(error, UnfitBase):
+            raise
+        raise UnfitBase(f"{type(model).__name__} does not run in a packed row: {error!r}") from error
+    return batches
 
 
 def sizes_for(

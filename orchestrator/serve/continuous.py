@@ -174,6 +174,8 @@ class ContinuousBatches:
         """Frees a sequence, whether it ran or waited."""
         self._scheduler.set_request_cancellation(sequence)
         self._scheduler.clear_cancelled_requests()
+        # A full cache keeps newcomers out until somebody goes.
+        self._scheduler.block_new_requests = False
         self._cache.salts.pop(sequence, None)
 
     def next_step(self, order: Callable[[str], Any]) -> Step | None:

@@ -4,8 +4,7 @@ low-rank additions side by side, every other adapter on its own stretch.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +16,7 @@ from peft_dist.adapted.entrance import Entrance, as_given
 from peft_dist.adapted.levels import Level, down, up
 from peft_dist.contract import ActivationMethod, WeightMethod
 from peft_dist.errors import RowsError
-from peft_dist.packed_rows import Blend, PackedRows, Run, Stretch
+from peft_dist.packed_rows import Blend, PackedRows, Run, Stretch, interned
 from peft_dist.rows import BASE
 
 # A layer's plans that are kept: one for each set of adapters that served of late.
@@ -32,49 +31,55 @@ class Plan:
         side_by_side: lanes, and for each stretch which of them serve it.
         apart: (the stretch's number, the adapters that serve it by themselves, each with its weight).
         turns: whether any of those changes what the layer takes or gives.
+        orders: lanes, and how they stood when this was made.
     """
 
     side_by_side: tuple[tuple[lanes.Lanes, lanes.Where], ...]
     apart: tuple[tuple[int, Blend], ...]
     turns: bool
+    orders: tuple[tuple[lanes.Lanes, object], ...] = ()
 
 
 def run_packed(module: Any, x: Tensor, rows: PackedRows) -> Tensor:
     """What the adapted layer gives for x (1, T, ...), or with one position for each kept sequence."""
-    run = rows.run_of(module.base.site.name, x)
+    run = rows.run_of(module._site_name, x)
     plan = _plan(module, x, run, rows.alone)
-    if not plan.turns:
-        y = module.base(x)
-        if not plan.side_by_side and not plan.apart:
-            return y
-        return _with_additions(module, plan, run, x, y)
+    if plan.turns:
+        return _turned(module, plan, run, x)
+    y = module.base(x)
+    if plan.side_by_side or plan.apart:
+        _add(module, plan, run, x, y)
+    return y
+
+
+def _turned(module: Any, plan: Plan, run: Run, x: Tensor) -> Tensor:
+    """Where adapters change what the layer takes or gives."""
     dim = run.dim(x)
     assert dim is not None
-    entrance, taken, levels = Entrance(module), x, {}
+    entrance, taken, turned, additions = Entrance(module), x, [], []
     for number, blend in plan.apart:
-        here = levels[number] = _levels(module, blend)
-        if isinstance(here[0].method, ActivationMethod):
-            taken = taken.clone() if taken is x else taken
-            piece = _part(x, dim, run.stretches[number])
-            _part(taken, dim, run.stretches[number]).copy_(as_given(down(here, piece)[0], x))
+        if not isinstance(module.methods[blend[0][0]], ActivationMethod):
+            additions.append((number, blend))
+            continue
+        levels, stretch = _levels(module, blend), run.stretches[number]
+        inputs = down(levels, _part(x, dim, stretch))
+        turned.append((levels, inputs, stretch))
+        taken = taken.clone() if taken is x else taken
+        _part(taken, dim, stretch).copy_(as_given(inputs[0], x))
     y = module.base(taken)
-    for number, here in levels.items():
-        if isinstance(here[0].method, ActivationMethod):
-            stretch = run.stretches[number]
-            out = _part(y, dim, stretch)
-            out.copy_(up(here, down(here, _part(x, dim, stretch)), out, entrance))
-    additions = tuple(
-        (number, blend)
-        for number, blend in plan.apart
-        if not isinstance(levels[number][0].method, ActivationMethod)
-    )
-    return _with_additions(module, Plan(plan.side_by_side, additions, False), run, x, y)
+    for levels, inputs, stretch in turned:
+        out = _part(y, dim, stretch)
+        out.copy_(up(levels, inputs, out, entrance))
+    _add(module, Plan(plan.side_by_side, tuple(additions), False), run, x, y)
+    return y
 
 
-def _with_additions(module: Any, plan: Plan, run: Run, x: Tensor, y: Tensor) -> Tensor:
-    """y with what adapters add to it, in place."""
+def _add(module: Any, plan: Plan, run: Run, x: Tensor, y: Tensor) -> None:
+    """Adds to y, in place, what adapters add to it."""
     for stacked, where in plan.side_by_side:
-        lanes.add(stacked, where, run, x.flatten(0, -2), y.flatten(0, -2))
+        lanes.add(stacked, where, run, x, y)
+    if not plan.apart:
+        return
     dim = run.dim(x)
     assert dim is not None
     entrance = Entrance(module)
@@ -87,11 +92,11 @@ def _with_additions(module: Any, plan: Plan, run: Run, x: Tensor, y: Tensor) -> 
             if pair is not None and pair[0].dtype == piece.dtype and out.is_contiguous():
                 A, B, scale = pair
                 h = piece.flatten(0, -2) @ A.mT
-                torch.addmm(flat := out.view(-1, out.shape[-1]), h, B.mT, alpha=scale * weight, out=flat)
+                flat = out.view(-1, out.shape[-1])
+                torch.addmm(flat, h, B.mT, alpha=scale * weight, out=flat)
                 continue
             added = method.added(level.p, level.under, entrance.of(method, level.p)(piece))
             out += added if weight == 1 else added * weight
-    return y
 
 
 def _part(t: Tensor, dim: int, stretch: Stretch) -> Tensor:
@@ -129,66 +134,77 @@ def chosen(module: Any, choice: str | Blend | None) -> Blend:
 
 def _plan(module: Any, x: Tensor, run: Run, alone: bool) -> Plan:
     plans: dict = module.__dict__.setdefault("_plans", {})
-    pool = module._pool
-    few = lanes.is_few(run.num, x.dtype, x.device)
-    key = (run.choices, few, alone, x.dtype, pool.generation)
+    few = not alone and lanes.is_few(run.num, x.dtype, x.device)
+    key = (run.choices, few, x.dtype, module._pool.generation)
     plan = plans.get(key)
-    if plan is None:
+    if plan is None or any(stacked.order is not order for stacked, order in plan.orders):
         if len(plans) >= _PLANS:
             plans.clear()
-        plan = _made(module, x, run, few and not alone)
-        # Placing one plan's adapters may take the lanes of another's.
-        for other in [k for k, p in plans.items() if p.side_by_side and plan.side_by_side]:
-            del plans[other]
-        plans[key] = plan
+        plan = plans[key] = _made(module, x, run, few)
     return plan
 
 
 def _made(module: Any, x: Tensor, run: Run, few: bool) -> Plan:
-    choices = [chosen(module, choice) for choice in run.choices]
+    choices = [chosen(module, choice) for choice in run.choices.values]
     names = dict.fromkeys(name for blend in choices for name, _ in blend)
     stacked = _side_by_side(module, x, list(names)) if few and x.is_floating_point() else {}
-    groups: dict[int, tuple[lanes.Lanes, dict[str, int]]] = {
-        id(l): (l, places) for l, places in stacked.values()
-    }
     side_by_side = tuple(
         (
             each,
-            tuple(
-                tuple((places[name], weight) for name, weight in blend if name in places) for blend in choices
+            interned(
+                tuple(
+                    tuple((each.lane_of[name], weight) for name, weight in blend if stacked.get(name) is each)
+                    for blend in choices
+                )
             ),
         )
-        for each, places in groups.values()
+        for each in dict.fromkeys(stacked.values())
     )
+    _join_siblings(x, run, side_by_side)
     apart = tuple(
         (number, rest)
         for number, blend in enumerate(choices)
         if (rest := tuple((name, weight) for name, weight in blend if name not in stacked))
     )
     turns = any(isinstance(module.methods[name], ActivationMethod) for _, blend in apart for name, _ in blend)
-    return Plan(side_by_side, apart, turns)
+    return Plan(side_by_side, apart, turns, tuple((each, each.order) for each, _ in side_by_side))
 
 
-def _side_by_side(module: Any, x: Tensor, names: Sequence[str]) -> dict[str, tuple[lanes.Lanes, dict]]:
-    """The adapters that are served from lanes: name -> (the lanes, the place of each adapter in them)."""
-    ranked: dict[int, dict[Hashable, Any]] = {}
+def _join_siblings(x: Tensor, run: Run, here: tuple[tuple[lanes.Lanes, lanes.Where], ...]) -> None:
+    """Lets this layer's lanes share a product with those of the layer that took the same x just before."""
+    before = run.made.get("before")
+    run.made["before"] = x, here
+    if before is not None and before[0] is x and len(here) == len(before[1]) == 1:
+        (first, where), (second, own) = before[1][0], here[0]
+        if where is own:
+            lanes.join(first, second)
+
+
+def _side_by_side(module: Any, x: Tensor, names: Sequence[str]) -> dict[str, lanes.Lanes]:
+    """The adapters that are served from lanes, by name."""
+    if module.base.site.kind != "linear":
+        return {}
+    kinds = module._pool.kinds.setdefault(module._site_name, {})
+    ranked: dict[int, list[str]] = {}
     for name in names:
-        method = module.methods[name]
-        if not isinstance(method, WeightMethod) or method.reads or module.base.site.kind != "linear":
-            continue
-        pair = method.low_rank(module.given(name), module.base)
-        if pair is not None and pair[1].shape[0] == module.base.site.out:
-            rank = lanes.rank_class(pair[0].shape[0])
-            ranked.setdefault(rank, {})[name] = functools.partial(_as_it_is, pair)
-    made: dict[str, tuple[lanes.Lanes, dict]] = {}
-    for rank, pairs in ranked.items():
-        if len(pairs) < 2 or not lanes.suits(rank, len(pairs)):
-            continue
-        here = module._pool.lanes_at(module._site_name, rank, module.base.shape, x)
-        places = here.place(pairs)
-        made.update({str(name): (here, places) for name in pairs})
+        rank = kinds.get(name)
+        if rank is None:
+            rank = kinds[name] = _rank_of(module, name)
+        if rank:
+            ranked.setdefault(rank, []).append(name)
+    made = {}
+    for rank, here in ranked.items():
+        if len(here) > 1 and lanes.suits(rank, len(here)):
+            own = module._pool.lanes_at(module._site_name, rank, module.base.shape, x)
+            own.place(here, lambda name: module.methods[name].low_rank(module.given(name), module.base))
+            made.update(dict.fromkeys(here, own))
     return made
 
 
-def _as_it_is(pair: lanes.Pair) -> lanes.Pair:
-    return pair
+def _rank_of(module: Any, name: str) -> int:
+    """The class of the adapter's rank here, 0 where it is of no rank that lanes have."""
+    method = module.methods[name]
+    if not isinstance(method, WeightMethod) or method.reads:
+        return 0
+    pair = method.low_rank(module.given(name), module.base)
+    return 0 if pair is None else lanes.rank_class(pair[0].shape[0])
