@@ -626,7 +626,7 @@ def deploy(
     wiring.check_registry(where)
     environment = _environment(where)
     version = environment.registry.get(ref)
-    service.check_served(version)
+    service.served_task(version)  # before anything is started
     spec = _deploy_spec(settings, endpoint=endpoint, alias=alias, num_replicas=num_replicas)
     base = version.lineage.base
     was_up = _is_up(where)
@@ -740,20 +740,49 @@ def undeploy(name: str, *, endpoint: str | None = None, cluster: str | None = No
 
 
 def ask(
-    model: str, question: str, *, max_tokens: int = 128, url: str | None = None, cluster: str | None = None
+    model: str,
+    question: str,
+    *,
+    max_tokens: int = 128,
+    context: str | None = None,
+    url: str | None = None,
+    cluster: str | None = None,
 ) -> str:
-    """An adapter's, or a bare base's, answer to one question. Its key is RAYPEFT_API_KEY, or one lent by the registry.
+    """An adapter's, or a bare base's, answer to one question; of labels, entities, spans and vectors, in words. Its key
+    is RAYPEFT_API_KEY, or one lent by the registry.
+
+    Args:
+        context: the text that answers the question, or the second of two texts, where the endpoint reads such.
     """
     there, key = url or _url_of(model, cluster), _asking_key(url, cluster)
-    return asking.ask(there, model, question, max_tokens=max_tokens, key=key)
+    return asking.ask(there, model, question, max_tokens=max_tokens, key=key, context=context)
+
+
+def ask_head(
+    model: str,
+    question: str,
+    *,
+    context: str | None = None,
+    url: str | None = None,
+    cluster: str | None = None,
+) -> dict[str, Any] | None:
+    """The same of an endpoint that does not generate: its labels, entities, spans or vector; else None."""
+    there, key = url or _url_of(model, cluster), _asking_key(url, cluster)
+    return asking.ask_head(there, model, question, key=key, context=context)
 
 
 def ask_stream(
-    model: str, question: str, *, max_tokens: int = 128, url: str | None = None, cluster: str | None = None
+    model: str,
+    question: str,
+    *,
+    max_tokens: int = 128,
+    context: str | None = None,
+    url: str | None = None,
+    cluster: str | None = None,
 ) -> Iterator[str]:
     """Likewise, piece by piece as it is generated."""
     there, key = url or _url_of(model, cluster), _asking_key(url, cluster)
-    return asking.ask_stream(there, model, question, max_tokens=max_tokens, key=key)
+    return asking.ask_stream(there, model, question, max_tokens=max_tokens, key=key, context=context)
 
 
 def _asking_key(url: str | None, cluster: str | None) -> str | None:

@@ -10,6 +10,7 @@ from typing import Any
 import requests
 
 from .errors import ServeError
+from .typed_ask import readable, route_and_body
 
 _CONNECT_TIMEOUT_S = 5.0
 _ANSWER_TIMEOUT_S = 600.0
@@ -25,17 +26,24 @@ def ask(
     max_tokens: int = 128,
     temperature: float = 0.0,
     key: str | None = None,
+    context: str | None = None,
 ) -> str:
-    """One answer's text.
+    """One answer's text; of a task's head, the answer in words.
 
     Args:
         url: the endpoint's API, http://HOST:PORT/BASE/v1.
         question: what the user says, or a whole conversation.
         key: where the endpoint asks for one.
+        context: the text that answers the question, or the second of two texts, where the endpoint reads such.
 
     Raises:
         ServeError: nothing answers there, or the endpoint refuses; the message is the endpoint's own.
     """
+    if (
+        isinstance(question, str)
+        and (row := ask_head(url, model, question, key=key, context=context)) is not None
+    ):
+        return readable(row)
     body = {**_body(model, question, max_tokens), "temperature": temperature}
     with _post(url, body, key, stream=False) as response:
         try:
@@ -54,8 +62,15 @@ def ask_stream(
     max_tokens: int = 128,
     temperature: float = 0.0,
     key: str | None = None,
+    context: str | None = None,
 ) -> Iterator[str]:
     """The answer's text as it comes; see `ask`."""
+    if (
+        isinstance(question, str)
+        and (row := ask_head(url, model, question, key=key, context=context)) is not None
+    ):
+        yield readable(row)
+        return
     body = {**_body(model, question, max_tokens), "temperature": temperature, "stream": True}
     with _post(url, body, key, stream=True) as response:
         for line in response.iter_lines():
@@ -70,6 +85,40 @@ def ask_stream(
             for choice in chunk["choices"]:
                 if text := choice["delta"].get("content"):
                     yield text
+
+
+def ask_head(
+    url: str, model: str, question: str, *, key: str | None = None, context: str | None = None
+) -> dict[str, Any] | None:
+    """The row of a typed route's answer: labels, entities, spans or a vector; None where the endpoint generates.
+
+    Raises:
+        ServeError: as `ask`; the endpoint reads two texts and `context` is None.
+    """
+    asked = route_and_body(_task(url), question, context)
+    if asked is None:
+        return None
+    route, body = asked
+    with _post(url, {"model": model, **body}, key, stream=False, route=route) as response:
+        try:
+            return dict(response.json()["data"][0])
+        except (ValueError, LookupError, TypeError) as error:
+            raise ServeError(
+                "this does not answer as our endpoints do.", where=url, hint="Is it an endpoint's URL?"
+            ) from error
+
+
+def _task(url: str) -> str:
+    """What an endpoint's base is loaded for; "" where it does not say."""
+    try:
+        response = requests.get(
+            f"{url.rstrip('/').removesuffix('/v1')}/healthz", timeout=(_CONNECT_TIMEOUT_S, 60)
+        )
+        return str(response.json().get("task", "")) if response.status_code == 200 else ""
+    except requests.RequestException as error:
+        raise _silent(url) from error
+    except (ValueError, AttributeError):
+        return ""
 
 
 def models(url: str, key: str | None = None) -> list[str]:
@@ -108,10 +157,12 @@ def _headers(key: str | None) -> dict[str, str]:
     return {"Authorization": f"Bearer {key}"} if key else {}
 
 
-def _post(url: str, body: dict[str, Any], key: str | None, *, stream: bool) -> requests.Response:
+def _post(
+    url: str, body: dict[str, Any], key: str | None, *, stream: bool, route: str = "chat/completions"
+) -> requests.Response:
     try:
         response = requests.post(
-            f"{url.rstrip('/')}/chat/completions",
+            f"{url.rstrip('/')}/{route}",
             json=body,
             headers=_headers(key),
             stream=stream,

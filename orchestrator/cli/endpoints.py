@@ -108,23 +108,28 @@ def ask(
     model: Annotated[str, typer.Argument(metavar="NAME", help="NAME, NAME@V, NAME@ALIAS, or a base's name.")],
     question: Annotated[str, typer.Argument(help="What to ask.")],
     max_tokens: Annotated[int, typer.Option(help="At most so many tokens.")] = 128,
+    context: Annotated[
+        str | None,
+        typer.Option(help="The text that answers the question, or the second of two texts to classify."),
+    ] = None,
     url: Annotated[str | None, typer.Option(help="The endpoint's URL; found where not given.")] = None,
     cluster: ClusterOption = None,
     as_json: AsJson = False,
 ) -> None:
-    """Ask an adapter, or the bare base, one question.
+    """Ask an adapter, or the bare base, one question; of labels, entities, spans and vectors the answer is shown in
+    words.
 
     Example: raypeft ask python-docs "What does shutil.copytree do?"
+
+    Out of a text: raypeft ask python-spans "What does it return?" --context "len(s): return the length of s"
     """
+    where = {"url": url, "cluster": cluster, "context": context}
     if as_json:
-        print_json(
-            {
-                "model": model,
-                "answer": api.ask(model, question, max_tokens=max_tokens, url=url, cluster=cluster),
-            }
-        )
+        row = api.ask_head(model, question, **where)
+        answer = row if row is not None else api.ask(model, question, max_tokens=max_tokens, **where)
+        print_json({"model": model, "answer": answer})
         return
-    for piece in api.ask_stream(model, question, max_tokens=max_tokens, url=url, cluster=cluster):
+    for piece in api.ask_stream(model, question, max_tokens=max_tokens, **where):
         print(piece, end="", flush=True)
     print()
 

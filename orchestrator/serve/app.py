@@ -21,8 +21,8 @@ from .catalogue import Catalogue
 from .completions import ANSWERED_BY, Completions
 from .engine import Engine, EngineDead
 from .event_stream import ClientGone
-from .head_routes import GENERATION, ROUTES, HeadRoutes, other_task
-from .heads import Heads
+from .head_routes import HeadRoutes, other_task
+from .heads import GENERATION, ROUTES, Heads
 from .measured import Measured
 from .metrics import CONTENT_TYPE, Metrics
 from .mount import Mount, OtherEndpoints, no_others
@@ -144,7 +144,8 @@ class _Facts:
 
     async def health(self, request: Request) -> Response:
         self._works.check()
-        return JSONResponse({"status": "ok", "base": self._catalogue.base_name, "registry": self._registry})
+        said = {"status": "ok", "base": self._catalogue.base_name, "registry": self._registry}
+        return JSONResponse({**said, "task": getattr(self._works, "task", "CAUSAL_LM")})
 
     async def metrics(self, request: Request) -> Response:
         await self._admission.tenant(request.headers.get("authorization"))

@@ -69,6 +69,8 @@ class Desired:
     engine: EngineOptions = EngineOptions()
     code: str = ""
     """The version of code and settings with which Serve was last told to run it."""
+    task: str = "CAUSAL_LM"
+    """PEFT's name of what the base is loaded for: one on an endpoint, since it decides the base's head."""
     rollouts: tuple[Rollout, ...] = ()
     """At most one an alias."""
     earlier: dict[str, tuple[int, ...]] = field(default_factory=dict)
@@ -176,6 +178,7 @@ class Desired:
             adapters=tuple(Served(**_known(Served, entry)) for entry in stored.get("adapters", ())),
             engine=EngineOptions(**_known(EngineOptions, stored.get("engine", {}))),
             code=stored.get("code", ""),
+            task=stored.get("task", "CAUSAL_LM"),
             rollouts=tuple(Rollout.from_dict(each) for each in stored.get("rollouts", ())),
             earlier={key: tuple(versions) for key, versions in stored.get("earlier", {}).items()},
         )

@@ -17,12 +17,13 @@ from ..identity import BaseIdentity, base_identity
 from ..keys import KeyBook
 from ..registry import AdapterVersion, Registry
 from ..runner import Event
-from ..service import Deployment
+from ..service import Deployment, served_task
 from ..spec.canonical import load_stored
 from ..spec.job import DeploySpec
 from . import serve_cluster
 from .code_version import version_of
 from .desired import Desired, EngineOptions, Served
+from .heads import route_of
 from .key_check import require_keys
 from .naming import base_id, check_endpoint_name, default_endpoint
 from .promotion import desired_of, withdraw
@@ -108,8 +109,8 @@ class RayEndpoints:
             PlacementError: no node can ever hold a replica.
         """
         _check_gate(version, force)
-        base = _check_base(version, base_model, revision)
-        endpoint = self._choose(base, deploy.endpoint)
+        base, task = _check_base(version, base_model, revision), served_task(version)
+        endpoint = self._choose(base, task, deploy.endpoint)
         placement = self._place(deploy)
         keys = KeyBook(self._registry.url)
         running_door = serve_cluster.find_door()
@@ -122,7 +123,7 @@ class RayEndpoints:
             _check_registry(f"{door.url}/{endpoint}", endpoint, self._registry.url)
         entry = Served(version.name, version.version, forced=force and version.lineage.gate_passed is False)
         rollout = self._rollout(endpoint, version, deploy)
-        before = self._record(endpoint, base, version, entry, deploy, rollout)
+        before = self._record(endpoint, base, task, version, entry, deploy, rollout)
         started = False
         try:
             if running is None or running.status in ("DELETING", "NOT_STARTED", "DEPLOY_FAILED"):
@@ -131,7 +132,7 @@ class RayEndpoints:
                 serve_cluster.start_application(endpoint, self._registry.url, placement, code)
             else:
                 self._change_running(endpoint, running, placement, deploy, on_event)
-            live = self._await(endpoint, version.ref, door, on_event)
+            live = self._await(endpoint, version.ref, task, door, on_event)
         except BaseException:
             self._restore(endpoint, before, version.ref)
             if started:
@@ -188,11 +189,11 @@ class RayEndpoints:
             self._registry.update_endpoint(name, lambda stored: None)
         self._give_root_to_the_last()
 
-    def _choose(self, base: BaseIdentity, asked: str | None) -> str:
-        """The endpoint for a base: the one asked for, else the one that serves it, else a new one.
+    def _choose(self, base: BaseIdentity, task: str, asked: str | None) -> str:
+        """The endpoint for a base's task: the one asked for, else the one that serves it, else a new one.
 
         Raises:
-            ServeError: the one asked for serves another base.
+            ServeError: the one asked for serves another base, or another task.
         """
         desired = self._all_desired()
         if asked is not None:
@@ -205,9 +206,11 @@ class RayEndpoints:
                     where="deploy.endpoint",
                     hint=f"Deploy it to another endpoint, or end this one first: raypeft undeploy {asked}",
                 )
+            if there is not None and there.task != task:
+                raise _other_task(asked, there.task, task)
             return asked
-        of_base = [name for name, state in desired.items() if state.base.is_same(base)]
-        by_name = default_endpoint(base, desired.keys() - of_base)
+        of_base = [name for name, state in desired.items() if state.base.is_same(base) and state.task == task]
+        by_name = default_endpoint(base, desired.keys() - of_base, task)
         if by_name in of_base or len(of_base) != 1:
             return by_name
         return of_base[0]
@@ -264,6 +267,7 @@ class RayEndpoints:
         self,
         endpoint: str,
         base: BaseIdentity,
+        task: str,
         version: AdapterVersion,
         entry: Served,
         deploy: DeploySpec,
@@ -273,13 +277,15 @@ class RayEndpoints:
         before = desired_of(self._registry, endpoint)
         if before is not None and not before.base.is_same(base):
             raise ServeError(f"endpoint '{endpoint}' now serves another base.", hint="Deploy again.")
+        if before is not None and before.task != task:
+            raise _other_task(endpoint, before.task, task)
         threads = max(1, int(deploy.cpus_per_replica))
         options = EngineOptions.of(deploy.engine) if "engine" in deploy.model_fields_set else None
         if before is not None and (under_way := before.rollout(entry.name, deploy.alias)) is not None:
             withdraw(self._registry, endpoint, under_way, f"{entry.ref} is deployed in its place")
 
         def add(now: dict[str, Any] | None) -> dict[str, Any]:
-            there = Desired.from_dict(now) if now else Desired(endpoint, base)
+            there = Desired.from_dict(now) if now else Desired(endpoint, base, task=task)
             trusts = there.trust_remote_code or _trusts_code(version)
             there = replace(
                 there, base=base, threads=threads, trust_remote_code=trusts, engine=options or there.engine
@@ -356,7 +362,7 @@ class RayEndpoints:
         if earlier is None:
             self._registry.release(ref, endpoint)
 
-    def _await(self, endpoint: str, ref: str, door: Door, on_event: OnEvent) -> bool:
+    def _await(self, endpoint: str, ref: str, task: str, door: Door, on_event: OnEvent) -> bool:
         """Waits until the endpoint answers as `ref`; False where its replica has found no place.
 
         Raises:
@@ -373,7 +379,7 @@ class RayEndpoints:
                 raise ServeError(f"endpoint '{endpoint}' does not come up: {_cause(app.message)}")
             if app.num_running or app.is_idle:
                 said = _say(on_event, said, f"endpoint {endpoint}: loading {ref}")
-                status, message = _probe(f"{door.url}/{endpoint}", ref, headers)
+                status, message = _probe(f"{door.url}/{endpoint}", ref, task, headers)
                 if status == 200:
                     return True
                 if status == 400 or refusing.runs(status is not None) > _SECONDS_OF_REFUSALS:
@@ -464,6 +470,15 @@ def _check_gate(version: AdapterVersion, force: bool) -> None:
         )
 
 
+def _other_task(endpoint: str, there: str, task: str) -> ServeError:
+    return ServeError(
+        f"endpoint '{endpoint}' has its base loaded for {there}, and this adapter was trained for {task}: a base has "
+        "one head.",
+        where="deploy.endpoint",
+        hint="Deploy it to another endpoint (--endpoint NAME), or leave the name out.",
+    )
+
+
 def _trusts_code(version: AdapterVersion) -> bool:
     """Whether the job that trained a version trusts the code that the base's repository brings."""
     spec = version.lineage.resolved_spec
@@ -536,11 +551,20 @@ def _authorization(registry: Registry) -> dict[str, str]:
     return {} if keys.read().is_empty else {"Authorization": f"Bearer {keys.lend()}"}
 
 
-def _probe(url: str, ref: str, headers: dict[str, str]) -> tuple[int | None, str]:
-    """HTTP status and message when one token is asked of `ref`; None where nothing answers."""
-    body: dict[str, Any] = {"model": ref, "prompt": "a", "max_tokens": 1, "temperature": 0}
+_LEAST: dict[str, dict[str, Any]] = {
+    "SEQ_CLS": {"input": "a"},
+    "TOKEN_CLS": {"input": "a"},
+    "FEATURE_EXTRACTION": {"input": "a"},
+    "QUESTION_ANS": {"question": "a", "context": "a"},
+}
+
+
+def _probe(url: str, ref: str, task: str, headers: dict[str, str]) -> tuple[int | None, str]:
+    """HTTP status and message when the least is asked of `ref`; None where nothing answers."""
+    asked = _LEAST.get(task, {"prompt": "a", "max_tokens": 1, "temperature": 0})
+    body: dict[str, Any] = {"model": ref, **asked}
     try:
-        answer = requests.post(f"{url}/v1/completions", json=body, headers=headers, timeout=(5, 600))
+        answer = requests.post(f"{url}{route_of(task)}", json=body, headers=headers, timeout=(5, 600))
     except requests.ConnectionError:
         return None, ""
     return answer.status_code, _message(answer)

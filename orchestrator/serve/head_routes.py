@@ -25,7 +25,7 @@ from .head_api import (
     entities,
     spans,
 )
-from .heads import Classified, Embedded, Found, Heads, HeadTask, Input, NoTokens, Tagged, TooLong
+from .heads import Classified, Embedded, Found, Heads, Input, NoTokens, Tagged, TooLong
 from .key_check import Tenant
 from .measured import timing_of
 from .metrics import Metrics
@@ -34,14 +34,6 @@ from .sticky import Sticky
 
 Answer = TypeVar("Answer", Embedded, Classified, Tagged, Found)
 Asked = TypeVar("Asked", bound=Ask)
-
-ROUTES: dict[HeadTask, str] = {
-    "FEATURE_EXTRACTION": "/v1/embeddings",
-    "SEQ_CLS": "/v1/classify",
-    "TOKEN_CLS": "/v1/token-classify",
-    "QUESTION_ANS": "/v1/question-answering",
-}
-GENERATION = "/v1/completions"
 
 _BYTES_A_TOKEN = 3
 """Roughly, of texts in whose tokens nobody has looked yet; what a request truly took is known when it is answered."""

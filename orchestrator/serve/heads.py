@@ -16,6 +16,20 @@ from .engine import Figures
 HeadTask = Literal["SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"]
 
 
+ROUTES: dict[HeadTask, str] = {
+    "FEATURE_EXTRACTION": "/v1/embeddings",
+    "SEQ_CLS": "/v1/classify",
+    "TOKEN_CLS": "/v1/token-classify",
+    "QUESTION_ANS": "/v1/question-answering",
+}
+GENERATION = "/v1/completions"
+
+
+def route_of(task: str) -> str:
+    """The route that a base answers which is loaded for a task."""
+    return next((route for each, route in ROUTES.items() if each == task), GENERATION)
+
+
 class TooLong(Exception):
     """A text that the base does not take.
 

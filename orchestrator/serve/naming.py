@@ -21,9 +21,18 @@ def base_id(base: BaseIdentity) -> str:
     return readable or f"base-{base.content_hash[:8]}"
 
 
-def default_endpoint(base: BaseIdentity, taken: Collection[str]) -> str:
-    """The endpoint's name where none was given: the base's, with a hash where another base has taken it."""
-    name = base_id(base)
+_SUFFIXES = {
+    "SEQ_CLS": "-classify",
+    "TOKEN_CLS": "-token-classify",
+    "QUESTION_ANS": "-question-answering",
+    "FEATURE_EXTRACTION": "-embeddings",
+}
+
+
+def default_endpoint(base: BaseIdentity, taken: Collection[str], task: str = "CAUSAL_LM") -> str:
+    """The endpoint's name where none was given: the base's and, where it does not generate, its task's, with a hash
+    where another base has taken it."""
+    name = base_id(base) + _SUFFIXES.get(task, "")
     return f"{name}-{base.content_hash[:8]}" if name in taken or name in _RESERVED else name
 
 

@@ -120,6 +120,17 @@ class Observed:
         return answer
 
     def _count(self, adapter: str | None, seconds: float, answer: _Answer, *, failed: bool) -> None:
+        self._count_request(adapter, seconds, answer.num_tokens, answer.first_s, failed=failed)
+
+    def _count_request(
+        self,
+        adapter: str | None,
+        seconds: float,
+        num_tokens: int,
+        first_s: float | None = None,
+        *,
+        failed: bool,
+    ) -> None:
         numbers = [self.totals.setdefault(adapter or "", Numbers())]
         for watch in self.watches.values():
             if adapter == watch.candidate_key:
@@ -127,7 +138,7 @@ class Observed:
             elif adapter == watch.stable_key:
                 numbers.append(watch.stable)
         for each in numbers:
-            each.count(seconds, answer.num_tokens, answer.first_s, failed=failed)
+            each.count(seconds, num_tokens, first_s, failed=failed)
 
     def _follow_up(
         self, twin: asyncio.Task[_Answer], theirs: _Answer, stable: str | None, candidate: str | None

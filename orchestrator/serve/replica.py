@@ -23,11 +23,13 @@ from .app import build_app
 from .arbiter import Arbiter
 from .catalogue import Catalogue
 from .desired import Desired, Served
+from .heads import ROUTES
 from .metric_files import MetricFiles
 from .metrics import Metrics
 from .naming import endpoint_of
 from .observed import Observed
-from .prompts import Prompts
+from .observed_heads import ObservedHeads
+from .prompts import Prompts, SourcePrompts
 from .reach import admission
 from .reporter import Reporter
 from .reports import Reports
@@ -53,9 +55,15 @@ class Replica:
             raise ServeError(f"endpoint '{endpoint}' is not in the registry {registry_url}.")
         self._admission = admission(registry_url)
         self._slots = desired.engine.max_adapters
-        base = base_model.load(desired.model, desired.threads, desired.engine)
-        self._prompts = Prompts(base.tokenizer)
-        self._engine: Any = Observed(engine_choice.engine_for(base, self._prompts, desired.engine))
+        base = base_model.load(desired.model, desired.threads, desired.engine, desired.task)
+        writes_from_source = desired.task == "SEQ_2_SEQ_LM"
+        self._prompts = SourcePrompts(base.tokenizer) if writes_from_source else Prompts(base.tokenizer)
+        self._has_heads = desired.task in ROUTES
+        self._engine: Any = (
+            ObservedHeads(engine_choice.heads_for(base, desired.task, desired.engine))
+            if self._has_heads
+            else Observed(engine_choice.engine_for(base, self._prompts, desired.engine, desired.task))
+        )
         name = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
         reports = Reports(registry_url, endpoint)
         reporter = Reporter(name, self._engine, reports, Arbiter(self._registry, endpoint, name))
@@ -77,12 +85,13 @@ class Replica:
         """The application that Serve mounts."""
         return build_app(
             self._endpoint,
-            self._engine,
+            None if self._has_heads else self._engine,
             self._prompts,
             self._catalogue,
             others=self._other_endpoints,
             registry=self._registry.url,
             admission=self._admission,
+            heads=self._engine if self._has_heads else None,
             metrics=self._metrics(),
         )
 

@@ -80,6 +80,11 @@ class Seq2SeqEngine(TaskEngine):
         super().__init__(model, TASK, **options)
 
     @property
+    def task(self) -> str:
+        """What its base is loaded for."""
+        return TASK
+
+    @property
     def max_context(self) -> int:
         """See `Engine.max_context`."""
         return self._max_context

@@ -14,7 +14,7 @@ from .conditions import parse_comparison
 from .job import DeploySpec, GateSpec, JobSpec, ModelSpec
 from .live_metrics import OF_SHADOW, live_metrics
 from .places import Path, Problem
-from .tasks import SERVED, TASKS, evaluated_types, measured_metrics, task_type
+from .tasks import TASKS, evaluated_types, measured_metrics, task_type
 from .words import show
 from .workers import GroupSize, forwards, group_sizes
 
@@ -29,7 +29,6 @@ def check_rules(spec: JobSpec, written: Collection[Path], warnings: list[str]) -
         *_evaluation(spec),
         *_secrets(spec),
         *_task(spec),
-        *_served(spec),
     ]
     warnings += _warnings(spec, written)
     return found
@@ -309,34 +308,8 @@ def _task(spec: JobSpec) -> Iterator[Problem]:
             )
 
 
-_OF_ENDPOINTS = (
-    "endpoint",
-    "num_replicas",
-    "gpus_per_replica",
-    "cpus_per_replica",
-    "rollout",
-    "scale",
-    "engine",
-)
-
-
-def _served(spec: JobSpec) -> Iterator[Problem]:
-    """Where no endpoint answers for a task, `deploy` is the gate and the alias."""
-    task = task_type(spec)
-    if spec.deploy is None or task in SERVED:
-        return
-    for name in _OF_ENDPOINTS:
-        if getattr(spec.deploy, name) != DeploySpec.model_fields[name].default:
-            yield Problem(
-                ("deploy", name),
-                f"serving of {task} is not built yet: endpoints answer for {', '.join(SERVED)}.",
-                "Remove it: deploy then means the gate and the alias that a version which passes takes.",
-            )
-
-
 def _warnings(spec: JobSpec, written: Collection[Path]) -> Iterator[str]:
     if spec.training.max_steps and ("training", "num_epochs") in written:
         yield "training.max_steps ends the run, whatever training.num_epochs says."
     if spec.deploy and spec.deploy.gate is None:
-        done = "is served" if task_type(spec) in SERVED else f"becomes {spec.deploy.alias}"
-        yield f"deploy has no gate: every version of this job {done}."
+        yield "deploy has no gate: every version of this job is served."

@@ -41,7 +41,7 @@ TASKS: dict[str, TaskRow] = {
     "embedding": TaskRow("FEATURE_EXTRACTION", _RETRIEVED, _RETRIEVED),
 }
 
-SERVED = ("CAUSAL_LM",)
+SERVED = tuple(dict.fromkeys(row.task for row in TASKS.values()))
 """Tasks whose adapters an endpoint answers with."""
 
 

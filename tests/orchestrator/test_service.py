@@ -7,7 +7,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -32,9 +32,10 @@ from orchestrator.service import (
     OnEvent,
     RunResult,
     StopRequest,
-    check_served,
     run_job,
+    served_task,
 )
+from orchestrator.spec.canonical import resolved_yaml
 from orchestrator.spec.job import DeploySpec, JobSpec
 from orchestrator.spec.load import load_job_mapping
 from orchestrator.store import RunStore
@@ -198,33 +199,35 @@ def classifier(**sections: object) -> JobSpec:
     return job(data={"datasets": [rows]}, deploy=gate, **sections)
 
 
-def test_a_task_that_is_not_served_takes_its_alias_through_the_gate(house):
+def test_a_job_of_another_task_is_deployed_like_any(house):
     house.runner.metrics["accuracy"] = 0.9
     result = house.run(classifier())
-    assert (result.state, result.adapter) == ("registered, not deployed", "docs@1")
-    assert house.endpoints.deployed == [] and house.environment.registry.alias("docs", "best") == 1
-    assert "docs@1 is docs@best, not served: endpoints answer for CAUSAL_LM adapters" in house.said()
-    again = house.run(classifier())
-    assert (again.state, len(house.runner.requests)) == ("registered, not deployed", 1)
+    assert (result.state, result.adapter) == ("done", "docs@1") and house.endpoints.deployed == ["docs@1"]
 
 
-def test_a_task_that_is_not_served_is_refused_by_its_gate(house):
+def test_a_job_of_another_task_is_refused_by_its_gate(house):
     house.runner.metrics["accuracy"] = 0.1
     assert house.run(classifier()).state == "registered, refused by the gate"
-    assert house.environment.registry.alias("docs", "best") is None
+    assert house.endpoints.deployed == [] and house.environment.registry.alias("docs", "best") is None
 
 
-def test_an_adapter_of_a_task_that_is_not_served_is_not_deployed_by_hand(tmp_path):
+def test_a_version_says_what_it_was_trained_for(tmp_path):
     registry = Registry(tmp_path / "registry")
-    served = registry.register("a", make_adapter(tmp_path / "a", task_type="CAUSAL_LM"), lineage())
-    other = registry.register("b", make_adapter(tmp_path / "b", task_type="SEQ_CLS"), lineage())
-    check_served(served)
-    with pytest.raises(ServeError) as refused:
-        check_served(other)
-    assert str(refused.value) == (
-        "b@1: serving of SEQ_CLS is not built yet: endpoints answer for CAUSAL_LM adapters. Fetch it: raypeft pull b@1 "
-        "DIR; its labels are in raypeft_task.json."
+    tasks = {"a": "SEQ_CLS", "b": "CAUSAL_LM", "c": None, "d": "IMAGE_CLS"}
+    made = {
+        name: registry.register(name, make_adapter(tmp_path / name, task_type=task), lineage())
+        for name, task in tasks.items()
+    }
+    assert [served_task(made[name]) for name in "abc"] == ["SEQ_CLS", "CAUSAL_LM", "CAUSAL_LM"]
+    with pytest.raises(
+        ServeError, match=r"^d@1: it was trained for IMAGE_CLS; endpoints answer for CAUSAL_LM, "
+    ):
+        served_task(made["d"])
+    spec = resolved_yaml(classifier())
+    trained = registry.register(
+        "e", make_adapter(tmp_path / "e", task_type=None), replace(lineage(), resolved_spec=spec)
     )
+    assert served_task(trained) == "SEQ_CLS"
 
 
 def test_the_same_job_again_says_done_and_does_nothing(house):

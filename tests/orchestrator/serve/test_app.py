@@ -465,6 +465,7 @@ def test_it_answers_below_its_name_and_alone_also_below_v1(served):
         assert served.client.get(f"{prefix}/v1/models").status_code == 200
         assert served.client.get(f"{prefix}/healthz").json() == {
             "status": "ok",
+            "task": "CAUSAL_LM",
             "base": "tiny",
             "registry": None,
         }

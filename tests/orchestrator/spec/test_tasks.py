@@ -72,11 +72,6 @@ def test_every_type_has_a_row_in_each_table():
          "x.yaml:4 deploy.gate.all.0: 'accuracy' is not measured by this job. Write eval: {metrics: [f1, accuracy]}."),
         (job("qa", "adapter: {type: cpt}\n"), "x.yaml:3 adapter.type: cpt does not train QUESTION_ANS, which rows of "
          "type 'qa' need. It trains: CAUSAL_LM."),
-        (job("classification", "deploy: {endpoint: e}\n"), "x.yaml:3 deploy.endpoint: serving of SEQ_CLS is not "
-         "built yet: endpoints answer for CAUSAL_LM. Remove it: deploy then means the gate and the alias that a "
-         "version which passes takes."),
-        (job("embedding", "deploy: {num_replicas: 2}\n"), "x.yaml:3 deploy.num_replicas: serving of "
-         "FEATURE_EXTRACTION is not built yet: endpoints answer for CAUSAL_LM."),
         ("model: {base_model: b}\ndata:\n  datasets:\n  - {path: a, type: qa}\n  - {path: b, type: chat}\n",
          "x.yaml:5 data.datasets.1.type: rows of type 'chat' train CAUSAL_LM, those of the first dataset QUESTION_ANS. "
          "One job trains one task."),
@@ -90,4 +85,6 @@ def test_a_gate_over_the_task_s_metrics():
     made = load_job_text(job("qa", "deploy: {gate: {all: [f1 > base.f1, exact_match >= 0.5]}}\n"), "x.yaml")
     assert made.warnings == () and made.spec.deploy is not None
     ungated = load_job_text(job("qa", "deploy: {}\n"), "x.yaml")
-    assert ungated.warnings == ("deploy has no gate: every version of this job becomes production.",)
+    assert ungated.warnings == ("deploy has no gate: every version of this job is served.",)
+    placed = load_job_text(job("embedding", "deploy: {endpoint: e, num_replicas: 2}\n"), "x.yaml").spec.deploy
+    assert placed is not None and (placed.endpoint, placed.num_replicas) == ("e", 2)
