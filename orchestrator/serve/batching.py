@@ -581,7 +581,7 @@ def _batches_of(model: Any, sizes: Sizes, *, one_by_one: bool) -> ContinuousBatc
     before = model.config._attn_implementation
     ids = torch.arange(1, 9, device=model.device) % model.get_input_embeddings().weight.shape[0]
     try:
-        with torch.inference_mode():
+        with torch.no_grad():
             wanted = model(input_ids=ids[None], use_cache=False).logits[0].float()
             batches = ContinuousBatches(model, sizes, one_by_one=one_by_one)
             given = model(

@@ -45,7 +45,7 @@ def test_nobody_saves_up_turns_by_waiting():
 
 def test_a_weight_is_a_share():
     queue: FairQueue[str] = FairQueue()
-    for number in range(8):
+    for _ in range(8):
         queue.push("heavy", "h")
         queue.push("light", "l")
     order = ""
