@@ -70,7 +70,7 @@ class Admission:
         self._under_way: Counter[tuple[str, str]] = Counter()
         self._reserved: Counter[str] = Counter()
         self._unbooked: defaultdict[str, list[int]] = defaultdict(lambda: [0, 0])
-        self._used: dict[str, Used] = {}
+        self._used: dict[str, tuple[float, Used]] = {}
         self._booking: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -96,10 +96,20 @@ class Admission:
         return Tenant() if self._keys is None else await self._keys.tenant(authorization)
 
     async def know(self, tenant: Tenant) -> None:
-        """Reads what a tenant with a budget has used, once."""
-        if tenant.limits.token_budget is None or self._books is None or tenant.name in self._used:
+        """Reads what a tenant with a budget has used, at other replicas too, where that was long ago."""
+        if tenant.limits.token_budget is None or self._books is None:
             return
-        self._used[tenant.name] = await asyncio.to_thread(self._books.read, tenant.name)
+        read_at, used = self._used.get(tenant.name, (float("-inf"), Used()))
+        if self._clock() - read_at < _BOOKED_EVERY_S:
+            return
+        if tenant.name in self._used:  # whoever else comes now need not read it too
+            self._used[tenant.name] = (self._clock(), used)
+        try:
+            used = await asyncio.to_thread(self._books.read, tenant.name)
+        except (RaypeftError, OSError) as error:
+            _log.warning("what '%s' has used is not read: %s", tenant.name, error)
+            return
+        self._used[tenant.name] = (self._clock(), used)
 
     @contextmanager
     def admitted(
@@ -189,7 +199,8 @@ class Admission:
         if budget is None:
             return
         now = self._now()
-        used = self._used.get(tenant.name, Used()).tokens_in(period, now) + self._unbooked[tenant.name][0]
+        booked = self._used.get(tenant.name, (0.0, Used()))[1]
+        used = booked.tokens_in(period, now) + self._unbooked[tenant.name][0]
         if used + self._reserved[tenant.name] + num_tokens <= budget:
             return
         again = next_period(period, now)
@@ -224,4 +235,4 @@ class Admission:
             book = self._unbooked[tenant]
             book[0] -= tokens
             book[1] -= requests
-            self._used[tenant] = used
+            self._used[tenant] = (self._clock(), used)

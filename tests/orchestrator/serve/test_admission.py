@@ -153,6 +153,24 @@ def test_a_budget_counts_what_runs_and_what_was_spent_before(tmp_path):
     enter(door, tenant, 100)
 
 
+def test_a_budget_holds_over_replicas(tmp_path):
+    tenant = Tenant("acme", Limits(token_budget=100, budget_period="total"))
+
+    async def ask() -> None:
+        (one, _), (two, _) = (admission(books=Spending(str(tmp_path))) for _ in range(2))
+        for door in (one, two):
+            await door.know(tenant)
+        enter(one, tenant, 90)
+        await one.stop()  # writes down
+        enter(two, tenant, 1)  # it has looked a moment ago
+        two._clock.now += 6
+        await two.know(tenant)
+        refused(two, tenant, 20)
+        assert "left 9" in refused(two, tenant, 20).message
+
+    asyncio.run(ask())
+
+
 def test_a_budget_for_good_has_no_time_to_come_again():
     door, _ = admission()
     error = refused(door, Tenant("acme", Limits(token_budget=5, budget_period="total")), 6)
@@ -232,6 +250,7 @@ def test_beyond_loopback_nothing_starts_without_a_key_in_force(tmp_path):
     made = keys.create("acme")
     require_keys("0.0.0.0", keys.read())
     keys.revoke(made.id)
+    keys.lend()  # raypeft's own key for an hour is nobody's
     with pytest.raises(ServeError, match="no key that is in force"):
         require_keys("0.0.0.0", keys.read())
 
