@@ -65,11 +65,11 @@ def base_model(dtype: str) -> Any:
     return model
 
 
-def prompts() -> list[list[int]]:
+def prompts(seed: int = 1) -> list[list[int]]:
     """The requests' tokens."""
     import torch
 
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(seed)
     return torch.randint(1, SHAPE["vocab_size"], (REQUESTS, PROMPT), generator=generator).tolist()
 
 
@@ -102,7 +102,7 @@ def run_sequential(dtype: str, folder: Path, _: int, __: int) -> float:
                 input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=ANSWER, do_sample=False
             )
 
-    return _rate(all_of_them, warm=False)
+    return _rate(all_of_them)
 
 
 def run_mixed(dtype: str, folder: Path, _: int, __: int) -> float:
@@ -122,7 +122,7 @@ def run_mixed(dtype: str, folder: Path, _: int, __: int) -> float:
             adapter_names=names,
         )
 
-    return _rate(all_of_them, warm=False)
+    return _rate(all_of_them)
 
 
 def run_engine(dtype: str, folder: Path, resident: int, active: int) -> float:
@@ -142,12 +142,13 @@ def run_engine(dtype: str, folder: Path, resident: int, active: int) -> float:
         taken = sum([piece.num_tokens async for piece in engine.generate(request)])
         assert taken == ANSWER
 
-    async def all_of_them() -> None:
-        await asyncio.gather(*(one(number, prompt) for number, prompt in enumerate(prompts())))
+    async def all_of_them(seed: int) -> None:
+        await asyncio.gather(*(one(number, prompt) for number, prompt in enumerate(prompts(seed))))
 
     asyncio.run(load())
     try:
-        return _rate(lambda: asyncio.run(all_of_them()), warm=True)
+        asyncio.run(all_of_them(2))  # other prompts: nothing of them is in the prefix cache
+        return _rate(lambda: asyncio.run(all_of_them(1)))
     finally:
         engine.close()
 
@@ -171,13 +172,11 @@ def _of_hf(dtype: str, folder: Path) -> Any:
     return model.eval()
 
 
-def _rate(run: Callable[[], None], warm: bool) -> float:
+def _rate(run: Callable[[], None]) -> float:
     import torch
 
     torch.set_num_threads(1)
     with torch.inference_mode():
-        if warm:
-            run()
         began = time.process_time()
         run()
         return REQUESTS * ANSWER / (time.process_time() - began)

@@ -1,7 +1,9 @@
-"""Products whose rows do not depend on how many others there are: each is made of tiles of a fixed number.
+"""Operations whose rows do not depend on how many others there are.
 
 A BLAS chooses its kernel by the number of rows, and kernels round differently. Within `RowTiles` every product
-over rows of the batch runs in tiles of 16, the last filled up with zeros, so that a row's bits are its own.
+over rows of the batch runs in tiles of 16, the last filled up with zeros, so that a row's bits are its own. What is
+left over when a tensor is cut into vectors goes through other functions of one number, which round differently
+too: tensors are filled up to whole vectors.
 """
 
 from __future__ import annotations
@@ -14,6 +16,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 TILE = 16
+# Elements of a piece: whole vectors of any width, and few enough that no second thread takes part of it.
+_PIECE, _VECTORS = 16384, 128
 
 _aten = torch.ops.aten
 
@@ -25,6 +29,8 @@ class RowTiles(TorchDispatchMode):
         own = _TILED.get(func)
         if own is not None:
             return own(*args, **(kwargs or {}))
+        if func in _OF_ONE_NUMBER:
+            return _in_whole_vectors(func, *args, **(kwargs or {}))
         if func in _MADE_OF_PRODUCTS:
             with self:
                 return func.decompose(*args, **(kwargs or {}))
@@ -41,6 +47,15 @@ def tiled(a: Tensor, b: Tensor) -> Tensor:
         tile[: stop - start] = a[start:stop]
         out[start:stop] = torch.mm(tile, b)[: stop - start]
     return out
+
+
+def _in_whole_vectors(func: Any, x: Tensor, *more: Any, **options: Any) -> Tensor:
+    """A function of each number by itself."""
+    flat = x.contiguous().flatten()
+    missing = -len(flat) % _VECTORS
+    filled = torch.cat([flat, flat.new_zeros(missing)]) if missing else flat
+    made = torch.cat([func(piece.clone(), *more, **options) for piece in filled.split(_PIECE)])
+    return made[: len(flat)].view(x.shape)
 
 
 def _addmm(bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
@@ -73,5 +88,18 @@ _TILED: dict[Any, Callable[..., Tensor]] = {
     _aten.bmm.default: _bmm,
     _aten.baddbmm.default: _baddbmm,
     _aten.linear.default: _linear,
+}
+_OF_ONE_NUMBER = {
+    _aten.silu.default,
+    _aten.gelu.default,
+    _aten.sigmoid.default,
+    _aten.tanh.default,
+    _aten.exp.default,
+    _aten.erf.default,
+    _aten.cos.default,
+    _aten.sin.default,
+    _aten.pow.Tensor_Scalar,
+    _aten.rsqrt.default,
+    _aten.softplus.default,
 }
 _MADE_OF_PRODUCTS = {_aten.matmul.default, _aten.einsum.default}

@@ -1,0 +1,421 @@
+"""Many adapters in one batch: each answers what it answers alone, whatever else is in the batch."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from contextlib import aclosing
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import peft_dist
+from orchestrator.serve.batching import BatchingEngine
+from orchestrator.serve.continuous import _SaltedCache
+from orchestrator.serve.engine import AdapterRefused, EngineDead, Generation
+from tests.orchestrator.serve import adapter_zoo as zoo
+
+ANSWER = 10
+LORA = {"r": 4, "target_modules": ["q_proj", "v_proj", "down_proj"], "task_type": "CAUSAL_LM"}
+
+
+def decode(ids) -> str:
+    return "".join(chr(256 + token) for token in ids)
+
+
+def tokens(text: str) -> tuple[int, ...]:
+    return tuple(ord(letter) - 256 for letter in text)
+
+
+def engine_of(kind: str = "llama", **options) -> BatchingEngine:
+    return BatchingEngine(options.pop("model", None) or zoo.base(kind), decode, frozenset(), 60, **options)
+
+
+@pytest.fixture
+def engine():
+    made = engine_of()
+    yield made
+    made.close()
+
+
+async def said(engine, prompt, key=None, num=ANSWER, **options) -> tuple[int, ...]:
+    request = Generation(tuple(prompt), key, num, **options)
+    return tokens("".join([piece.text async for piece in engine.generate(request)]))
+
+
+async def noted(engine, prompt, key=None, num=ANSWER, **options):
+    request = Generation(tuple(prompt), key, num, logprobs=3, **options)
+    return [note for piece in [p async for p in engine.generate(request)] for note in piece.logprobs]
+
+
+def lora(folder, seed, **values):
+    torch.manual_seed(seed)
+    model = peft_dist.get_peft_model(zoo.base(), peft_dist.LoraConfig(**{**LORA, **values}))
+    zoo.disturb(model, seed=seed)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.slow  # every method of the catalog, each with a model of its own for what it says alone
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_every_method_answers_in_one_batch_what_it_answers_alone(kind, tmp_path):
+    kept = zoo.kept(tmp_path, kind, ANSWER)
+    bare = zoo.prompt_of(3)
+    wanted = [zoo.answer(zoo.base(kind), bare, ANSWER), *(each.answer for each in kept)]
+    engine = BatchingEngine(
+        zoo.base(kind), decode, frozenset(), 60 if kind == "llama" else 30, max_batch_tokens=96
+    )
+
+    async def all_at_once():
+        for number, each in enumerate(kept):
+            await engine.load(f"k{number}", each.folder)
+        return await asyncio.gather(
+            said(engine, bare),
+            *(said(engine, each.prompt, f"k{number}") for number, each in enumerate(kept)),
+        )
+
+    try:
+        given = asyncio.run(all_at_once())
+    finally:
+        engine.close()
+    labels = ["base", *(each.label for each in kept)]
+    assert [label for label, a, b in zip(labels, given, wanted, strict=True) if a != b] == []
+    if kind == "llama":
+        assert len(kept) > 100
+
+
+def test_without_the_salt_a_prefix_of_one_adapter_answers_for_another(tmp_path, monkeypatch):
+    """And with it, it does not."""
+    prompt = tuple(range(1, 40))
+    folders = [lora(tmp_path / f"{seed}", seed) for seed in (1, 2)]
+    alone = [
+        zoo.answer(peft_dist.PeftModel.from_pretrained(zoo.base(), folder).eval(), prompt, ANSWER)
+        for folder in folders
+    ]
+
+    def one_after_the_other():
+        engine = engine_of()
+
+        async def run():
+            for number, folder in enumerate(folders):
+                await engine.load(f"k{number}", folder)
+            return [await said(engine, prompt, f"k{number}") for number in range(2)]
+
+        try:
+            return asyncio.run(run())
+        finally:
+            engine.close()
+
+    assert one_after_the_other() == alone
+    monkeypatch.setattr(_SaltedCache, "search_prefix_match", _unsalted(_SaltedCache.search_prefix_match))
+    monkeypatch.setattr(_SaltedCache, "mark_complete_blocks", _unsalted(_SaltedCache.mark_complete_blocks))
+    assert one_after_the_other() != alone
+
+
+def _unsalted(method):
+    def run(self, *args):
+        self.salts = dict.fromkeys(self.salts, "one for all")
+        return method(self, *args)
+
+    return run
+
+
+def test_the_same_adapter_finds_its_prefix_again(engine, tmp_path):
+    prompt = tuple(range(1, 40))
+
+    async def twice():
+        await engine.load("k", lora(tmp_path / "a", 1))
+        return [await said(engine, prompt, "k") for _ in range(2)]
+
+    first, second = asyncio.run(twice())
+    assert first == second and engine.figures().cached_tokens == 32
+
+
+def test_a_sum_of_adapters_is_the_sum_of_their_deltas(engine, tmp_path):
+    folders = {name: lora(tmp_path / name, seed, r=2 + 2 * seed) for seed, name in enumerate("ab")}
+    merged = peft_dist.PeftModel.from_pretrained(zoo.base(), folders["a"], adapter_name="a")
+    merged.load_adapter(folders["b"], "b")
+    merged.add_weighted_adapter(["a", "b"], [0.7, 0.3], "both", combination_type="cat")
+    merged.set_adapter("both")
+    prompt = zoo.prompt_of(5)
+
+    async def run():
+        for name, folder in folders.items():
+            await engine.load(name, folder)
+        await engine.combine("both", [("a", 0.7), ("b", 0.3)])
+        one = await said(engine, prompt, "both")
+        among = await asyncio.gather(
+            said(engine, prompt, "both"),
+            said(engine, prompt, "a"),
+            said(engine, prompt, "b"),
+            said(engine, prompt),
+        )
+        return one, among
+
+    one, among = asyncio.run(run())
+    assert one == among[0] == zoo.answer(merged.eval(), prompt, ANSWER)
+    assert len(set(among)) == 4
+
+
+def test_a_sum_with_what_does_not_add_is_refused(engine, tmp_path):
+    kept = zoo.kept(tmp_path, "llama", 1, lambda label: label in ("ia3", "prompt"))
+
+    async def run():
+        await engine.load("lora", lora(tmp_path / "a", 1))
+        for each in kept:
+            await engine.load(each.label, each.folder)
+        for each in kept:
+            with pytest.raises(AdapterRefused, match="no weighted sum"):
+                await engine.combine("sum", [("lora", 0.5), (each.label, 0.5)])
+
+    asyncio.run(run())
+    assert "sum" not in engine.loaded()
+
+
+def test_a_seed_repeats_a_sequence_alone_and_in_a_batch(engine, tmp_path):
+    prompt = zoo.prompt_of(2)
+    drawn = {"temperature": 1.0, "top_p": 0.9, "seed": 7}
+
+    async def run():
+        await engine.load("k", lora(tmp_path / "a", 1))
+        alone = await said(engine, prompt, "k", **drawn)
+        others = [said(engine, zoo.prompt_of(i), "k" if i % 2 else None, temperature=1.0) for i in range(6)]
+        among, *_ = await asyncio.gather(said(engine, prompt, "k", **drawn), *others)
+        return alone, among, await said(engine, prompt, "k", **{**drawn, "seed": 8})
+
+    alone, among, other = asyncio.run(run())
+    assert alone == among != other
+
+
+def test_log_probabilities_are_the_models_own(engine):
+    prompt = zoo.prompt_of(2)
+    notes = asyncio.run(noted(engine, prompt, temperature=0.7, seed=1))
+    ids = torch.tensor([[*prompt, *(note.token for note in notes)]])
+    with torch.no_grad():
+        wanted = zoo.base()(ids).logits[0].log_softmax(-1)[len(prompt) - 1 : -1]
+    for note, row in zip(notes, wanted, strict=True):
+        assert note.logprob == pytest.approx(float(row[note.token]), abs=1e-4)
+        assert [token for token, _ in note.top] == row.topk(3).indices.tolist()
+
+
+def test_in_bf16_scores_are_those_of_one_adapter_within_its_precision(tmp_path):
+    folders = [lora(tmp_path / f"{seed}", seed, r=4 * seed) for seed in (1, 2, 3)]
+    prompt = zoo.prompt_of(4)
+    engine = engine_of(model=zoo.base().to(torch.bfloat16))
+
+    async def run():
+        for number, folder in enumerate(folders):
+            await engine.load(f"k{number}", folder)
+        return await asyncio.gather(
+            *(noted(engine, prompt, f"k{number}", 1) for number in range(3)), noted(engine, prompt, None, 1)
+        )
+
+    try:
+        given = asyncio.run(run())
+    finally:
+        engine.close()
+    for folder, (note,) in zip(folders, given, strict=False):
+        alone = peft_dist.PeftModel.from_pretrained(zoo.base(), folder).eval()
+        with torch.no_grad():
+            row = alone(torch.tensor([prompt])).logits[0, -1].log_softmax(-1)
+        assert note.logprob == pytest.approx(float(row[note.token]), abs=0.15)
+
+
+def test_deterministic_log_probabilities_are_equal_to_the_bit(tmp_path):
+    labels = (
+        "lora",
+        "dora",
+        "ia3",
+        "oft",
+        "loha",
+        "vera",
+        "prompt",
+        "prefix",
+        "ln tuning",
+        "lora with a head",
+    )
+    kept = zoo.kept(tmp_path, "llama", 1, lambda label: label in labels)
+    assert len(kept) == len(labels)
+    engine = engine_of(deterministic=True, max_batch_tokens=24)
+
+    async def run():
+        for each in kept:
+            await engine.load(each.label, each.folder)
+        keys = [None, *(each.label for each in kept)]
+        alone = [await noted(engine, zoo.prompt_of(i), key, 6) for i, key in enumerate(keys)]
+        among = await asyncio.gather(
+            *(noted(engine, zoo.prompt_of(i), key, 6) for i, key in enumerate(keys)),
+            *(noted(engine, zoo.prompt_of(30 + i), "lora", 9) for i in range(5)),
+        )
+        return alone, among[: len(keys)]
+
+    try:
+        alone, among = asyncio.run(run())
+    finally:
+        engine.close()
+    assert alone == list(among)
+
+
+def test_deterministic_is_for_fp32_on_a_cpu():
+    with pytest.raises(ValueError, match="deterministic: is for fp32 on a CPU"):
+        engine_of(model=zoo.base().to(torch.bfloat16), deterministic=True)
+
+
+def test_adapters_come_and_go_while_others_run(engine, tmp_path):
+    folders = [lora(tmp_path / f"{seed}", seed) for seed in range(3)]
+    prompt = zoo.prompt_of(1)
+
+    async def run():
+        await engine.load("stays", folders[0])
+        wanted = await said(engine, prompt, "stays", 40)
+        running = [asyncio.ensure_future(said(engine, prompt, "stays", 40)) for _ in range(3)]
+        for turn in range(4):
+            await asyncio.gather(
+                *(engine.load(f"k{turn}", folders[1]) for _ in range(3)), engine.load("x", folders[2])
+            )
+            await said(engine, prompt, f"k{turn}", 2)
+            await asyncio.gather(engine.unload(f"k{turn}"), engine.unload("x"))
+        return wanted, await asyncio.gather(*running)
+
+    wanted, given = asyncio.run(run())
+    assert set(given) == {wanted} and engine.loaded() == {"stays"}
+
+
+def test_an_adapter_that_leaves_answers_those_that_asked_before(engine, tmp_path):
+    prompt = zoo.prompt_of(1)
+
+    async def run():
+        await engine.load("k", lora(tmp_path / "a", 1))
+        wanted = await said(engine, prompt, "k", 30)
+        running = asyncio.ensure_future(said(engine, prompt, "k", 30))
+        await asyncio.sleep(0)
+        leaving = asyncio.ensure_future(engine.unload("k"))
+        await asyncio.sleep(0)
+        with pytest.raises(AdapterRefused, match="not loaded"):
+            await said(engine, prompt, "k")
+        assert await running == wanted
+        await leaving
+        # The same key again, with other weights: nothing of the old ones is left.
+        await engine.load("k", lora(tmp_path / "b", 2))
+        return wanted, await said(engine, prompt, "k", 30)
+
+    first, second = asyncio.run(run())
+    alone = peft_dist.PeftModel.from_pretrained(zoo.base(), tmp_path / "b").eval()
+    assert second == zoo.answer(alone, prompt, 30) != first
+
+
+def test_closing_a_generation_stops_it_within_a_step(engine):
+    steps = []
+    engine._base.register_forward_hook(lambda *_: steps.append(1))
+
+    async def run():
+        async with aclosing(engine.generate(Generation(zoo.prompt_of(1), None, 50))) as pieces:
+            for _ in range(3):
+                await anext(pieces)
+        await said(engine, zoo.prompt_of(2), num=1)
+
+    asyncio.run(run())
+    assert len(steps) < 12 and engine.figures().running == 0
+
+
+def test_turns_go_to_the_queue_that_was_served_least():
+    engine = engine_of(max_sequences=2)
+    ended = []
+
+    async def one(queue, number):
+        await said(engine, zoo.prompt_of(number), num=8, queue=queue)
+        ended.append(queue)
+
+    async def run():
+        flood = [asyncio.ensure_future(one("flood", number)) for number in range(12)]
+        await asyncio.sleep(0)
+        await one("calm", 3)
+        await asyncio.gather(*flood)
+
+    try:
+        asyncio.run(run())
+    finally:
+        engine.close()
+    assert ended.index("calm") <= 4
+
+
+def test_what_cannot_be_served_right_is_refused_with_the_reason(engine, tmp_path):
+    good = lora(tmp_path / "good", 1)
+    broken = lora(tmp_path / "nan", 1)
+    weights = load_file(broken / "adapter_model.safetensors")
+    key = next(iter(weights))
+    save_file({**weights, key: weights[key] * float("nan")}, broken / "adapter_model.safetensors")
+    more = lora(tmp_path / "more", 1)
+    save_file(
+        {**weights, "base_model.model.nowhere.lora_A.weight": torch.ones(2)},
+        more / "adapter_model.safetensors",
+    )
+    other = tmp_path / "other"
+    torch.manual_seed(0)
+    large = peft_dist.get_peft_model(zoo.bases.grouped(), peft_dist.LoraConfig(**LORA))
+    large.save_pretrained(other)
+    poly = tmp_path / "poly"
+    config = peft_dist.PolyConfig(
+        r=4, n_tasks=2, n_skills=2, target_modules=["q_proj"], task_type="CAUSAL_LM"
+    )
+    peft_dist.get_peft_model(zoo.base(), config).save_pretrained(poly)
+    reasons = {
+        broken: "not finite",
+        more: "nowhere",
+        other: "size|shape|fit",
+        poly: "task_ids",
+        tmp_path / "none": "is not a directory",
+    }
+
+    async def run():
+        await engine.load("good", good)
+        wanted = await said(engine, zoo.prompt_of(1), "good")
+        for folder, reason in reasons.items():
+            with pytest.raises(AdapterRefused, match=reason):
+                await engine.load("bad", folder)
+        return wanted, await said(engine, zoo.prompt_of(1), "good")
+
+    before, after = asyncio.run(run())
+    assert before == after and engine.loaded() == {"good"}
+
+
+def test_stop_strings_end_an_answer(engine):
+    prompt = zoo.prompt_of(1)
+    whole = decode(asyncio.run(said(engine, prompt, num=8)))
+    stop = whole[3:5]
+
+    async def run():
+        return [piece async for piece in engine.generate(Generation(prompt, None, 8, stop=(stop,)))]
+
+    pieces = asyncio.run(run())
+    assert "".join(piece.text for piece in pieces) == whole[: whole.index(stop)]
+    assert pieces[-1].finish_reason == "stop"
+
+
+def test_what_does_not_fit_the_context_is_refused(engine):
+    with pytest.raises(ValueError, match="do not fit the context of 60"):
+        asyncio.run(said(engine, range(1, 60), num=10))
+
+
+def test_a_dead_thread_is_told():
+    engine = engine_of()
+    engine.close()
+    with pytest.raises(EngineDead):
+        engine.check()
+    with pytest.raises(EngineDead):
+        asyncio.run(said(engine, zoo.prompt_of(1)))
+
+
+def test_what_runs_ends_with_the_engine(engine):
+    async def run():
+        running = asyncio.ensure_future(said(engine, zoo.prompt_of(1), num=50))
+        await asyncio.sleep(0.05)
+        await asyncio.to_thread(engine.close)
+        with pytest.raises(EngineDead):
+            await running
+
+    asyncio.run(run())
+    began = time.monotonic()
+    while engine._thread.is_alive():
+        assert time.monotonic() - began < 10
