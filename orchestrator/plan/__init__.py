@@ -24,6 +24,7 @@ from .memory import FP32, Memory, Step, estimate, is_known
 from .model_sizes import ModelSizes
 from .placement import check_placement, gpu_memory, memory_shortage
 from .row_lengths import RowFacts
+from .serving import serving
 from .task_heads import with_head
 
 __all__ = ["Memory", "Plan", "make_plan"]
@@ -76,6 +77,8 @@ class Plan:
     """How the base's linear layers are kept: `int8`, `nf4+double`; None: in its own precision."""
     sizes: tuple[GroupSize, ...] = ()
     """The numbers of workers with which an elastic job steps, ascending; empty where the number is fixed."""
+    serving: str | None = None
+    """What its deployment comes to, in words; None: it is not deployed."""
 
     @property
     def use_gpu(self) -> bool:
@@ -165,6 +168,7 @@ def make_plan(
         cluster=cluster.source if cluster else "",
         quantization=bits.name if (bits := _quantization(spec, sizes)) else None,
         sizes=counts if spec.resources.max_workers > spec.resources.min_workers else (),
+        serving=serving(spec),
     )
 
 

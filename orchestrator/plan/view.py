@@ -71,6 +71,8 @@ def _rows(plan: Plan) -> list[tuple[str, str]]:
         rows.append(
             ("trained", f"{plan.adapter_parameters:,} of {plan.base_parameters:,} parameters ({share:.2%})")
         )
+    if plan.serving is not None:
+        rows.append(("serves", plan.serving))
     rows.append(("fits", {True: "yes", False: "no", None: "not known"}[plan.fits]))
     return rows
 

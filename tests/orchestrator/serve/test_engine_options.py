@@ -45,6 +45,31 @@ def test_the_context_is_the_smaller_one(tiny_base):
         engine.close()
 
 
+def test_a_forward_has_so_many_tokens_at_most(tiny_base, monkeypatch):
+    seen = []
+    forward = BatchingEngine._forward
+
+    def noted(self, step, sequences):
+        seen.append(sum(part.length for part in step.parts))
+        return forward(self, step, sequences)
+
+    monkeypatch.setattr(BatchingEngine, "_forward", noted)
+
+    async def longest(text):
+        seen.clear()
+        _, engine = started(tiny_base, text)
+        asked = [Generation(tuple(range(number, number + 40)), None, 2) for number in range(4)]
+        await asyncio.gather(*(_all(engine, each) for each in asked))
+        engine.close()
+        return max(seen)
+
+    assert asyncio.run(longest("max_batch_tokens: 64")) <= 64 < asyncio.run(longest(""))
+
+
+async def _all(engine, asked):
+    return [piece async for piece in engine.generate(asked)]
+
+
 def test_deterministic_is_fp32_and_equal_to_the_bit_alone_and_in_a_batch(tiny_base):
     base, engine = started(tiny_base, "deterministic: true")
     assert base.model.dtype == torch.float32

@@ -2,6 +2,7 @@
 
 import pytest
 
+from orchestrator.plan.serving import serving
 from orchestrator.spec.canonical import canonical_hash, load_stored, resolved_yaml
 
 from .jobs import refused_after_minimal, spec_of
@@ -89,6 +90,28 @@ def test_they_are_stored_and_read_and_new_keys_do_not_make_old_runs_look_new():
     plain = spec_of("deploy: {}\n")
     assert canonical_hash(spec_of("deploy: {rollout: {}, engine: {}}\n")) == canonical_hash(plain)
     assert canonical_hash(spec) != canonical_hash(plain)
+
+
+@pytest.mark.parametrize(
+    ("deploy", "words"),
+    [
+        ("{}", "x@production at once; 1 replica"),
+        ("{alias: beta, num_replicas: 2}", "x@beta at once; 2 replicas"),
+        ("{rollout: {canary_percent: 10, sticky_key: x-s}}",
+         "x@production by raypeft promote, until then 10 % of its requests by 'x-s'; 1 replica"),
+        ("{rollout: {shadow_percent: 20, bake: 10m, rollback: {any: [error_rate > 0.1, requests > 9]}}}",
+         "x@production after 10m, until then 100 % of its requests by 'user', 20 % in shadow, "
+         "taken back if any of: error_rate > 0.1; requests > 9; 1 replica"),
+        ("{scale: {min_replicas: 0, max_replicas: 3, idle_timeout: 1m}}",
+         "x@production at once; 0 to 3 replicas by demand, each until 1m without"),
+        ("{engine: {max_context: 64, max_batch_tokens: 32, max_adapters: 3, deterministic: true, quantization: int8}}",
+         "x@production at once; 1 replica; engine max_context 64, max_batch_tokens 32, max_adapters 3, "
+         "deterministic true, quantization int8"),
+    ],
+)  # fmt: skip
+def test_the_plan_says_what_each_of_them_does(deploy, words):
+    assert serving(spec_of(f"deploy: {deploy}\n")) == words
+    assert serving(spec_of("")) is None
 
 
 def test_a_rollback_is_one_value():

@@ -3,6 +3,7 @@ is told: what is sent, and that events, results and errors are as if the command
 
 import io
 import json
+import shlex
 import zipfile
 from importlib import metadata
 
@@ -103,6 +104,22 @@ def test_what_was_asked_travels_and_an_alias_is_resolved_here(site):
     assert site.entrypoints() == [
         "exec sh start.sh -m orchestrator deploy docs@1 --alias=best --endpoint=mine --replicas=2 --force --json"
     ]
+
+
+def test_what_was_set_travels_too(site):
+    site.register()
+    site.log = printed({"event": "result", **MADE})
+    settings = ["rollout.bake=10m", "rollout.rollback={any: [error_rate > 0.1]}", "engine.max_adapters=3"]
+    api.deploy("docs@1", settings=settings, cluster="there.yaml")
+    (line,) = site.entrypoints()
+    words = shlex.split(line)
+    sent = [word.removeprefix("--set=") for word in words if word.startswith("--set=")]
+    assert sent == [
+        "rollout.bake=600.0",
+        'rollout.rollback={"any": ["error_rate > 0.1"]}',
+        "engine.max_adapters=3",
+    ]
+    assert api._deploy_spec(sent).rollout == api._deploy_spec(settings).rollout  # read there as here
 
 
 def test_the_job_has_the_wheel_and_the_clusters_places(site):
