@@ -54,7 +54,7 @@ class EndpointInfo:
     """All URLs that reach it: also http://HOST:PORT/v1 while it is the only one."""
     base: str
     adapters: tuple[str, ...]
-    """`name@version` of each; with ` (forced)` where the gate had refused it."""
+    """`name@version` of each; with ` (forced)` where the gate had refused it, ` (canary)` while it is watched."""
     state: str
     """live | idle | starting | waiting | failed | down"""
     message: str = ""
@@ -639,11 +639,17 @@ def _row(
         url=routes[0] if routes else "",
         routes=routes,
         base=base_id(desired.base) if desired else "",
-        adapters=tuple(entry.ref + (" (forced)" if entry.forced else "") for entry in adapters),
+        adapters=tuple(entry.ref + _remark(entry, desired) for entry in adapters),
         state=state,
         message=message,
         replicas=replicas,
     )
+
+
+def _remark(entry: Served, desired: Desired | None) -> str:
+    rolling = desired is not None and any(each.ref == entry.ref for each in desired.rollouts)
+    said = ["forced"] * entry.forced + ["canary"] * rolling
+    return f" ({', '.join(said)})" if said else ""
 
 
 def _state(app: Application | None) -> tuple[str, str]:

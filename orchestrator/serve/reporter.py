@@ -84,7 +84,11 @@ class Reporter:
 
     def _report(self, known: Known) -> Report:
         """Copies of all numbers: they go on counting while the report is written."""
-        totals = {}
+        totals, there = {}, self._engine.loaded()
+        for key in [
+            key for key in self._engine.totals if key and key not in there and known.name_of(key) is None
+        ]:
+            del self._engine.totals[key]  # else it would grow with each version that ever was here
         busiest = sorted(self._engine.totals.items(), key=lambda item: -item[1].requests)
         for key, numbers in busiest[:_MOST_ADAPTERS]:
             name = known.base_name if not key else known.name_of(key)

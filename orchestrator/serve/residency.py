@@ -162,8 +162,9 @@ class Residency:
                 continue  # on its way in
             if not self._uses[folder.name] and folder.name not in self._pulls:
                 await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
-        for key in [key for key in self.refused if key not in kept]:
-            del self.refused[key]
+        for told in (self.refused, self.methods):
+            for key in [key for key in told if key not in kept]:
+                del told[key]
         while len(self._sums) > _MOST_SUMS and (spare := self._at_rest(self._sums)) is not None:
             await self._free(spare)
 
