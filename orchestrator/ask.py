@@ -114,6 +114,8 @@ def _task(url: str) -> str:
         response = requests.get(
             f"{url.rstrip('/').removesuffix('/v1')}/healthz", timeout=(_CONNECT_TIMEOUT_S, 60)
         )
+        if response.status_code >= 500:
+            _check(response, url)
         return str(response.json().get("task", "")) if response.status_code == 200 else ""
     except requests.RequestException as error:
         raise _silent(url) from error

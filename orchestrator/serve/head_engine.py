@@ -90,7 +90,9 @@ class HeadEngine(TaskEngine):
 
     # --- what is asked
 
-    async def embed(self, inputs: Sequence[Input], adapter: str | None, queue: str = "") -> list[Embedded]:
+    async def embed(
+        self, inputs: Sequence[Input], adapter: str | None, queue: str = "", shadow: str | None = None
+    ) -> list[Embedded]:
         """See `Heads.embed`."""
         with self._using(adapter):
             rows = await self._texts(inputs, adapter, queue)
@@ -100,7 +102,7 @@ class HeadEngine(TaskEngine):
             ]
 
     async def classify(
-        self, inputs: Sequence[Input], adapter: str | None, queue: str = ""
+        self, inputs: Sequence[Input], adapter: str | None, queue: str = "", shadow: str | None = None
     ) -> list[Classified]:
         """See `Heads.classify`."""
         with self._using(adapter):
@@ -110,7 +112,9 @@ class HeadEngine(TaskEngine):
                 for row, values in zip(rows, await self._answers(rows), strict=True)
             ]
 
-    async def tag(self, inputs: Sequence[Input], adapter: str | None, queue: str = "") -> list[Tagged]:
+    async def tag(
+        self, inputs: Sequence[Input], adapter: str | None, queue: str = "", shadow: str | None = None
+    ) -> list[Tagged]:
         """See `Heads.tag`: words are what blanks separate, as in the rows of training."""
         with self._using(adapter):
             words = [head_answers.Words.of(each.text) for each in inputs]
@@ -133,7 +137,12 @@ class HeadEngine(TaskEngine):
             ]
 
     async def find(
-        self, questions: Sequence[tuple[str, str]], adapter: str | None, top: int, queue: str = ""
+        self,
+        questions: Sequence[tuple[str, str]],
+        adapter: str | None,
+        top: int,
+        queue: str = "",
+        shadow: str | None = None,
     ) -> list[Found]:
         """See `Heads.find`: a context that does not fit is read in windows that overlap, as in training."""
         with self._using(adapter):

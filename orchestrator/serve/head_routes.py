@@ -57,7 +57,7 @@ class HeadRoutes:
             body,
             asked,
             sum(map(_guess, inputs)),
-            lambda target: self._heads.embed(inputs, target.adapter, target.name),
+            lambda target: self._heads.embed(inputs, target.adapter, target.name, target.shadow),
             lambda answers: embeddings(answers, asked.encoding_format),
         )
 
@@ -71,7 +71,7 @@ class HeadRoutes:
             body,
             asked,
             sum(map(_guess, inputs)),
-            lambda target: self._heads.classify(inputs, target.adapter, target.name),
+            lambda target: self._heads.classify(inputs, target.adapter, target.name, target.shadow),
             lambda answers: classes(answers, asked.top_k),
         )
 
@@ -85,7 +85,7 @@ class HeadRoutes:
             body,
             asked,
             sum(map(_guess, inputs)),
-            lambda target: self._heads.tag(inputs, target.adapter, target.name),
+            lambda target: self._heads.tag(inputs, target.adapter, target.name, target.shadow),
             lambda answers: entities(answers, inputs),
         )
 
@@ -104,7 +104,9 @@ class HeadRoutes:
             body,
             asked,
             sum(_guess(Input(*each)) for each in questions),
-            lambda target: self._heads.find(questions, target.adapter, asked.top_k, target.name),
+            lambda target: self._heads.find(
+                questions, target.adapter, asked.top_k, target.name, target.shadow
+            ),
             lambda answers: spans(answers, questions),
         )
 

@@ -122,6 +122,9 @@ class Heads(Protocol):
     that come together are answered together, whatever their adapters. All methods may be called from any thread;
     `adapter` is a key given to `load`, or None for the bare base.
 
+    `queue` is as in `Generation`, and `shadow` the key of a candidate that answers the same beside it: `observed_heads`
+    sees to it, heads themselves pass it over.
+
     A call that is cancelled leaves no work behind. Each of the four raises TooLong, NoTokens, EngineDead, and
     AdapterRefused where the bare base is asked and has no trained head.
     """
@@ -134,19 +137,28 @@ class Heads(Protocol):
     def vocab_size(self) -> int:
         """Token ids are below this."""
 
-    async def embed(self, inputs: Sequence[Input], adapter: str | None, queue: str = "") -> list[Embedded]:
+    async def embed(
+        self, inputs: Sequence[Input], adapter: str | None, queue: str = "", shadow: str | None = None
+    ) -> list[Embedded]:
         """A vector each (FEATURE_EXTRACTION)."""
 
     async def classify(
-        self, inputs: Sequence[Input], adapter: str | None, queue: str = ""
+        self, inputs: Sequence[Input], adapter: str | None, queue: str = "", shadow: str | None = None
     ) -> list[Classified]:
         """Labels of whole texts (SEQ_CLS)."""
 
-    async def tag(self, inputs: Sequence[Input], adapter: str | None, queue: str = "") -> list[Tagged]:
+    async def tag(
+        self, inputs: Sequence[Input], adapter: str | None, queue: str = "", shadow: str | None = None
+    ) -> list[Tagged]:
         """Entities within texts (TOKEN_CLS)."""
 
     async def find(
-        self, questions: Sequence[tuple[str, str]], adapter: str | None, top: int, queue: str = ""
+        self,
+        questions: Sequence[tuple[str, str]],
+        adapter: str | None,
+        top: int,
+        queue: str = "",
+        shadow: str | None = None,
     ) -> list[Found]:
         """At most `top` answers to each (question, context) (QUESTION_ANS)."""
 

@@ -16,7 +16,7 @@ from .numbers import Agreement, Numbers
 
 _log = logging.getLogger("ray.serve")
 
-_SHADOWS_AT_ONCE = 16
+SHADOWS_AT_ONCE = 16
 """More are left out: comparisons must not hold up what clients wait for."""
 
 Pin = Callable[[str], AbstractContextManager[None]]
@@ -38,7 +38,7 @@ class Watch:
 
 
 @dataclass
-class _Answer:
+class Answered:
     """The tokens of one answer, with what is told of it."""
 
     tokens: list[tuple[int, float]] = field(default_factory=list)
@@ -87,8 +87,8 @@ class Observed:
         """See `Engine.generate`."""
         shadow = request.shadow
         asked = replace(request, shadow=None)
-        twin: asyncio.Task[_Answer] | None = None
-        if shadow is not None and len(self._shadows) < _SHADOWS_AT_ONCE:
+        twin: asyncio.Task[Answered] | None = None
+        if shadow is not None and len(self._shadows) < SHADOWS_AT_ONCE:
             # Both draw the same: their seeds are one, whatever it is.
             seed = random.getrandbits(62) if request.seed is None else request.seed
             scored = 0 if request.logprobs is None else request.logprobs
@@ -96,7 +96,7 @@ class Observed:
             twin = asyncio.ensure_future(self._answer(replace(asked, adapter=shadow)))
             self._shadows.add(twin)
             twin.add_done_callback(self._shadows.discard)
-        answer, began, failed = _Answer(), time.monotonic(), False
+        answer, began, failed = Answered(), time.monotonic(), False
         try:
             async with aclosing(self._engine.generate(asked)) as pieces:
                 async for piece in pieces:
@@ -111,26 +111,15 @@ class Observed:
             if twin is not None:
                 self._follow_up(twin, answer, request.adapter, shadow)
 
-    async def _answer(self, request: Generation) -> _Answer:
-        answer, began = _Answer(), time.monotonic()
+    async def _answer(self, request: Generation) -> Answered:
+        answer, began = Answered(), time.monotonic()
         with self.pin(str(request.adapter)):
             async with aclosing(self._engine.generate(request)) as pieces:
                 async for piece in pieces:
                     answer.take(piece, began)
         return answer
 
-    def _count(self, adapter: str | None, seconds: float, answer: _Answer, *, failed: bool) -> None:
-        self._count_request(adapter, seconds, answer.num_tokens, answer.first_s, failed=failed)
-
-    def _count_request(
-        self,
-        adapter: str | None,
-        seconds: float,
-        num_tokens: int,
-        first_s: float | None = None,
-        *,
-        failed: bool,
-    ) -> None:
+    def _count(self, adapter: str | None, seconds: float, answer: Answered, *, failed: bool) -> None:
         numbers = [self.totals.setdefault(adapter or "", Numbers())]
         for watch in self.watches.values():
             if adapter == watch.candidate_key:
@@ -138,10 +127,10 @@ class Observed:
             elif adapter == watch.stable_key:
                 numbers.append(watch.stable)
         for each in numbers:
-            each.count(seconds, num_tokens, first_s, failed=failed)
+            each.count(seconds, answer.num_tokens, answer.first_s, failed=failed)
 
     def _follow_up(
-        self, twin: asyncio.Task[_Answer], theirs: _Answer, stable: str | None, candidate: str | None
+        self, twin: asyncio.Task[Answered], theirs: Answered, stable: str | None, candidate: str | None
     ) -> None:
         """Compares once the shadow has ended too; a client that left ends it."""
         if not theirs.is_whole:
@@ -152,7 +141,7 @@ class Observed:
         task.add_done_callback(self._shadows.discard)
 
     async def _compare(
-        self, twin: asyncio.Task[_Answer], theirs: _Answer, stable: str | None, candidate: str | None
+        self, twin: asyncio.Task[Answered], theirs: Answered, stable: str | None, candidate: str | None
     ) -> None:
         try:
             ours = await twin

@@ -128,3 +128,70 @@ def test_the_curl_line_asks_the_same_from_a_shell(server, url):
 def test_asking_needs_neither_ray_nor_torch():
     code = "import sys, orchestrator.ask; print(*{'ray', 'torch', 'transformers'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.split() == []
+
+
+# heads
+
+
+class Head(BaseHTTPRequestHandler):
+    """An endpoint of one task: `/healthz` names it, its route answers one row."""
+
+    def do_GET(self) -> None:
+        assert self.path == "/tiny/healthz"
+        self._send({"task": self.server.task})
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.seen.append((self.path, body))
+        self._send({"data": [self.server.row]})
+
+    _send, log_message = Endpoint._send, Endpoint.log_message
+
+
+SCORES = [{"label": f"l{number}", "score": 0.5 / (1 + number)} for number in range(7)]
+FOUND = {"label": "NAME", "score": 0.9, "start": 4, "end": 7, "text": "Ada"}
+HEADS = {
+    "SEQ_CLS": (
+        "classify", {"input": "q"}, {"object": "classification", "scores": SCORES},
+        "l0  0.500\nl1  0.250\nl2  0.167\nl3  0.125\nl4  0.100",
+    ),
+    "TOKEN_CLS": (
+        "token-classify", {"input": "q"}, {"object": "token_classification", "entities": [FOUND]}, "NAME  0.900  Ada",
+    ),
+    "FEATURE_EXTRACTION": (
+        "embeddings", {"input": "q"}, {"object": "embedding", "embedding": [0.5, -0.25]}, "2 numbers: 0.5000 -0.2500",
+    ),
+    "QUESTION_ANS": (
+        "question-answering", {"question": "q", "context": "see Ada"},
+        {"object": "question_answering", "answers": [FOUND]}, "Ada  (0.900, characters 4 to 7)",
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture
+def head():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Head)
+    server.seen = []
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+
+
+@pytest.mark.parametrize("task", HEADS)
+def test_an_endpoint_that_does_not_generate_is_asked_on_its_route_and_read_in_words(head, task):
+    route, body, head.row, said = HEADS[task]
+    head.task, url = task, f"http://127.0.0.1:{head.server_address[1]}/tiny/v1"
+    context = "see Ada" if task == "QUESTION_ANS" else None
+    assert ask(url, "docs", "q", context=context) == said
+    assert list(ask_stream(url, "docs", "q", context=context)) == [said]
+    assert head.seen == [(f"/tiny/v1/{route}", {"model": "docs", **body})] * 2
+
+
+def test_what_a_question_lacks_is_said(head):
+    url = f"http://127.0.0.1:{head.server_address[1]}/tiny/v1"
+    head.task = "QUESTION_ANS"
+    with pytest.raises(ServeError, match="--context"):
+        ask(url, "docs", "q")
+    head.task, head.row = "SEQ_CLS", HEADS["SEQ_CLS"][2]
+    ask(url, "docs", "q", context="second")
+    assert head.seen[-1][1]["input"] == {"text": "q", "text_pair": "second"}

@@ -148,18 +148,22 @@ class ScriptedHeads:
         self.running, self.cancelled = 0, 0
         self._dead = False
 
-    async def embed(self, inputs: Sequence[Input], adapter: str | None, queue: str = "") -> list[Embedded]:
+    async def embed(
+        self, inputs: Sequence[Input], adapter: str | None, queue: str = "", shadow: str | None = None
+    ) -> list[Embedded]:
         counts = await self._take(inputs, adapter, queue)
         return [Embedded((0.6, -0.8, count / 7), count) for count in counts]
 
     async def classify(
-        self, inputs: Sequence[Input], adapter: str | None, queue: str = ""
+        self, inputs: Sequence[Input], adapter: str | None, queue: str = "", shadow: str | None = None
     ) -> list[Classified]:
         counts = await self._take(inputs, adapter, queue)
         label = "base" if adapter is None else adapter
         return [Classified(((label, 0.7), ("b", 0.2), ("c", 0.1)), count) for count in counts]
 
-    async def tag(self, inputs: Sequence[Input], adapter: str | None, queue: str = "") -> list[Tagged]:
+    async def tag(
+        self, inputs: Sequence[Input], adapter: str | None, queue: str = "", shadow: str | None = None
+    ) -> list[Tagged]:
         counts = await self._take(inputs, adapter, queue)
         return [
             Tagged(tuple(Entity("NAME", 0.9, *m.span()) for m in re.finditer(r"[A-Z]\w*", each.text)), count)
@@ -167,7 +171,12 @@ class ScriptedHeads:
         ]
 
     async def find(
-        self, questions: Sequence[tuple[str, str]], adapter: str | None, top: int, queue: str = ""
+        self,
+        questions: Sequence[tuple[str, str]],
+        adapter: str | None,
+        top: int,
+        queue: str = "",
+        shadow: str | None = None,
     ) -> list[Found]:
         counts = await self._take([Input(*each) for each in questions], adapter, queue)
         return [Found(tuple(Span(at, at + 3, 0.5) for at in range(min(top, 4))), count) for count in counts]

@@ -27,7 +27,7 @@ from orchestrator.serve.head_api import (
     QuestionAnsweringRequest,
     TokenClassifyRequest,
 )
-from orchestrator.serve.head_routes import ROUTES
+from orchestrator.serve.heads import ROUTES
 from orchestrator.serve.openai_api import ChatRequest, CompletionRequest
 from tests.orchestrator.serve.scripted import (
     FixedCatalogue,

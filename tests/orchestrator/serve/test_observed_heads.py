@@ -1,0 +1,91 @@
+"""Task heads' answers counted by adapter, and compared with those of a candidate in their shadow."""
+
+import asyncio
+
+import pytest
+
+from orchestrator.serve.heads import Classified, Embedded, Entity, Found, Input, Span, Tagged, TooLong
+from orchestrator.serve.observed_heads import ObservedHeads
+
+
+class Two:
+    """Two versions: `new` says otherwise to "b"."""
+
+    fails: str | None = None
+
+    async def classify(self, inputs, adapter, queue=""):
+        if self.fails == adapter:
+            raise RuntimeError("broken")
+        if inputs[0].text == "long":
+            raise TooLong(0, 9, 8)
+        other = adapter == "new" and inputs[0].text == "b"
+        return [Classified((("y", 0.5),) if other else (("x", 0.8),), 3)]
+
+    async def tag(self, inputs, adapter, queue=""):
+        entities = (Entity("A", 0.5, 0, 1), *((Entity("B", 0.5, 2, 3),) if adapter == "new" else ()))
+        return [Tagged(entities, 3)]
+
+    async def find(self, questions, adapter, top, queue=""):
+        return [Found((Span(0, 2, 0.25 if adapter == "new" else 0.5),), 3)]
+
+    async def embed(self, inputs, adapter, queue=""):
+        return [Embedded((1.0,), 3)]
+
+
+def observed():
+    heads = ObservedHeads(Two())
+    heads.watch({"r": ("new", "old")})
+    return heads, heads.watches["r"]
+
+
+async def settled(heads):
+    while heads._shadows:
+        await asyncio.sleep(0)
+        await asyncio.gather(*heads._shadows, return_exceptions=True)
+
+
+def test_requests_are_counted_by_adapter_and_those_that_are_wrong_are_nobodys_fault():
+    heads, watch = observed()
+
+    async def run():
+        await heads.classify([Input("a")], "new")
+        await heads.embed([Input("a")], None)
+        with pytest.raises(TooLong):
+            await heads.classify([Input("long")], "new")
+        heads._engine.fails = "new"
+        with pytest.raises(RuntimeError):
+            await heads.classify([Input("a")], "new")
+
+    asyncio.run(run())
+    assert (heads.totals["new"].requests, heads.totals["new"].errors, heads.totals["new"].tokens) == (2, 1, 3)
+    assert heads.totals[""].requests == 1 and watch.candidate.requests == 2 and watch.stable.requests == 0
+
+
+def test_a_candidate_is_compared_by_what_it_chooses():
+    heads, watch = observed()
+
+    async def run():
+        for text in ("a", "b"):
+            (answer,) = await heads.classify([Input(text)], "old", "", "new")
+            assert answer.scores == (("x", 0.8),)  # what the client gets is the version's that it asked
+        await heads.tag([Input("a")], "old", "", "new")
+        await heads.find([("q", "c")], "old", 1, "", "new")
+        await settled(heads)
+
+    asyncio.run(run())
+    shadow = watch.shadow
+    assert (shadow.requests, shadow.errors, shadow.positions, shadow.agreed) == (4, 0, 5, 3)
+    assert shadow.difference == pytest.approx(0.6931, abs=1e-3)
+    assert "new" not in heads.totals
+
+
+def test_a_candidate_that_fails_in_the_shadow_is_told_of_and_the_client_answered():
+    heads, watch = observed()
+    heads._engine.fails = "new"
+
+    async def run():
+        assert await heads.classify([Input("a")], "old", "", "new")
+        await settled(heads)
+
+    asyncio.run(run())
+    assert (watch.shadow.requests, watch.shadow.errors) == (0, 1)
