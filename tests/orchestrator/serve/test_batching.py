@@ -9,6 +9,7 @@ from contextlib import aclosing
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import peft_dist
 from orchestrator.serve.batching import BatchingEngine
@@ -419,3 +420,48 @@ def test_what_runs_ends_with_the_engine(engine):
     began = time.monotonic()
     while engine._thread.is_alive():
         assert time.monotonic() - began < 10
+
+
+@pytest.mark.parametrize("bits", ["int8", "nf4"])
+def test_quantised_bases_serve_mixed_batches_too(bits, tmp_path):
+    config = zoo.bases.eight_bit() if bits == "int8" else zoo.bases.four_bit()
+    sizes = {**zoo.bases.LLAMA, "hidden_size": 64, "intermediate_size": 128}
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained(tmp_path / "base")
+
+    def base():
+        model = LlamaForCausalLM.from_pretrained(
+            tmp_path / "base", quantization_config=config, dtype=torch.float32
+        )
+        model.generation_config.eos_token_id = None
+        return model.eval()
+
+    configs = {
+        "lora": peft_dist.LoraConfig(**LORA),
+        "wide": peft_dist.LoraConfig(**{**LORA, "r": 12}),
+        "ia3": peft_dist.IA3Config(
+            target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"], task_type="CAUSAL_LM"
+        ),
+        "prompt": peft_dist.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
+    }
+    prompts = {label: zoo.prompt_of(number) for number, label in enumerate([*configs, "base"])}
+    wanted = {"base": zoo.answer(base(), prompts["base"], ANSWER)}
+    for seed, (label, of) in enumerate(configs.items()):
+        torch.manual_seed(seed)
+        model = peft_dist.get_peft_model(base(), of).eval()
+        zoo.disturb(model, seed=seed, size=0.2)
+        model.save_pretrained(tmp_path / label)
+        wanted[label] = zoo.answer(model, prompts[label], ANSWER)
+    engine = engine_of(model=base())
+
+    async def run():
+        for label in configs:
+            await engine.load(label, tmp_path / label)
+        keys = [*configs, None]
+        return await asyncio.gather(*(said(engine, prompts[key or "base"], key) for key in keys))
+
+    try:
+        given = dict(zip([*configs, "base"], asyncio.run(run()), strict=True))
+    finally:
+        engine.close()
+    assert given == wanted
