@@ -73,13 +73,13 @@ def test_a_name_that_is_no_part_of_a_url(registry, bases, tmp_path, name):
 def test_the_endpoint_of_a_base_is_found_again(registry, bases):
     one, two = (base_identity(str(base)) for base in bases)
     endpoints = RayEndpoints(registry, local=True)
-    assert endpoints._choose(one, None) == "one"
+    assert endpoints._choose(one, "CAUSAL_LM", None) == "one"
     registry.update_endpoint("shop", lambda now: Desired("shop", one).to_dict())
-    assert endpoints._choose(one, None) == "shop"
-    assert endpoints._choose(two, None) == "two"
+    assert endpoints._choose(one, "CAUSAL_LM", None) == "shop"
+    assert endpoints._choose(two, "CAUSAL_LM", None) == "two"
     registry.update_endpoint("one", lambda now: Desired("one", two).to_dict())
-    assert endpoints._choose(one, None) == "shop"
-    assert endpoints._choose(two, None) == "one"
+    assert endpoints._choose(one, "CAUSAL_LM", None) == "shop"
+    assert endpoints._choose(two, "CAUSAL_LM", None) == "one"
 
 
 def test_desired_states_are_read_as_written_and_unknown_keys_passed_over(bases):
