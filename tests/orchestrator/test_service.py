@@ -99,6 +99,7 @@ class MemoryEndpoints:
 
     registry: Registry
     state: str = "live"
+    rollout: str | None = None
     error: Exception | None = None
     deployed: list[str] = field(default_factory=list)
 
@@ -117,7 +118,7 @@ class MemoryEndpoints:
         self.deployed.append(version.ref)
         if self.state == "live":
             self.registry.set_alias(version.name, version.version, deploy.alias)
-        return Deployment("tiny", "http://127.0.0.1:1/tiny/v1", version.ref, "tiny", self.state)
+        return Deployment("tiny", "http://127.0.0.1:1/tiny/v1", version.ref, "tiny", self.state, self.rollout)
 
     def status(self) -> list[object]:
         return []
@@ -261,6 +262,15 @@ def test_without_deploy_it_is_only_registered(house):
     result = house.run(job(deploy=None))
     assert (result.state, house.endpoints.deployed) == ("done", [])
     assert house.environment.registry.get("docs@1").lineage.gate_passed is None
+
+
+def test_a_version_that_is_watched_first_ends_the_job_and_says_how(house):
+    house.endpoints.state, house.endpoints.rollout = "canary", "10 % of x@production by 'user', for 10m"
+    result = house.run(job())
+    assert result.state == "done" and result.endpoint.state == "canary"
+    assert house.events[-1]["message"].endswith("/v1: 10 % of x@production by 'user', for 10m")
+    assert house.environment.registry.alias(result.adapter.partition("@")[0], "production") is None
+    assert house.run(job()).already
 
 
 def test_no_room_for_the_endpoint_leaves_the_job_waiting_not_failed(house):
