@@ -192,8 +192,9 @@ class Catalogue:
             try:
                 desired = await asyncio.to_thread(self._read_desired)
                 names = {entry.name for entry in desired.adapters} if desired else set()
+                old = [name for name in names if self._is_old(name)]
                 oldest = sorted(
-                    names, key=lambda name: self._books[name].read_at if name in self._books else 0.0
+                    old, key=lambda name: self._books[name].read_at if name in self._books else 0.0
                 )
                 read = await asyncio.to_thread(self._read_books, oldest[:_BOOKS_AT_ONCE])
             except (RaypeftError, OSError) as error:
@@ -250,7 +251,7 @@ class Catalogue:
         """The rows of /v1/models, from what is known here: the base, each version, and the aliases that name one of
         them."""
         await self.refresh()
-        rows = [model_card(self.base_name, created=self._started)]
+        rows, loaded = [model_card(self.base_name, created=self._started)], self.residency.loaded()
         for entry in list(self._served.values()):
             version = self._versions.get(entry.ref) or await self._version_or_none(entry)
             if version is None:
@@ -262,7 +263,7 @@ class Catalogue:
                 "version": entry.version,
                 "method": self.residency.methods.get(key) or None,
             }
-            rows.append(model_card(entry.ref, **facts, state=self._state(entry, key)))
+            rows.append(model_card(entry.ref, **facts, state=self._state(entry, key, loaded)))
             aliases = self._books[entry.name].aliases if entry.name in self._books else {}
             names = [alias for alias, number in sorted(aliases.items()) if number == entry.version]
             shown = [f"{entry.name}@{alias}" for alias in names]
@@ -272,9 +273,9 @@ class Catalogue:
 
     def states(self) -> dict[str, str]:
         """`name@version` -> loaded | loading | cold | refused | absent."""
-        known = self._known()
+        known, loaded = self._known(), self.residency.loaded()
         return {
-            ref: self.residency.state(known[ref].content_hash) if ref in known else "absent"
+            ref: self.residency.state(known[ref].content_hash, loaded) if ref in known else "absent"
             for ref in self._served
         }
 
@@ -297,20 +298,20 @@ class Catalogue:
             found[rollout.id] = (known[rollout.ref].content_hash, stable.content_hash if stable else None)
         return found
 
-    def name_of(self, key: str) -> str | None:
-        """`name@version` of a key that is served."""
-        return next((ref for ref, version in self._known().items() if version.content_hash == key), None)
+    def names(self) -> dict[str, str]:
+        """Keys -> `name@version`, of all that is served."""
+        return {version.content_hash: ref for ref, version in self._known().items()}
 
     # inside
 
     def _known(self) -> dict[str, AdapterVersion]:
         return {ref: self._versions[ref] for ref in self._served if ref in self._versions}
 
-    def _state(self, entry: Served, key: str) -> str:
+    def _state(self, entry: Served, key: str, loaded: frozenset[str]) -> str:
         rolling = self._desired.rollouts if self._desired else ()
         if any(each.ref == entry.ref and each.state == "baking" for each in rolling):
             return "canary"
-        return self.residency.state(key)
+        return self.residency.state(key, loaded)
 
     def _alias(self, name: str, alias: str) -> int | None:
         return self._books[name].aliases.get(alias) if name in self._books else None

@@ -34,8 +34,8 @@ class Known(Protocol):
     def rollouts(self) -> dict[str, tuple[str, str | None]]:
         """Ids -> keys of candidate and stable version."""
 
-    def name_of(self, key: str) -> str | None:
-        """`name@version` of a key."""
+    def names(self) -> dict[str, str]:
+        """Keys -> `name@version`."""
 
 
 class Reporter:
@@ -84,16 +84,13 @@ class Reporter:
 
     def _report(self, known: Known) -> Report:
         """Copies of all numbers: they go on counting while the report is written."""
-        totals, there = {}, self._engine.loaded()
-        for key in [
-            key for key in self._engine.totals if key and key not in there and known.name_of(key) is None
-        ]:
+        totals, names = {}, {"": known.base_name, **known.names()}
+        for key in self._engine.totals.keys() - names.keys() - self._engine.loaded():
             del self._engine.totals[key]  # else it would grow with each version that ever was here
         busiest = sorted(self._engine.totals.items(), key=lambda item: -item[1].requests)
         for key, numbers in busiest[:_MOST_ADAPTERS]:
-            name = known.base_name if not key else known.name_of(key)
-            if name is not None:
-                totals[name] = numbers.plus(type(numbers)())
+            if key in names:
+                totals[names[key]] = numbers.plus(type(numbers)())
         rollouts = {
             id: RolloutNumbers(watch.candidate, watch.stable, watch.shadow).plus(RolloutNumbers())
             for id, watch in self._engine.watches.items()

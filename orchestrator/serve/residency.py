@@ -74,9 +74,17 @@ class Residency:
         """Whether a key answers now, without loading anything."""
         return key in self._engine.loaded() and key not in self._leaving
 
-    def state(self, key: str) -> str:
-        """loaded | loading | cold (its files are here) | refused | absent."""
-        if self.has(key):
+    def loaded(self) -> frozenset[str]:
+        """All keys that answer now."""
+        return self._engine.loaded() - self._leaving.keys()
+
+    def state(self, key: str, loaded: frozenset[str] | None = None) -> str:
+        """loaded | loading | cold (its files are here) | refused | absent.
+
+        Args:
+            loaded: what `loaded` gave, where many are asked about.
+        """
+        if self.has(key) if loaded is None else key in loaded:
             return "loaded"
         if key in self.refused:
             return "refused"
