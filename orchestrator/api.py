@@ -647,7 +647,13 @@ def _deploy_spec(settings: Sequence[str], **asked: Any) -> DeploySpec:
     if errors:
         raise errors[0]
     said = {key: value for key, value in asked.items() if value is not None}
-    values = {**tree.values.get("deploy", {}), **said}
+    values = {**said, **tree.values.get("deploy", {})}
+    if "gate" in values:
+        raise SpecError(
+            "a gate is asked when a version is registered, not when it is deployed.",
+            where="deploy.gate",
+            hint="Write it in the job; --force deploys what it refused.",
+        )
     try:
         spec = DeploySpec(**values)
     except ValidationError as error:

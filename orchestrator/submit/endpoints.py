@@ -54,8 +54,11 @@ class JobEndpoints:
 
 
 def _settings(deploy: DeploySpec) -> Iterator[str]:
-    """What the sections of `deploy` say, as `raypeft deploy --set` takes it."""
+    """What `deploy` says that has no option of its own, as `raypeft deploy --set` takes it."""
     said = deploy.model_dump(mode="json", exclude_unset=True, exclude_none=True)
+    for key in ("gpus_per_replica", "cpus_per_replica"):
+        if key in said:
+            yield f"{key}={json.dumps(said[key])}"
     for section in ("rollout", "scale", "engine"):
         for key, value in said.get(section, {}).items():
             yield f"{section}.{key}={json.dumps(value)}"

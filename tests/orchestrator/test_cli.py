@@ -288,6 +288,7 @@ def test_top_shows_each_version_once_for_scripts(raypeft, rolling):
         ("scale.max_replicas=0", "error: deploy.scale.max_replicas: "),
         ("rollout.rollback={any: [error_rate > 1]}", "error: deploy.rollout.rollback: is never looked at"),
         ("deploy.rollout", "error: --set: 'deploy.rollout' is not KEY=VALUE."),
+        ("gate={all: [eval_loss < 3]}", "error: deploy.gate: a gate is asked when a version is registered"),
     ],
 )
 def test_deploy_takes_the_keys_of_a_job(raypeft, rolling, setting, message):

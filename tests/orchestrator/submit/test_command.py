@@ -109,12 +109,18 @@ def test_what_was_asked_travels_and_an_alias_is_resolved_here(site):
 def test_what_was_set_travels_too(site):
     site.register()
     site.log = printed({"event": "result", **MADE})
-    settings = ["rollout.bake=10m", "rollout.rollback={any: [error_rate > 0.1]}", "engine.max_adapters=3"]
+    settings = [
+        "cpus_per_replica=2",
+        "rollout.bake=10m",
+        "rollout.rollback={any: [error_rate > 0.1]}",
+        "engine.max_adapters=3",
+    ]
     api.deploy("docs@1", settings=settings, cluster="there.yaml")
     (line,) = site.entrypoints()
     words = shlex.split(line)
     sent = [word.removeprefix("--set=") for word in words if word.startswith("--set=")]
     assert sent == [
+        "cpus_per_replica=2.0",
         "rollout.bake=600.0",
         'rollout.rollback={"any": ["error_rate > 0.1"]}',
         "engine.max_adapters=3",
