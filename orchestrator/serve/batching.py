@@ -438,7 +438,7 @@ class BatchingEngine:
     def _forward(self, step: Step, sequences: list[_Sequence]) -> Tensor:
         """Scores (kept sequences, vocabulary) in fp32."""
         rows = PackedRows(
-            adapters=tuple(s.choice for s in sequences),  # type: ignore[arg-type]
+            adapters=tuple(s.choice for s in sequences),  # type: ignore[misc]
             lengths=tuple(part.length for part in step.parts),
             starts=tuple(part.start for part in step.parts),
             kept=tuple(i for i, part in enumerate(step.parts) if part.is_last),

@@ -13,7 +13,7 @@ import hashlib
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -123,7 +123,9 @@ class ContinuousBatches:
         except ValueError as error:
             raise UnfitBase(str(error)) from error
         self._scheduler = FIFOScheduler(
-            cache=self._cache, safety_margin=0.05, max_requests_per_batch=settings.max_requests_per_batch
+            cache=self._cache,
+            safety_margin=0.05,
+            max_requests_per_batch=min(sizes.max_sequences, sizes.max_batch_tokens),
         )
         self._inputs = ContinuousBatchingIOs(
             cache=self._cache,
@@ -198,7 +200,7 @@ class ContinuousBatches:
             max_kv_read=num_read,
             use_padding=False,
         )
-        given: dict[str, Any] = self._inputs.get_model_kwargs()
+        given: dict[str, Any] = dict(self._inputs.get_model_kwargs())
         indices = given["logits_indices"][: sum(part.is_last for part in parts)]
         for name in ("logits_indices", "logits_processor_args", "block_table", "attention_mask", "is_causal"):
             given.pop(name, None)
@@ -209,7 +211,7 @@ class ContinuousBatches:
     def take(self, step: Step, tokens: Mapping[str, int]) -> None:
         """What a step's forward wrote is in the cache, and these tokens come next."""
         for each in step._scheduled:
-            state = each.state
+            state = cast(Any, each.state)
             # Cancelled, or put back to the queue, since the step was made.
             if self._scheduler.active_requests.get(state.request_id) is not state:
                 continue
@@ -307,8 +309,9 @@ class Packed:
             rows = []
             for i in range(q.shape[2]):
                 low = 0 if window is None else max(0, first + i + 1 - window)
-                own = (t[:, :, low : first + i + 1].contiguous() for t in (k, v))
-                rows.append(_attention(q[:, :, i : i + 1].contiguous(), *own, None, False, **options))
+                keys, values = (t[:, :, low : first + i + 1].contiguous() for t in (k, v))
+                at = q[:, :, i : i + 1].contiguous()
+                rows.append(_attention(at, keys, values, None, False, **options))
             return torch.cat(rows, 2)
         num, seen = q.shape[2], k.shape[2]
         if num == 1:

@@ -37,20 +37,18 @@ def read_servable(
     if task not in tasks:
         here = ", ".join(each for each in tasks if each)
         raise AdapterRefused(f"it is of task {task}, and this endpoint's base is loaded for {here}.")
+    kind = config.peft_type
     if not isinstance(config, Method):
-        raise AdapterRefused(f"{config.peft_type} is given by hooks of its own, which know of no batches.")
+        raise AdapterRefused(f"{kind} is given by hooks of its own, which know of no batches.")
     if config.reads and not isinstance(config, PromptMethod):
         raise AdapterRefused(
-            f"{config.peft_type} needs {', '.join(config.reads)} with each request, which no request of an endpoint "
-            "has."
+            f"{kind} needs {', '.join(config.reads)} with each request, which no request of an endpoint has."
         )
     if type(config).ahead is not Method.ahead:
-        raise AdapterRefused(
-            f"{config.peft_type} runs the base once ahead of each run; it cannot join a batch."
-        )
+        raise AdapterRefused(f"{kind} runs the base once ahead of each run; it cannot join a batch.")
     if type(config).replace_base is not Method.replace_base or getattr(config, "start", "") == "loftq":
         raise AdapterRefused(
-            f"{config.peft_type} as it was started changes the base's own weights, which others are served from. "
+            f"{kind} as it was started changes the base's own weights, which others are served from. "
             "Merge it into a base of its own, or save it as a plain LoRA."
         )
     for name, tensor in saved.tensors.items():
