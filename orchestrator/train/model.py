@@ -160,12 +160,22 @@ def _fresh(spec: JobSpec, base: nn.Module, total_steps: int, samples: Samples) -
         fields.setdefault("hidden_size", base.config.hidden_size)  # type: ignore[union-attr]
     try:
         config = config_class(spec.adapter.type.upper())(**fields)
+        _train_what_begins_anew(base, config)
         prepare_base(base, config, samples)
         model = peft_dist.get_peft_model(base, config, adapter_name=ADAPTER)
         start_adapter(model, config, samples)
         return model
     except PeftDistError as error:
         raise SpecError(str(error), where="adapter") from error
+
+
+def _train_what_begins_anew(base: Any, config: Any) -> None:
+    """Has an adapter train and keep all that the base's files do not hold: what it stood on would be another else
+    wherever it is loaded (DistilBERT's pre_classifier, the dense layer before ModernBERT's classifier)."""
+    fresh = {name.partition(".")[0] for name in getattr(base, "begun_anew", ())}
+    saved = list(getattr(config, "modules_to_save", None) or ())
+    if fresh - set(saved):
+        config.modules_to_save = [*saved, *sorted(fresh - set(saved))]
 
 
 def _continued(spec: JobSpec, base: nn.Module, folder: Path) -> nn.Module:

@@ -2,17 +2,25 @@
 
 import asyncio
 import contextlib
+import json
+from pathlib import Path
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, pipeline
 
+from orchestrator import api
+from orchestrator.plan import make_plan
+from orchestrator.plan.model_sizes import read_sizes
+from orchestrator.runner import TrainRequest
 from orchestrator.serve.base_model import load
 from orchestrator.serve.engine import AdapterRefused, EngineDead
 from orchestrator.serve.head_engine import HeadEngine
 from orchestrator.serve.heads import Input, NoTokens, TooLong
 from orchestrator.spec.job import ModelSpec
+from orchestrator.train.run import train
 from orchestrator.train.tasks import Answering, Facts
 from orchestrator.train.tasks.qa import QuestionAnswering, Record
 from tests.orchestrator.serve import tiny_heads
@@ -356,3 +364,41 @@ def test_a_cancelled_call_is_not_computed_and_a_closed_engine_fails_what_waits(b
             asyncio.run(close())
         with pytest.raises(EngineDead):
             engine.check()
+
+
+def test_what_a_run_trains_beside_the_head_is_served_with_it(tmp_path):
+    """DistilBERT's pre_classifier is new on the base, as the head is: a run keeps both."""
+    base = tiny_heads.save_base(tmp_path / "base", "distilbert")
+    rows = [{"text": f"{word} {number}", "label": word} for number in range(8) for word in ("aa", "bb", "cc")]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    job = {
+        "name": "x",
+        "model": {"base_model": str(base)},
+        "data": {
+            "datasets": [{"path": str(tmp_path / "rows.jsonl"), "type": "classification"}],
+            "val_set_size": 0.3,
+        },
+        "adapter": {"type": "lora", "r": 2},
+        "training": {"max_steps": 1, "micro_batch_size": 4},
+    }
+    (tmp_path / "job.yaml").write_text(json.dumps(job))
+    spec = api.load(str(tmp_path / "job.yaml")).spec
+    plan = make_plan(spec, None, read_sizes(spec.model.base_model))
+    end = train(TrainRequest(spec, plan, str(tmp_path / "run"), run_id="run", data_hash="0" * 8))
+    torch.manual_seed(99)
+    with engine_on(base, "SEQ_CLS") as engine:
+
+        async def run():
+            await engine.load("x", Path(end.adapter_dir))
+            return await engine.classify([Input("aa 1")], "x")
+
+        (answer,) = asyncio.run(run())
+    alone = tiny_heads.CLASSES["SEQ_CLS"].from_pretrained(base, num_labels=3)
+    alone = peft.PeftModel.from_pretrained(alone, end.adapter_dir).eval()
+    with torch.no_grad():
+        shares = (
+            alone(**AutoTokenizer.from_pretrained(base)("aa 1", return_tensors="pt")).logits[0].softmax(-1)
+        )
+    assert dict(answer.scores) == pytest.approx(
+        dict(zip(("aa", "bb", "cc"), shares.tolist(), strict=True)), abs=2e-5
+    )

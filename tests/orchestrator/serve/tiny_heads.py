@@ -23,8 +23,8 @@ SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "i
 
 
 def save_base(folder: Path, kind: str, *, context: int = 64) -> Path:
-    """A random base of `kind` (llama, bert, roberta, t5) without any head, with a tokenizer of bytes."""
-    tokenizer = _tokenizer("[CLS]" if kind in ("bert", "roberta") else None)
+    """A random base of `kind` (llama, bert, roberta, distilbert, t5) without any head, with a tokenizer of bytes."""
+    tokenizer = _tokenizer("[CLS]" if kind in ("bert", "roberta", "distilbert") else None)
     tokenizer.model_max_length = context
     ids = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
     torch.manual_seed(0)
@@ -53,6 +53,12 @@ def save_base(folder: Path, kind: str, *, context: int = 64) -> Path:
                     **ids,
                     max_position_embeddings=context + ids["pad_token_id"] + 1,
                     initializer_range=0.3,
+                )
+            )
+        case "distilbert":
+            model = transformers.DistilBertModel(
+                transformers.DistilBertConfig(
+                    **ids, dim=32, hidden_dim=64, n_layers=2, n_heads=4, max_position_embeddings=context
                 )
             )
         case "t5":
