@@ -9,6 +9,7 @@ def drained(queue: FairQueue[str]) -> list[str]:
         name, item = popped
         order.append(item)
         queue.served(name, 10)
+        queue.leave(name)
     return order
 
 
@@ -53,6 +54,7 @@ def test_a_weight_is_a_share():
         name, item = queue.pop() or ("", "")
         order += item
         queue.served(name, 10, 2.0 if name == "heavy" else 1.0)
+        queue.leave(name)
     assert order.count("h") == 6
 
 
@@ -65,3 +67,44 @@ def test_what_waits_can_be_taken_out_and_queues_are_forgotten():
     assert queue.pop() == ("one", "b")
     queue.leave("one")
     assert queue.pop() is None and queue._counters == {}
+
+
+def places(queue: FairQueue[str]) -> dict[str, int]:
+    """How many of each run once nothing more may."""
+    while queue.pop() is not None:
+        pass
+    return dict(queue._running)
+
+
+def flooded(calm: int) -> FairQueue[str]:
+    """Fifty of one queue that wait, and a few of another."""
+    queue: FairQueue[str] = FairQueue()
+    for _ in range(50):
+        queue.push("flood", "f")
+    for _ in range(calm):
+        queue.push("calm", "c")
+    return queue
+
+
+def test_a_flood_has_no_more_places_than_all_others_together_and_a_few_at_least():
+    assert places(flooded(calm=0)) == {"flood": 50}
+    assert places(flooded(calm=1)) == {"flood": 4, "calm": 1}
+    assert places(flooded(calm=9)) == {"flood": 9, "calm": 9}
+
+
+def test_one_that_had_something_to_do_a_moment_ago_still_counts_and_then_no_more():
+    queue = flooded(calm=6)
+    assert places(queue) == {"flood": 6, "calm": 6}
+    for _ in range(6):
+        queue.leave("calm")
+    assert queue.pop() is None
+    queue.served("flood", 600)
+    assert places(queue) == {"flood": 50}
+
+
+def test_many_queues_of_a_few_each_fill_all_places():
+    queue: FairQueue[str] = FairQueue()
+    for name in "abcdefgh":
+        for number in range(8):
+            queue.push(name, f"{name}{number}")
+    assert sum(places(queue).values()) == 64
