@@ -365,7 +365,11 @@ class TaskEngine(ABC):
             gone = EngineDead(f"the engine has stopped: {self._dead!r}")
             waiting = list(self._running)
             while (popped := self._fair.pop()) is not None:
-                waiting.append(popped[1])
+                queue, asked = popped
+                self._fair.leave(
+                    queue
+                )  # else a queue that has all its places is given no more of what it waits for
+                waiting.append(asked)
             futures = [done for _, done in self._turns] + list(self._leaving.values())
             self._turns.clear()
         for asked in waiting:

@@ -355,13 +355,13 @@ def test_a_cancelled_call_is_not_computed_and_a_closed_engine_fails_what_waits(b
         assert not calls and engine.figures().waiting == 0
 
         async def close():
-            asked = asyncio.ensure_future(engine.embed([Input("a")], None))
+            flood = [engine.embed([Input("a")], None, "a") for _ in range(20)]
+            asked = asyncio.gather(*flood, engine.embed([Input("a")], None, "b"), return_exceptions=True)
             await asyncio.sleep(0.05)
             engine.close()
-            await asked
+            assert {type(each) for each in await asyncio.wait_for(asked, 10)} == {EngineDead}
 
-        with pytest.raises(EngineDead):
-            asyncio.run(close())
+        asyncio.run(close())
         with pytest.raises(EngineDead):
             engine.check()
 
