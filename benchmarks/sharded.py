@@ -4,7 +4,8 @@
 
 Steps: two ranks over gloo, each with its own rows, LoRA r 16 on all seven linears, AdamW. On a CPU one thread a rank
 works and CPU time is counted, summed over the ranks: what waits for the other rank costs nothing, so a busy machine
-changes little; the heap is kept between steps for all sides alike. In each round every side takes one step, the first one changing; the table has the medians.
+changes little; the heap is kept between steps for all sides alike. In each round every side takes one step, the first
+one changing; the table has the medians.
 
     base        the frozen base's forward and backward as it is sharded at this stage, without an adapter: at stage 3 it
                 gathers each layer for the forward and for the backward, at stage 2 it is whole

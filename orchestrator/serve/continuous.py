@@ -13,7 +13,7 @@ import hashlib
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -211,9 +211,9 @@ class ContinuousBatches:
     def take(self, step: Step, tokens: Mapping[str, int]) -> None:
         """What a step's forward wrote is in the cache, and these tokens come next."""
         for each in step._scheduled:
-            state = cast(Any, each.state)
+            state: Any = each.state
             # Cancelled, or put back to the queue, since the step was made.
-            if self._scheduler.active_requests.get(state.request_id) is not state:
+            if self._scheduler.active_requests.get(state.request_id) is not each.state:
                 continue
             if each.has_new_token:
                 state.status = RequestStatus.DECODING
