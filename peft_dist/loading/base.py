@@ -67,8 +67,8 @@ def load_base(
     labels: Sequence[str] | None = None,
     on_progress: Progress | None = None,
 ) -> Any:
-    """The base model at `path`, in eval mode, with the head of `task`; its `begun_anew` names the tensors that its files
-    do not hold, which begin with random values.
+    """The base model at `path`, in eval mode, with the head of `task`; its `begun_anew` names the tensors that its
+    files do not hold, which begin with random values.
 
     At stages 0 to 2 it is whole on each rank; at stage 3 it comes back as `sharding.partition_base` leaves it, and
     no rank has read or held more than its part. All ranks of the process group then call this together.
