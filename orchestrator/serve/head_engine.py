@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,6 +29,8 @@ from .heads import Classified, Embedded, Found, HeadTask, Input, NoTokens, Tagge
 from .own_head import OwnHead, Tap
 from .servable import check_placed
 from .task_engine import Asked, TaskEngine
+
+T = TypeVar("T")
 
 
 @dataclass(eq=False)
@@ -63,6 +66,7 @@ class HeadEngine(TaskEngine):
         self, model: PreTrainedModel, tokenizer: Any, task: HeadTask, max_context: int, **options: Any
     ) -> None:
         self._tokenizer, self._max_context = tokenizer, max_context
+        self._tokenizing = threading.Lock()
         self._name = own_head.name_of_head(model, task)
         if task in ("TOKEN_CLS", "QUESTION_ANS"):
             check_offsets(tokenizer, task)
@@ -118,7 +122,7 @@ class HeadEngine(TaskEngine):
         """See `Heads.tag`: words are what blanks separate, as in the rows of training."""
         with self._using(adapter):
             words = [head_answers.Words.of(each.text) for each in inputs]
-            found = await asyncio.to_thread(
+            found = await self._in_turn(
                 self._tokenizer,
                 [each.joined or " " for each in words],
                 return_offsets_mapping=True,
@@ -148,7 +152,7 @@ class HeadEngine(TaskEngine):
         with self._using(adapter):
             self._check_head(adapter)
             limit = self._max_context - self.virtual_tokens(adapter)
-            asked = await asyncio.to_thread(self._rendered, questions, limit)
+            asked = await self._in_turn(self._rendered, questions, limit)
             for index, each in enumerate(asked):
                 if not each.windows:
                     raise TooLong(index, each.full_length, limit)
@@ -159,8 +163,17 @@ class HeadEngine(TaskEngine):
 
     # --- from texts to rows
 
+    async def _in_turn(self, run: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+        """Runs it in a thread, one at a time: a tokenizer keeps what it was last told of lengths."""
+
+        def alone() -> T:
+            with self._tokenizing:
+                return run(*args, **kwargs)
+
+        return await asyncio.to_thread(alone)
+
     async def _texts(self, inputs: Sequence[Input], adapter: str | None, queue: str) -> list[_Row]:
-        encoded = await asyncio.to_thread(self._encoded, inputs)
+        encoded = await self._in_turn(self._encoded, inputs)
         return self._rows([ids for ids, _ in encoded], [types for _, types in encoded], adapter, queue)
 
     def _encoded(self, inputs: Sequence[Input]) -> list[tuple[Sequence[int], Sequence[int] | None]]:

@@ -3,6 +3,7 @@ import json
 import pytest
 
 from orchestrator.plan import make_plan
+from orchestrator.plan.memory import LEFT_OVER
 from orchestrator.plan.row_lengths import RowFacts, longest_row, num_labels
 
 from .spec.jobs import spec_of
@@ -77,5 +78,6 @@ def test_the_plan_counts_memory_by_the_longest_row():
         plan.sequence_len == 40
         and "The longest row has about 40 tokens, of 512 that are allowed." in plan.notes
     )
-    assert plan.memory.activations < make_plan(spec_of(), ONE, llama()).memory.activations / 10
+    longest = make_plan(spec_of(), ONE, llama()).memory.activations
+    assert plan.memory.activations - LEFT_OVER < (longest - LEFT_OVER) / 10
     assert make_plan(spec_of(), ONE, llama(), RowFacts(4000)).sequence_len == 512
