@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -38,6 +39,15 @@ def local_ray(session_home) -> Iterator[LocalRay]:
     """A Ray with two CPUs and 200 MB of object store, with its dashboard, on loopback; ended with the session."""
     yield ensure_up(num_cpus=2, num_gpus=0, object_store_bytes=200_000_000)
     down()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def apart_from_ray() -> Iterator[None]:
+    """A file of tests leaves no connection to Ray behind: a command in process keeps its own."""
+    yield
+    ray = sys.modules.get("ray")
+    if ray is not None and ray.is_initialized():
+        ray.shutdown()
 
 
 @pytest.fixture(scope="session")

@@ -39,6 +39,14 @@ def in_the_repository(monkeypatch):
     torch.set_num_threads(before)
 
 
+@pytest.fixture
+def cleared(local_ray):
+    """The session's Ray, on which no endpoint stays."""
+    yield local_ray
+    for row in api.endpoints():
+        api.undeploy(row.name)
+
+
 @pytest.mark.slow  # a few hundred rows through a base of three million parameters, ten seconds to a minute each
 @pytest.mark.parametrize("kind", SHORT)
 def test_it_learns_what_a_guess_does_not_know(kind, tmp_path):
@@ -94,7 +102,7 @@ def ends_at_a_live_endpoint(kind, tmp_path, steps):
 
 @pytest.mark.ray  # workers, registry and endpoint are the real ones
 @pytest.mark.slow  # starts a Ray
-def test_a_classifier_ends_at_a_live_endpoint(tmp_path, local_ray):
+def test_a_classifier_ends_at_a_live_endpoint(tmp_path, cleared):
     said, row = ends_at_a_live_endpoint("classification", tmp_path, 25)
     labels = {each["label"] for each in row["scores"]}
     assert labels == {"class", "function", "module"} and row["label"] in said.splitlines()[0]
@@ -115,7 +123,7 @@ def test_a_classifier_ends_at_a_live_endpoint(tmp_path, local_ray):
 @pytest.mark.slow  # starts a Ray
 @pytest.mark.matrix  # the same chain for the other tasks, a minute each
 @pytest.mark.parametrize("kind", [kind for kind in ASKED if kind != "classification"])
-def test_a_job_of_each_task_ends_at_a_live_endpoint(kind, tmp_path, local_ray):
+def test_a_job_of_each_task_ends_at_a_live_endpoint(kind, tmp_path, cleared):
     said, row = ends_at_a_live_endpoint(kind, tmp_path, 6)
     match kind:
         case "token-classification":

@@ -349,7 +349,7 @@ def test_a_version_is_deployed_asked_and_undeployed_from_outside(head, tmp_path)
     made = api.deploy("docs@1", cluster="there.yaml", on_event=events.append)
     assert made.to_dict() == {
         "endpoint": "tiny", "url": f"http://127.0.0.1:{port}/tiny/v1", "model": "docs@1", "base_name": "tiny",
-        "state": "live",
+        "state": "live", "rollout": None,
     }  # fmt: skip
     assert "endpoint tiny: loading docs@1" in [event.get("message") for event in events]
     assert registry.alias("docs", "production") == 1
