@@ -13,6 +13,7 @@ import contextlib
 import json
 import os
 import secrets
+import signal
 import socket
 import subprocess
 import sys
@@ -132,8 +133,10 @@ def head(home):
     log = home / "log"
     with open(log, "w") as output:
         process = subprocess.Popen(
-            command, env=environment, stdout=output, stderr=output, cwd=home, start_new_session=True
-        )
+            command, env=environment, stdout=output, stderr=output, cwd=home, start_new_session=True,
+            # A shell's background job ignores it, and so would all that it starts; Ray ends jobs by it.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )  # fmt: skip
     try:
         wait_until(lambda: "RAY_API_SERVER_ADDRESS" in log.read_text() or process.poll() is not None)
         address = log.read_text().partition("RAY_API_SERVER_ADDRESS='")[2].partition("'")[0]
