@@ -27,6 +27,7 @@ from peft_dist.rows import BASE
 from .continuous import ContinuousBatches, Packed, Part, Sizes, Step, UnfitBase
 from .engine import AdapterRefused, EngineDead, Figures, Generation, Piece, TokenLogprob
 from .fair import FairQueue
+from .pieces import pieces_of
 from .row_tiles import RowTiles
 from .sampling import Sampler, logprob_of
 from .servable import check_blend, check_placed, read_servable
@@ -478,20 +479,11 @@ class BatchingEngine:
         notes = () if note is None else (note,)
         sequence.ids.append(token)
         sequence.num_generated += 1
-        if token in self._eos_ids:
-            self._give(sequence, Piece(sequence.text.finish(), 1, "stop", notes))
-            self._end(sequence)
-            return
-        new = sequence.text.push(token)
-        if sequence.text.stopped:
-            self._give(sequence, Piece(new, 1, "stop", notes))
-            self._end(sequence)
-            return
-        self._give(sequence, Piece(new, 1, None, notes))
-        if sequence.num_generated >= sequence.request.max_tokens:
-            rest = sequence.text.finish()
-            self._give(sequence, Piece(rest, 0, "stop" if sequence.text.stopped else "length"))
-            self._end(sequence)
+        is_last = sequence.num_generated >= sequence.request.max_tokens
+        for piece in pieces_of(token, sequence.text, self._eos_ids, notes, is_last=is_last):
+            self._give(sequence, piece)
+            if piece.finish_reason is not None:
+                self._end(sequence)
 
     def _end(self, sequence: _Sequence) -> None:
         """Forgets a sequence, and its adapter where that was to go."""

@@ -33,6 +33,18 @@ def generation_config(model: Any, request: Generation, eos_ids: frozenset[int]) 
     return config
 
 
+def generator_of(request: Generation, device: torch.device) -> torch.Generator | None:
+    """What draws a sequence's tokens, the same ones for the same seed; None where the likeliest are taken."""
+    if request.temperature <= 0:
+        return None
+    generator = torch.Generator(device)
+    if request.seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(request.seed % 2**63)
+    return generator
+
+
 class Sampler:
     """Chooses one sequence's tokens; a seed makes its choices repeatable, whatever else is in the batch."""
 
@@ -43,27 +55,20 @@ class Sampler:
         self._processors: LogitsProcessorList = base._get_logits_processor(
             config, input_ids_seq_length=len(request.prompt_ids), device=str(model.device)
         )
-        self._draws = request.temperature > 0
         self._device = model.device
-        self._generator: torch.Generator | None = None
-        if self._draws:
-            self._generator = torch.Generator(model.device)
-            if request.seed is None:
-                self._generator.seed()
-            else:
-                self._generator.manual_seed(request.seed % 2**63)
+        self._generator = generator_of(request, model.device)
 
     @property
     def takes_the_likeliest(self) -> bool:
         """Whether the next token is the one of the highest score, and nothing else is to be asked."""
-        return not self._draws and not self._processors
+        return self._generator is None and not self._processors
 
     def choose(self, scores: Tensor, ids: Sequence[int]) -> int:
         """The next token after `ids` from the model's scores (vocabulary,), fp32."""
         scores = scores[None].clone()
         if self._processors:
             scores = self._processors(torch.tensor([ids], device=self._device), scores)  # type: ignore[arg-type]
-        if not self._draws:
+        if self._generator is None:
             return int(scores.argmax(-1))
         return int(torch.multinomial(scores.softmax(-1), 1, generator=self._generator))
 

@@ -27,7 +27,8 @@ from peft_dist.rows import BASE, Rows
 
 from ..train.tasks.task import Padded
 from .engine import AdapterRefused, Generation, Piece, TokenLogprob
-from .sampling import logprob_of
+from .pieces import pieces_of
+from .sampling import generator_of, logprob_of
 from .servable import check_placed
 from .task_engine import Asked, TaskEngine
 from .text import TextStream
@@ -124,7 +125,7 @@ class Seq2SeqEngine(TaskEngine):
     def _run(self, asked: list[Asked]) -> None:
         rows: list[Any] = list(asked)
         for row in rows:
-            row.generator = _generator(row.request, self._base.device)
+            row.generator = generator_of(row.request, self._base.device)
         tap = _Tap(rows, self._eos_ids)
         with self._model.using(Rows(adapters=tuple(row.adapter or BASE for row in rows))):
             self._model.generate(
@@ -179,18 +180,6 @@ class Seq2SeqEngine(TaskEngine):
             )
         if not seen.is_finite:
             raise AdapterRefused("what the base gives with it are numbers that are not finite.")
-
-
-def _generator(request: Generation, device: torch.device) -> torch.Generator | None:
-    """What draws a text's tokens; None where the likeliest are taken."""
-    if request.temperature <= 0:
-        return None
-    generator = torch.Generator(device)
-    if request.seed is None:
-        generator.seed()
-    else:
-        generator.manual_seed(request.seed % 2**63)
-    return generator
 
 
 class _Seen(LogitsProcessor):
@@ -253,20 +242,10 @@ class _Tap(StoppingCriteria):
             return
         row.num_tokens += 1
         notes = self._noted(number, row, token)
-        if token in self._eos_ids:
-            row.is_done = True
-            row.tell(Piece(row.text.finish(), 1, "stop", notes))
-            return
-        new = row.text.push(token)
-        if row.text.stopped:
-            row.is_done = True
-            row.tell(Piece(new, 1, "stop", notes))
-            return
-        row.tell(Piece(new, 1, None, notes))
-        if row.num_tokens >= row.request.max_tokens:
-            row.is_done = True
-            rest = row.text.finish()
-            row.tell(Piece(rest, 0, "stop" if row.text.stopped else "length"))
+        is_last = row.num_tokens >= row.request.max_tokens
+        for piece in pieces_of(token, row.text, self._eos_ids, notes, is_last=is_last):
+            row.is_done = piece.finish_reason is not None
+            row.tell(piece)
 
     def _noted(self, number: int, row: _Written, token: int) -> tuple[TokenLogprob, ...]:
         if row.request.logprobs is None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import copy
 import queue
 import threading
 from collections.abc import AsyncGenerator, Callable, Sequence
@@ -14,7 +13,6 @@ from typing import Any
 
 import torch
 from transformers import (
-    GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
     PreTrainedModel,
@@ -23,10 +21,12 @@ from transformers import (
 )
 
 from peft_dist import PeftModel, Rows
-from peft_dist.errors import PeftDistError
 from peft_dist.rows import BASE
 
 from .engine import AdapterRefused, EngineDead, Figures, Generation, Piece, TokenLogprob
+from .pieces import cut_off, pieces_of
+from .sampling import generation_config, logprob_of
+from .servable import put_sum
 from .text import TextStream
 
 Decode = Callable[[Sequence[int]], str]
@@ -194,16 +194,7 @@ class SequentialEngine:
     def _combine(self, adapter: str, parts: Sequence[tuple[str, float]]) -> None:
         if adapter in self._virtual_tokens:
             return
-        names, weights = [name for name, _ in parts], [weight for _, weight in parts]
-        kinds = {str(self._model.peft_config[name].peft_type.value) for name in names}
-        exact = {"combination_type": "cat"} if kinds == {"LORA"} else {}
-        try:
-            if len(kinds) > 1:
-                raise AdapterRefused(f"adapters of {' and '.join(sorted(kinds))} have no sum as one adapter.")
-            self._model.add_weighted_adapter(names, weights, adapter, **exact)
-        except (PeftDistError, AttributeError) as error:
-            raise AdapterRefused(str(error)) from error
-        self._model.eval()
+        put_sum(self._model, adapter, parts)
         self._virtual_tokens[adapter] = 0
 
     def _unload(self, adapter: str) -> None:
@@ -231,31 +222,12 @@ class SequentialEngine:
             self._model.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
-                generation_config=self._config(request),
+                generation_config=generation_config(self._base, request, self._eos_ids),
                 logits_processor=LogitsProcessorList([notes] if notes else []),
                 stopping_criteria=StoppingCriteriaList([tap]),
             )
         if not tap.ended:
-            stream.put(Piece(tap.text.finish(), 0, "stop" if tap.text.stopped else "length"))
-
-    def _config(self, request: Generation) -> GenerationConfig:
-        """The base's own defaults (a repetition penalty, its end tokens) with what the request says."""
-        config = copy.deepcopy(self._base.generation_config)
-        config.update(
-            max_new_tokens=request.max_tokens,
-            max_length=None,
-            do_sample=request.temperature > 0,
-            temperature=request.temperature if request.temperature > 0 else None,
-            top_p=request.top_p if request.temperature > 0 else None,
-            top_k=0 if request.temperature > 0 else None,
-            eos_token_id=sorted(self._eos_ids) or None,
-            num_beams=1,
-            num_return_sequences=1,
-            return_dict_in_generate=False,
-        )
-        if config.pad_token_id is None:
-            config.pad_token_id = min(self._eos_ids, default=0)
-        return config
+            stream.put(cut_off(tap.text))
 
 
 class _Tap(StoppingCriteria):
@@ -275,18 +247,10 @@ class _Tap(StoppingCriteria):
         if self._stream.cancelled.is_set():
             self.ended = True
             return True
-        if token in self._eos_ids:
-            return self._end(self.text.finish(), token)
-        new = self.text.push(token)
-        if self.text.stopped:
-            return self._end(new, token)
-        self._stream.put(Piece(new, 1, logprobs=self._noted(token)))
-        return False
-
-    def _end(self, text: str, token: int) -> bool:
-        self.ended = True
-        self._stream.put(Piece(text, 1, "stop", self._noted(token)))
-        return True
+        (piece,) = pieces_of(token, self.text, self._eos_ids, self._noted(token))
+        self.ended = piece.finish_reason is not None
+        self._stream.put(piece)
+        return self.ended
 
     def _noted(self, token: int) -> tuple[TokenLogprob, ...]:
         return (self._notes.of(token),) if self._notes else ()
@@ -306,6 +270,4 @@ class _Notes(LogitsProcessor):
 
     def of(self, token: int) -> TokenLogprob:
         """What the last step says of the token that was taken."""
-        values, ids = self._logprobs.topk(self._num_top)
-        top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
-        return TokenLogprob(token, float(self._logprobs[token]), top)
+        return logprob_of(self._logprobs, token, self._num_top)

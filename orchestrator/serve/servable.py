@@ -11,7 +11,7 @@ import torch
 from peft_dist import checkpoint
 from peft_dist.adapted import AdapterModule
 from peft_dist.contract import Method, PromptMethod, WeightMethod
-from peft_dist.errors import RowsError
+from peft_dist.errors import PeftDistError, RowsError
 from peft_dist.pool import outer_modules
 
 from .engine import AdapterRefused
@@ -94,3 +94,21 @@ def check_blend(model: Any, adapters: Sequence[str]) -> None:
                 raise AdapterRefused(
                     f"{adapter!r} does more at {name} than to add to its weight, so it has no weighted sum with others."
                 )
+
+
+def put_sum(model: Any, adapter: str, parts: Sequence[tuple[str, float]]) -> None:
+    """Puts a weighted sum of adapters on the base as one more, as far as `add_weighted_adapter` goes.
+
+    Raises:
+        AdapterRefused: they have no sum as one adapter.
+    """
+    names, weights = [name for name, _ in parts], [weight for _, weight in parts]
+    kinds = {str(model.peft_config[name].peft_type.value) for name in names}
+    if len(kinds) > 1:
+        raise AdapterRefused(f"adapters of {' and '.join(sorted(kinds))} have no sum as one adapter.")
+    exact = {"combination_type": "cat"} if kinds == {"LORA"} else {}
+    try:
+        model.add_weighted_adapter(names, weights, adapter, **exact)
+    except (PeftDistError, AttributeError) as error:
+        raise AdapterRefused(str(error)) from error
+    model.eval()

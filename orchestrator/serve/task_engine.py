@@ -23,7 +23,7 @@ from peft_dist.errors import PeftDistError
 
 from .engine import AdapterRefused, EngineDead, Figures
 from .fair import FairQueue
-from .servable import read_servable
+from .servable import put_sum, read_servable
 
 _HANGS_AFTER_S = 120.0
 
@@ -343,19 +343,11 @@ class TaskEngine(ABC):
     def _combine(self, adapter: str, parts: Sequence[tuple[str, float]]) -> None:
         if adapter in self._kinds:
             return
-        names, weights = [name for name, _ in parts], [weight for _, weight in parts]
+        names = [name for name, _ in parts]
         if missing := [name for name in names if name not in self._kinds]:
             raise AdapterRefused(f"{missing[0]!r} is not loaded, so nothing can be made of it.")
         self._check_sum(names)
-        kinds = {str(self._model.peft_config[name].peft_type.value) for name in names}
-        exact = {"combination_type": "cat"} if kinds == {"LORA"} else {}
-        try:
-            if len(kinds) > 1:
-                raise AdapterRefused(f"adapters of {' and '.join(sorted(kinds))} have no sum as one adapter.")
-            self._model.add_weighted_adapter(names, weights, adapter, **exact)
-        except (PeftDistError, AttributeError) as error:
-            raise AdapterRefused(str(error)) from error
-        self._model.eval()
+        put_sum(self._model, adapter, parts)
         with self._changed:
             self._kinds[adapter] = ("", 0)
 
@@ -366,9 +358,8 @@ class TaskEngine(ABC):
             waiting = list(self._running)
             while (popped := self._fair.pop()) is not None:
                 queue, asked = popped
-                self._fair.leave(
-                    queue
-                )  # else a queue that has all its places is given no more of what it waits for
+                # Else a queue that has all its places is given no more of what it waits for.
+                self._fair.leave(queue)
                 waiting.append(asked)
             futures = [done for _, done in self._turns] + list(self._leaving.values())
             self._turns.clear()
