@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,6 +46,18 @@ def is_alive(process: ProcessId) -> bool | None:
     state, started = _stat(process.pid)
     # a zombie holds nothing any more, though its pid still answers
     return state not in ("Z", "X") and started == process.started
+
+
+def hear_interrupts() -> None:
+    """Lets SIGINT end this process where it is a cluster's job that is stopped by it.
+
+    A Ray that was started from a shell's background job ignores SIGINT, and so does all that it starts: what its Jobs
+    API sends would not be heard until a run listens for it, and a job that still gets ready would be killed late.
+    """
+    stopped_by_it = os.environ.get("RAY_JOB_STOP_SIGNAL") == "SIGINT"
+    is_deaf = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    if stopped_by_it and is_deaf and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _boot_id() -> str:

@@ -15,6 +15,7 @@ from rich.text import Text
 
 from .. import api
 from ..errors import RaypeftError
+from ..processes import hear_interrupts
 
 app = typer.Typer(
     name="raypeft",
@@ -108,6 +109,7 @@ def when(seconds: float | None) -> str:
 
 def main() -> None:
     """The console script. A `RaypeftError` is one message and an exit code, never a traceback."""
+    hear_interrupts()
     sys.exit(run_guarded(app))
 
 

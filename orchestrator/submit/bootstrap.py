@@ -13,6 +13,7 @@ import sys
 
 from ray._raylet import GcsClient  # type: ignore[attr-defined]
 
+from ..processes import hear_interrupts
 from .envelope import VARIABLE
 from .sealing import unseal
 
@@ -37,6 +38,7 @@ def open_envelope(reference: str, gcs_address: str) -> dict[str, str]:
 
 def main(arguments: list[str]) -> None:
     """Opens the envelope and becomes the command."""
+    hear_interrupts()
     try:
         os.environ.update(open_envelope(os.environ.pop(VARIABLE), os.environ["RAY_ADDRESS"]))
     except LookupError as error:
