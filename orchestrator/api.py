@@ -760,7 +760,7 @@ def ask(
     Args:
         context: the text that answers the question, or the second of two texts, where the endpoint reads such.
     """
-    there, key = url or _url_of(model, cluster), _asking_key(url, cluster)
+    there, key = _place_to_ask(model, url, cluster)
     return asking.ask(there, model, question, max_tokens=max_tokens, key=key, context=context)
 
 
@@ -773,7 +773,7 @@ def ask_head(
     cluster: str | None = None,
 ) -> dict[str, Any] | None:
     """The same of an endpoint that does not generate: its labels, entities, spans or vector; else None."""
-    there, key = url or _url_of(model, cluster), _asking_key(url, cluster)
+    there, key = _place_to_ask(model, url, cluster)
     return asking.ask_head(there, model, question, key=key, context=context)
 
 
@@ -787,13 +787,15 @@ def ask_stream(
     cluster: str | None = None,
 ) -> Iterator[str]:
     """Likewise, piece by piece as it is generated."""
-    there, key = url or _url_of(model, cluster), _asking_key(url, cluster)
+    there, key = _place_to_ask(model, url, cluster)
     return asking.ask_stream(there, model, question, max_tokens=max_tokens, key=key, context=context)
 
 
-def _asking_key(url: str | None, cluster: str | None) -> str | None:
-    """A key for one question: an endpoint that was named by its URL may follow another registry."""
-    return os.environ.get("RAYPEFT_API_KEY") if url else _key(_registry(cluster))
+def _place_to_ask(model: str, url: str | None, cluster: str | None) -> tuple[str, str | None]:
+    """An endpoint's URL and a key for one question: one that was named by its URL may follow another registry."""
+    if url:
+        return url, os.environ.get("RAYPEFT_API_KEY")
+    return _url_of(model, cluster), _key(_registry(cluster))
 
 
 def _key(registry: Registry) -> str | None:

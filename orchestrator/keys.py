@@ -7,17 +7,15 @@ the hash tells nothing by its timing.
 from __future__ import annotations
 
 import hashlib
-import json
-import random
 import re
 import secrets
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from . import objects, stored
-from .errors import RegistryError, StorageError, closest
+from .errors import RegistryError, closest
 from .objects import NotFound, join
 
 Period = Literal["day", "month", "total"]
@@ -219,12 +217,10 @@ class KeyBook:
         return made[0]
 
     def _change(self, change: Callable[[KeyRing], KeyRing]) -> None:
-        for attempt in range(_MAX_TRIES):
+        for _ in objects.turns(self.url, _MAX_TRIES):
             ring, etag = self._read()
             if objects.replace_if(self.url, etag, stored.dump(_to_dict(change(ring)))):
                 return
-            time.sleep(random.uniform(0, min(0.02 * 1.3**attempt, 1.0)))
-        raise StorageError("too many others are changing this at once.", where=self.url, hint="Try again.")
 
     def _read(self) -> tuple[KeyRing, str | None]:
         try:
@@ -247,16 +243,11 @@ def _to_dict(ring: KeyRing) -> dict[str, Any]:
 
 def _from_dict(document: dict[str, Any]) -> KeyRing:
     tenants = {name: _limits(each) for name, each in document.get("tenants", {}).items()}
-    return KeyRing(tenants, tuple(Key(**_known(Key, each)) for each in document.get("keys", ())))
+    return KeyRing(tenants, tuple(Key(**stored.known(Key, each)) for each in document.get("keys", ())))
 
 
 def _limits(document: dict[str, Any]) -> Limits:
-    known = _known(Limits, document)
+    known = stored.known(Limits, document)
     if known.get("models") is not None:
         known["models"] = tuple(known["models"])
     return Limits(**known)
-
-
-def _known(kind: Any, document: dict[str, Any]) -> dict[str, Any]:
-    names = {each.name for each in fields(kind)}
-    return {key: value for key, value in json.loads(json.dumps(document)).items() if key in names}

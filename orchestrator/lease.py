@@ -12,7 +12,6 @@ of this host is known as such and waits for nobody.
 
 from __future__ import annotations
 
-import random
 import time
 import weakref
 from collections.abc import Callable
@@ -20,7 +19,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from . import objects, stored
-from .errors import LeaseError, StorageError
+from .errors import LeaseError
 from .processes import ProcessId, is_alive, this_process
 
 TTL_S, RENEW_S = 60.0, 15.0
@@ -167,16 +166,15 @@ def change(
         LeaseError: they are not; nothing was changed.
         StorageError: the storage does not take it.
     """
-    for attempt in range(_MAX_TRIES):
+    for _ in objects.turns(url, _MAX_TRIES, pause_s=0.01, longest_s=0.5):
         data, etag = objects.read(url)
         document = stored.load(data, url)
         _require(document, token, number)
         edit(document)
         document["updated"] = time.time()
         if objects.replace_if(url, etag, stored.dump(document)) is not None:
-            return document
-        time.sleep(random.uniform(0, min(0.01 * 1.3**attempt, 0.5)))
-    raise StorageError("too many others are changing this at once.", where=url, hint="Try again.")
+            break
+    return document
 
 
 def renew(document: dict[str, Any]) -> None:

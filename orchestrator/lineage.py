@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from .identity import BaseIdentity
-from .stored import numbers
+from .stored import known, numbers
 
 
 @dataclass(frozen=True)
@@ -39,12 +39,11 @@ class Lineage:
     @classmethod
     def from_dict(cls, stored: dict[str, Any]) -> Lineage:
         """Reads what `to_dict` wrote, also by another version: unknown keys are passed over."""
-        known = {name: stored[name] for name in (field.name for field in fields(cls)) if name in stored}
-        base = {name: known["base"].get(name) for name in (field.name for field in fields(BaseIdentity))}
-        known["base"] = BaseIdentity(**base)
-        known["metrics"] = numbers(known.get("metrics", {}))
-        known["gate_reasons"] = tuple(known.get("gate_reasons", ()))
-        return cls(**known)
+        kept = known(cls, stored)
+        kept["base"] = BaseIdentity(**known(BaseIdentity, kept["base"]))
+        kept["metrics"] = numbers(kept.get("metrics", {}))
+        kept["gate_reasons"] = tuple(kept.get("gate_reasons", ()))
+        return cls(**kept)
 
 
 def row_hashes(content: bytes) -> list[str]:

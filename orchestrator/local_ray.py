@@ -29,6 +29,7 @@ from . import keeper
 from .cluster import ClusterFacts, NodeFacts
 from .errors import ClusterError
 from .home import home
+from .machine import memory_bytes
 
 GIB = 1024**3
 START_TIMEOUT_S = 120.0
@@ -198,14 +199,6 @@ def facts() -> ClusterFacts:
     gpus = ray.num_gpus if ray else visible_gpus()
     node = NodeFacts(cpus=cpus, gpus=gpus, memory=memory_bytes())
     return ClusterFacts(nodes=(node,), max_cpus=cpus, max_gpus=gpus, source="this machine")
-
-
-def memory_bytes() -> int:
-    """Memory of this machine, bytes: a container's limit where that is less."""
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    with contextlib.suppress(OSError, ValueError):
-        total = min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    return total
 
 
 def _start(num_cpus: int, num_gpus: int, object_store_bytes: int, timeout_s: float) -> LocalRay:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import random
 import re
 import shutil
 import tempfile
@@ -367,21 +366,22 @@ class Registry:
         Args:
             change: takes and returns the state; None is "no such endpoint". May be called more than once.
         """
-        for attempt in range(_MAX_TRIES):
+        url = self._endpoint_url(name)
+        for _ in objects.turns(url, _MAX_TRIES):
             state, etag = self._endpoint(name)
             new = change(json.loads(json.dumps(state)))
-            if new == state:
-                return state
             document = stored.dump({"removed": True} if new is None else new)
-            if objects.replace_if(join(self.url, "endpoints", f"{name}.json"), etag, document):
-                return new
-            _give_way(attempt)
-        raise _busy(join(self.url, "endpoints", f"{name}.json"))
+            if new == state or objects.replace_if(url, etag, document):
+                break
+        return new
 
     # inside
 
+    def _endpoint_url(self, name: str) -> str:
+        return join(self.url, "endpoints", f"{name}.json")
+
     def _endpoint(self, name: str) -> tuple[dict[str, Any] | None, str | None]:
-        url = join(self.url, "endpoints", f"{name}.json")
+        url = self._endpoint_url(name)
         try:
             data, etag = objects.read(url)
         except NotFound:
@@ -444,14 +444,12 @@ class Registry:
     def _change_book(self, name: str, change: Callable[[dict[str, Any]], object]) -> None:
         """Changes the name's book from its newest state; no other's change is lost."""
         url = join(self._name_url(name), "book.json")
-        for attempt in range(_MAX_TRIES):
+        for _ in objects.turns(url, _MAX_TRIES):
             book, etag = self._book(name)
             before = stored.dump(book)
             change(book)
             if stored.dump(book) == before or objects.replace_if(url, etag, stored.dump(book)):
                 return
-            _give_way(attempt)
-        raise _busy(url)
 
     def _fenced(self, name: str, run_id: str, fence: int, edit: Callable[[dict[str, Any]], object]) -> None:
         """Changes a run's entry in the book, unless a later writer of the run has claimed it."""
@@ -620,11 +618,3 @@ def _verify(copy: Path, version: AdapterVersion) -> None:
                     where=version.url,
                     hint="Restore it from a backup, or train and register a new version.",
                 )
-
-
-def _busy(url: str) -> StorageError:
-    return StorageError("too many others are changing this at once.", where=url, hint="Try again.")
-
-
-def _give_way(attempt: int) -> None:
-    time.sleep(random.uniform(0, min(0.02 * 1.3**attempt, 1.0)))

@@ -10,7 +10,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -41,6 +41,7 @@ from .spec.job import DeploySpec, JobSpec
 from .spec.quantization import quantization_of
 from .spec.tasks import SERVED, task_type
 from .store import Run, RunStore
+from .stored import known
 
 OnEvent = Callable[[Event], None]
 
@@ -136,11 +137,11 @@ class RunResult:
     @classmethod
     def from_dict(cls, printed: Mapping[str, Any]) -> RunResult:
         """What another process printed; its endpoint is only a URL and is left out."""
-        known = {each.name: printed[each.name] for each in fields(cls) if each.name in printed}
-        said = known.get("comparison")
+        kept = known(cls, printed)
+        said = kept.get("comparison")
         comparison = Comparison(**said) if said else None
-        lists = {name: tuple(known.get(name, ())) for name in ("reasons", "notes")}
-        return cls(**{**known, **lists, "endpoint": None, "comparison": comparison})
+        lists = {name: tuple(kept.get(name, ())) for name in ("reasons", "notes")}
+        return cls(**{**kept, **lists, "endpoint": None, "comparison": comparison})
 
 
 def plan_job(spec: JobSpec, environment: Environment) -> Plan:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import random
 import time
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
 from . import objects, stored
-from .errors import StorageError
 from .keys import Period
 from .objects import NotFound, join
 
@@ -49,14 +47,14 @@ class Spending:
             StorageError: it cannot be written; nothing was added.
         """
         names = _names(time.time() if now is None else now)
-        for attempt in range(_MAX_TRIES):
+        url = self._tenant_url(tenant)
+        for _ in objects.turns(url, _MAX_TRIES):
             used, etag = self._read(tenant)
             new = Used(_added(used.tokens, names, tokens), _added(used.requests, names, requests))
             document = {"tokens": new.tokens, "requests": new.requests}
-            if objects.replace_if(self._tenant_url(tenant), etag, stored.dump(document)):
-                return new
-            time.sleep(random.uniform(0, min(0.02 * 1.3**attempt, 1.0)))
-        raise StorageError("too many others are changing this at once.", where=self._tenant_url(tenant))
+            if objects.replace_if(url, etag, stored.dump(document)):
+                break
+        return new
 
     def _tenant_url(self, tenant: str) -> str:
         return join(self._url, f"{tenant}.json")

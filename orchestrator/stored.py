@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 from .errors import StorageError
@@ -44,6 +46,11 @@ def load(data: bytes, url: str) -> dict[str, Any]:
             hint="Upgrade: pip install -U raypeft.",
         )
     return document
+
+
+def known(kind: Any, document: Mapping[str, Any]) -> dict[str, Any]:
+    """What of `document` the dataclass `kind` has a field for: an older or a newer raypeft may have written it."""
+    return {each.name: document[each.name] for each in fields(kind) if each.name in document}
 
 
 def finite(value: Any) -> Any:

@@ -29,7 +29,7 @@ LAYERS = {
         {"__init__"},
     ],
     "orchestrator": [
-        {"__init__", "errors", "spec", "home", "processes"},
+        {"__init__", "errors", "spec", "home", "processes", "machine"},
         {
             "plan", "deepspeed_config", "objects", "stored", "journal", "lease", "store", "run_state",
             "registry", "keys", "spending", "lineage", "identity", "gate", "adapter_folder", "model_folder",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,21 +67,6 @@ def shares(sizes: Sequence[int], num_workers: int) -> list[list[int]]:
         made[min(int(middle * num_workers / max(total, 1)), num_workers - 1)].append(number)
         done += size
     return [share for share in made if share]
-
-
-def free_bytes() -> int:
-    """Memory that may still be taken on this machine: less where a container is limited."""
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    group = Path("/sys/fs/cgroup")
-    with contextlib.suppress(OSError, ValueError):
-        held = int((group / "memory.current").read_text())
-        cached = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        limit = int((group / "memory.max").read_text())
-        free = min(
-            free, limit - held + int(cached.get("inactive_file", 0)) + int(cached.get("active_file", 0))
-        )
-    return max(free, 0)
 
 
 def own_bytes(pid: int | str = "self", kinds: tuple[str, ...] = ("RssAnon", "RssShmem")) -> int:

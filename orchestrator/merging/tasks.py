@@ -12,9 +12,10 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from peft_dist.errors import PeftDistError
 
 from ..errors import ClusterError, ModelError, PlacementError, RaypeftError
+from ..machine import free_bytes
 from ..runner import Event
 from . import part
-from .room import crew, free_bytes, shares
+from .room import crew, shares
 
 
 def write_files(

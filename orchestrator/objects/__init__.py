@@ -17,7 +17,7 @@ from typing import Protocol
 import fsspec
 
 from ..errors import StorageError
-from .again import persistently
+from .again import persistently, turns
 from .failures import NotFound, explained
 from .local import LocalObjects
 from .s3 import S3Objects
@@ -25,7 +25,8 @@ from .s3 import S3Objects
 __all__ = [
     "NotFound", "check_writable", "clean", "create_if_absent", "delete", "delete_tree", "exists",
     "explaining", "find", "get_tree", "is_local", "join", "list_", "local_path", "nearest_existing",
-    "normal_url", "persistently", "put_tree", "read", "remove_empty", "replace_if", "require_exclusive", "write",
+    "normal_url", "persistently", "put_tree", "read", "remove_empty", "replace_if", "require_exclusive", "turns",
+    "write",
 ]  # fmt: skip
 
 

@@ -1,9 +1,10 @@
-"""What a storage failed to do is tried again before a run is given up for it."""
+"""What a storage failed to do, or another was first to do, is tried again before a run is given up for it."""
 
 from __future__ import annotations
 
+import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 from ..errors import StorageError
@@ -28,3 +29,17 @@ def persistently(action: Callable[[], Result]) -> Result:
                 raise
             time.sleep(pause_s)
     return action()
+
+
+def turns(url: str, most: int, *, pause_s: float = 0.02, longest_s: float = 1.0) -> Iterator[int]:
+    """The tries, from 0, of changing what is at `url` by `replace_if`: leave the loop with the one that succeeded.
+
+    Before each further one it waits at random, up to `pause_s` at first, 1.3 times that then, at most `longest_s`.
+
+    Raises:
+        StorageError: all `most` are used up.
+    """
+    for turn in range(most):
+        yield turn
+        time.sleep(random.uniform(0, min(pause_s * 1.3**turn, longest_s)))
+    raise StorageError("too many others are changing this at once.", where=url, hint="Try again.")

@@ -24,6 +24,7 @@ from peft_dist.packed_rows import Blend, PackedRows
 from peft_dist.prompts.packed import num_virtual, packed_embeds, packed_past
 from peft_dist.rows import BASE
 
+from ..machine import free_bytes
 from .continuous import ContinuousBatches, Packed, Part, Sizes, Step, UnfitBase
 from .engine import AdapterRefused, EngineDead, Figures, Generation, Piece, TokenLogprob
 from .fair import FairQueue
@@ -616,21 +617,5 @@ def sizes_for(
 
 
 def _memory_of(device: torch.device) -> int:
-    """Bytes that are free on the device; of the machine's, what this process's group may have."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    free = _field("/proc/meminfo", "MemAvailable:")
-    limits = [_number("/sys/fs/cgroup/memory.max"), _number("/sys/fs/cgroup/memory/memory.limit_in_bytes")]
-    return min([each for each in (free, *limits) if each] or [2**30])
-
-
-def _field(path: str, name: str) -> int | None:
-    with contextlib.suppress(OSError), open(path) as lines:
-        return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(name)), None)
-    return None
-
-
-def _number(path: str) -> int | None:
-    with contextlib.suppress(OSError, ValueError), open(path) as text:
-        return int(text.read())
-    return None
+    """Bytes that are free on the device."""
+    return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else free_bytes()

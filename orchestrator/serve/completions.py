@@ -16,18 +16,16 @@ from starlette.responses import JSONResponse, Response
 from ..errors import ModelError, RaypeftError
 from .admission import Admission
 from .api_error import ApiError, engine_stopped
-from .body import read_body
+from .asked import Asked, asked
 from .catalogue import Catalogue, Target
 from .choices import Numbered, pieces
 from .engine import Engine, EngineDead, Generation
 from .event_stream import DONE, EventStream, event, while_connected
-from .key_check import Tenant
 from .measured import timing_of
 from .metrics import Metrics, Timing
-from .openai_api import ChatRequest, CompletionRequest, parse
+from .openai_api import ChatRequest, CompletionRequest
 from .prompts import Prompts
 from .replies import Choice, Reply
-from .sticky import Sticky
 
 _log = logging.getLogger("ray.serve")
 
@@ -51,26 +49,22 @@ class Completions:
 
     async def complete(self, request: Request) -> Response:
         """POST /v1/completions."""
-        tenant = await self._admission.tenant(request.headers.get("authorization"))
-        body = await read_body(request)
-        wanted = parse(CompletionRequest, body)
-        prompts = [await self._completion_ids(prompt) for prompt in wanted.prompts]
-        return await self._answer(request, tenant, body, wanted, prompts)
+        read = await asked(request, CompletionRequest, self._admission)
+        prompts = [await self._completion_ids(prompt) for prompt in read.wanted.prompts]
+        return await self._answer(read, prompts)
 
     async def chat(self, request: Request) -> Response:
         """POST /v1/chat/completions."""
-        tenant = await self._admission.tenant(request.headers.get("authorization"))
-        body = await read_body(request)
-        wanted = parse(ChatRequest, body)
+        read = await asked(request, ChatRequest, self._admission)
         try:
-            messages = [message.plain() for message in wanted.messages]
+            messages = [message.plain() for message in read.wanted.messages]
             size = self._check_size([message["content"] for message in messages], "messages")
             ids = await _beside(size, lambda: self._prompts.chat_ids(messages))
         except ModelError as error:
             raise ApiError(str(error), param="messages") from error
         if not ids:
             raise ApiError("The messages have no tokens.", param="messages")
-        return await self._answer(request, tenant, body, wanted, [ids])
+        return await self._answer(read, [ids])
 
     async def _completion_ids(self, prompt: str | list[int]) -> list[int]:
         if isinstance(prompt, str):
@@ -101,19 +95,14 @@ class Completions:
         return size
 
     async def _answer(
-        self,
-        request: Request,
-        tenant: Tenant,
-        body: bytes,
-        wanted: CompletionRequest | ChatRequest,
-        prompts: list[list[int]],
+        self, read: Asked[CompletionRequest] | Asked[ChatRequest], prompts: list[list[int]]
     ) -> Response:
+        request, tenant, wanted = read.request, read.tenant, read.wanted
         timing = timing_of(request)
         timing.tenant = tenant.name
         tenant.check_model(wanted.model)
         async with AsyncExitStack() as held:
-            sticky = Sticky(request.headers, body)
-            target = await held.enter_async_context(self._catalogue.acquire(wanted.model, sticky))
+            target = await held.enter_async_context(self._catalogue.acquire(wanted.model, read.sticky))
             generations = self._generations(wanted, prompts, target)
             most = sum(len(each.prompt_ids) + each.max_tokens for each in generations)
             await self._admission.know(tenant)

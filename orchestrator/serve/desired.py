@@ -3,11 +3,12 @@ changes it."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from ..identity import BaseIdentity
 from ..spec.job import EngineSpec, ModelSpec
+from ..stored import known
 from .rollout import Rollout, Step
 
 _TRAIL = 20
@@ -172,18 +173,13 @@ class Desired:
         """Reads what `to_dict` wrote, also by another version: unknown keys are passed over."""
         return cls(
             endpoint=stored["endpoint"],
-            base=BaseIdentity(**_known(BaseIdentity, stored["base"])),
+            base=BaseIdentity(**known(BaseIdentity, stored["base"])),
             threads=stored.get("threads", 1),
             trust_remote_code=stored.get("trust_remote_code", False),
-            adapters=tuple(Served(**_known(Served, entry)) for entry in stored.get("adapters", ())),
-            engine=EngineOptions(**_known(EngineOptions, stored.get("engine", {}))),
+            adapters=tuple(Served(**known(Served, entry)) for entry in stored.get("adapters", ())),
+            engine=EngineOptions(**known(EngineOptions, stored.get("engine", {}))),
             code=stored.get("code", ""),
             task=stored.get("task", "CAUSAL_LM"),
             rollouts=tuple(Rollout.from_dict(each) for each in stored.get("rollouts", ())),
             earlier={key: tuple(versions) for key, versions in stored.get("earlier", {}).items()},
         )
-
-
-def _known(kind: Any, stored: dict[str, Any]) -> dict[str, Any]:
-    names = {entry.name for entry in fields(kind)}
-    return {name: value for name, value in stored.items() if name in names}

@@ -10,7 +10,7 @@ from starlette.responses import JSONResponse, Response
 
 from .admission import Admission
 from .api_error import ApiError
-from .body import read_body
+from .asked import Asked, asked
 from .catalogue import Catalogue, Target
 from .completions import ANSWERED_BY
 from .engine import AdapterRefused
@@ -26,14 +26,10 @@ from .head_api import (
     spans,
 )
 from .heads import Classified, Embedded, Found, Heads, Input, NoTokens, Tagged, TooLong
-from .key_check import Tenant
 from .measured import timing_of
 from .metrics import Metrics
-from .openai_api import Ask, parse
-from .sticky import Sticky
 
 Answer = TypeVar("Answer", Embedded, Classified, Tagged, Found)
-Asked = TypeVar("Asked", bound=Ask)
 
 _BYTES_A_TOKEN = 3
 """Roughly, of texts in whose tokens nobody has looked yet; what a request truly took is known when it is answered."""
@@ -48,72 +44,53 @@ class HeadRoutes:
 
     async def embeddings(self, request: Request) -> Response:
         """POST /v1/embeddings."""
-        tenant, body, asked = await self._asked(request, EmbeddingRequest)
-        inputs = asked.inputs
+        read = await asked(request, EmbeddingRequest, self._admission)
+        inputs, form = read.wanted.inputs, read.wanted.encoding_format
         self._check_ids(inputs)
         return await self._answer(
-            request,
-            tenant,
-            body,
-            asked,
-            sum(map(_guess, inputs)),
+            read,
+            inputs,
             lambda target: self._heads.embed(inputs, target.adapter, target.name, target.shadow),
-            lambda answers: embeddings(answers, asked.encoding_format),
+            lambda answers: embeddings(answers, form),
         )
 
     async def classify(self, request: Request) -> Response:
         """POST /v1/classify."""
-        tenant, body, asked = await self._asked(request, ClassifyRequest)
-        inputs = asked.inputs
+        read = await asked(request, ClassifyRequest, self._admission)
+        inputs, top_k = read.wanted.inputs, read.wanted.top_k
         return await self._answer(
-            request,
-            tenant,
-            body,
-            asked,
-            sum(map(_guess, inputs)),
+            read,
+            inputs,
             lambda target: self._heads.classify(inputs, target.adapter, target.name, target.shadow),
-            lambda answers: classes(answers, asked.top_k),
+            lambda answers: classes(answers, top_k),
         )
 
     async def token_classify(self, request: Request) -> Response:
         """POST /v1/token-classify."""
-        tenant, body, asked = await self._asked(request, TokenClassifyRequest)
-        inputs = asked.inputs
+        read = await asked(request, TokenClassifyRequest, self._admission)
+        inputs = read.wanted.inputs
         return await self._answer(
-            request,
-            tenant,
-            body,
-            asked,
-            sum(map(_guess, inputs)),
+            read,
+            inputs,
             lambda target: self._heads.tag(inputs, target.adapter, target.name, target.shadow),
             lambda answers: entities(answers, inputs),
         )
 
     async def question_answering(self, request: Request) -> Response:
         """POST /v1/question-answering."""
-        tenant, body, asked = await self._asked(request, QuestionAnsweringRequest)
-        questions = asked.questions
+        read = await asked(request, QuestionAnsweringRequest, self._admission)
+        questions, top_k = read.wanted.questions, read.wanted.top_k
         if questions is None:
             raise ApiError(
                 "Give 'question' and 'context', or several of them as 'input'.",
-                param="question" if asked.input is None else "input",
+                param="question" if read.wanted.input is None else "input",
             )
         return await self._answer(
-            request,
-            tenant,
-            body,
-            asked,
-            sum(_guess(Input(*each)) for each in questions),
-            lambda target: self._heads.find(
-                questions, target.adapter, asked.top_k, target.name, target.shadow
-            ),
+            read,
+            [Input(*each) for each in questions],
+            lambda target: self._heads.find(questions, target.adapter, top_k, target.name, target.shadow),
             lambda answers: spans(answers, questions),
         )
-
-    async def _asked(self, request: Request, kind: type[Asked]) -> tuple[Tenant, bytes, Asked]:
-        tenant = await self._admission.tenant(request.headers.get("authorization"))
-        body = await read_body(request)
-        return tenant, body, parse(kind, body)
 
     def _check_ids(self, inputs: Sequence[Input]) -> None:
         for each in inputs:
@@ -124,20 +101,18 @@ class HeadRoutes:
 
     async def _answer(
         self,
-        request: Request,
-        tenant: Tenant,
-        body: bytes,
-        asked: Ask,
-        num_tokens: int,
+        read: Asked[Any],
+        inputs: Sequence[Input],
         ask: Callable[[Target], Awaitable[list[Answer]]],
         rows: Callable[[list[Answer]], list[dict[str, Any]]],
     ) -> Response:
+        request, tenant, model = read.request, read.tenant, read.wanted.model
         timing = timing_of(request)
         timing.tenant = tenant.name
-        tenant.check_model(asked.model)
+        tenant.check_model(model)
         await self._admission.know(tenant)
-        sticky = Sticky(request.headers, body)
-        async with self._catalogue.acquire(asked.model, sticky) as target:
+        num_tokens = sum(map(_guess, inputs))
+        async with self._catalogue.acquire(model, read.sticky) as target:
             with self._admission.admitted(tenant, target.name, 1, num_tokens, timing.usage):
                 self._metrics.begin(timing, target.name)
                 self._heads.check()
@@ -169,10 +144,10 @@ class HeadRoutes:
         return JSONResponse(whole, headers={ANSWERED_BY: target.name})
 
 
-def _guess(asked: Input) -> int:
-    if asked.ids is not None:
-        return len(asked.ids)
-    return 2 + (len(asked.text) + len(asked.pair or "")) // _BYTES_A_TOKEN
+def _guess(one: Input) -> int:
+    if one.ids is not None:
+        return len(one.ids)
+    return 2 + (len(one.text) + len(one.pair or "")) // _BYTES_A_TOKEN
 
 
 def other_task(base: str, route: str) -> Callable[[Request], Awaitable[Response]]:

@@ -21,10 +21,14 @@ def desired_of(registry: Registry, endpoint: str) -> Desired | None:
 
 
 def change(registry: Registry, endpoint: str, edit: Callable[[Desired], Desired]) -> Desired | None:
-    """Changes what an endpoint shall serve; returns it as it now is."""
+    """Changes what an endpoint shall serve; returns it as it now is. An edit that changes nothing writes nothing."""
 
     def apply(stored: dict[str, Any] | None) -> dict[str, Any] | None:
-        return edit(Desired.from_dict(stored)).to_dict() if stored else None
+        if stored is None:
+            return None
+        before = Desired.from_dict(stored)
+        after = edit(before)
+        return stored if after == before else after.to_dict()
 
     now = registry.update_endpoint(endpoint, apply)
     return Desired.from_dict(now) if now else None

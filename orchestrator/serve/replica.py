@@ -9,6 +9,7 @@ import socket
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from ray import serve
@@ -29,6 +30,7 @@ from .metrics import Metrics
 from .naming import endpoint_of
 from .observed import Observed
 from .observed_heads import ObservedHeads
+from .promotion import change, desired_of
 from .prompts import Prompts, SourcePrompts
 from .reach import admission
 from .reporter import Reporter
@@ -50,7 +52,8 @@ class Replica:
     def __init__(self, endpoint: str, registry_url: str) -> None:
         self._registry = Registry(registry_url)
         self._endpoint = endpoint
-        desired = self._read_desired()
+        read_desired = partial(desired_of, self._registry, endpoint)
+        desired = read_desired()
         if desired is None:
             raise ServeError(f"endpoint '{endpoint}' is not in the registry {registry_url}.")
         self._admission = admission(registry_url)
@@ -71,7 +74,7 @@ class Replica:
             desired.base,
             self._engine,
             self._registry,
-            self._read_desired,
+            read_desired,
             self._finish_promotion,
             cache=scratch.folder_of_this_process("raypeft-adapters"),
             slots=self._slots,
@@ -109,18 +112,11 @@ class Replica:
             num_replicas=lambda: serve.get_replica_context().world_size,
         )
 
-    def _read_desired(self) -> Desired | None:
-        stored = self._registry.endpoint_state(self._endpoint)
-        return Desired.from_dict(stored) if stored else None
-
     def _finish_promotion(self, entry: Served) -> None:
-        def settle(stored: dict[str, Any] | None) -> dict[str, Any] | None:
-            desired = Desired.from_dict(stored) if stored else None
-            if desired is None or desired.served(entry.ref) is None:
-                return stored
-            return desired.with_adapter(replace(entry, alias_when_live=None)).to_dict()
+        def settle(now: Desired) -> Desired:
+            return now.with_adapter(replace(entry, alias_when_live=None)) if now.served(entry.ref) else now
 
-        self._registry.update_endpoint(self._endpoint, settle)
+        change(self._registry, self._endpoint, settle)
 
     async def _other_endpoints(self) -> Sequence[str]:
         read_at, names = self._others

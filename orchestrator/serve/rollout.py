@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from ..gate import check
 from ..spec.durations import format_duration
 from ..spec.job import GateSpec, RolloutSpec
+from ..stored import known
 
 State = Literal["starting", "baking", "promoting", "withdrawing"]
 StepKind = Literal["begin", "promote", "rollback"]
@@ -68,8 +69,7 @@ class Rollout:
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any]) -> Rollout:
         """Reads what `to_dict` wrote; unknown keys are passed over."""
-        known = {entry.name for entry in fields(cls)}
-        kept = {key: value for key, value in stored.items() if key in known}
+        kept = known(cls, stored)
         return cls(**{**kept, "reasons": tuple(kept.get("reasons", ()))})
 
     @property

@@ -19,8 +19,9 @@ from orchestrator import api, wiring
 from orchestrator.errors import ModelError, PlacementError, StorageError
 from orchestrator.identity import base_identity
 from orchestrator.lineage import Lineage
+from orchestrator.machine import free_bytes
 from orchestrator.merging import part
-from orchestrator.merging.room import crew, free_bytes, own_bytes, shares
+from orchestrator.merging.room import crew, own_bytes, shares
 from orchestrator.registry import Registry
 from peft_dist import LoraConfig
 from tests.contract.methods_table import IDS, model_of
