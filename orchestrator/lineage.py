@@ -23,8 +23,8 @@ class Lineage:
     """The job as YAML, every default filled in."""
     data_hash: str | None = None
     quantization: str | None = None
-    """How the base was kept while the adapter trained: `int8`, `nf4+double`; None: in its own precision, in which
-    endpoints serve it whatever stands here."""
+    """How the base was kept while the adapter trained: `int8`, `nf4+double`; None: in its own precision. An endpoint
+    keeps it as `deploy.engine.quantization` says, whatever stands here."""
     metrics: dict[str, float] = field(default_factory=dict)
     parent: str | None = None
     """The adapter that it was trained on from: `NAME@V`, a directory or a hub id."""

@@ -72,3 +72,19 @@ def test_what_another_try_cannot_mend_is_told_at_once(pauses, error):
     with pytest.raises(type(error)):
         objects.persistently(action)
     assert action.calls == 1 and pauses == []
+
+
+def test_who_is_never_first_is_told_after_so_many_turns(pauses):
+    taken = []
+    with pytest.raises(
+        StorageError, match=r"/there: too many others are changing this at once\. Try again\."
+    ):
+        for turn in objects.turns("/there", 30, pause_s=0.01, longest_s=0.5):
+            taken.append(turn)
+    assert taken == list(range(30)) and len(pauses) == 30
+    assert all(0 <= pause <= min(0.01 * 1.3**turn, 0.5) for turn, pause in enumerate(pauses))
+
+
+def test_who_was_first_pauses_no_more(pauses):
+    assert next(turn for turn in objects.turns("/there", 30) if turn == 2) == 2
+    assert len(pauses) == 2

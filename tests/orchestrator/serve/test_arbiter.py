@@ -16,7 +16,7 @@ from orchestrator.registry import Registry
 from orchestrator.serve.arbiter import Arbiter
 from orchestrator.serve.desired import Desired, Served
 from orchestrator.serve.numbers import Agreement, Numbers
-from orchestrator.serve.promotion import desired_of, promote, rollback
+from orchestrator.serve.promotion import change, desired_of, promote, rollback
 from orchestrator.serve.reports import Report, Reports, RolloutNumbers
 from orchestrator.serve.rollout import Rollout
 from orchestrator.serve.traffic import audit_lines, rollout_rows, traffic_rows
@@ -244,6 +244,14 @@ def test_status_and_top_read_the_storage_alone(site):
     later, _ = traffic_rows(site.registry, replace(counted, at=counted.at - 2))
     assert later[0].requests_per_s == pytest.approx(2, rel=0.2) and later[0].model == "docs@1"
     assert audit_lines(site.registry, "other") == []
+
+
+def test_an_edit_that_changes_nothing_leaves_what_another_raypeft_wrote(site):
+    site.registry.update_endpoint("tiny", lambda now: {**now, "of_a_newer_one": 1})
+    change(site.registry, "tiny", lambda now: now.finished("no such rollout"))
+    assert site.registry.endpoint_state("tiny")["of_a_newer_one"] == 1
+    assert change(site.registry, "tiny", lambda now: now.without("docs@2")).served("docs@2") is None
+    assert change(site.registry, "none", lambda now: now) is None
 
 
 def test_reports_of_the_dead_are_forgotten_but_for_what_a_rollout_needs(site):
