@@ -73,4 +73,5 @@ def test_asking_needs_no_key_where_none_is_asked_for_and_lends_itself_one_elsewh
     lent = api._key(registry)
     assert KeyBook(registry.url).read().find(lent).tenant == "raypeft"
     monkeypatch.setenv("RAYPEFT_API_KEY", "mine")
-    assert api._key(registry) == "mine" == api._asking_key("http://somewhere/v1", None)
+    assert api._key(registry) == "mine"
+    assert api._place_to_ask("docs", "http://somewhere/v1", None) == ("http://somewhere/v1", "mine")
