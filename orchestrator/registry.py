@@ -14,7 +14,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import shutil
 import tempfile
 import time
@@ -28,11 +27,10 @@ from .adapter_folder import AdapterFolder, check_adapter
 from .errors import LeaseError, RaypeftError, RegistryError, StorageError, closest
 from .lineage import Lineage, row_hashes, rows_file
 from .objects import NotFound, join
+from .spec.names import ADAPTER, ADAPTER_RULE, ALIAS, ALIAS_RULE
 
 MANIFEST, ROWS = "raypeft.json", "train_rows.txt"
 DEFAULT_ALIAS = "production"
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
-_ALIAS = re.compile(r"[A-Za-z][A-Za-z0-9._-]{0,62}")
 _MAX_TRIES = 200
 _ABANDONED_S = 24 * 3600
 """Age after which a registration without a manifest counts as dead, in seconds."""
@@ -183,7 +181,7 @@ class Registry:
     def get(self, ref: str) -> AdapterVersion:
         """`name@version`, `name@alias`, or a bare `name`, which is `name@production`."""
         name, _, selector = ref.partition("@")
-        if not _NAME.fullmatch(name):
+        if not ADAPTER.fullmatch(name):
             raise RegistryError(f"'{ref}' is not an adapter's id.", hint="Write NAME@VERSION or NAME@ALIAS.")
         book, _ = self._book(name)
         alias = selector or DEFAULT_ALIAS
@@ -289,7 +287,7 @@ class Registry:
     def aliases_mark(self, name: str) -> tuple[int, int] | None:
         """What is another as soon as an alias of `name` is, at the price of a look at the folder; None on storages that
         have no such thing: there only reading tells."""
-        if not objects.is_local(self.url) or not _NAME.fullmatch(name):
+        if not objects.is_local(self.url) or not ADAPTER.fullmatch(name):
             return None
         try:
             found = os.stat(objects.local_path(join(self._name_url(name), "book.json")))
@@ -397,7 +395,7 @@ class Registry:
 
     def _numbers(self, name: str) -> list[int]:
         """The versions that are there whole and not deleted, ascending."""
-        if not _NAME.fullmatch(name):
+        if not ADAPTER.fullmatch(name):
             return []
         deleted = self._book(name)[0]["deleted"]
         parts = (path.split("/") for path in objects.find(self._name_url(name)))
@@ -407,7 +405,7 @@ class Registry:
     def _must_exist(self, name: str, number: int, book: dict[str, Any]) -> None:
         if number in book["deleted"]:
             raise self._no_version(name, number, "was deleted")
-        if not _NAME.fullmatch(name) or not objects.exists(join(self._version_url(name, number), MANIFEST)):
+        if not ADAPTER.fullmatch(name) or not objects.exists(join(self._version_url(name, number), MANIFEST)):
             raise self._no_version(name, number, "does not exist")
 
     def _read_version(self, name: str, number: int, book: dict[str, Any]) -> AdapterVersion:
@@ -432,7 +430,7 @@ class Registry:
 
     def _book(self, name: str) -> tuple[dict[str, Any], str | None]:
         empty: dict[str, Any] = {"aliases": {}, "holders": {}, "deleted": [], "forced": [], "runs": {}}
-        if not _NAME.fullmatch(name):
+        if not ADAPTER.fullmatch(name):
             return empty, None
         url = join(self._name_url(name), "book.json")
         try:
@@ -553,19 +551,19 @@ def _check_fence(entry: dict[str, Any], run_id: str, fence: int) -> None:
 
 def check_name(name: str) -> None:
     """Raises RegistryError where `name` cannot be an adapter's."""
-    if not _NAME.fullmatch(name):
+    if not ADAPTER.fullmatch(name):
         raise RegistryError(
             f"'{name}' cannot be an adapter's name.",
-            hint="Use letters, digits, '.', '_' and '-', at most 63, beginning with a letter or digit.",
+            hint=ADAPTER_RULE,
         )
 
 
 def check_alias(alias: str) -> None:
     """Raises RegistryError where `alias` cannot be one: a number would look like a version."""
-    if not _ALIAS.fullmatch(alias):
+    if not ALIAS.fullmatch(alias):
         raise RegistryError(
             f"'{alias}' cannot be an alias.",
-            hint="Use letters, digits, '.', '_' and '-', at most 63, beginning with a letter.",
+            hint=ALIAS_RULE,
         )
 
 

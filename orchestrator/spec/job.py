@@ -6,7 +6,6 @@ Names are those that users of Axolotl, Hugging Face and LLaMA-Factory know.
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -24,24 +23,8 @@ from pydantic import (
 )
 
 from .durations import parse_duration
+from .names import check_adapter, check_alias, check_name
 from .workers import parse_workers
-
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}\Z")
-_NAME_RULE = "A name is 1 to 100 letters, digits, '.', '_' or '-', and starts with a letter or a digit."
-
-
-def check_name(name: str) -> str:
-    """`name`, or ValueError with the rule: it becomes a directory, a URL's part and an id (`NAME@VERSION`)."""
-    if not _NAME.match(name):
-        raise ValueError(f"'{name}' is not a name. {_NAME_RULE}")
-    return name
-
-
-def check_alias(name: str) -> str:
-    """`name`, or ValueError: an alias is a name that cannot be taken for a version's number."""
-    if check_name(name).isdigit():
-        raise ValueError(f"'{name}' is not an alias: NAME@{name} means a version. Begin with a letter.")
-    return name
 
 
 def _whole_rows(value: float | int) -> float | int:
@@ -51,6 +34,7 @@ def _whole_rows(value: float | int) -> float | int:
 
 
 Name = Annotated[str, AfterValidator(check_name)]
+AdapterName = Annotated[str, AfterValidator(check_adapter)]
 Alias = Annotated[str, AfterValidator(check_alias)]
 Duration = Annotated[
     float, BeforeValidator(parse_duration), WithJsonSchema({"type": ["number", "string"], "minimum": 0})
@@ -375,7 +359,9 @@ class EvalSpec(Section):
 class RegisterSpec(Section):
     """`register`: the adapter's name in the registry."""
 
-    name: Name | None = Field(default=None, description="the adapter's name; the job's where not given")
+    name: AdapterName | None = Field(
+        default=None, description="the adapter's name; the job's where not given"
+    )
     alias: Alias | None = Field(default=None, description="an alias that the new version takes")
 
 

@@ -13,6 +13,7 @@ from ..errors import closest
 from .conditions import parse_comparison
 from .job import DeploySpec, GateSpec, JobSpec, ModelSpec
 from .live_metrics import OF_SHADOW, live_metrics
+from .names import ADAPTER
 from .places import Path, Problem
 from .tasks import TASKS, evaluated_types, measured_metrics, task_type
 from .words import show
@@ -22,6 +23,7 @@ from .workers import GroupSize, forwards, group_sizes
 def check_rules(spec: JobSpec, written: Collection[Path], warnings: list[str]) -> list[Problem]:
     """What breaks a rule across sections; `written` are the keys that stand in the file."""
     found = [
+        *_name(spec),
         *_bits(spec),
         *_batch(spec, written),
         *_gate(spec),
@@ -32,6 +34,15 @@ def check_rules(spec: JobSpec, written: Collection[Path], warnings: list[str]) -
     ]
     warnings += _warnings(spec, written)
     return found
+
+
+def _name(spec: JobSpec) -> Iterator[Problem]:
+    if spec.register_.name is None and not ADAPTER.fullmatch(spec.name):
+        yield Problem(
+            ("name",),
+            f"has {len(spec.name)} letters, and the adapter, which takes the job's name, may have 63.",
+            "Shorten it, or write register: {name: ...}.",
+        )
 
 
 def _bits(spec: JobSpec) -> Iterator[Problem]:

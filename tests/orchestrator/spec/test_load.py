@@ -67,6 +67,15 @@ def test_places_give_line_and_column():
          "with a letter or a digit."),
         ("register: {alias: '3'}",
          "jobs/x.yaml:3 register.alias: '3' is not an alias: NAME@3 means a version. Begin with a letter."),
+        ("register: {alias: 1st}",
+         "jobs/x.yaml:3 register.alias: '1st' cannot be an alias. Use letters, digits, '.', '_' and '-', at most 63, "
+         "beginning with a letter."),
+        (f"register: {{name: {'a' * 64}}}",
+         f"jobs/x.yaml:3 register.name: '{'a' * 64}' cannot be an adapter's name. Use letters, digits, '.', '_' and "
+         "'-', at most 63, beginning with a letter or digit."),
+        (f"name: {'a' * 64}",
+         "jobs/x.yaml:3 name: has 64 letters, and the adapter, which takes the job's name, may have 63. Shorten it, or "
+         "write register: {name: ...}."),
         ("retry: {start_timeout: soon}",
          "jobs/x.yaml:3 retry.start_timeout: 'soon' is not a duration. Write seconds, or 90s, 10m, 2h, 1h30m, 1d."),
         ("eval: {metrics: [f1]}", "jobs/x.yaml:3 eval.metrics.0: 'f1' is not measured of rows of type 'chat'. "
