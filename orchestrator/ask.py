@@ -39,11 +39,8 @@ def ask(
     Raises:
         ServeError: nothing answers there, or the endpoint refuses; the message is the endpoint's own.
     """
-    if (
-        isinstance(question, str)
-        and (row := ask_head(url, model, question, key=key, context=context)) is not None
-    ):
-        return readable(row)
+    if (said := _in_words(url, model, question, key, context)) is not None:
+        return said
     body = {**_body(model, question, max_tokens), "temperature": temperature}
     with _post(url, body, key, stream=False) as response:
         try:
@@ -65,11 +62,8 @@ def ask_stream(
     context: str | None = None,
 ) -> Iterator[str]:
     """The answer's text as it comes; see `ask`."""
-    if (
-        isinstance(question, str)
-        and (row := ask_head(url, model, question, key=key, context=context)) is not None
-    ):
-        yield readable(row)
+    if (said := _in_words(url, model, question, key, context)) is not None:
+        yield said
         return
     body = {**_body(model, question, max_tokens), "temperature": temperature, "stream": True}
     with _post(url, body, key, stream=True) as response:
@@ -106,6 +100,14 @@ def ask_head(
             raise ServeError(
                 "this does not answer as our endpoints do.", where=url, hint="Is it an endpoint's URL?"
             ) from error
+
+
+def _in_words(
+    url: str, model: str, question: str | Messages, key: str | None, context: str | None
+) -> str | None:
+    """What a task's head answers; None of an endpoint that generates, and of a conversation."""
+    row = ask_head(url, model, question, key=key, context=context) if isinstance(question, str) else None
+    return None if row is None else readable(row)
 
 
 def _task(url: str) -> str:

@@ -135,6 +135,12 @@ def rebuilt(said: Mapping[str, str | None]) -> RaypeftError:
     return cls(said.get("message") or "no message", where=said.get("where"), hint=said.get("hint"))
 
 
+def first_line(error: BaseException) -> str:
+    """What another package's error says, as far as it fits into one of ours."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 def closest(word: str, choices: Iterable[str], limit: int = 1) -> list[str]:
     """The `limit` choices that are nearest to `word` in spelling, best first; none where nothing is near."""
     return difflib.get_close_matches(word, list(choices), n=limit, cutoff=0.55)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import local_ray
 from .cluster import Cluster, ClusterFacts, load_cluster
-from .errors import ClusterError, ModelError, RaypeftError
+from .errors import ClusterError, ModelError, RaypeftError, first_line
 from .objects import get_tree
 from .registry import Registry
 from .runner import Runner
@@ -251,6 +251,6 @@ def _from_hub(name: str, scratch: str) -> Path:
         return Path(snapshot_download(name, local_dir=scratch, allow_patterns=["*.json", "*.safetensors"]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ModelError(
-            f"'{name}' is neither a folder nor the hub's: {str(error).splitlines()[0]}",
+            f"'{name}' is neither a folder nor the hub's: {first_line(error)}",
             hint="Name a folder with adapter_config.json, a URL or a hub id.",
         ) from error

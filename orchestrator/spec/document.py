@@ -13,7 +13,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
-from ..errors import SpecError
+from ..errors import SpecError, first_line
 from .places import Path, Place, Tree, dotted, raise_all
 
 _MOST_VALUES = 100_000
@@ -91,7 +91,7 @@ def _compose(text: str, source: str) -> Node | None:
         at = f" (column {mark.column + 1})" if mark else ""
         raise SpecError(f"not YAML: {what}{at}.", where=where, hint=_yaml_hint(what)) from None
     except (YAMLError, ValueError) as error:
-        what = str(error).splitlines()[0].rstrip(".")
+        what = first_line(error).rstrip(".")
         raise SpecError(f"not YAML: {what}.", where=source) from None
     except RecursionError:
         raise SpecError("not a job: it is nested too deeply.", where=source) from None

@@ -14,7 +14,7 @@ from ruamel.yaml.error import YAMLError
 
 from .. import local_ray
 from ..cluster import Cluster, ClusterFacts, NodeFacts
-from ..errors import ClusterError
+from ..errors import ClusterError, first_line
 from .dashboard import Dashboard
 
 ACCELERATOR_LABEL = "ray.io/accelerator-type"
@@ -189,8 +189,7 @@ def load_yaml(path: str) -> dict[str, Any]:
     try:
         loaded = YAML(typ="safe", pure=True).load(Path(path).read_text())
     except (OSError, UnicodeDecodeError, YAMLError) as error:
-        said = str(error).splitlines()[0]
         raise ClusterError(
-            f"the file cannot be read: {said}", where=path, hint="Mend it, then: raypeft plan"
+            f"the file cannot be read: {first_line(error)}", where=path, hint="Mend it, then: raypeft plan"
         ) from error
     return loaded if isinstance(loaded, dict) else {}

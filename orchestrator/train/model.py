@@ -12,7 +12,7 @@ from transformers import BitsAndBytesConfig
 
 import peft_dist
 from orchestrator.devices import recomputes_activations
-from orchestrator.errors import ModelError, SpecError
+from orchestrator.errors import ModelError, SpecError, first_line
 from orchestrator.runner import TrainRequest
 from orchestrator.spec.adapter import peft_config
 from orchestrator.spec.job import JobSpec
@@ -185,7 +185,7 @@ def _continued(spec: JobSpec, base: nn.Module, folder: Path) -> nn.Module:
         )
     except (PeftDistError, OSError) as error:
         raise ModelError(
-            f"the adapter does not fit the base '{spec.model.base_model}': {_first_line(error)}",
+            f"the adapter does not fit the base '{spec.model.base_model}': {first_line(error)}",
             where=f"adapter.init_from: {spec.adapter.init_from}",
             hint="Name an adapter that was trained on this base.",
         ) from error
@@ -208,8 +208,3 @@ def _rate_owners(base: nn.Module) -> Iterator[object]:
 
 def _is_dropout(owner: object) -> bool:
     return isinstance(owner, nn.modules.dropout._DropoutNd)
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__

@@ -20,7 +20,7 @@ from typing import IO, Any
 import fsspec
 from fsspec.core import url_to_fs
 
-from orchestrator.errors import DataError, closest
+from orchestrator.errors import DataError, closest, first_line
 from orchestrator.spec.job import DatasetSpec
 from peft_dist.lazy import lazy
 
@@ -115,7 +115,7 @@ def _remote_files(path: str, split: str) -> list[str]:
         raise
     except Exception as error:
         raise DataError(
-            f"cannot be listed: {_first_line(error)}",
+            f"cannot be listed: {first_line(error)}",
             where=path,
             hint="Check the address, the credentials, and that the package for this storage is installed.",
         ) from error
@@ -194,7 +194,7 @@ def _open(name: str) -> IO[bytes]:
     try:
         return fsspec.open(name, "rb", compression="infer").open()
     except Exception as error:
-        raise DataError(f"cannot be read: {_first_line(error)}", where=name) from error
+        raise DataError(f"cannot be read: {first_line(error)}", where=name) from error
 
 
 def _lines(name: str) -> Iterator[tuple[int, str]]:
@@ -206,7 +206,7 @@ def _lines(name: str) -> Iterator[tuple[int, str]]:
                 yield number, _decoded(line, name, number, offset)
                 offset += len(line)
         except (OSError, EOFError) as error:
-            raise DataError(f"cannot be read: {_first_line(error)}", where=name) from error
+            raise DataError(f"cannot be read: {first_line(error)}", where=name) from error
 
 
 def _decoded(line: bytes, name: str, number: int, offset: int) -> str:
@@ -313,7 +313,7 @@ def _parquet(name: str) -> Iterator[SourceRow]:
                     number += 1
                     yield SourceRow(values, f"{name}: row {number}")
         except (OSError, ValueError) as error:  # pyarrow's own errors are of these two
-            raise DataError(f"is not a readable Parquet file: {_first_line(error)}", where=name) from error
+            raise DataError(f"is not a readable Parquet file: {first_line(error)}", where=name) from error
 
 
 READERS: dict[str, Callable[[str], Iterator[SourceRow]]] = {
@@ -334,7 +334,7 @@ def _saved_rows(folder: str, split: str) -> Iterator[SourceRow]:
     try:
         loaded = datasets.load_from_disk(folder)
     except Exception as error:
-        raise DataError(f"is not a readable saved dataset: {_first_line(error)}", where=folder) from error
+        raise DataError(f"is not a readable saved dataset: {first_line(error)}", where=folder) from error
     if isinstance(loaded, datasets.DatasetDict):
         if split not in loaded:
             raise DataError(
@@ -351,7 +351,7 @@ def _hub_rows(name: str, split: str) -> Iterator[SourceRow]:
         loaded = datasets.load_dataset(name, split=split)
     except Exception as error:
         raise DataError(
-            f"is neither a file here nor a dataset of the hub with a split '{split}': {_first_line(error)}",
+            f"is neither a file here nor a dataset of the hub with a split '{split}': {first_line(error)}",
             where=name,
             hint=_near(name),
         ) from error
@@ -364,8 +364,3 @@ def _hub_rows(name: str, split: str) -> Iterator[SourceRow]:
 def _dataset_rows(loaded: Any, name: str) -> Iterator[SourceRow]:
     for number, values in enumerate(loaded, start=1):
         yield SourceRow(dict(values), f"{name}: row {number}")
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    return f"{text[0] if text else type(error).__name__}"
