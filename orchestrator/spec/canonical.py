@@ -18,6 +18,7 @@ from .document import parse_document
 from .job import JobSpec
 from .load import FORMAT, check_format, spec_from_values
 from .rules import accumulation
+from .space import dimensions
 from .words import field_at
 
 MAY_CHANGE = (
@@ -37,6 +38,10 @@ MAY_CHANGE = (
     "eval.max_rows",
     "register.alias",
     "deploy",
+    "sweep.num_trials",
+    "sweep.max_concurrent",
+    "sweep.pack",
+    "sweep.budget",
 )
 """Keys that `--resume` allows to differ."""
 
@@ -47,11 +52,13 @@ _BATCH = ("training.micro_batch_size", "training.gradient_accumulation_steps", "
 def resolved_values(spec: JobSpec) -> dict[str, Any]:
     """The job as plain values, every default filled in, those that follow from other keys too."""
     values = spec.model_dump(mode="json", by_alias=True)
-    values["adapter"] = {
-        "type": spec.adapter.type,
-        "init_from": spec.adapter.init_from,
-        **resolved_fields(spec.adapter),
-    }
+    swept = {key for each in dimensions(spec.sweep.space) for key in each.keys} if spec.sweep else set()
+    if "adapter.type" not in swept:  # else each trial's method has fields of its own
+        values["adapter"] = {
+            "type": spec.adapter.type,
+            "init_from": spec.adapter.init_from,
+            **resolved_fields(spec.adapter),
+        }
     training = values["training"]
     if training["global_batch_size"] is None and training["gradient_accumulation_steps"] is None:
         training["gradient_accumulation_steps"] = 1

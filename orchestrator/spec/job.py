@@ -24,6 +24,7 @@ from pydantic import (
 
 from .durations import parse_duration
 from .names import check_adapter, check_alias, check_name
+from .sweep import SweepSpec
 from .workers import parse_workers
 
 
@@ -494,3 +495,6 @@ class JobSpec(Section):
         default=RegisterSpec(), alias="register", description="the name in the registry"
     )
     deploy: DeploySpec | None = Field(default=None, description="absent: registered, not deployed")
+    sweep: SweepSpec | None = Field(
+        default=None, description="many trials with other values of some keys; the best is what the job comes to"
+    )

@@ -20,9 +20,13 @@ from .aliases import resolve_aliases
 from .deepspeed_keys import STAGES, check_deepspeed
 from .document import decode, parse_document
 from .job import JobSpec
+from .later import not_yet
 from .overrides import apply_overrides
 from .places import Path, Place, Problem, Tree, dotted, raise_all
 from .rules import check_rules
+from .space import flatten_space
+from .strict import strict_job
+from .trials import check_sweep
 from .unknown import unknown_key
 from .words import explain, show
 
@@ -137,7 +141,7 @@ def check_format(tree: Tree) -> None:
 def spec_from_values(values: dict[str, Any], source: str) -> JobSpec:
     """The job of canonical values, as they were stored: nothing is inherited, renamed or read from elsewhere."""
     try:
-        return _model(values)
+        return strict_job(values)
     except ValidationError as error:
         tree = Tree(source, values)
         raise_all(tree.errors(explain(JobSpec, values, error.errors(), unknown_key)))
@@ -168,6 +172,7 @@ def _inherited(tree: Tree, trail: tuple[FilePath, ...]) -> tuple[Tree, list[Spec
     """The tree over all that it extends, aliases resolved in each file by itself."""
     parent, errors = _parent(tree, trail)
     errors += tree.errors(resolve_aliases(tree))
+    flatten_space(tree)
     if parent is None:
         return tree, errors
     parent.values.pop("name", None)
@@ -202,16 +207,22 @@ def _validated(
     problems: list[Problem] = []
     if "name" not in tree.values and stem is not None:
         tree.values["name"] = stem
+    for key, value in tree.values.items():
+        if value is not None and (refusal := not_yet((key,))):
+            errors += tree.errors([Problem((key,), *refusal)])
+            return None
     _resolve_deepspeed(tree, directory, problems)
     problems += check_adapter(tree)
     try:
-        spec = _model(tree.values)
+        spec = strict_job(tree.values)
     except ValidationError as error:
         found = explain(JobSpec, tree.values, error.errors(), unknown_key)
         problems += [_about_the_stem(problem, tree, stem) for problem in found]
         errors += _without_repeats(tree.errors(problems), errors)
         return None
     problems += [*check_rules(spec, set(tree.places), warnings), *check_deepspeed(spec)]
+    if not problems:
+        problems += check_sweep(spec, tree.values)
     errors += tree.errors(problems)
     return spec
 
@@ -226,36 +237,6 @@ def _about_the_stem(problem: Problem, tree: Tree, stem: str | None) -> Problem:
     if problem.path == ("name",) and ("name",) not in tree.places and stem is not None:
         return Problem(("name",), f"the file's stem {problem.problem}", "Or write name: NAME in the file.")
     return problem
-
-
-def _model(values: dict[str, Any]) -> JobSpec:
-    """pydantic's strict mode, by way of JSON: lists are taken for tuples, and nothing else is converted."""
-    for _ in range(2):
-        try:
-            return JobSpec.model_validate_json(json.dumps(values), strict=True)
-        except ValidationError as error:
-            if not _whole_floats(values, error):
-                raise
-    return JobSpec.model_validate_json(json.dumps(values), strict=True)
-
-
-def _whole_floats(values: dict[str, Any], error: ValidationError) -> bool:
-    """YAML's `1e4` is a float: where a whole number is asked for and this is one, it is taken as one."""
-    changed = False
-    for detail in error.errors():
-        value = detail["input"]
-        if detail["type"] != "int_type" or not isinstance(value, float) or value != int(value):
-            continue
-        parent: Any = values
-        *way, last = detail["loc"]
-        for part in way:
-            parent = parent[part] if not isinstance(parent, dict) or part in parent else None
-            if parent is None:
-                break
-        if isinstance(parent, dict) and parent.get(last) == value:
-            parent[last] = int(value)
-            changed = True
-    return changed
 
 
 def _resolve_deepspeed(tree: Tree, directory: FilePath, problems: list[Problem]) -> None:

@@ -9,6 +9,7 @@ from ..errors import SpecError
 from .aliases import resolve_aliases
 from .document import parse_value
 from .places import Path, Place, Tree, dotted
+from .space import flatten_space
 
 _FORM = "Write --set KEY=VALUE, such as --set training.learning_rate=1e-4."
 
@@ -42,6 +43,7 @@ def _apply(tree: Tree, override: str, errors: list[SpecError]) -> Tree:
     small = Tree("--set")
     small.put(path, value, places)
     errors += small.errors(resolve_aliases(small))
+    flatten_space(small)
     _check_way(tree, small.values, (), key)
     return tree.overlaid(small)
 

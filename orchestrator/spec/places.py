@@ -146,8 +146,9 @@ class Tree:
 
 
 def _is_whole(path: Path) -> bool:
-    """A DeepSpeed config or a gate is one value: half of two of them is none."""
-    return path in {("deepspeed",), ("deploy", "gate"), ("deploy", "rollout", "rollback")}
+    """A DeepSpeed config, a gate or what a key of a sweep is drawn from is one value: half of two of them is none."""
+    whole = {("deepspeed",), ("deploy", "gate"), ("deploy", "rollout", "rollback"), ("sweep", "scheduler")}
+    return path in whole or (len(path) == 3 and path[:2] == ("sweep", "space"))
 
 
 def _reading_order(place: Place, first: str) -> tuple:
