@@ -42,6 +42,9 @@ from .spec.quantization import quantization_of
 from .spec.tasks import SERVED, task_type
 from .store import Run, RunStore
 from .stored import known
+from .tracking.session import Tracking
+from .tracking.story import Story
+from .tracking.targets import check_tracking, untold, where_to_look
 
 OnEvent = Callable[[Event], None]
 
@@ -96,6 +99,8 @@ class Environment:
     open_runner: Callable[[], Runner]
     open_endpoints: Callable[[], Endpoints]
     facts: Callable[[], ClusterFacts | None]
+    open_tracking: Callable[[JobSpec, Mapping[str, str]], Tracking] = lambda spec, secrets: Tracking()
+    """The trackers that a job asks for, given its secrets."""
 
 
 @dataclass(frozen=True)
@@ -160,8 +165,10 @@ def plan_job(spec: JobSpec, environment: Environment) -> Plan:
     facts = environment.facts()
     if facts is not None:
         check_storage(spec, environment.cluster, facts)
+    check_tracking(spec, environment.cluster, facts)
     plan = make_plan(spec, facts, sizes, row_facts(spec))
-    return replace(plan, notes=(*unread, *plan.notes))
+    unsaid = untold(spec, environment.cluster, storage=spec.storage.path)
+    return replace(plan, notes=(*unread, *plan.notes, *([unsaid] if unsaid else [])))
 
 
 def served_task(version: AdapterVersion) -> str:
@@ -254,7 +261,10 @@ def run_job(
     def say(text: str) -> None:  # nothing is kept yet: the run is not held
         on_event({"event": "warning", "t": round(time.time(), 3), "message": text})
 
-    with environment.runs.open(spec.name, spec, data, new=new, resume=resume, say=say) as run:
+    with (
+        environment.runs.open(spec.name, spec, data, new=new, resume=resume, say=say) as run,
+        _tracked(environment, spec, secrets or {}, run) as story,
+    ):
         attempt = _Attempt(
             spec,
             plan,
@@ -263,9 +273,10 @@ def run_job(
             environment,
             secrets or {},
             force,
-            emit=_recorder(run, on_event),
+            emit=_recorder(run, on_event, story),
             show=on_event,
             stop=stop or StopRequest(),
+            story=story,
         )
         try:
             result = attempt.finish()
@@ -280,7 +291,29 @@ def run_job(
             state = "interrupted" if isinstance(error, Interrupted | OutOfTimeError) else "failed"
             run.set_state(state, cause=str(error))
             raise
-        return replace(result, wall_s=round(time.time() - began, 3))
+        notes = tuple(where_to_look(story.tracking, run.id)) if story.run else ()
+    for warning in story.tracking.warnings():
+        say(warning)
+    return replace(result, wall_s=round(time.time() - began, 3), notes=(*result.notes, *notes))
+
+
+@contextlib.contextmanager
+def _tracked(
+    environment: Environment, spec: JobSpec, secrets: Mapping[str, str], run: Run
+) -> Iterator[Story]:
+    """Within the context trackers are told of the run, and after it how it ended."""
+    facts = {"raypeft.run_dir": run.url, "raypeft.data_hash": run.record.data_hash}
+    with environment.open_tracking(spec, secrets) as tracking:
+        story = Story(tracking, run.id, spec, facts)
+        try:
+            yield story
+        except (KeyboardInterrupt, Interrupted, OutOfTimeError, LeaseError):
+            story.end("killed")
+            raise
+        except BaseException:
+            story.end("failed")
+            raise
+        story.end("finished")
 
 
 @contextlib.contextmanager
@@ -298,12 +331,18 @@ def _in_environment(secrets: dict[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _recorder(run: Run, on_event: OnEvent) -> OnEvent:
-    """Keeps each event in the run's folder, then shows it. What the storage does not take now waits for the next
+def _recorder(run: Run, on_event: OnEvent, story: Story) -> OnEvent:
+    """Keeps each event in the run's folder, then shows it and tells the trackers. What the storage does not take now waits for the next
     event: no training ends for a line of its story."""
     has_failed = False
 
     def emit(event: Event) -> None:
+        story.take(event)
+        keep(event)
+        for warning in story.tracking.warnings():
+            keep({"event": "warning", "message": warning})
+
+    def keep(event: Event) -> None:
         nonlocal has_failed
         event = {"t": round(time.time(), 3), **event}
         try:
@@ -346,6 +385,7 @@ class _Attempt:
     """Keeps an event in the run's folder and shows it."""
     show: OnEvent
     stop: StopRequest
+    story: Story
     outcome: TrainOutcome | None = None
 
     def finish(self) -> RunResult:
@@ -353,9 +393,13 @@ class _Attempt:
         version = self._registered()
         if version is not None and self.run.record.state == "done":
             return self._done_before(version)
+        self.story.begin()
+        for line in where_to_look(self.story.tracking, self.run.id):
+            self._say("starting", line)
         if version is None:
             self.outcome = self._train()
             version = self._register(self.outcome)
+        self.story.registered(version.ref, version.url, version.lineage.to_dict())
         if self.spec.deploy is None:
             return self._settle("done", f"done: {version.ref}", version)
         if version.lineage.gate_passed is False and not self.force:

@@ -22,6 +22,7 @@ from .runner import Runner
 from .service import Endpoints, Environment, OnEvent
 from .spec.job import JobSpec
 from .store import RunStore
+from .tracking.targets import open_tracking
 
 if TYPE_CHECKING:
     from .merging.merge import WriteFiles
@@ -43,6 +44,7 @@ def environment(cluster: Cluster, *, storage: str | None = None) -> Environment:
         open_runner=lambda: _runner(cluster),
         open_endpoints=lambda: endpoints(cluster, registry),
         facts=lambda: facts(cluster),
+        open_tracking=lambda spec, secrets: open_tracking(spec, cluster, secrets, storage=storage),
     )
 
 

@@ -9,6 +9,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ["HF_HUB_OFFLINE"] = "1"  # no network: a test that needs a hub brings its own stand-in
 os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ["RAYPEFT_TRACKING"] = "off"  # MLflow's start would be paid by every run; its own tests turn it on
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -34,6 +34,7 @@ LAYERS = {
             "plan", "deepspeed_config", "objects", "stored", "journal", "lease", "store", "run_state",
             "registry", "keys", "spending", "lineage", "identity", "gate", "adapter_folder", "model_folder",
             "weights_table", "cluster", "local_ray", "keeper", "devices", "chat_template", "runner", "ask", "typed_ask",
+            "tracking",
         },
         {"service", "train", "merging"},
         {"sweep", "serve", "submit"},

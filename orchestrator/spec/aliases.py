@@ -104,6 +104,26 @@ def _yes(word: str, instead: str) -> Change:
     return change
 
 
+def _section(value: Any) -> Any:
+    """A switch of a section: with its defaults, or none."""
+    if isinstance(value, bool):
+        return {} if value else False
+    raise ValueError(f"{show(value)} is not true or false.")
+
+
+def _reported(value: Any) -> Any:
+    """Hugging Face's list of trackers; what it does not name is told nothing."""
+    names = [value] if isinstance(value, str) else value
+    known = ("mlflow", "tensorboard", "wandb")
+    if names in (["none"], []):
+        return {"mlflow": False}
+    if names == ["all"]:
+        return dict.fromkeys(known, True)
+    if not isinstance(names, list) or any(name not in known for name in names):
+        raise ValueError(f"{show(value)} has no counterpart. Write any of {', '.join(known)}, or none.")
+    return {"mlflow": False, **dict.fromkeys(names, True)}
+
+
 def _not(value: Any) -> Any:
     if isinstance(value, bool):
         return not value
@@ -347,7 +367,21 @@ ROWS: tuple[Alias, ...] = (
     *_refused(_LOGS, "include_tokens_per_second", "include_num_input_tokens_seen"),
     *_refused("Remove it: each run has a folder of its own.", "overwrite_output_dir"),
     *_refused(_HUB, "hub_model_id", "hub_strategy", "push_to_hub", "hub_repo", "hub_private_repo"),
-    *_refused("Remove it: metrics are in the run's folder.", "report_to", accepts=("none",)),
+    # who is told of the run
+    Alias("report_to", "tracking", _reported),
+    *_maps("tracking.mlflow", "use_mlflow", change=_section),
+    *_maps("tracking.mlflow.uri", "mlflow_tracking_uri"),
+    *_maps("tracking.mlflow.experiment", "mlflow_experiment_name"),
+    *_maps("tracking.tensorboard", "use_tensorboard", change=_section),
+    *_maps("tracking.wandb", "use_wandb", change=_section),
+    *_maps("tracking.wandb.project", "wandb_project"),
+    *_maps("tracking.wandb.entity", "wandb_entity"),
+    *_maps("tracking.wandb.mode", "wandb_mode"),
+    *_refused("Remove it: a tracked run has the run's own name.", "wandb_name", "wandb_run_id"),
+    *_refused(
+        "Remove it: adapters live in the registry.", "wandb_log_model", "wandb_watch", accepts=(False,)
+    ),
+    *_refused("Write tracking: {mlflow: {uri: URL}}, tensorboard or wandb.", "use_swanlab", accepts=(False,)),
 )
 
 BY_NAME: dict[str, Alias] = {row.name: row for row in ROWS}

@@ -42,6 +42,7 @@ MAY_CHANGE = (
     "sweep.max_concurrent",
     "sweep.pack",
     "sweep.budget",
+    "tracking",
 )
 """Keys that `--resume` allows to differ."""
 

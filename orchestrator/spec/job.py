@@ -467,6 +467,52 @@ class DeploySpec(Section):
         return low, most
 
 
+def _switch(value: Any) -> Any:
+    """`true` asks for a section with its defaults, `false` for none."""
+    return {} if value is True else None if value is False else value
+
+
+class MlflowSpec(Section):
+    """`tracking.mlflow`: runs in MLflow, from a database file without a server to a server."""
+
+    uri: Text | None = Field(
+        default=None, description="sqlite:////abs/file.db or a server's URL; a database file beside the runs"
+    )
+    experiment: Text | None = Field(
+        default=None, description="the experiment's name; the job's where not given"
+    )
+
+
+class TensorboardSpec(Section):
+    """`tracking.tensorboard`: event files."""
+
+    dir: Text | None = Field(default=None, description="their folder; tensorboard/ beside the runs")
+
+
+class WandbSpec(Section):
+    """`tracking.wandb`: runs in Weights & Biases (pip install "raypeft[wandb]")."""
+
+    project: Text | None = Field(default=None, description="the project's name; the job's where not given")
+    entity: Text | None = Field(default=None, description="the user or team; the key's own where not given")
+    mode: Literal["online", "offline"] = Field(
+        default="online", description="offline: into files, which `wandb sync` uploads"
+    )
+    dir: Text | None = Field(default=None, description="the folder of its files; wandb/ beside the runs")
+
+
+Mlflow = Annotated[MlflowSpec | None, BeforeValidator(_switch)]
+Tensorboard = Annotated[TensorboardSpec | None, BeforeValidator(_switch)]
+Wandb = Annotated[WandbSpec | None, BeforeValidator(_switch)]
+
+
+class TrackingSpec(Section):
+    """`tracking`: who is told of parameters, metrics and versions. Only the driver tells; none can stop a run."""
+
+    mlflow: Mlflow = Field(default=MlflowSpec(), description="a database file; false: none")
+    tensorboard: Tensorboard = Field(default=None, description="true, or a folder; absent: none")
+    wandb: Wandb = Field(default=None, description="true, or a project; absent: none")
+
+
 DeepSpeed = Literal["zero0", "zero1", "zero2", "zero3", "zero3-offload"] | str | dict[str, Any]
 
 
@@ -498,3 +544,4 @@ class JobSpec(Section):
     sweep: SweepSpec | None = Field(
         default=None, description="many trials with other values of some keys; the best is what the job comes to"
     )
+    tracking: TrackingSpec = Field(default=TrackingSpec(), description="who is told of the run")

@@ -5,12 +5,10 @@ from __future__ import annotations
 from .places import Path
 
 _NO_PACKING = "Remove it: each row is a sequence of its own in this version."
-_NO_TRACKING = "Remove it: metrics are in the run's folder (metrics.jsonl) and on raypeft status."
 
 LATER: dict[str, str] = {
     "data.sample_packing": _NO_PACKING,
     "sweep": "Remove it: run one job per setting, with --set training.learning_rate=1e-4 and the like.",
-    "tracking": _NO_TRACKING,
 }
 """Dotted key -> what to do in this version."""
 
@@ -20,19 +18,6 @@ LATER_FLAT: dict[str, str] = {
     "pad_to_sequence_len": _NO_PACKING,
     "packing": _NO_PACKING,
     "neat_packing": _NO_PACKING,
-    "wandb_project": _NO_TRACKING,
-    "wandb_entity": _NO_TRACKING,
-    "wandb_name": _NO_TRACKING,
-    "wandb_watch": _NO_TRACKING,
-    "wandb_log_model": _NO_TRACKING,
-    "wandb_run_id": _NO_TRACKING,
-    "wandb_mode": _NO_TRACKING,
-    "mlflow_tracking_uri": _NO_TRACKING,
-    "mlflow_experiment_name": _NO_TRACKING,
-    "use_tensorboard": _NO_TRACKING,
-    "use_wandb": _NO_TRACKING,
-    "use_mlflow": _NO_TRACKING,
-    "use_swanlab": _NO_TRACKING,
 }
 """Keys of other projects at the top level that ask for the same."""
 

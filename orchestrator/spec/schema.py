@@ -40,6 +40,8 @@ def json_schema() -> dict[str, Any]:
     training = definitions["TrainingSpec"]["properties"]
     for key, (target, _) in SECTION_ALIASES.items():
         training[key.split(".")[1]] = {"type": ["boolean", "string"], "description": f"alias of {target}"}
+    for tracker in definitions["TrackingSpec"]["properties"].values():
+        tracker["anyOf"].append({"type": "boolean"})
     for section in ("ModelSpec", "DataSpec"):
         definitions[section].pop("required", None)
     del schema["required"]

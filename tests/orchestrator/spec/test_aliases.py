@@ -105,6 +105,15 @@ MAPPED = {
     "ray_storage_path": ("./out", "storage.path", "./out"),
     "run_name": ("r1", "name", "r1"),
     "ray_run_name": ("r1", "name", "r1"),
+    "report_to": ("[tensorboard]", "tracking.tensorboard.dir", None),
+    "use_mlflow": ("false", "tracking.mlflow", None),
+    "mlflow_tracking_uri": ("http://mlflow:5000", "tracking.mlflow.uri", "http://mlflow:5000"),
+    "mlflow_experiment_name": ("e", "tracking.mlflow.experiment", "e"),
+    "use_tensorboard": ("true", "tracking.tensorboard.dir", None),
+    "use_wandb": ("true", "tracking.wandb.mode", "online"),
+    "wandb_project": ("p", "tracking.wandb.project", "p"),
+    "wandb_entity": ("us", "tracking.wandb.entity", "us"),
+    "wandb_mode": ("offline", "tracking.wandb.mode", "offline"),
     "resources_per_worker": ("{GPU: 1, CPU: 4}", "resources.cpus_per_worker", 4),
 }  # fmt: skip
 

@@ -121,7 +121,6 @@ def test_errors_are_told_together_one_a_line(text, message):
     [
         "data: {datasets: [{path: a}], sample_packing: true}",
         "sweep: {metric: eval_loss}",
-        "tracking: {mlflow: {uri: x}}",
     ],
 )
 def test_keys_of_later_versions_say_so(key):
