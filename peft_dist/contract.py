@@ -215,6 +215,12 @@ class Method(ABC):
         method that defines it has the model run twice."""
         return {}
 
+    def made(self, sites: Mapping[str, Params]) -> Mapping[str, Params]:
+        """What follows from its tensors alone, where making it for all layers at once is cheaper: by layer, to be found
+        in `p` beside them in a whole model's forward that wants gradients. A layer that finds nothing, as in every
+        other run, makes its own."""
+        return {}
+
     def parts(self, sites: Mapping[str, Params]) -> dict[str, tuple[Any, dict[str, Tensor]]]:
         """Adapters that are saved in folders beside it, by name: config and tensors."""
         return {}

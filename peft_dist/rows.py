@@ -19,6 +19,7 @@ from torch import Tensor
 
 from peft_dist.contract import Site
 from peft_dist.errors import RowsError
+from peft_dist.made import Made
 from peft_dist.siblings import Siblings
 
 BASE = "__base__"
@@ -206,6 +207,7 @@ class Current:
         more
             virtual tokens; None where there are none.
         batch: arguments of the model's forward that methods read: name -> (B, ...).
+        made: what adapters make for all their layers at once, while a whole model's forward runs.
         siblings: the layers that take one input.
     """
 
@@ -213,6 +215,7 @@ class Current:
     length: int | None = None
     padding: Tensor | None = None
     batch: dict[str, Tensor] = field(default_factory=dict)
+    made: Made | None = field(default=None, repr=False, compare=False)
     siblings: Siblings = field(default_factory=Siblings, repr=False, compare=False)
 
     def take(self, other: Current) -> None:

@@ -25,6 +25,7 @@ from peft_dist.contract import Controller, Method, Params
 from peft_dist.errors import AdapterError, ConfigError, MergeError, suggest
 from peft_dist.gradients import Gradients
 from peft_dist.lazy import lazy
+from peft_dist.made import Made
 from peft_dist.pool import PooledModule
 from peft_dist.targets import usual_targets
 from peft_dist.tuner_layer import hooked_layers, layer_class, merge_hooked, unmerge_hooked
@@ -291,15 +292,16 @@ class BaseTuner(hooks.Hooks, PooledModule):
         names = {name for config in self.peft_config.values() for name in getattr(config, "reads", ())}
         self._attend()
         current = self._adapters.current
-        before = current.batch
+        before, made = current.batch, current.made
         current.batch = {**before, **{name: kwargs.pop(name) for name in names if name in kwargs}}
+        current.made = Made(self.sites)
         if current.batch or current.rows or self.look_ahead.serving():
             recompute.remember(self._layers_run_again(), current)
         try:
             with self.look_ahead.watching():
                 yield
         finally:
-            current.batch = before
+            current.batch, current.made = before, made
 
     def _attend(self) -> None:
         """Before a run, what controllers need of it."""

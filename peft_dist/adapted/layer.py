@@ -123,6 +123,8 @@ class Adapted(AdapterModule):
         if len(args) != 1 or kwargs:
             raise TypeError(f"{self._site_name}: an adapted layer takes its input alone.")
         (x,) = args
+        if (y := self._current.siblings.computed_for(self, x)) is not None:
+            return y
         if rows is None or rows.num is None:
             return self._serve(self.serving(None), x)
         if len(rows.segments) > 1 and (y := self._by_row(x, rows)) is not None:
@@ -208,8 +210,6 @@ class Adapted(AdapterModule):
         siblings, rows = self._current.siblings, self._current.rows
         if self.base.is_running or (rows is not None and rows.num is not None and len(rows.segments) > 1):
             return None
-        if (y := siblings.computed_for(self, x)) is not None:
-            return y
         if not (followers := siblings.after(self, x)):
             return None
         choice = rows.segments[0].adapter if rows is not None and rows.segments else None

@@ -12,6 +12,7 @@ from peft_dist.base_layer import Layer
 from peft_dist.contract import Draw, Method, Params
 from peft_dist.errors import AdapterError, RowsError
 from peft_dist.layer_api import LayerApi
+from peft_dist.made import makes
 from peft_dist.pool import AdapterPool, PooledModule
 from peft_dist.rows import BASE, Current, Rows, stream, uniform
 from peft_dist.sharding import is_partitioned, reach, set_whole, whole, whole_shape
@@ -134,6 +135,8 @@ class AdapterModule(LayerApi, PooledModule):
         """All that the functions of the adapter's method find in `p`: its tensors here, those that its layers
         share, and what it reads of the batch, cut to the rows start to stop of `rows` in sorted order."""
         method, p = self.methods[adapter], self.held(adapter)
+        if self._current.made is not None and makes(type(method)):
+            p |= self._current.made.at(self._site_name, adapter, method)
         for name in method.reads:
             p[name] = self._read(name, method, rows, start, stop)
         if self.training and type(method).check_training is not Method.check_training:

@@ -8,11 +8,12 @@ twice is refused by torch.
 from peft_dist.fused.changed import by_delta, changed, changed_by_kronecker, hadamard
 from peft_dist.fused.low_rank import low_rank, pooled, projected, reflected, stretched
 from peft_dist.fused.plain import exactly, foldable, plain
-from peft_dist.fused.scaled import folded_input, folded_outputs, is_divisor, scaled_input
-from peft_dist.fused.turned import skew, turned, turned_by_series
+from peft_dist.fused.scaled import are_divisors, folded_input, folded_outputs, scaled_input
+from peft_dist.fused.turned import rotations, skew, turned
 from peft_dist.fused.wavelet import synthesis
 
 __all__ = [
+    "are_divisors",
     "by_delta",
     "changed",
     "changed_by_kronecker",
@@ -21,16 +22,15 @@ __all__ = [
     "folded_input",
     "folded_outputs",
     "hadamard",
-    "is_divisor",
     "low_rank",
     "plain",
     "pooled",
     "projected",
     "reflected",
+    "rotations",
     "scaled_input",
     "skew",
     "stretched",
     "synthesis",
     "turned",
-    "turned_by_series",
 ]

@@ -10,6 +10,7 @@ from peft_dist.base_layer import Conv1DLayer, LinearLayer
 from peft_dist.contract import BaseLayer
 from peft_dist.resting import RestingLinear
 
+_unsafe_view = torch.ops.aten._unsafe_view.default
 _DOORS, _LAYERS = (LinearLayer, Conv1DLayer), (nn.Linear, RestingLinear, Conv1D)
 
 
@@ -80,4 +81,4 @@ def flat(x: Tensor) -> Tensor:
 
 def shaped(rows: Tensor, x: Tensor) -> Tensor:
     """rows (n, out) as (..., out) after x (..., in): no view for autograd, so that it may be changed in place."""
-    return torch.ops.aten._unsafe_view(rows, [*x.shape[:-1], rows.shape[-1]])
+    return _unsafe_view(rows, [*x.shape[:-1], rows.shape[-1]])

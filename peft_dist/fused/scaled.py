@@ -36,7 +36,7 @@ class _ScaledInput(Node):
 
 
 def folded_input(x: Tensor, W: Tensor, b: Tensor | None, scale: Tensor) -> Tensor:
-    """`scaled_input` as x (scale * W)^T + b, for a scale of any shape that `is_divisor`."""
+    """`scaled_input` as x (scale * W)^T + b, for a scale of any shape, one of `are_divisors`."""
     return _FoldedInput.run(x, W, b, scale)
 
 
@@ -58,7 +58,7 @@ class _FoldedInput(Node):
 
 def folded_outputs(x: Tensor, parts: Sequence[tuple[Tensor, Tensor | None, Tensor]]) -> tuple[Tensor, ...]:
     """scale * (x W^T + b) as x (scale W)^T + scale b, for each (W, b, scale) of `parts`, layers that take the same
-    x and whose scales, of any shape, are each `is_divisor`."""
+    x and whose scales, of any shape, are `are_divisors`."""
     return _FoldedOutputs.run(x, *(t for part in parts for t in part))
 
 
@@ -93,9 +93,11 @@ class _FoldedOutputs(Node):
         return None if g_x is None else g_x.view(ctx.shape), *each
 
 
-def is_divisor(scale: Tensor) -> bool:
-    """Whether a sum of what was multiplied by the scale can be divided by it again. Waits for the device."""
-    return float(scale.detach().abs().min()) > 1e-20
+def are_divisors(scales: Sequence[Tensor]) -> bool:
+    """Whether sums of what was multiplied by the scales can be divided by them again. Waits for the device."""
+    with torch.no_grad():
+        every = scales[0] if len(scales) == 1 else torch.cat([scale.flatten() for scale in scales])
+        return float(every.abs().min()) > 1e-20
 
 
 def sum_of_products(a: Tensor, b: Tensor) -> Tensor:

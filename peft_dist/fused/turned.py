@@ -14,57 +14,13 @@ from peft_dist.fused.node import Node
 from peft_dist.fused.plain import flat, linear, shaped
 
 
-def turned(x: Tensor, W: Tensor, b: Tensor | None, R: Tensor) -> Tensor:
-    """(x diag(R)) W^T + b, with the blocks R (blocks, b, b)."""
-    return _Turned.run(x, W, b, R)
-
-
-class _Turned(Node):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, R: Tensor) -> Tensor:
-        rows = flat(x)
-        ctx.save_for_backward(rows, W, R)
-        ctx.shape = x.shape
-        return linear(_turn(rows, R), W, b).view(*x.shape[:-1], -1)
-
-    @staticmethod
-    def gradients(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        rows, W, R = ctx.saved_tensors
-        g = torch.mm(g, W)
-        g_R = torch.bmm(_blocks(rows, R).mT, _blocks(g, R)) if ctx.needs_input_grad[3] else None
-        g_x = _turn(g, R.mT).view(ctx.shape) if ctx.needs_input_grad[0] else None
-        return g_x, None, None, g_R
-
-
-def _blocks(rows: Tensor, R: Tensor) -> Tensor:
-    return rows.view(len(rows), -1, R.shape[-1]).transpose(0, 1)
-
-
-def _turn(rows: Tensor, R: Tensor, to: Tensor | None = None) -> Tensor:
-    """rows turned, added to `to` in place where it is given."""
-    if to is not None:
-        given = _blocks(to, R)
-        torch.baddbmm(given, _blocks(rows, R), R, out=given)
-        return to
-    given = torch.empty_like(rows)
-    torch.bmm(_blocks(rows, R), R, out=_blocks(given, R))
-    return given
-
-
-def turned_by_series(
-    x: Tensor, parts: Sequence[tuple[Tensor, Tensor | None, Tensor]], folds: bool = False
-) -> tuple[Tensor, ...]:
-    """`turned` by R = I + 2 K + 2 K^2 + 2 K^3 + K^4 for each (W, b, Q) of `parts`, layers that take the same
-    x; K are the skew matrices of the entries Q (n, b(b-1)/2). Where it `folds`, the Ws may be turned in place of
-    x, and are kept so until the backward: it is done where none is larger than x."""
-    Qs, tensors = [part[2].detach() for part in parts], [t for part in parts for t in part]
-    series = _Series.of(skew(Qs[0] if len(Qs) == 1 else torch.cat(Qs)))
-    R = series.turns()
-    folds = folds and all(part[0].numel() <= x.numel() for part in parts)
-    Z = series.transposed_inverse(R) if folds else None
-    return (
-        _TurnedBySeries.run(x, R, *series, *tensors) if Z is None else _Folded.run(x, R, Z, *series, *tensors)
-    )
+def rotations(Qs: Sequence[Tensor]) -> list[tuple[Tensor, Tensor | None]]:
+    """(R, R^-T) for each of the entries Qs (n, b(b-1)/2), all of one block size: the blocks (n, b, b) of
+    R = I + 2 K + 2 K^2 + 2 K^3 + K^4, K being the skew matrices of Q's entries. R^-T, which takes no gradient, is None
+    where K is too large to have it cheaply, and on other devices than a CPU, where nothing is folded."""
+    given = _Rotations.run(*Qs)
+    Rs, Zs = given[: len(Qs)], given[len(Qs) :] or [None] * len(Qs)
+    return list(zip(Rs, Zs, strict=True))
 
 
 class _Series(NamedTuple):
@@ -88,7 +44,7 @@ class _Series(NamedTuple):
         """R^-T, where K is so small that a few terms give it to rounding. Waits for the device."""
         # K, S and R commute, and R R^T = (I - T)^2 with T = S S: so R^-T = (I + 2 T + 3 T^2 + ...) R.
         T = torch.bmm(self.S, self.S)
-        size, rounding = float(torch.linalg.vector_norm(T)), torch.finfo(T.dtype).eps / 2
+        size, rounding = _largest(T), torch.finfo(T.dtype).eps / 2
         # What n terms leave out is at most (n + 2) |T|^n, where |T| < 0.1.
         num = next((n for n in range(2, _MOST_TERMS + 1) if (n + 2) * size**n <= rounding), None)
         if num is None:
@@ -112,32 +68,68 @@ class _Series(NamedTuple):
 _MOST_TERMS = 8
 
 
-class _TurnedBySeries(Node):
+def _largest(T: Tensor) -> float:
+    """The largest of the norms of the blocks T (n, b, b)."""
+    return float(torch.linalg.vector_norm(T.flatten(1), dim=1).max())
+
+
+class _Rotations(Node):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, R: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-        rows, series, Ws, bs = flat(x), tensors[:3], tensors[3::3], tensors[4::3]
-        ctx.save_for_backward(rows, R, *series, *Ws)
-        ctx.shape, ctx.num_blocks = x.shape, len(R) // len(Ws)
+    def forward(ctx: Any, *Qs: Tensor) -> tuple[Tensor, ...]:
+        series, sizes = _Series.of(skew(torch.cat(Qs))), [len(Q) for Q in Qs]
+        R = series.turns()
+        Z = series.transposed_inverse(R) if R.device.type == "cpu" else None
+        Zs = () if Z is None else Z.split(sizes)
+        ctx.save_for_backward(*series)
+        ctx.sizes = sizes
+        ctx.mark_non_differentiable(*Zs)
         ctx.set_materialize_grads(False)
-        Rs = R.split(ctx.num_blocks)
+        return *R.split(sizes), *Zs
+
+    @staticmethod
+    def gradients(ctx: Any, *gs: Tensor | None) -> tuple[Tensor | None, ...]:
+        series, sizes = _Series(*ctx.saved_tensors), ctx.sizes
+        b = series.K.shape[-1]
+        each = [
+            series.K.new_zeros(size * b, b) if g is None else g for g, size in zip(gs, sizes, strict=False)
+        ]
+        return series.entries(torch.cat(each).view(-1, b, b)).split(sizes)
+
+
+def turned(
+    x: Tensor, parts: Sequence[tuple[Tensor, Tensor | None, Tensor, Tensor | None]], folds: bool = False
+) -> tuple[Tensor, ...]:
+    """(x diag(R)) W^T + b for each (W, b, R, R^-T) of `parts`, layers that take the same x, with the blocks R
+    (n, b, b). Where it `folds`, the Ws may be turned in place of x, and are kept so until the backward: it is done
+    where each R^-T is given and no W is larger than x."""
+    folds = folds and all(Z is not None and W.numel() <= x.numel() for W, _, _, Z in parts)
+    return (_Folded if folds else _Turned).run(x, *(t for part in parts for t in part))
+
+
+class _Turned(Node):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        rows, Ws, bs, Rs = flat(x), tensors[::4], tensors[1::4], tensors[2::4]
+        ctx.save_for_backward(rows, *Ws, *Rs)
+        ctx.shape = x.shape
+        ctx.set_materialize_grads(False)
         return tuple([shaped(linear(_turn(rows, R), W, b), x) for R, W, b in zip(Rs, Ws, bs, strict=True)])
 
     @staticmethod
     def gradients(ctx: Any, *gs: Tensor | None) -> tuple[Tensor | None, ...]:
-        rows, R, K, S, N, *Ws = ctx.saved_tensors
-        num, wants_x, wants_Qs = ctx.num_blocks, ctx.needs_input_grad[0], ctx.needs_input_grad[7::3]
-        g_R, trains, g_x = torch.zeros_like(R) if None in gs else torch.empty_like(R), any(wants_Qs), None
-        across = _blocks(rows, R).mT
-        for g, W, R_own, g_own in zip(gs, Ws, R.mT.split(num), g_R.split(num), strict=True):
-            if g is None:
-                continue
-            g = torch.mm(g, W)
-            if trains:
-                torch.bmm(across, _blocks(g, R), out=g_own)
-            if wants_x:
-                g_x = _turn(g, R_own, g_x)
-        g_Qs = _Series(K, S, N).entries(g_R).split(num) if trains else [None] * len(gs)
-        return None if g_x is None else g_x.view(ctx.shape), *[None] * 4, *_each(g_Qs, wants_Qs)
+        rows, *kept = ctx.saved_tensors
+        Ws, Rs, wanted, g_x = kept[: len(gs)], kept[len(gs) :], ctx.needs_input_grad, None
+        each: list[Tensor | None] = []
+        for i, (g, W, R) in enumerate(zip(gs, Ws, Rs, strict=True)):
+            g_R = None
+            if g is not None:
+                g = torch.mm(g, W)
+                if wanted[3 + 4 * i]:
+                    g_R = torch.bmm(_blocks(rows, R).mT, _blocks(g, R))
+                if wanted[0]:
+                    g_x = _turn(g, R.mT, g_x)
+            each += [None, None, g_R, None]
+        return None if g_x is None else g_x.view(ctx.shape), *each
 
 
 class _Folded(Node):
@@ -145,37 +137,45 @@ class _Folded(Node):
     gradient of R times R^T."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, R: Tensor, Z: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-        rows, series, Ws, bs = flat(x), tensors[:3], tensors[3::3], tensors[4::3]
-        ctx.shape, ctx.num_blocks = x.shape, len(R) // len(Ws)
-        Vs = [_turn(W, R_own) for W, R_own in zip(Ws, R.mT.split(ctx.num_blocks), strict=True)]
-        ctx.save_for_backward(rows, Z, *series, *Vs)
+    def forward(ctx: Any, x: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        rows, Ws, bs, Rs, Zs = flat(x), *(tensors[i::4] for i in range(4))
+        Vs = [_turn(W, R.mT) for W, R in zip(Ws, Rs, strict=True)]
+        ctx.save_for_backward(rows, *Vs, *Zs)
+        ctx.shape = x.shape
         ctx.set_materialize_grads(False)
         return tuple([shaped(linear(rows, V, b), x) for V, b in zip(Vs, bs, strict=True)])
 
     @staticmethod
     def gradients(ctx: Any, *gs: Tensor | None) -> tuple[Tensor | None, ...]:
-        rows, Z, K, S, N, *Vs = ctx.saved_tensors
-        num, wants_x, wants_Qs = ctx.num_blocks, ctx.needs_input_grad[0], ctx.needs_input_grad[8::3]
-        P, trains, g_x = torch.zeros_like(Z) if None in gs else torch.empty_like(Z), any(wants_Qs), None
-        across = _blocks(rows, Z).mT
-        for g, V, P_own in zip(gs, Vs, P.split(num), strict=True):
-            if g is None:
-                continue
-            g = torch.mm(g, V)
-            if trains:
-                torch.bmm(across, _blocks(g, Z), out=P_own)
-            if wants_x:
-                g_x = g if g_x is None else g_x.add_(g)
-        g_Qs = _Series(K, S, N).entries(torch.bmm(P, Z)).split(num) if trains else [None] * len(gs)
-        return None if g_x is None else g_x.view(ctx.shape), *[None] * 5, *_each(g_Qs, wants_Qs)
+        rows, *kept = ctx.saved_tensors
+        Vs, Zs, wanted, g_x = kept[: len(gs)], kept[len(gs) :], ctx.needs_input_grad, None
+        across = _blocks(rows, Zs[0]).mT
+        each: list[Tensor | None] = []
+        for i, (g, V, Z) in enumerate(zip(gs, Vs, Zs, strict=True)):
+            g_R = None
+            if g is not None:
+                g = torch.mm(g, V)
+                if wanted[3 + 4 * i]:
+                    g_R = torch.bmm(torch.bmm(across, _blocks(g, Z)), Z)
+                if wanted[0]:
+                    g_x = g if g_x is None else g_x.add_(g)
+            each += [None, None, g_R, None]
+        return None if g_x is None else g_x.view(ctx.shape), *each
 
 
-def _each(g_Qs: Sequence[Tensor | None], wanted: Sequence[bool]) -> list[Tensor | None]:
-    """The gradients of (W, b, Q) of each part."""
-    return [
-        t for g, is_wanted in zip(g_Qs, wanted, strict=True) for t in (None, None, g if is_wanted else None)
-    ]
+def _blocks(rows: Tensor, R: Tensor) -> Tensor:
+    return rows.view(len(rows), -1, R.shape[-1]).transpose(0, 1)
+
+
+def _turn(rows: Tensor, R: Tensor, to: Tensor | None = None) -> Tensor:
+    """rows turned, added to `to` in place where it is given."""
+    if to is not None:
+        given = _blocks(to, R)
+        torch.baddbmm(given, _blocks(rows, R), R, out=given)
+        return to
+    given = torch.empty_like(rows)
+    torch.bmm(_blocks(rows, R), R, out=_blocks(given, R))
+    return given
 
 
 def skew(Q: Tensor) -> Tensor:

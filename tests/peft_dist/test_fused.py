@@ -32,6 +32,11 @@ def dora(b, x, A, B, m):
     return y if b is None else y + b
 
 
+def turned_by_series(x, parts, folds=False):
+    turns = fused.rotations([Q for *_, Q in parts])
+    return fused.turned(x, [(W, b, *turn) for (W, b, _), turn in zip(parts, turns, strict=True)], folds)
+
+
 def by_series(x, Q):
     K = fused.skew(Q)
     return x @ torch.block_diag(*(EYE + 2 * K + 2 * K @ K + 2 * K @ K @ K + K @ K @ K @ K))
@@ -113,23 +118,23 @@ NODES = {
         ((4, 3), (9, 8)),
     ),
     "turned": (
-        lambda b, x, R: fused.turned(x, W, b, R),
+        lambda b, x, R: fused.turned(x, [(W, b, R, None)])[0],
         lambda b, x, R: F.linear(x @ torch.block_diag(*R), W, b),
         ((6, 4, 4),),
     ),
     "turned_by_series": (
-        lambda b, x, Q: fused.turned_by_series(x, [(W, b, Q)])[0],
+        lambda b, x, Q: turned_by_series(x, [(W, b, Q)])[0],
         lambda b, x, Q: F.linear(by_series(x, Q), W, b),
         ((6, 6),),
     ),
     "turned_by_series of two layers": (
-        lambda b, x, Q, P: torch.cat(fused.turned_by_series(x, [(W, b, Q), (W2, None, P)]), -1),
+        lambda b, x, Q, P: torch.cat(turned_by_series(x, [(W, b, Q), (W2, None, P)]), -1),
         lambda b, x, Q, P: torch.cat([F.linear(by_series(x, Q), W, b), by_series(x, P) @ W2.T], -1),
         ((6, 6), (6, 6)),
     ),
     "turned_by_series of two layers, folded": (
         lambda b, x, Q, P: torch.cat(
-            fused.turned_by_series(x, [(W[:9], head(b), Q / 50), (W2[:4], None, P / 50)], folds=True), -1
+            turned_by_series(x, [(W[:9], head(b), Q / 50), (W2[:4], None, P / 50)], folds=True), -1
         ),
         lambda b, x, Q, P: torch.cat(
             [F.linear(by_series(x, Q / 50), W[:9], head(b)), by_series(x, P / 50) @ W2[:4].T], -1
@@ -184,7 +189,7 @@ def error_of_folding(dtype: torch.dtype) -> dict[float, float | None]:
         exact = (size * unit).to(dtype).double().requires_grad_(True)
         (wanted,) = torch.autograd.grad(F.linear(by_series(x.double(), exact), W), exact, g.double())
         own = exact.detach().to(dtype).requires_grad_(True)
-        (y,) = fused.turned_by_series(x.to(dtype), [(W.to(dtype), None, own)], folds=True)
+        (y,) = turned_by_series(x.to(dtype), [(W.to(dtype), None, own)], folds=True)
         (given,) = torch.autograd.grad(y, own, g.to(dtype))
         error = float((given.double() - wanted).norm() / wanted.norm())
         assert error < 30 * torch.finfo(dtype).eps

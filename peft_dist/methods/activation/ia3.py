@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from peft_dist import starts
 from peft_dist.config import TargetedConfig
@@ -85,17 +85,22 @@ class IA3Config(TargetedConfig, ActivationMethod):
 
     def forward(self, p: Params, base: BaseLayer, x: Tensor, enter: Enter) -> Tensor:
         is_input, scale = self.is_feedforward(base.site), p["l"]
-        if folded := self._foldable(p, base, x):
-            return fused.folded_input(x, *folded) if is_input else fused.folded_outputs(x, [folded])[0]
+        if folded := self._foldable([p], [base], x):
+            (part,) = folded
+            return fused.folded_input(x, *part) if is_input else fused.folded_outputs(x, folded)[0]
         if is_input and (frozen := fused.plain(base, x, scale)):
             return fused.scaled_input(x, *frozen, scale.flatten())
         return super().forward(p, base, x, enter)
 
     @staticmethod
-    def _foldable(p: Params, base: BaseLayer, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor] | None:
-        """(W, b, scale) where the scale is cheaper to multiply into W than into x or y; else None."""
-        frozen, scale = fused.foldable(base, x, p["l"]), p["l"]
-        return (*frozen, scale) if frozen and fused.is_divisor(scale) else None
+    def _foldable(ps: Sequence[Params], bases: Sequence[BaseLayer], x: Tensor) -> list[tuple[Any, ...]]:
+        """(W, b, scale) of each layer, where all the scales are cheaper to multiply into W than into x or y; else
+        none."""
+        scales = [p["l"] for p in ps]
+        frozen = [fused.foldable(base, x, scale) for base, scale in zip(bases, scales, strict=True)]
+        if not all(frozen) or not fused.are_divisors(scales):
+            return []
+        return [(*each, scale) for each, scale in zip(frozen, scales, strict=True)]
 
     @classmethod
     def together(
@@ -103,8 +108,8 @@ class IA3Config(TargetedConfig, ActivationMethod):
     ) -> Sequence[Tensor] | None:
         if any(method.is_feedforward(base.site) for method, base in zip(methods, bases, strict=True)):
             return None
-        parts = [folded for p, base in zip(ps, bases, strict=True) if (folded := cls._foldable(p, base, x))]
-        return fused.folded_outputs(x, parts) if len(parts) == len(ps) else None
+        parts = cls._foldable(ps, bases, x)
+        return fused.folded_outputs(x, parts) if parts else None
 
     def delta(self, p: Params, base: BaseLayer) -> Tensor:
         W, shift = base.weight(), p["l"].flatten() - 1

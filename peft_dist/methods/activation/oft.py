@@ -131,14 +131,17 @@ class OFTConfig(TargetedConfig, OwnBias, Turning):
 
     def rotation(self, p: Params) -> Tensor:
         """R's blocks (blocks, b, b)."""
+        R = p["R"] if "R" in p else self._rotation(fused.skew(self._entries(p)))
+        return kept(R, p["drawn"], self.module_dropout) if "drawn" in p else R
+
+    def _entries(self, p: Params) -> Tensor:
         Q = p["Q"]
         if self.coft:
             with torch.no_grad():
                 Q.copy_(self._projected(Q))
             # What the backward keeps is not the tensor that the next forward may project again.
             Q = Q.clone()
-        R = self._rotation(fused.skew(Q))
-        return kept(R, p["drawn"], self.module_dropout) if "drawn" in p else R
+        return Q
 
     def _projected(self, Q: Tensor) -> Tensor:
         eps = self.eps / math.sqrt(Q.shape[0])
@@ -159,6 +162,18 @@ class OFTConfig(TargetedConfig, OwnBias, Turning):
             R = R + 2 * power
         return R + power @ Q
 
+    def made(self, sites: Mapping[str, Params]) -> Mapping[str, Params]:
+        alike: dict[Any, dict[str, Tensor]] = {}
+        for name, p in sites.items():
+            if "Q" in p and self._is_series(p):
+                Q = p["Q"]
+                alike.setdefault((Q.shape[1], Q.dtype, Q.device), {})[name] = Q
+        return {
+            name: _with_inverse(*each)
+            for Qs in alike.values()
+            for name, each in zip(Qs, fused.rotations(list(Qs.values())), strict=True)
+        }
+
     def before(self, p: Params, base: BaseLayer, x: Tensor) -> Tensor:
         return x if base.site.kind == "embedding" else turn(x, self.rotation(p))
 
@@ -172,8 +187,8 @@ class OFTConfig(TargetedConfig, OwnBias, Turning):
         if not (frozen := fused.plain(base, x, p["Q"])):
             return super().forward(p, base, x, enter)
         R = self.rotation(p)
-        y = fused.turned(x, *frozen, R.expand(base.site.in_ // R.shape[-1], -1, -1))
-        return self.with_bias(y, p, base)
+        R = R.expand(base.site.in_ // R.shape[-1], -1, -1)
+        return self.with_bias(fused.turned(x, [(*frozen, R, None)])[0], p, base)
 
     def _is_series(self, p: Params) -> bool:
         """Whether R is I + 2 Q + 2 Q^2 + 2 Q^3 + Q^4 of each block's own Q, and nothing else."""
@@ -200,13 +215,18 @@ class OFTConfig(TargetedConfig, OwnBias, Turning):
             frozen = [fused.plain(base, x, Q) for base, Q in zip(bases, Qs, strict=True)]
         if not all(frozen):
             return None
-        return fused.turned_by_series(x, [(*f, Q) for f, Q in zip(frozen, Qs, strict=True) if f], folds)
+        turns = [(p["R"], p.get("Z")) for p in ps] if all("R" in p for p in ps) else fused.rotations(Qs)
+        return fused.turned(x, [(*f, *turn) for f, turn in zip(frozen, turns, strict=True) if f], folds)
 
     def drawn_delta(self, p: Params, base: BaseLayer) -> Tensor:
         W = base.weight().to(p["Q"].dtype)
         if base.site.kind == "embedding":
             return turn(W.T, self.rotation(p)).T - W
         return turn(W, self.rotation(p).mT) - W
+
+
+def _with_inverse(R: Tensor, Z: Tensor | None) -> Params:
+    return {"R": R} if Z is None else {"R": R, "Z": Z}
 
 
 def turned_size(site: Site) -> int:
