@@ -15,6 +15,7 @@ from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .api_error import ApiError
+from .asked_model import AskedModel
 from .event_stream import DONE, event
 
 CALLBACK_VARIABLE = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
@@ -29,7 +30,7 @@ _log = logging.getLogger("ray.serve")
 
 def middlewares() -> list[Middleware]:
     """For Serve's proxies."""
-    return [Middleware(WholeAnswers)]
+    return [Middleware(AskedModel), Middleware(WholeAnswers)]
 
 
 class WholeAnswers:

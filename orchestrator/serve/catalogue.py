@@ -279,6 +279,17 @@ class Catalogue:
             for ref in self._served
         }
 
+    def held(self) -> list[str]:
+        """What a request's `model` may say and is loaded here, or will be in a moment: the base's names, versions, and
+        aliases of them."""
+        refs = {ref for ref, state in self.states().items() if state in ("loaded", "loading")}
+        names = {self.base_name, self.base.name, *refs}
+        for name, book in list(self._books.items()):
+            for alias, number in book.aliases.items():
+                if f"{name}@{number}" in refs:
+                    names |= {f"{name}@{alias}", name} if alias == DEFAULT_ALIAS else {f"{name}@{alias}"}
+        return sorted(names)
+
     def refused(self) -> dict[str, str]:
         """`name@version` -> why it cannot be served."""
         found = {ref: each.why for ref, each in self._failures.items() if each.times >= _TRIES}

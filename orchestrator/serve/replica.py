@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 from ray import serve
+from ray.serve.config import RequestRouterConfig
 from starlette.types import ASGIApp
 
 from peft_dist.lazy import lazy
@@ -35,6 +36,11 @@ from .prompts import Prompts, SourcePrompts
 from .reach import admission
 from .reporter import Reporter
 from .reports import Reports
+from .residency_router import HAS_ROOM, MODELS
+
+ROUTER = "orchestrator.serve.residency_router.ResidencyRouter"
+_HELD_EVERY_S = 1.0
+"""How often a replica is asked what it holds: as often as it looks at the registry."""
 
 # Whoever deploys imports this file too, and needs neither torch nor transformers for it.
 base_model = lazy("orchestrator.serve.base_model")
@@ -102,6 +108,10 @@ class Replica:
         """Called by Serve, which replaces a replica that raises."""
         self._engine.check()
 
+    def record_routing_stats(self) -> dict[str, Any]:
+        """Called by Serve, which passes it on to those who choose a replica for a request."""
+        return {MODELS: self._catalogue.held(), HAS_ROOM: self._catalogue.residency.has_room()}
+
     def _metrics(self) -> Metrics:
         context = serve.get_replica_context()
         return Metrics(
@@ -148,5 +158,8 @@ def replica_deployment(**options: Any) -> Any:
         # a replica of new code or other settings answers before the one that it replaces leaves
         max_surge_percent=100,
         logging_config={"enable_access_log": False},
+        request_router_config=RequestRouterConfig(
+            request_router_class=ROUTER, request_routing_stats_period_s=_HELD_EVERY_S
+        ),
         **options,
     )
