@@ -65,9 +65,12 @@ def _config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_bytes())
     except ValueError as error:
-        raise ModelError(f"{path} is damaged: {error}.") from error
+        raise ModelError(f"{path} is damaged: {error}.", hint="Save the adapter again.") from error
     if not isinstance(config, dict) or not isinstance(config.get("peft_type"), str):
-        raise ModelError(f"{path} names no peft_type, so nothing can load it.")
+        raise ModelError(
+            f"{path} names no peft_type, so nothing can load it.",
+            hint="Name a folder that save_pretrained of a PEFT model wrote.",
+        )
     return config
 
 

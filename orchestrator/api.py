@@ -23,7 +23,16 @@ from . import ask as asking
 from . import local_ray, service, wiring
 from .adapter_folder import check_adapter
 from .cluster import Cluster, load_cluster
-from .errors import ClusterError, ModelError, RaypeftError, RunError, ServeError, SpecError
+from .errors import (
+    ClusterError,
+    ModelError,
+    RaypeftError,
+    RegistryError,
+    RunError,
+    ServeError,
+    SpecError,
+    closest,
+)
 from .identity import base_identity
 from .keys import PERIODS, KeyBook, KeyRow, NewKey
 from .lineage import Lineage
@@ -32,7 +41,7 @@ from .merging.merge import MergeResult, check_out
 from .merging.merge import merge as merge_adapter
 from .plan import Plan
 from .processes import is_alive
-from .registry import AdapterRow, AdapterVersion, Registry
+from .registry import AdapterRow, AdapterVersion, Registry, check_name
 from .runner import Event
 from .serve import promotion, traffic
 from .service import Deployment, OnEvent, RunResult
@@ -47,6 +56,7 @@ from .spec.places import Path as SpecPath
 from .spec.places import Problem, Tree, dotted
 from .spec.rules import check_deploy
 from .spec.secrets import read_secrets
+from .spec.tasks import TASKS
 from .spec.unknown import unknown_key
 from .spec.words import explain
 from .spending import Spending
@@ -418,6 +428,9 @@ def versions(name: str, *, cluster: str | None = None) -> list[AdapterVersion]:
     registry = _registry(cluster)
     found = registry.versions(name)
     if not found:
+        if "@" in name:
+            raise RegistryError(f"'{name}' names one version.", hint=f"See it: raypeft show {name}")
+        check_name(name)
         registry.resolve(f"{name}@1")
     return found
 
@@ -570,6 +583,7 @@ def evaluate(
     cluster: str | None = None,
 ) -> dict[str, float]:
     """Measures a version on data, in this process: its metrics, and the bare base's as `base.NAME`."""
+    _check_measured(type, metrics)
     version = _registry(cluster).get(ref)
     dataset = {"path": data, "type": type}
     measured: dict[str, Any] = {
@@ -593,6 +607,21 @@ def evaluate(
     ).spec
     with wiring.adapter_folder(version.url) as folder:
         return wiring.evaluate(spec, str(folder))
+
+
+def _check_measured(type: str, metrics: Sequence[str]) -> None:
+    """Raises SpecError in the words of `raypeft eval`, which has no job whose keys could be named."""
+    if type not in TASKS:
+        near = closest(type, TASKS)
+        hint = f"Closest: '{near[0]}'." if near else None
+        raise SpecError(f"'{type}' is none of {', '.join(TASKS)}.", where="--type", hint=hint)
+    for name in metrics:
+        if name not in TASKS[type].metrics:
+            raise SpecError(
+                f"'{name}' is not measured of rows of type '{type}'.",
+                where="--metric",
+                hint=f"Of those: {', '.join(TASKS[type].metrics)}.",
+            )
 
 
 # serving
@@ -642,6 +671,13 @@ def deploy(
 
 def _deploy_spec(settings: Sequence[str], **asked: Any) -> DeploySpec:
     """What was asked for on the command line, checked as in a job."""
+    for each in settings:
+        if not each.partition("=")[1]:
+            raise SpecError(
+                f"'{each}' is not KEY=VALUE.",
+                where="--set",
+                hint="Write --set KEY=VALUE, such as --set rollout.canary_percent=10.",
+            )
     keys = [f"deploy.{each.strip().removeprefix('deploy.')}" for each in settings]
     tree, errors = apply_overrides(Tree("--set"), keys)
     if errors:

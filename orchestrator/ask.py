@@ -190,4 +190,6 @@ def _check(response: requests.Response, url: str) -> None:
 
 
 def _silent(url: str) -> ServeError:
+    if not url.startswith(("http://", "https://")):
+        return ServeError("this is not a URL.", where=url, hint="Write http://HOST:PORT/ENDPOINT/v1.")
     return ServeError("nothing answers.", where=url, hint="See what is up: raypeft endpoints")

@@ -168,14 +168,19 @@ def load_cluster(
     raise SpecError(f"there is no cluster '{chosen}'.", where=said_by, hint=_what_there_is(chosen, beside))
 
 
+def check_address(address: str) -> None:
+    """Raises SpecError where the address is not http://HOST:PORT."""
+    if problem := _address_problem(address):
+        raise SpecError(problem.problem, where="--address", hint=problem.hint)
+
+
 def cluster_at(address: str) -> Cluster:
     """The cluster behind a bare address, everything else at its default.
 
     Raises:
         SpecError: the address is not http://HOST:PORT.
     """
-    if problem := _address_problem(address):
-        raise SpecError(problem.problem, where="--address", hint=problem.hint)
+    check_address(address)
     return _defaults(address, ClusterFile(kind="address", address=address.rstrip("/")), None)
 
 

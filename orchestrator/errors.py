@@ -28,7 +28,10 @@ class RaypeftError(Exception):
 
     def __str__(self) -> str:
         message = f"{self.where}: {self.problem}" if self.where else self.problem
-        return f"{message} {self.hint}" if self.hint else message
+        if not self.hint:
+            return message
+        end = "" if message.endswith((".", "!", "?", ":")) else "."  # another package's words have none
+        return f"{message}{end} {self.hint}"
 
     def __reduce__(self):
         return _rebuild, (type(self), self.problem, self.where, self.hint)

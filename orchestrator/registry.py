@@ -189,6 +189,8 @@ class Registry:
             number = int(selector)
         elif alias in book["aliases"]:
             number = book["aliases"][alias]
+        elif not ALIAS.fullmatch(alias):
+            raise RegistryError(f"'{ref}' is not an adapter's id.", hint="Write NAME@VERSION or NAME@ALIAS.")
         else:
             raise self._unknown_alias(ref, name, alias, book)
         if number in book["deleted"]:
@@ -520,7 +522,8 @@ class Registry:
     def _unknown_name(self, name: str) -> RegistryError:
         names = self.names()
         near = closest(name, names)
-        there = f"There are: {', '.join(names)}." if names else "It has none yet."
+        none = "It has none yet: raypeft run trains one, raypeft register takes one in."
+        there = f"There are: {', '.join(names)}." if names else none
         hint = f"Did you mean '{near[0]}'?" if near else there
         return RegistryError(f"the registry {self.url} has no adapter '{name}'.", hint=hint)
 

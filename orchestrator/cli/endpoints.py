@@ -107,7 +107,7 @@ def undeploy(
 def ask(
     model: Annotated[str, typer.Argument(metavar="NAME", help="NAME, NAME@V, NAME@ALIAS, or a base's name.")],
     question: Annotated[str, typer.Argument(help="What to ask.")],
-    max_tokens: Annotated[int, typer.Option(help="At most so many tokens.")] = 128,
+    max_tokens: Annotated[int, typer.Option(min=1, help="At most so many tokens.")] = 128,
     context: Annotated[
         str | None,
         typer.Option(help="The text that answers the question, or the second of two texts to classify."),

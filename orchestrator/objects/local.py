@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from ..errors import StorageError
 from ..processes import ProcessId, is_alive, this_process
 from .failures import explained
 
@@ -105,7 +106,8 @@ class LocalObjects:
         with _explaining(str(target)), _parent_of(target):
             aside = _aside_name(target)
             try:
-                aside.mkdir()
+                with _making(str(target)):
+                    aside.mkdir()
                 fill(aside)
                 os.rename(aside, target)
                 _sync(target.parent)
@@ -135,7 +137,7 @@ class LocalObjects:
         folder = Path(path).absolute()
         while not folder.exists() and folder != folder.parent:
             folder = folder.parent
-        with _explaining(path), _written_aside(folder / "probe", b"\0" * 65536):
+        with _explaining(path), _making(path), _written_aside(folder / "probe", b"\0" * 65536):
             pass
 
     def clean(self, path: str) -> None:
@@ -158,6 +160,17 @@ def _explaining(where: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def _making(where: str) -> Iterator[None]:
+    """Within it "no such file" means that the file system lets nothing be made, such as /proc."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise StorageError(
+            "nothing can be written here.", where=where, hint="Name another folder."
+        ) from error
+
+
+@contextlib.contextmanager
 def _parent_of(target: Path) -> Iterator[None]:
     """Makes the folders above `target`; takes back those it made if what follows fails."""
     missing = []
@@ -168,7 +181,8 @@ def _parent_of(target: Path) -> Iterator[None]:
     if not folder.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
+        with _making(str(target.parent)):
+            target.parent.mkdir(parents=True, exist_ok=True)
         yield
     except BaseException:
         for made in missing:

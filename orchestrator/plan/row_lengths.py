@@ -41,6 +41,7 @@ _COLUMNS = {
 }
 _SEPARATE = ("seq2seq", "embedding")
 """Types whose texts are sequences of their own."""
+_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 _LABELS = {"classification": "label", "token-classification": "tags"}
 
 
@@ -52,11 +53,13 @@ class RowFacts:
     """Tokens of the longest training row."""
     labels: int | None = None
     """How many labels the rows name."""
+    absent: tuple[str, ...] = ()
+    """Paths of local files that are not here."""
 
 
 def row_facts(spec: JobSpec) -> RowFacts:
     """Reads the job's local files; says nothing of others."""
-    return RowFacts(longest_row(spec), num_labels(spec))
+    return RowFacts(longest_row(spec), num_labels(spec), absent=absent(spec))
 
 
 def num_labels(spec: JobSpec) -> int | None:
@@ -71,6 +74,12 @@ def num_labels(spec: JobSpec) -> int | None:
     except (OSError, ValueError, KeyError, TypeError):  # reported by whoever needs it
         return None
     return len(found) or None
+
+
+def absent(spec: JobSpec) -> tuple[str, ...]:
+    """The datasets' paths that can only be a local file's, and match none."""
+    paths = (dataset.path for dataset in (*spec.data.datasets, *spec.eval.datasets))
+    return tuple(path for path in paths if _is_local_file(path) and not glob.glob(os.path.expanduser(path)))
 
 
 def longest_row(spec: JobSpec) -> int | None:
@@ -90,6 +99,12 @@ def longest_row(spec: JobSpec) -> int | None:
 
 def _longest_lines(dataset: DatasetSpec) -> list[bytes]:
     return heapq.nlargest(_LONGEST_READ, _lines(_local_files(dataset)), key=len)
+
+
+def _is_local_file(path: str) -> bool:
+    """A name without an ending may be a dataset's of the hub."""
+    is_file = path.startswith(("/", "~", "./", "../")) or path.endswith(_SUFFIXES)
+    return is_file and "://" not in path
 
 
 def _local_files(dataset: DatasetSpec) -> list[Path]:

@@ -120,6 +120,7 @@ def rollback(
         The endpoint, and the version that the alias names now; None where it names none.
 
     Raises:
+        RegistryError: there is no such adapter.
         ServeError: nothing is rolled out, and no version before is known.
     """
     for endpoint, desired in _of_all(registry):
@@ -129,6 +130,8 @@ def rollback(
     for endpoint, desired in _of_all(registry):
         if trail := desired.earlier.get(f"{name}@{alias}"):
             return endpoint, _step_back(registry, endpoint, name, alias, trail[-1], by)
+    if not registry.versions(name):
+        registry.get(name)  # says that there is no such adapter
     raise ServeError(
         f"nothing of '{name}' is being rolled out, and no version before {name}@{alias} is known.",
         hint=f"See: raypeft adapters {name}; point the alias by hand: raypeft alias {name}@VERSION {alias}",

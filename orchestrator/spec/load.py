@@ -98,7 +98,7 @@ def _read(source: str) -> str:
         raise SpecError("no such file.", where=source, hint=_similar_files(path)) from None
     except IsADirectoryError:
         names = sorted(child.name for child in path.glob("*.y*ml"))
-        hint = f"It holds: {', '.join(names[:5])}." if names else None
+        hint = f"It holds: {', '.join(names[:5])}." if names else "Write a job: raypeft init"
         raise SpecError("is a directory, not a job.", where=source, hint=hint) from None
     except OSError as error:
         raise SpecError(f"cannot be read: {error.strerror}.", where=source) from None

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import local_ray
+from ..cluster import check_address
 from ..errors import ClusterError
 
 ANSWER_S = 5.0
@@ -61,9 +62,14 @@ def find_token(address: str) -> Token | None:
 
 
 class Dashboard:
-    """One cluster's dashboard, such as http://HOST:8265."""
+    """One cluster's dashboard, such as http://HOST:8265.
+
+    Raises:
+        SpecError: the address is not of that form.
+    """
 
     def __init__(self, address: str) -> None:
+        check_address(address)
         self.address = address.rstrip("/")
         self._token = find_token(self.address)
         host = urllib.parse.urlsplit(self.address).hostname or ""

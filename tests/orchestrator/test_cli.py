@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -215,6 +216,41 @@ def test_undeploy_with_ray_down_changes_the_registry_and_starts_nothing(raypeft,
 def test_endpoints_and_down_with_nothing_up(raypeft):
     assert json.loads(raypeft("endpoints", "--json")[1]) == []
     assert raypeft("down")[1] == "no Ray of ours was up\n"
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("jobs --address foo", "--address: 'foo' is not an address. Write the dashboard's address, http://HOST:8265."),
+        ("logs x --address foo", "--address: 'foo' is not an address. Write the dashboard's address, http://HOST:8265."),
+        ("adapters a@1", "'a@1' names one version. See it: raypeft show a@1"),
+        ("adapters a/b", "'a/b' cannot be an adapter's name. Use letters, digits, '.', '_' and '-', at most 63, "
+         "beginning with a letter or digit."),
+        ("show docs@1@2", "'docs@1@2' is not an adapter's id. Write NAME@VERSION or NAME@ALIAS."),
+        ("rollback dox", "has no adapter 'dox'. Did you mean 'docs'?"),
+        ("pull docs@1 /proc/x", "/proc/x: nothing can be written here. Name another folder."),
+        ("ask docs hello --url 127.0.0.1", "127.0.0.1: this is not a URL. Write http://HOST:PORT/ENDPOINT/v1."),
+        ("deploy docs@1 --set x", "--set: 'x' is not KEY=VALUE. Write --set KEY=VALUE, such as --set "
+         "rollout.canary_percent=10."),
+        ("eval docs@1 rows.jsonl --type chta", "--type: 'chta' is none of chat, prompt_completion,"),
+        ("eval docs@1 rows.jsonl --metric f1", "--metric: 'f1' is not measured of rows of type 'chat'. Of those: "
+         "exact_match, contains."),
+    ],
+)  # fmt: skip
+def test_a_wrong_argument_is_told_with_the_next_step(raypeft, registry, tmp_path, command, said):
+    registry.register("docs", make_adapter(tmp_path / "adapter"), lineage())
+    code, out, err = raypeft(*command.split())
+    assert code and not out and err.startswith("error: ") and said in err
+
+
+def test_a_plan_says_which_data_is_not_here(raypeft, tmp_path):
+    base = Path(__file__).parents[2] / "jobs" / "assets" / "tiny-llama"
+    job = f"model: {{base_model: {base}}}\ndata: {{datasets: [{{path: rows.jsonl}}]}}\n"
+    (tmp_path / "job.yaml").write_text(job)
+    code, out, _ = raypeft("plan", "job.yaml")
+    assert code == 0 and "There is no 'rows.jsonl' here: with this data the job does not run." in out
+    (tmp_path / "rows.jsonl").write_text('{"messages": []}\n')
+    assert "There is no" not in raypeft("plan", "job.yaml")[1]
 
 
 def test_usage_errors_exit_2(raypeft):

@@ -100,7 +100,8 @@ def test_ids_resolve_by_number_alias_and_bare_name(registry: Registry, adapter: 
 
 def test_unknown_ids_say_what_there_is(registry: Registry, adapter: Path) -> None:
     with pytest.raises(RegistryError, match=says(
-        f"the registry {registry.url} has no adapter 'docs'. It has none yet."
+        f"the registry {registry.url} has no adapter 'docs'. It has none yet: raypeft run trains one, raypeft register "
+        "takes one in."
     )):  # fmt: skip
         registry.get("docs@1")
     registry.register("docs", adapter, lineage())
@@ -306,11 +307,12 @@ def test_unfit_folders_are_refused_and_leave_nothing(tmp_path: Path) -> None:
         (
             lambda d: (d / config).write_text("{"),
             f"{bad}/{config} is damaged: Expecting property name enclosed in double quotes: line 1 column 2 "
-            "(char 1).",
+            "(char 1). Save the adapter again.",
         ),
         (
             lambda d: (d / config).write_text("{}"),
-            f"{bad}/{config} names no peft_type, so nothing can load it.",
+            f"{bad}/{config} names no peft_type, so nothing can load it. "
+            "Name a folder that save_pretrained of a PEFT model wrote.",
         ),
         (
             lambda d: (d / weights).unlink(),
