@@ -28,6 +28,8 @@ class Lineage:
     metrics: dict[str, float] = field(default_factory=dict)
     parent: str | None = None
     """The adapter that it was trained on from: `NAME@V`, a directory or a hub id."""
+    sweep: dict[str, Any] = field(default_factory=dict)
+    """Of a sweep's best trial: `sweep` (the run's id), `trial`, `parameters`, `trials` (how many there were)."""
     gate_passed: bool | None = None
     """None where no gate was asked."""
     gate_reasons: tuple[str, ...] = ()

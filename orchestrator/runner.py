@@ -22,6 +22,13 @@ checkpoint  step, path
 warning     message
 failure     attempt, rank (or null), kind (worker lost, node lost, ...), cause, will_retry
 log         rank, text: what a worker printed, secrets taken out; kept in the run's logs, never shown as it comes
+
+Of a sweep, whose progress, eval and warning events have `trial`, a number, where they are of one trial:
+
+trial       trial, id, state: started | resumed | finished | stopped | failed; parameters, step, metrics, cause
+pack        mode: together | turns; trials, reason: how a group of workers steps its trials from now on
+report      html, png: paths or URLs of what was plotted
+best        trial, parameters, metric, value
 """
 
 
@@ -73,6 +80,10 @@ class TrainOutcome:
     """Likewise for the rows of the evaluation."""
     question: str | None = None
     """The question of the first evaluation row, to ask the endpoint; None for plain text."""
+    spec: JobSpec | None = None
+    """The job that trained it, where that is not the request's: a sweep's best trial's."""
+    origin: Mapping[str, Any] = field(default_factory=dict)
+    """Of a trial: `sweep` (the run's id), `trial`, `parameters`, `trials` (how many there were)."""
 
 
 class Runner(Protocol):

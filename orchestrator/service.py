@@ -31,8 +31,9 @@ from .identity import BaseIdentity, base_identity, data_hash
 from .lineage import Lineage, count_trained_on, row_hashes
 from .objects import get_tree, join, persistently, read
 from .plan import Plan, make_plan
-from .plan.model_sizes import read_sizes
+from .plan.model_sizes import ModelSizes, read_sizes
 from .plan.row_lengths import row_facts
+from .plan.sweep import SweepPlan, make_sweep_plan
 from .registry import AdapterVersion, Registry
 from .runner import Event, Runner, TrainOutcome, TrainRequest
 from .spec.canonical import canonical_hash, load_stored, resolved_yaml
@@ -99,6 +100,8 @@ class Environment:
     open_runner: Callable[[], Runner]
     open_endpoints: Callable[[], Endpoints]
     facts: Callable[[], ClusterFacts | None]
+    open_sweep: Callable[[], Runner] | None = None
+    """What trains a job with a sweep; None: jobs without one alone."""
     open_tracking: Callable[[JobSpec, Mapping[str, str]], Tracking] = lambda spec, secrets: Tracking()
     """The trackers that a job asks for, given its secrets."""
 
@@ -150,25 +153,48 @@ class RunResult:
 
 
 def plan_job(spec: JobSpec, environment: Environment) -> Plan:
-    """The plan that `run` follows. Where a hub does not answer, it knows nothing of the base and says so.
+    """The plan that `run` follows; of a sweep, that of the trial that needs most. Where a hub does not answer, it knows
+    nothing of the base and says so.
 
     Raises:
         ModelError: the base does not exist or its weights are damaged.
         PlacementError: the cluster can never give what the job asks.
         ClusterError: it has several nodes without storage that all of them see.
     """
-    sizes, unread = None, tuple[str, ...]()
+    if spec.sweep is not None:
+        return plan_sweep(spec, environment).trial
+    facts, sizes, notes = _known_before(spec, environment)
+    plan = make_plan(spec, facts, sizes, row_facts(spec))
+    return replace(plan, notes=(*notes, *plan.notes))
+
+
+def plan_sweep(spec: JobSpec, environment: Environment) -> SweepPlan:
+    """The plan of a job with a sweep: how many trials, on how many bases, what that takes.
+
+    Raises:
+        PlacementError: a trial does not fit, or the cluster can never give its workers. Else as `plan_job`.
+    """
+    facts, sizes, notes = _known_before(spec, environment)
+    plan = make_sweep_plan(spec, facts, sizes, row_facts(spec))
+    return replace(plan, notes=(*notes, *plan.notes))
+
+
+def _known_before(
+    spec: JobSpec, environment: Environment
+) -> tuple[ClusterFacts | None, ModelSizes | None, list[str]]:
+    """What a plan is made from, and what is to be said of it."""
+    sizes, notes = None, list[str]()
     try:
         sizes = read_sizes(spec.model.base_model, spec.model.revision)
     except HubError as error:
-        unread = (error.problem,)
+        notes.append(error.problem)
     facts = environment.facts()
     if facts is not None:
         check_storage(spec, environment.cluster, facts)
     check_tracking(spec, environment.cluster, facts)
-    plan = make_plan(spec, facts, sizes, row_facts(spec))
-    unsaid = untold(spec, environment.cluster, storage=spec.storage.path)
-    return replace(plan, notes=(*unread, *plan.notes, *([unsaid] if unsaid else [])))
+    if unsaid := untold(spec, environment.cluster, storage=spec.storage.path):
+        notes.append(unsaid)
+    return facts, sizes, notes
 
 
 def served_task(version: AdapterVersion) -> str:
@@ -364,6 +390,8 @@ def _keep(run: Run, event: Event) -> None:
     if event["event"] == "log":
         run.append_log(event["rank"], event["text"])
         return
+    if event["event"] == "progress" and "trial" in event:
+        return  # the trial's own run keeps it
     if event["event"] in ("progress", "eval"):
         run.append_metrics(event)
     if event["event"] != "progress":
@@ -485,7 +513,7 @@ class _Attempt:
             fence=self.run.fence,
             spent=self.run.record.spent,
         )
-        runner = self.environment.open_runner()
+        runner = self._runner()
         with self.run.on_the_clock():
             runner.start(request)
             with self.stop.stops(runner):
@@ -494,6 +522,11 @@ class _Attempt:
         if self.stop.came:  # when all steps were done: what is left is for the next attempt
             raise KeyboardInterrupt
         return outcome
+
+    def _runner(self) -> Runner:
+        if self.spec.sweep is None or self.environment.open_sweep is None:
+            return self.environment.open_runner()
+        return self.environment.open_sweep()
 
     def _check_time(self) -> None:
         """Raises OutOfTimeError where the drivers before have used up all of `retry.max_duration`."""
@@ -574,13 +607,15 @@ class _Attempt:
             for reason in verdict.reasons:
                 self._say("gating", f"gate: {reason}")
         self._report_seen_rows(outcome, production)
+        trained = outcome.spec or self.spec
         lineage = Lineage(
             base=self.base,
             run_id=self.run.training_id,
-            spec_hash=canonical_hash(self.spec),
-            resolved_spec=resolved_yaml(self.spec),
+            spec_hash=canonical_hash(trained),
+            resolved_spec=resolved_yaml(trained),
+            sweep=dict(outcome.origin),
             data_hash=self.run.record.data_hash,
-            quantization=bits.name if (bits := quantization_of(self.spec.model)) else None,
+            quantization=bits.name if (bits := quantization_of(trained.model)) else None,
             metrics=outcome.metrics,
             parent=self.spec.adapter.init_from,
             gate_passed=verdict.passed if deploy is not None and deploy.gate is not None else None,

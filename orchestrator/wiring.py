@@ -18,13 +18,14 @@ from .cluster import Cluster, ClusterFacts, load_cluster
 from .errors import ClusterError, ModelError, RaypeftError, first_line
 from .objects import get_tree
 from .registry import Registry
-from .runner import Runner
+from .runner import Runner, TrainRequest
 from .service import Endpoints, Environment, OnEvent
 from .spec.job import JobSpec
 from .store import RunStore
 from .tracking.targets import open_tracking
 
 if TYPE_CHECKING:
+    from .plan.sweep import Layout
     from .merging.merge import WriteFiles
     from .serve.endpoints import EndpointInfo, RayEndpoints
     from .train.inspection import Inspection
@@ -42,6 +43,7 @@ def environment(cluster: Cluster, *, storage: str | None = None) -> Environment:
         runs=RunStore(storage or cluster.storage),
         registry=registry,
         open_runner=lambda: _runner(cluster),
+        open_sweep=lambda: _sweep_runner(cluster),
         open_endpoints=lambda: endpoints(cluster, registry),
         facts=lambda: facts(cluster),
         open_tracking=lambda spec, secrets: open_tracking(spec, cluster, secrets, storage=storage),
@@ -202,6 +204,35 @@ def _runner(cluster: Cluster) -> Runner:
     from .train.launch import RayRunner
 
     return RayRunner()
+
+
+def _sweep_runner(cluster: Cluster) -> Runner:
+    _runner(cluster)  # joins its Ray
+    from .plan.sweep import lay_out, most_packed
+    from .sweep.runner import SweepRunner
+    from .train.nodes import RayCluster
+    from .train.placement import places_in_all, places_now
+    from .train.sharing import base_key, unshareable
+    from .train.warm import WarmGroup
+
+    def key_of(request: TrainRequest) -> str | None:
+        if unshareable(request.spec) is not None:
+            return None
+        return base_key(request.spec, zero_stage=request.plan.zero_stage)
+
+    def layout(request: TrainRequest, trials: int) -> Layout:
+        assert request.spec.sweep is not None
+        room = places_in_all(request.plan, RayCluster().rooms()) // request.plan.num_workers
+        most = most_packed(request.plan, request.spec, facts(cluster))
+        return lay_out(request.spec.sweep, trials, room, most)
+
+    def has_room(request: TrainRequest, starting: int) -> bool:
+        places = places_now(request.plan, RayCluster().rooms())
+        return places >= (starting + 1) * request.plan.num_workers
+
+    return SweepRunner(
+        lambda request, at_once: WarmGroup(request, max_trials=at_once), key_of, layout, has_room
+    )
 
 
 def inspect_rows(spec: JobSpec, rows: int) -> Inspection:

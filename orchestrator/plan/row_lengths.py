@@ -53,13 +53,15 @@ class RowFacts:
     """Tokens of the longest training row."""
     labels: int | None = None
     """How many labels the rows name."""
+    count: int | None = None
+    """How many rows there are, weights counted."""
     absent: tuple[str, ...] = ()
     """Paths of local files that are not here."""
 
 
 def row_facts(spec: JobSpec) -> RowFacts:
     """Reads the job's local files; says nothing of others."""
-    return RowFacts(longest_row(spec), num_labels(spec), absent=absent(spec))
+    return RowFacts(longest_row(spec), num_labels(spec), num_rows(spec), absent(spec))
 
 
 def num_labels(spec: JobSpec) -> int | None:
@@ -74,6 +76,16 @@ def num_labels(spec: JobSpec) -> int | None:
     except (OSError, ValueError, KeyError, TypeError):  # reported by whoever needs it
         return None
     return len(found) or None
+
+
+def num_rows(spec: JobSpec) -> int | None:
+    """How many rows the job's datasets have; None where the data is not at hand."""
+    try:
+        return sum(
+            round(dataset.weight * sum(1 for _ in _lines(_local_files(dataset)))) for dataset in spec.data.datasets
+        )
+    except (OSError, ValueError):
+        return None
 
 
 def absent(spec: JobSpec) -> tuple[str, ...]:

@@ -23,9 +23,9 @@ from .words import explain, field_at, show
 
 OF_ALL_TRIALS = (
     "name", "extends", "cluster", "resources", "storage", "retry", "secrets", "eval", "register", "deploy", "sweep",
-    "tracking",
+    "tracking", "model.base_model", "model.revision", "model.trust_remote_code", "data.datasets", "data.val_set_size",
 )  # fmt: skip
-"""Sections that hold for a sweep as a whole: trials share their workers, and are measured alike."""
+"""Keys that hold for a sweep as a whole: trials share their workers, and are measured alike."""
 
 _INSTEAD = {
     "training.global_batch_size": ("training", "gradient_accumulation_steps"),
@@ -142,9 +142,9 @@ def _keys(space: Collection[Dimension]) -> Iterator[Problem]:
             path: Path = tuple(key.split("."))
             if not all(path):
                 yield Problem(place, f"'{key}' is not a dotted key.", "Write such as training.learning_rate.")
-            elif path[0] in OF_ALL_TRIALS:
+            elif common := next((each for each in OF_ALL_TRIALS if f"{key}.".startswith(f"{each}.")), None):
                 yield Problem(
-                    place, f"{key}: {path[0]} holds for all trials of a sweep.", "Set it outside sweep.space."
+                    place, f"{common} holds for all trials of a sweep.", "Set it outside sweep.space."
                 )
             elif path[0] == "adapter" and len(path) > 1:
                 continue  # its method knows
