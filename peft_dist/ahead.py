@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from peft_dist.contract import Method
 from peft_dist.errors import ConfigError
 from peft_dist.packed import without_gradients
+from peft_dist.packed_rows import Reads
 from peft_dist.rows import drop, stream, token_input
 from peft_dist.sharding import is_partitioned_base, reach
 
@@ -118,6 +119,19 @@ class LookAhead:
         if rows is None or rows.samples is None:
             return F.dropout(x, p)
         return drop(x, p, rows.samples, stream(rows.seed, rows.step, name))
+
+
+def reads_of_first_run(model: Any, adapter: str, length: int) -> Reads:
+    """What the layers of an adapter that looks ahead read in its first run over `length` positions of one sequence."""
+    method, device = model.peft_config[adapter], model.get_base_model().device
+    return tuple((name, t.to(device)) for name, t in method.first_run(1, length).items())
+
+
+def reads_after_first_run(model: Any, adapter: str, hidden: Tensor) -> Reads:
+    """What they read in the run itself, from the first one's last hidden state (1, positions, width). Each position's
+    follows from its own and those before it, so the two runs can each keep their keys and values."""
+    made = model.peft_config[adapter].ahead(model.base_model.tensors(adapter), hidden, _kept)
+    return tuple(made.items())
 
 
 def _kept(x: Tensor, p: float, name: str) -> Tensor:

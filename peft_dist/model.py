@@ -180,6 +180,11 @@ class PeftModel(PromptedModel):
         (name,) = self._known(adapter_name)
         return checkpoint.adapter_parameters(self, name)
 
+    def keep_base(self) -> None:
+        """From now on the base's weights stay as they are: what the start of an adapter would change of them
+        (LoftQ's) stands beside its layers, in their dtype, and serves the rows of that adapter alone."""
+        self._adapters.pool.keeps_base = True
+
     # --- what runs
 
     @contextlib.contextmanager

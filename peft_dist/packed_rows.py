@@ -7,7 +7,7 @@ model keeps the last position of some of them alone (before its head), a layer g
 from __future__ import annotations
 
 import functools
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,14 +20,26 @@ from peft_dist.rows import BASE, Rows, is_routed
 Blend = tuple[tuple[str, float], ...]
 """Adapters whose additions are summed, each with its weight."""
 
+Reads = tuple[tuple[str, int | Tensor], ...]
+"""What methods read of one sequence, by name: a whole number, as of its task, or (1, positions, ...) with an entry for
+each of its positions in the row."""
+
 
 @dataclass(frozen=True, eq=False)
 class Stretch:
-    """Neighbouring positions of a packed row that one choice of adapters serves."""
+    """Neighbouring positions of a packed row that one choice of adapters serves, reading the same."""
 
     choice: str | Blend | None
     start: int
     stop: int
+    reads: Reads = ()
+
+    def given(self, device: torch.device) -> Mapping[str, Tensor]:
+        """`reads` as methods find them in `p`: a whole number as (1,)."""
+        return {
+            name: value if isinstance(value, Tensor) else torch.tensor([value], device=device)
+            for name, value in self.reads
+        }
 
 
 class Run:
@@ -81,6 +93,7 @@ class PackedRows(Rows):
     Args:
         lengths: positions of each sequence in this row.
         starts: the position of each sequence's first one in the whole of it; 0 by default.
+        reads: what methods read of each sequence; nothing by default.
         kept: the sequences whose last position alone reaches the head, in order; None where all positions do.
         alone: each sequence's numbers are to be those of a row of its own, bit for bit: nothing is computed
             over adapters together.
@@ -88,6 +101,7 @@ class PackedRows(Rows):
 
     lengths: Sequence[int] = ()
     starts: Sequence[int] = ()
+    reads: Sequence[Reads] = ()
     kept: Sequence[int] | None = None
     alone: bool = False
     tokens: Run = field(init=False, repr=False)
@@ -102,10 +116,12 @@ class PackedRows(Rows):
             )
         if not self.starts:
             object.__setattr__(self, "starts", (0,) * len(self.lengths))
+        if not self.reads:
+            object.__setattr__(self, "reads", ((),) * len(self.lengths))
         joins = not self.alone
-        tokens = _stretches(list(zip(self.adapters, self.lengths, strict=True)), joins)
+        tokens = _stretches(list(zip(self.adapters, self.lengths, self.reads, strict=True)), joins)
         kept = range(len(self.lengths)) if self.kept is None else self.kept
-        heads = _stretches([(self.adapters[i], 1) for i in kept], joins)
+        heads = _stretches([(self.adapters[i], 1, _of_last(self.reads[i])) for i in kept], joins)
         object.__setattr__(self, "tokens", Run(tokens))
         object.__setattr__(self, "heads", Run(heads))
 
@@ -126,7 +142,10 @@ class PackedRows(Rows):
         Raises:
             RowsError: x is none of these; names the layer.
         """
-        if not is_routed(site):
+        if is_routed(site):
+            if len(self.tokens.stretches) == 1:
+                return self._whole(x)
+        else:
             for run in (self.tokens, self.heads):
                 if run.dim(x) is not None:
                     return run
@@ -134,6 +153,11 @@ class PackedRows(Rows):
             f"{site}: its input {tuple(x.shape)} is no packed row of {self.tokens.num} positions, so nothing tells "
             "which adapter serves which part of it. Run one adapter at a time, or leave the layer out."
         )
+
+    def _whole(self, x: Tensor) -> Run:
+        """However many positions x has, they are all of the one choice."""
+        (only,) = self.tokens.stretches
+        return Run([Stretch(only.choice, 0, x.shape[1] if x.shape[0] == 1 else x.shape[0], only.reads)])
 
 
 class Interned:
@@ -151,12 +175,17 @@ def interned(values: tuple) -> Interned:
     return Interned(values)
 
 
-def _stretches(parts: Sequence[tuple[Any, int]], joins: bool) -> list[Stretch]:
+def _of_last(reads: Reads) -> Reads:
+    """What is read of a sequence's last position alone."""
+    return tuple((name, value[:, -1:] if isinstance(value, Tensor) else value) for name, value in reads)
+
+
+def _stretches(parts: Sequence[tuple[Any, int, Reads]], joins: bool) -> list[Stretch]:
     made: list[Stretch] = []
-    for choice, length in parts:
+    for choice, length, reads in parts:
         start = made[-1].stop if made else 0
-        if joins and made and made[-1].choice == choice:
-            made[-1] = Stretch(choice, made[-1].start, start + length)
+        if joins and made and (made[-1].choice, made[-1].reads) == (choice, reads):
+            made[-1] = Stretch(choice, made[-1].start, start + length, reads)
         elif length:
-            made.append(Stretch(choice, start, start + length))
+            made.append(Stretch(choice, start, start + length, reads))
     return made

@@ -182,9 +182,11 @@ class AdapterPool:
         generation: another number whenever adapters came, went or moved.
         lanes: site -> (rank, dtype, device) -> the adapters there that serve now, side by side.
         kinds: site -> adapter -> the class of its rank where it can have a lane, else 0.
+        keeps_base: whether the base stays as it is also where an adapter's start would change it.
     """
 
     def __init__(self) -> None:
+        self.keeps_base = False
         self.waiting: set[tuple[str, str]] = set()
         self.buckets: dict[tuple, Bucket] = {}
         self.homes: dict[tuple[str, str], Bucket] = {}

@@ -20,23 +20,29 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from peft_dist import PeftModel
-from peft_dist.packed_rows import Blend, PackedRows
+from peft_dist.ahead import looks_ahead
+from peft_dist.errors import RowsError
+from peft_dist.packed_rows import Blend, PackedRows, Reads
 from peft_dist.prompts.packed import num_virtual, packed_embeds, packed_past
 from peft_dist.rows import BASE
 
 from ..machine import free_bytes
+from ..train.task_ids import ARGUMENT
+from .apart import Apart, ApartLane
 from .continuous import ContinuousBatches, Packed, Part, Sizes, Step, UnfitBase
 from .engine import AdapterRefused, EngineDead, Figures, Generation, Piece, TokenLogprob
 from .fair import FairQueue
 from .pieces import pieces_of
 from .row_tiles import RowTiles
 from .sampling import Sampler, logprob_of
-from .servable import check_blend, check_placed, read_servable
+from .servable import check_blend, check_on_something, num_tasks, put_on, read_servable
 from .text import TextStream
 
 Decode = Callable[[Sequence[int]], str]
 
 _HANGS_AFTER_S = 120.0
+_SHARE_APART = 4
+"""Of the cache's tokens, what sequences that run apart may have beside it: one in so many."""
 _ENDS_WITHIN_S = 10.0
 _log = logging.getLogger(__name__)
 
@@ -67,6 +73,10 @@ class _Sequence:
     sampler: Sampler | None = None
     num_generated: int = 0
     runs: bool = False
+    reads: Reads = ()
+    """What its adapter's methods read of it: its task."""
+    apart: Apart | None = None
+    """Itself, where it runs in rows of its own."""
 
     @property
     def queue(self) -> str:
@@ -79,6 +89,9 @@ class _Adapter:
 
     choice: str | Blend
     virtual_tokens: int = 0
+    num_tasks: int = 0
+    is_apart: bool = False
+    """Whether no packed row can hold its sequences beside others'."""
     users: int = 0
     leaving: Future[None] | None = None
 
@@ -122,11 +135,14 @@ class BatchingEngine:
             )
         self._base: Any = model.eval()
         self._model: Any = PeftModel(model, None)
+        self._model.keep_base()
         self._decode, self._eos_ids = decode, eos_ids
         self._deterministic = deterministic
         sizes = sizes_for(model, max_context, max_sequences, max_batch_tokens, cache_bytes)
         self._batches = _batches_of(self._base, sizes, one_by_one=deterministic)
         self._max_context = min(max_context, self._batches.max_length - 1)
+        room = sizes.num_blocks * sizes.page_size // _SHARE_APART
+        self._lane = ApartLane(self._model, room, sizes.max_batch_tokens, one_by_one=deterministic)
         self._adapters: dict[str, _Adapter] = {}
         self._sequences: dict[str, _Sequence] = {}
         self._fair: FairQueue[_Sequence] = FairQueue()
@@ -160,6 +176,11 @@ class BatchingEngine:
         """Tokens that a prompt method's adapter puts before the prompt."""
         known = self._adapters.get(adapter) if adapter else None
         return known.virtual_tokens if known else 0
+
+    def num_tasks(self, adapter: str | None) -> int:
+        """See `Engine.num_tasks`."""
+        known = self._adapters.get(adapter) if adapter else None
+        return known.num_tasks if known else 0
 
     def loaded(self) -> frozenset[str]:
         """The keys that are loaded."""
@@ -203,7 +224,13 @@ class BatchingEngine:
             missing = [name for name, _ in parts if name not in self._adapters]
             if missing:
                 raise AdapterRefused(f"{missing[0]!r} is not loaded, so nothing can be made of it.")
+            apart = [name for name, _ in parts if self._adapters[name].is_apart]
+            if apart:
+                raise AdapterRefused(
+                    f"{apart[0]!r} runs in rows of its own, so it has no weighted sum with others."
+                )
             blend: list[tuple[str, float]] = []
+            tasks = [self._adapters[name].num_tasks for name, _ in parts]
             for name, weight in parts:
                 own = self._adapters[name].choice
                 blend += [(own, weight)] if isinstance(own, str) else [(n, w * weight) for n, w in own]
@@ -214,7 +241,9 @@ class BatchingEngine:
         def make() -> None:
             check_blend(self._model, list(summed))
             with self._door:
-                self._adapters[adapter] = _Adapter(tuple(summed.items()))
+                self._adapters[adapter] = _Adapter(
+                    tuple(summed.items()), num_tasks=min(filter(None, tasks), default=0)
+                )
 
         await self._turn(make)
 
@@ -287,6 +316,7 @@ class BatchingEngine:
                 if known is None or known.leaving is not None:
                     raise AdapterRefused(f"{request.adapter!r} is not loaded.")
                 sequence.choice = known.choice
+                sequence.reads = _reads_of(request, known.num_tasks)
             virtual = known.virtual_tokens if known else 0
             length = virtual + len(request.prompt_ids) + request.max_tokens
             if not request.prompt_ids or length > self._max_context + 1:
@@ -320,7 +350,7 @@ class BatchingEngine:
                 leaving.result()
             saved = read_servable(directory, self._base)
             # Two turns, between which the sequences get a step.
-            for action in (lambda: self._put_on(key, saved), lambda: self._open(key)):
+            for action in (lambda: put_on(self._model, saved, key), lambda: self._open(key)):
                 done: Future[None] = Future()
                 self._enqueue(action, done)
                 done.result()
@@ -348,14 +378,19 @@ class BatchingEngine:
                 self._take_turn()
                 self._let_leave()
                 self._admit()
-                step = self._batches.next_step(lambda name: str(self._sequences[name].choice))
-                if step is None:
+                step = self._batches.next_step(self._place)
+                apart = self._lane.next_step()
+                if step is None and not apart:
                     if not self._turns and not self._left and not len(self._fair):
                         self._wake.wait(timeout=1.0)
                     self._wake.clear()
                     continue
                 self._step_began = time.monotonic()
-                self._run(step)
+                if step is not None:
+                    self._run(step)
+                    self._send()
+                for each in apart:
+                    self._run_apart(each)
                 self._step_began = None
                 self._send()
         except BaseException as error:
@@ -396,8 +431,13 @@ class BatchingEngine:
             if sequence.name in self._sequences:
                 self._end(sequence)
 
+    def _place(self, name: str) -> tuple[str, str]:
+        """Where a sequence stands in a packed row: beside those that its adapter serves alike."""
+        sequence = self._sequences[name]
+        return str(sequence.choice), str(sequence.reads)
+
     def _admit(self) -> None:
-        while self._batches.num_sequences < self._batches.sizes.max_sequences:
+        while self._batches.num_sequences + len(self._lane) < self._batches.sizes.max_sequences:
             with self._door:
                 popped = self._fair.pop()
             if popped is None:
@@ -413,8 +453,20 @@ class BatchingEngine:
             virtual = self.virtual_tokens(sequence.request.adapter)
             tokens = (0,) * virtual + sequence.request.prompt_ids
             self._prompt_tokens += len(tokens)
+            if self._is_apart(sequence):
+                assert isinstance(sequence.choice, str)
+                need = (len(tokens) + sequence.request.max_tokens) * self._lane.runs_of(sequence.choice)
+                sequence.apart = Apart(sequence.name, sequence.choice, list(tokens), need, sequence.reads)
+                self._lane.add(sequence.apart)
+                continue
             salt = sequence.choice if isinstance(sequence.choice, str) else repr(sequence.choice)
+            # Keys and values of one task are another's no more than those of another adapter.
+            salt += repr(sequence.reads) if sequence.reads else ""
             self._batches.add(sequence.name, tokens, salt)
+
+    def _is_apart(self, sequence: _Sequence) -> bool:
+        known = self._adapters.get(sequence.request.adapter) if sequence.request.adapter else None
+        return known is not None and known.is_apart
 
     def _run(self, step: Step) -> None:
         """One forward and what follows from it. Where it fails, its sequences do, and the others go on."""
@@ -425,10 +477,7 @@ class BatchingEngine:
                 last = [s for s, part in zip(sequences, step.parts, strict=True) if part.is_last]
                 chosen = self._choose(last, logits)
         except Exception as error:
-            _log.exception("a step of %d sequences failed", len(sequences))
-            for sequence in sequences:
-                self._give(sequence, StepFailed(f"{type(error).__name__}: {error}"))
-                self._end(sequence)
+            self._fail(sequences, error)
             return
         self._batches.take(step, {s.name: token for s, (token, _) in zip(last, chosen, strict=True)})
         with self._door:
@@ -437,18 +486,44 @@ class BatchingEngine:
         for sequence, (token, note) in zip(last, chosen, strict=True):
             self._say(sequence, token, note)
 
+    def _run_apart(self, apart: Apart) -> None:
+        """One step of a sequence in rows of its own."""
+        sequence = self._sequences[apart.name]
+        try:
+            with torch.inference_mode():
+                num, scores = self._lane.run(apart, self._outputs)
+                chosen = self._choose([sequence], scores[None]) if scores is not None else []
+        except Exception as error:
+            self._fail([sequence], error)
+            return
+        with self._door:
+            self._fair.served(sequence.queue, num)
+        for token, note in chosen:
+            apart.tokens.append(token)
+            self._say(sequence, token, note)
+
+    def _fail(self, sequences: Sequence[_Sequence], error: Exception) -> None:
+        _log.error("a step of %d sequences failed", len(sequences), exc_info=error)
+        for sequence in sequences:
+            self._give(sequence, StepFailed(f"{type(error).__name__}: {error}"))
+            self._end(sequence)
+
     def _forward(self, step: Step, sequences: list[_Sequence]) -> Tensor:
         """Scores (kept sequences, vocabulary) in fp32."""
         rows = PackedRows(
             adapters=tuple(s.choice for s in sequences),  # type: ignore[misc]
             lengths=tuple(part.length for part in step.parts),
             starts=tuple(part.start for part in step.parts),
+            reads=tuple(s.reads for s in sequences),
             kept=tuple(i for i, part in enumerate(step.parts) if part.is_last),
             alone=self._deterministic,
         )
         return self._scores(rows, dict(step.inputs))
 
     def _scores(self, rows: PackedRows, inputs: dict[str, Any]) -> Tensor:
+        return self._outputs(rows, inputs).logits[0].float()
+
+    def _outputs(self, rows: PackedRows, inputs: dict[str, Any]) -> Any:
         tiles = RowTiles() if self._deterministic else contextlib.nullcontext()
         with self._model.using(rows), tiles:
             embeds = packed_embeds(self._model, rows, inputs["input_ids"])
@@ -456,7 +531,7 @@ class BatchingEngine:
                 del inputs["input_ids"]
                 inputs["inputs_embeds"] = embeds
             inputs["packed"].past = packed_past(self._model, rows, self._base.dtype)
-            return self._base(**inputs).logits[0].float()
+            return self._base(**inputs)
 
     def _choose(self, sequences: list[_Sequence], logits: Tensor) -> list[tuple[int, TokenLogprob | None]]:
         if not sequences:
@@ -500,7 +575,9 @@ class BatchingEngine:
             if known is not None:
                 known.users -= 1
                 goes = known.leaving is not None and known.users == 0
-        if sequence.runs:
+        if sequence.apart is not None:
+            self._lane.finish(sequence.name)
+        elif sequence.runs:
             self._batches.finish(sequence.name)
         if goes:
             assert key is not None
@@ -516,41 +593,56 @@ class BatchingEngine:
             with contextlib.suppress(RuntimeError):  # closed in between: nobody listens
                 loop.call_soon_threadsafe(_deliver, items)
 
-    def _put_on(self, key: str, saved: Any) -> None:
-        """Puts an adapter that was read and checked on the base."""
-        self._model.load_adapter(saved, key, autocast_adapter_dtype=False)
-
     def _open(self, key: str) -> None:
         """Lets an adapter serve, where it is seen to."""
         try:
-            virtual = num_virtual(self._model, key)
-            check_placed(self._model, key)
-            self._try(key, virtual)
+            config = self._model.peft_config[key]
+            made = _Adapter(key, num_virtual(self._model, key), num_tasks(config), looks_ahead(config))
+            check_on_something(self._model, key)
+            self._try(made)
         except Exception:
             self._model.delete_adapter(key)
             raise
         with self._door:
-            self._adapters[key] = _Adapter(key, virtual)
+            self._adapters[key] = made
 
-    def _try(self, key: str, virtual: int) -> None:
-        """A row of the base and the adapter without the cache: it must run, and give numbers."""
+    def _try(self, adapter: _Adapter) -> None:
+        """A token of the adapter without the cache: it must run, and give numbers. Where rows of others cannot be told
+        from its own, it is to run apart."""
+        key = str(adapter.choice)
+        with torch.inference_mode():
+            if not adapter.is_apart:
+                try:
+                    logits = self._beside_base(key, adapter)
+                except RowsError:
+                    if adapter.virtual_tokens:
+                        raise
+                    adapter.is_apart = True
+            if adapter.is_apart:
+                logits = self._lane.try_one(key, _task(0, adapter.num_tasks), self._outputs)
+        if not torch.isfinite(logits).all():
+            raise AdapterRefused("what the base gives with it are numbers that are not finite.")
+
+    def _beside_base(self, key: str, adapter: _Adapter) -> Tensor:
+        """The scores of a row of the base and the adapter."""
+        virtual = adapter.virtual_tokens
         parts = (Part("base", 0, 1, True), Part("adapter", 0, virtual + 1, True))
         rows = PackedRows(
-            adapters=(BASE, key), lengths=(1, virtual + 1), kept=(0, 1), alone=self._deterministic
+            adapters=(BASE, key),
+            lengths=(1, virtual + 1),
+            reads=((), _task(0, adapter.num_tasks)),
+            kept=(0, 1),
+            alone=self._deterministic,
         )
         at = torch.tensor([[0, *range(virtual + 1)]], device=self._base.device)
-        packed = Packed(parts)
         inputs = {
             "input_ids": torch.zeros_like(at),
             "position_ids": at,
             "logits_to_keep": torch.tensor([0, virtual + 1], device=at.device),
             "use_cache": False,
-            "packed": packed,
+            "packed": Packed(parts),
         }
-        with torch.inference_mode():
-            logits = self._scores(rows, inputs)
-        if not torch.isfinite(logits).all():
-            raise AdapterRefused("what the base gives with it are numbers that are not finite.")
+        return self._scores(rows, inputs)
 
     def _let_go(self, key: str) -> None:
         with self._door:
@@ -562,6 +654,24 @@ class BatchingEngine:
             self._model.delete_adapter(known.choice)
         if not known.leaving.done():
             known.leaving.set_result(None)
+
+
+def _task(number: int, num_tasks: int) -> Reads:
+    """What methods read of a sequence of that task; nothing where the adapter knows of none."""
+    return ((ARGUMENT, number),) if num_tasks else ()
+
+
+def _reads_of(request: Generation, num: int) -> Reads:
+    """What methods read of a request's sequence.
+
+    Raises:
+        ValueError: the adapter has tasks, and the request names none of them.
+    """
+    if num and not (request.task is not None and 0 <= request.task < num):
+        raise ValueError(
+            f"task: {request.task}; {request.adapter!r} has {num}, numbered from 0, and needs one."
+        )
+    return _task(request.task or 0, num)
 
 
 def _deliver(items: list[tuple[_Stream, Piece | BaseException]]) -> None:

@@ -17,6 +17,7 @@ from ..errors import ModelError, RaypeftError
 from .admission import Admission
 from .api_error import ApiError, engine_stopped
 from .asked import Asked, asked
+from .asked_task import task_of
 from .catalogue import Catalogue, Target
 from .choices import Numbered, pieces
 from .engine import Engine, EngineDead, Generation
@@ -146,6 +147,7 @@ class Completions:
     ) -> list[Generation]:
         """One per prompt and choice, in the order of the choices' indices."""
         generations: list[Generation] = []
+        task = task_of(wanted.task_id, self._engine.num_tasks(target.adapter), target.name)
         for ids in prompts:
             one = Generation(
                 prompt_ids=tuple(ids),
@@ -158,6 +160,7 @@ class Completions:
                 logprobs=wanted.top,
                 queue=target.name,
                 shadow=target.shadow,
+                task=task,
             )
             for _ in range(wanted.n or 1):
                 # Each choice has a seed of its own, else all would be the same.

@@ -40,6 +40,7 @@ class Generation:
     logprobs: int | None = None
     queue: str = ""
     shadow: str | None = None
+    task: int | None = None
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,9 @@ class Engine(Protocol):
 
     def virtual_tokens(self, adapter: str | None) -> int:
         """Tokens of the context that the adapter itself takes (prompt methods)."""
+
+    def num_tasks(self, adapter: str | None) -> int:
+        """How many tasks the adapter learned, of which each of its generations names one; 0: it knows of none."""
 
     async def load(self, adapter: str, directory: Path) -> None:
         """Loads an adapter under a key; returns at once where the key is loaded.

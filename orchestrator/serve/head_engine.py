@@ -27,7 +27,7 @@ from . import head_answers, own_head
 from .engine import AdapterRefused
 from .heads import Classified, Embedded, Found, HeadTask, Input, NoTokens, Tagged, TooLong
 from .own_head import OwnHead, Tap
-from .servable import check_placed
+from .servable import check_placed, put_on
 from .task_engine import Asked, TaskEngine
 
 T = TypeVar("T")
@@ -95,29 +95,44 @@ class HeadEngine(TaskEngine):
     # --- what is asked
 
     async def embed(
-        self, inputs: Sequence[Input], adapter: str | None, queue: str = "", shadow: str | None = None
+        self,
+        inputs: Sequence[Input],
+        adapter: str | None,
+        queue: str = "",
+        shadow: str | None = None,
+        task: int | None = None,
     ) -> list[Embedded]:
         """See `Heads.embed`."""
         with self._using(adapter):
-            rows = await self._texts(inputs, adapter, queue)
+            rows = await self._texts(inputs, adapter, queue, task)
             return [
                 Embedded(tuple(values.tensor.tolist()), len(row.ids))
                 for row, values in zip(rows, await self._answers(rows), strict=True)
             ]
 
     async def classify(
-        self, inputs: Sequence[Input], adapter: str | None, queue: str = "", shadow: str | None = None
+        self,
+        inputs: Sequence[Input],
+        adapter: str | None,
+        queue: str = "",
+        shadow: str | None = None,
+        task: int | None = None,
     ) -> list[Classified]:
         """See `Heads.classify`."""
         with self._using(adapter):
-            rows = await self._texts(inputs, adapter, queue)
+            rows = await self._texts(inputs, adapter, queue, task)
             return [
                 Classified(head_answers.classes(values.tensor, _labels(values)), len(row.ids))
                 for row, values in zip(rows, await self._answers(rows), strict=True)
             ]
 
     async def tag(
-        self, inputs: Sequence[Input], adapter: str | None, queue: str = "", shadow: str | None = None
+        self,
+        inputs: Sequence[Input],
+        adapter: str | None,
+        queue: str = "",
+        shadow: str | None = None,
+        task: int | None = None,
     ) -> list[Tagged]:
         """See `Heads.tag`: words are what blanks separate, as in the rows of training."""
         with self._using(adapter):
@@ -128,7 +143,7 @@ class HeadEngine(TaskEngine):
                 return_offsets_mapping=True,
                 verbose=False,
             )
-            rows = self._rows(found["input_ids"], [None] * len(inputs), adapter, queue)
+            rows = self._rows(found["input_ids"], [None] * len(inputs), adapter, queue, task)
             answers = await self._answers(rows)
             return [
                 Tagged(
@@ -147,6 +162,7 @@ class HeadEngine(TaskEngine):
         top: int,
         queue: str = "",
         shadow: str | None = None,
+        task: int | None = None,
     ) -> list[Found]:
         """See `Heads.find`: a context that does not fit is read in windows that overlap, as in training."""
         with self._using(adapter):
@@ -157,7 +173,7 @@ class HeadEngine(TaskEngine):
                 if not each.windows:
                     raise TooLong(index, each.full_length, limit)
             windows = [window for each in asked for window in each.windows]
-            rows = self._rows([w.ids for w in windows], [w.types for w in windows], adapter, queue)
+            rows = self._rows([w.ids for w in windows], [w.types for w in windows], adapter, queue, task)
             answers = await self._answers(rows)
             return await asyncio.to_thread(_found, asked, answers, top)
 
@@ -172,9 +188,11 @@ class HeadEngine(TaskEngine):
 
         return await asyncio.to_thread(alone)
 
-    async def _texts(self, inputs: Sequence[Input], adapter: str | None, queue: str) -> list[_Row]:
+    async def _texts(
+        self, inputs: Sequence[Input], adapter: str | None, queue: str, task: int | None
+    ) -> list[_Row]:
         encoded = await self._in_turn(self._encoded, inputs)
-        return self._rows([ids for ids, _ in encoded], [types for _, types in encoded], adapter, queue)
+        return self._rows([ids for ids, _ in encoded], [types for _, types in encoded], adapter, queue, task)
 
     def _encoded(self, inputs: Sequence[Input]) -> list[tuple[Sequence[int], Sequence[int] | None]]:
         found: list[tuple[Sequence[int], Sequence[int] | None]] = [([], None)] * len(inputs)
@@ -203,6 +221,7 @@ class HeadEngine(TaskEngine):
         types: Sequence[Sequence[int] | None],
         adapter: str | None,
         queue: str,
+        task: int | None,
     ) -> list[_Row]:
         self._check_head(adapter)
         limit = self._max_context - self.virtual_tokens(adapter)
@@ -212,7 +231,7 @@ class HeadEngine(TaskEngine):
             if len(own) > limit:
                 raise TooLong(index, len(own), limit)
         return [
-            _Row(adapter, queue or adapter or "", own, _nobody, types=kinds)
+            _Row(adapter, queue or adapter or "", own, _nobody, task, types=kinds)
             for own, kinds in zip(ids, types, strict=True)
         ]
 
@@ -256,6 +275,7 @@ class HeadEngine(TaskEngine):
             ]
         padded = Padded(pad_id(self._tokenizer), [list(row.ids) for row in rows], types).inputs()
         inputs = {name: tensor.to(self._base.device) for name, tensor in padded.items()}
+        inputs |= self._task_ids(rows)
         with self._model.using(Rows(adapters=tuple(adapter or BASE for adapter in adapters))):
             if self._name is None:
                 vectors = embeddings(self._model, inputs).cpu()
@@ -288,7 +308,7 @@ class HeadEngine(TaskEngine):
     def _put_on(self, adapter: str, saved: Any, directory: Path) -> int:
         others, tensors = own_head.split(saved, self._name)
         own_head.check_brought(self._fresh, saved.tensors)
-        self._model.load_adapter(others, adapter, autocast_adapter_dtype=False)
+        put_on(self._model, others, adapter)
         try:
             check_placed(self._model, adapter)
             self._model.eval()

@@ -10,6 +10,7 @@ from starlette.responses import JSONResponse, Response
 
 from .admission import Admission
 from .api_error import ApiError
+from .asked_task import task_of
 from .asked import Asked, asked
 from .catalogue import Catalogue, Target
 from .completions import ANSWERED_BY
@@ -50,7 +51,7 @@ class HeadRoutes:
         return await self._answer(
             read,
             inputs,
-            lambda target: self._heads.embed(inputs, target.adapter, target.name, target.shadow),
+            lambda target, task: self._heads.embed(inputs, target.adapter, target.name, target.shadow, task),
             lambda answers: embeddings(answers, form),
         )
 
@@ -61,7 +62,9 @@ class HeadRoutes:
         return await self._answer(
             read,
             inputs,
-            lambda target: self._heads.classify(inputs, target.adapter, target.name, target.shadow),
+            lambda target, task: self._heads.classify(
+                inputs, target.adapter, target.name, target.shadow, task
+            ),
             lambda answers: classes(answers, top_k),
         )
 
@@ -72,7 +75,7 @@ class HeadRoutes:
         return await self._answer(
             read,
             inputs,
-            lambda target: self._heads.tag(inputs, target.adapter, target.name, target.shadow),
+            lambda target, task: self._heads.tag(inputs, target.adapter, target.name, target.shadow, task),
             lambda answers: entities(answers, inputs),
         )
 
@@ -88,7 +91,9 @@ class HeadRoutes:
         return await self._answer(
             read,
             [Input(*each) for each in questions],
-            lambda target: self._heads.find(questions, target.adapter, top_k, target.name, target.shadow),
+            lambda target, task: self._heads.find(
+                questions, target.adapter, top_k, target.name, target.shadow, task
+            ),
             lambda answers: spans(answers, questions),
         )
 
@@ -103,7 +108,7 @@ class HeadRoutes:
         self,
         read: Asked[Any],
         inputs: Sequence[Input],
-        ask: Callable[[Target], Awaitable[list[Answer]]],
+        ask: Callable[[Target, int | None], Awaitable[list[Answer]]],
         rows: Callable[[list[Answer]], list[dict[str, Any]]],
     ) -> Response:
         request, tenant, model = read.request, read.tenant, read.wanted.model
@@ -113,12 +118,13 @@ class HeadRoutes:
         await self._admission.know(tenant)
         num_tokens = sum(map(_guess, inputs))
         async with self._catalogue.acquire(model, read.sticky) as target:
+            task = task_of(read.wanted.task_id, self._heads.num_tasks(target.adapter), target.name)
             with self._admission.admitted(tenant, target.name, 1, num_tokens, timing.usage):
                 self._metrics.begin(timing, target.name)
                 self._heads.check()
 
                 async def run() -> list[Answer]:
-                    return await ask(target)
+                    return await ask(target, task)
 
                 try:
                     answers = await while_connected(run(), request.receive)

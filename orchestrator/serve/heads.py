@@ -138,17 +138,32 @@ class Heads(Protocol):
         """Token ids are below this."""
 
     async def embed(
-        self, inputs: Sequence[Input], adapter: str | None, queue: str = "", shadow: str | None = None
+        self,
+        inputs: Sequence[Input],
+        adapter: str | None,
+        queue: str = "",
+        shadow: str | None = None,
+        task: int | None = None,
     ) -> list[Embedded]:
         """A vector each (FEATURE_EXTRACTION)."""
 
     async def classify(
-        self, inputs: Sequence[Input], adapter: str | None, queue: str = "", shadow: str | None = None
+        self,
+        inputs: Sequence[Input],
+        adapter: str | None,
+        queue: str = "",
+        shadow: str | None = None,
+        task: int | None = None,
     ) -> list[Classified]:
         """Labels of whole texts (SEQ_CLS)."""
 
     async def tag(
-        self, inputs: Sequence[Input], adapter: str | None, queue: str = "", shadow: str | None = None
+        self,
+        inputs: Sequence[Input],
+        adapter: str | None,
+        queue: str = "",
+        shadow: str | None = None,
+        task: int | None = None,
     ) -> list[Tagged]:
         """Entities within texts (TOKEN_CLS)."""
 
@@ -159,11 +174,15 @@ class Heads(Protocol):
         top: int,
         queue: str = "",
         shadow: str | None = None,
+        task: int | None = None,
     ) -> list[Found]:
         """At most `top` answers to each (question, context) (QUESTION_ANS)."""
 
     def virtual_tokens(self, adapter: str | None) -> int:
         """See `Engine.virtual_tokens`."""
+
+    def num_tasks(self, adapter: str | None) -> int:
+        """See `Engine.num_tasks`."""
 
     async def load(self, adapter: str, directory: Path) -> None:
         """See `Engine.load`."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -123,7 +124,7 @@ class Agreement:
     errors: int = 0
     """Of the candidate's alone."""
     positions: int = 0
-    agreed: int = 0
+    agreed: float = 0
     scored: int = 0
     """Tokens that both chose after the same beginning, whose log-probabilities can be compared."""
     difference: float = 0.0
@@ -144,6 +145,13 @@ class Agreement:
             if same:
                 self.scored += 1
                 self.difference += abs(logprob - its_logprob)
+
+    def count_vectors(self, theirs: Sequence[Sequence[float]], ours: Sequence[Sequence[float]]) -> None:
+        """Takes one pair of answers that are vectors of length 1: two agree as far as their cosine goes."""
+        self.requests += 1
+        self.positions += max(len(theirs), len(ours))
+        for a, b in zip(theirs, ours, strict=False):
+            self.agreed += max(0.0, sum(map(operator.mul, a, b))) if len(a) == len(b) else 0.0
 
     def plus(self, other: Agreement) -> Agreement:
         """Those of both."""

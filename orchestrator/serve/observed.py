@@ -45,6 +45,15 @@ class Answered:
     num_tokens: int = 0
     first_s: float | None = None
     is_whole: bool = False
+    vectors: tuple[tuple[float, ...], ...] = ()
+    """What it is in the place of tokens, of a base that embeds."""
+
+    def compare(self, other: Answered, into: Agreement) -> None:
+        """Notes how far another answer to the same agrees."""
+        if self.vectors:
+            into.count_vectors(self.vectors, other.vectors)
+        else:
+            into.count(self.tokens, other.tokens)
 
     def take(self, piece: Piece, since: float) -> None:
         if self.first_s is None and piece.num_tokens:
@@ -153,4 +162,4 @@ class Observed:
                 if ours is None:
                     watch.shadow.errors += 1
                 else:
-                    watch.shadow.count(theirs.tokens, ours.tokens)
+                    theirs.compare(ours, watch.shadow)

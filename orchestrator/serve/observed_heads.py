@@ -22,29 +22,50 @@ class ObservedHeads(Observed):
     """`heads`, with every call counted as one request of the tokens that were read; everything else is the heads' own.
 
     What a candidate chooses is compared with what clients get as tokens are: labels, entities and best spans, each with
-    the logarithm of its probability. Vectors are not compared.
+    the logarithm of its probability. Of vectors it is their cosine that is noted.
     """
 
     def __init__(self, heads: Any) -> None:
         super().__init__(heads)
 
     async def embed(
-        self, inputs: Sequence[Input], adapter: str | None, queue: str = "", shadow: str | None = None
+        self,
+        inputs: Sequence[Input],
+        adapter: str | None,
+        queue: str = "",
+        shadow: str | None = None,
+        task: int | None = None,
     ) -> list[Embedded]:
         """See `Heads.embed`."""
-        return await self._counted(lambda key: self._heads.embed(inputs, key, queue), adapter, None)
+        return await self._counted(
+            lambda key: self._heads.embed(inputs, key, queue, task=task), adapter, shadow
+        )
 
     async def classify(
-        self, inputs: Sequence[Input], adapter: str | None, queue: str = "", shadow: str | None = None
+        self,
+        inputs: Sequence[Input],
+        adapter: str | None,
+        queue: str = "",
+        shadow: str | None = None,
+        task: int | None = None,
     ) -> list[Classified]:
         """See `Heads.classify`."""
-        return await self._counted(lambda key: self._heads.classify(inputs, key, queue), adapter, shadow)
+        return await self._counted(
+            lambda key: self._heads.classify(inputs, key, queue, task=task), adapter, shadow
+        )
 
     async def tag(
-        self, inputs: Sequence[Input], adapter: str | None, queue: str = "", shadow: str | None = None
+        self,
+        inputs: Sequence[Input],
+        adapter: str | None,
+        queue: str = "",
+        shadow: str | None = None,
+        task: int | None = None,
     ) -> list[Tagged]:
         """See `Heads.tag`."""
-        return await self._counted(lambda key: self._heads.tag(inputs, key, queue), adapter, shadow)
+        return await self._counted(
+            lambda key: self._heads.tag(inputs, key, queue, task=task), adapter, shadow
+        )
 
     async def find(
         self,
@@ -53,9 +74,12 @@ class ObservedHeads(Observed):
         top: int,
         queue: str = "",
         shadow: str | None = None,
+        task: int | None = None,
     ) -> list[Found]:
         """See `Heads.find`."""
-        return await self._counted(lambda key: self._heads.find(questions, key, top, queue), adapter, shadow)
+        return await self._counted(
+            lambda key: self._heads.find(questions, key, top, queue, task=task), adapter, shadow
+        )
 
     @property
     def _heads(self) -> Any:
@@ -95,7 +119,8 @@ def _whole(answers: Sequence[Embedded | Classified | Tagged | Found]) -> Answere
     chosen = [
         (hash(choice), math.log(max(score, 1e-30))) for each in answers for choice, score in _choices(each)
     ]
-    return Answered(chosen, sum(each.num_tokens for each in answers), is_whole=True)
+    vectors = tuple(each.vector for each in answers if isinstance(each, Embedded))
+    return Answered(chosen, sum(each.num_tokens for each in answers), is_whole=True, vectors=vectors)
 
 
 def _choices(answer: Embedded | Classified | Tagged | Found) -> list[tuple[object, float]]:

@@ -66,6 +66,8 @@ class Ask(Strict):
 
     model: Annotated[str, Field(max_length=512)]
     user: str | None = None
+    task_id: Annotated[int, Field(ge=0)] | None = None
+    """The task of an adapter that learned several; no key of OpenAI's own."""
 
     @model_validator(mode="before")
     @classmethod

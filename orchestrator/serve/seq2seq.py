@@ -29,7 +29,7 @@ from ..train.tasks.task import Padded
 from .engine import AdapterRefused, Generation, Piece, TokenLogprob
 from .pieces import pieces_of
 from .sampling import generator_of, logprob_of
-from .servable import check_placed
+from .servable import check_placed, put_on
 from .task_engine import Asked, TaskEngine
 from .text import TextStream
 
@@ -105,6 +105,7 @@ class Seq2SeqEngine(TaskEngine):
                 request.queue or request.adapter or "",
                 request.prompt_ids,
                 tell,
+                request.task,
                 request=request,
                 text=TextStream(self._decode, request.stop),
             )
@@ -130,6 +131,7 @@ class Seq2SeqEngine(TaskEngine):
         with self._model.using(Rows(adapters=tuple(row.adapter or BASE for row in rows))):
             self._model.generate(
                 **self._inputs([list(row.ids) for row in rows]),
+                **self._task_ids(rows),
                 generation_config=self._config(max(row.request.max_tokens for row in rows)),
                 logits_processor=LogitsProcessorList([_Choice(rows, tap)]),
                 stopping_criteria=StoppingCriteriaList([tap]),
@@ -158,7 +160,7 @@ class Seq2SeqEngine(TaskEngine):
         return config
 
     def _put_on(self, adapter: str, saved: Any, directory: Path) -> int:
-        self._model.load_adapter(saved, adapter, autocast_adapter_dtype=False)
+        put_on(self._model, saved, adapter)
         try:
             check_placed(self._model, adapter)
             self._model.eval()
@@ -172,14 +174,20 @@ class Seq2SeqEngine(TaskEngine):
     def _try(self, adapter: str) -> None:
         """A token of the adapter: it must run, and give numbers."""
         seen = _Seen()
+        row = Asked(adapter, "", [self._pad, self._pad], _nobody)
         with torch.inference_mode(), self._model.using(Rows(adapters=(adapter,))):
             self._model.generate(
-                **self._inputs([[self._pad, self._pad]]),
+                **self._inputs([list(row.ids)]),
+                **self._task_ids([row]),
                 generation_config=self._config(1),
                 logits_processor=LogitsProcessorList([seen]),
             )
         if not seen.is_finite:
             raise AdapterRefused("what the base gives with it are numbers that are not finite.")
+
+
+def _nobody(result: Any) -> None:
+    return None
 
 
 class _Seen(LogitsProcessor):

@@ -23,10 +23,11 @@ from transformers import (
 from peft_dist import PeftModel, Rows
 from peft_dist.rows import BASE
 
+from ..train.task_ids import ARGUMENT
 from .engine import AdapterRefused, EngineDead, Figures, Generation, Piece, TokenLogprob
 from .pieces import cut_off, pieces_of
 from .sampling import generation_config, logprob_of
-from .servable import put_sum
+from .servable import num_tasks, put_on, put_sum, read_servable
 from .text import TextStream
 
 Decode = Callable[[Sequence[int]], str]
@@ -68,7 +69,9 @@ class SequentialEngine:
     ) -> None:
         self._base: Any = model.eval()
         self._model: Any = PeftModel(model, None)
+        self._model.keep_base()
         self._virtual_tokens: dict[str, int] = {}
+        self._tasks_of: dict[str, int] = {}
         self._decode, self._eos_ids, self._max_context = decode, eos_ids, max_context
         self._tasks: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
         self._dead: BaseException | None = None
@@ -90,6 +93,10 @@ class SequentialEngine:
     def virtual_tokens(self, adapter: str | None) -> int:
         """Tokens that a prompt method's adapter puts before the prompt."""
         return self._virtual_tokens.get(adapter, 0) if adapter else 0
+
+    def num_tasks(self, adapter: str | None) -> int:
+        """See `Engine.num_tasks`."""
+        return self._tasks_of.get(adapter, 0) if adapter else 0
 
     def loaded(self) -> frozenset[str]:
         """The keys that are loaded."""
@@ -184,20 +191,23 @@ class SequentialEngine:
         if adapter in self._virtual_tokens:
             return
         try:
-            self._model.load_adapter(str(directory), adapter)
+            put_on(self._model, read_servable(directory, self._base), adapter)
         except Exception as error:  # whatever its files hold: the model is as it was, and the others serve on
             raise AdapterRefused(str(error)) from error
         self._model.eval()
         config = self._model.peft_config[adapter]
+        self._tasks_of[adapter] = num_tasks(config)
         self._virtual_tokens[adapter] = int(getattr(config, "num_virtual_tokens", None) or 0)
 
     def _combine(self, adapter: str, parts: Sequence[tuple[str, float]]) -> None:
         if adapter in self._virtual_tokens:
             return
         put_sum(self._model, adapter, parts)
+        self._tasks_of[adapter] = 0
         self._virtual_tokens[adapter] = 0
 
     def _unload(self, adapter: str) -> None:
+        self._tasks_of.pop(adapter, None)
         if self._virtual_tokens.pop(adapter, None) is not None:
             self._model.delete_adapter(adapter)
 
@@ -222,12 +232,19 @@ class SequentialEngine:
             self._model.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
+                **self._task_ids(request),
                 generation_config=generation_config(self._base, request, self._eos_ids),
                 logits_processor=LogitsProcessorList([notes] if notes else []),
                 stopping_criteria=StoppingCriteriaList([tap]),
             )
         if not tap.ended:
             stream.put(cut_off(tap.text))
+
+    def _task_ids(self, request: Generation) -> dict[str, Any]:
+        """The argument of generate that says the sequence's task, for an adapter that asks."""
+        if not self.num_tasks(request.adapter):
+            return {}
+        return {ARGUMENT: torch.tensor([request.task or 0], device=self._base.device)}
 
 
 class _Tap(StoppingCriteria):

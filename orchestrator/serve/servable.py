@@ -10,10 +10,12 @@ import torch
 
 from peft_dist import checkpoint
 from peft_dist.adapted import AdapterModule
+from peft_dist.ahead import looks_ahead
 from peft_dist.contract import Method, PromptMethod, WeightMethod
-from peft_dist.errors import PeftDistError, RowsError
+from peft_dist.errors import PeftDistError
 from peft_dist.pool import outer_modules
 
+from ..train.task_ids import ARGUMENT, SIZES
 from .engine import AdapterRefused
 
 GENERATES = (None, "CAUSAL_LM")
@@ -40,16 +42,10 @@ def read_servable(
     kind = config.peft_type
     if not isinstance(config, Method):
         raise AdapterRefused(f"{kind} is given by hooks of its own, which know of no batches.")
-    if config.reads and not isinstance(config, PromptMethod):
+    needed = [name for name in config.reads if name != ARGUMENT]
+    if needed and not looks_ahead(config) and not isinstance(config, PromptMethod):
         raise AdapterRefused(
-            f"{kind} needs {', '.join(config.reads)} with each request, which no request of an endpoint has."
-        )
-    if type(config).ahead is not Method.ahead:
-        raise AdapterRefused(f"{kind} runs the base once ahead of each run; it cannot join a batch.")
-    if type(config).replace_base is not Method.replace_base or getattr(config, "start", "") == "loftq":
-        raise AdapterRefused(
-            f"{kind} as it was started changes the base's own weights, which others are served from. "
-            "Merge it into a base of its own, or save it as a plain LoRA."
+            f"{kind} needs {', '.join(needed)} with each request, which no request of an endpoint has."
         )
     for name, tensor in saved.tensors.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
@@ -57,21 +53,45 @@ def read_servable(
     return saved
 
 
+def num_tasks(config: Any) -> int:
+    """How many tasks an adapter learned, of which each request names one; 0 for one that learned no several."""
+    if ARGUMENT not in getattr(config, "reads", ()):
+        return 0
+    return next(int(getattr(config, name)) for name in SIZES if hasattr(config, name))
+
+
+def put_on(model: Any, saved: checkpoint.SavedAdapter, adapter: str) -> None:
+    """Puts an adapter that was read on the base.
+
+    Raises:
+        PeftDistError: it does not fit; the model is as it was.
+    """
+    config = model.get_base_model().config
+    before = config.use_cache if looks_ahead(saved.config) and hasattr(config, "use_cache") else None
+    if before is not None:
+        # Asked of a base that others run: whoever runs such an adapter sees to it by the call.
+        config.use_cache = False
+    try:
+        model.load_adapter(saved, adapter, autocast_adapter_dtype=False)
+    finally:
+        if before is not None:
+            config.use_cache = before
+
+
+def check_on_something(model: Any, adapter: str) -> None:
+    """Raises AdapterRefused where an adapter that was put on the base sits on nothing."""
+    if not model._adapters.sites.get(adapter) and adapter not in model.adapters:
+        raise AdapterRefused("none of the base's modules is what it was trained on.")
+
+
 def check_placed(model: Any, adapter: str) -> None:
-    """Whether an adapter that was put on the base can serve a packed row.
+    """Whether an adapter that was put on the base can serve rows of a batch.
 
     Raises:
         AdapterRefused: it sits on nothing, or on a layer whose rows cannot be told apart.
     """
-    if (method := model.methods.get(adapter)) is not None:
-        try:
-            method.embeds(dict(model.tensors(adapter)))
-        except RowsError as error:
-            raise AdapterRefused(f"{error} No request of an endpoint has them.") from error
-    modules = model._adapters.sites.get(adapter, {})
-    if not modules and adapter not in model.adapters:
-        raise AdapterRefused("none of the base's modules is what it was trained on.")
-    for name, module in modules.items():
+    check_on_something(model, adapter)
+    for name, module in model._adapters.sites.get(adapter, {}).items():
         if module.base.is_argument:
             raise AdapterRefused(
                 f"{name}: its weight is used as a function's argument, so that many adapters cannot share a batch."
@@ -90,7 +110,7 @@ def check_blend(model: Any, adapters: Sequence[str]) -> None:
         for name, module in outer_modules(model.get_base_model()):
             if not isinstance(module, AdapterModule) or adapter not in module.methods:
                 continue
-            if not isinstance(module.methods[adapter], WeightMethod):
+            if not isinstance(module.methods[adapter], WeightMethod) or module.base.is_argument:
                 raise AdapterRefused(
                     f"{adapter!r} does more at {name} than to add to its weight, so it has no weighted sum with others."
                 )

@@ -16,14 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from peft_dist import PeftModel
 from peft_dist.errors import PeftDistError
 
+from ..train.task_ids import ARGUMENT
 from .engine import AdapterRefused, EngineDead, Figures
 from .fair import FairQueue
-from .servable import put_sum, read_servable
+from .servable import num_tasks, put_sum, read_servable
 
 _HANGS_AFTER_S = 120.0
 
@@ -35,12 +37,14 @@ class Asked:
     Args:
         adapter: its key; None: the bare base. queue: whose turn it takes. ids: its tokens, special ones included.
         tell: gives a result or an error to whoever waits, from the engine's thread.
+        task: the number of its task, for an adapter that learned several; others pass it over.
     """
 
     adapter: str | None
     queue: str
     ids: Sequence[int]
     tell: Callable[[Any], None]
+    task: int | None = None
     is_left: bool = False
     """Nobody waits any more."""
 
@@ -72,7 +76,9 @@ class TaskEngine(ABC):
         self._task = task
         self._max_rows, self._max_tokens = max_rows, max_tokens or 16384
         self._window_s, self._one_by_one = window_s, one_by_one
+        self._model.keep_base()
         self._kinds: dict[str | None, tuple[str, int]] = {None: ("", 0)}
+        self._tasks: dict[str, int] = {}
         self._users: Counter[str] = Counter()
         self._leaving: dict[str, Future[None]] = {}
         self._fair: FairQueue[Asked] = FairQueue()
@@ -96,6 +102,10 @@ class TaskEngine(ABC):
     def virtual_tokens(self, adapter: str | None) -> int:
         """See `Engine.virtual_tokens`."""
         return self._kinds.get(adapter, ("", 0))[1]
+
+    def num_tasks(self, adapter: str | None) -> int:
+        """See `Engine.num_tasks`."""
+        return self._tasks.get(adapter, 0) if adapter else 0
 
     def loaded(self) -> frozenset[str]:
         """See `Engine.loaded`."""
@@ -212,7 +222,15 @@ class TaskEngine(ABC):
 
     def _take_off(self, adapter: str) -> None:
         """Frees it."""
+        self._tasks.pop(adapter, None)
         self._model.delete_adapter(adapter)
+
+    def _task_ids(self, rows: Sequence[Asked]) -> dict[str, Tensor]:
+        """The argument of the model's forward that says each row's task, where one of their adapters asks."""
+        configs = [self._model.peft_config[row.adapter] for row in rows if row.adapter is not None]
+        if not any(num_tasks(config) for config in configs):
+            return {}
+        return {ARGUMENT: torch.tensor([row.task or 0 for row in rows], device=self._base.device)}
 
     def _check_sum(self, adapters: Sequence[str]) -> None:
         """Raises AdapterRefused where adapters have no sum for a reason of this task's own."""
@@ -338,7 +356,7 @@ class TaskEngine(ABC):
         config = self._model.peft_config[adapter]
         kind = str(getattr(config.peft_type, "value", config.peft_type)) if virtual else ""
         with self._changed:
-            self._kinds[adapter] = (kind, virtual)
+            self._kinds[adapter], self._tasks[adapter] = (kind, virtual), num_tasks(config)
 
     def _combine(self, adapter: str, parts: Sequence[tuple[str, float]]) -> None:
         if adapter in self._kinds:

@@ -58,7 +58,11 @@ class AdaptedBlock(Around):
         pieces = []
         for blend, stretch in zip(blends, run.stretches, strict=True):
             given, its_args, its_kwargs = run.cut((output, args, dict(kwargs)), stretch)
-            pieces.append(self._around([name for name, _ in blend], given, its_args, its_kwargs))
+            reads = stretch.given(self.base.device) if stretch.reads else None
+            for name, _ in blend:
+                p = self.given(name, reads=reads)
+                given = self.methods[name].around(p, self.original_module, given, its_args, its_kwargs)
+            pieces.append(given)
         return run.joined(pieces, 1)
 
     def _around(

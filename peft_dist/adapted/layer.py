@@ -14,11 +14,11 @@ from torch.utils.checkpoint import checkpoint
 from peft_dist.adapted.entrance import Entrance, Framed, as_given, dtype_of, unchanged
 from peft_dist.adapted.levels import Adjusted, Level, down, up
 from peft_dist.adapted.module import AdapterModule
-from peft_dist.adapted.packed import run_packed
+from peft_dist.adapted.packed import chosen, run_packed
 from peft_dist.base_layer import Layer, door, rounded
 from peft_dist.contract import BaseLayer, Method, Params, SiteMethod, WeightMethod
 from peft_dist.errors import RowsError
-from peft_dist.packed_rows import PackedRows
+from peft_dist.packed_rows import PackedRows, Stretch
 from peft_dist.pool import AdapterPool, PooledModule
 from peft_dist.recompute import Remembering
 from peft_dist.rows import Current, Rows, Segment, Split
@@ -146,12 +146,34 @@ class Adapted(AdapterModule):
         return self._mixed(split, parts)
 
     def _packed(self, args: tuple, kwargs: dict[str, Any], rows: PackedRows) -> Tensor:
-        if self.base.is_argument or len(args) != 1 or kwargs:
-            raise RowsError(
-                f"{self._site_name}: its weight is used as a function's argument, so that a row that many adapters "
-                "serve cannot be run through it. Run one adapter at a time, or leave the layer out."
-            )
+        if self.base.is_argument:
+            return self._packed_argument(args, kwargs, rows)
+        if len(args) != 1 or kwargs:
+            raise TypeError(f"{self._site_name}: an adapted layer takes its input alone.")
         return run_packed(self, args[0], rows)
+
+    def _packed_argument(self, args: tuple, kwargs: dict[str, Any], rows: PackedRows) -> Any:
+        """A packed row through a module that reads the weight by itself: once for each stretch that other adapters
+        serve, with their weight in place."""
+        parts, run = self._parts(), rows.tokens
+        choices = []
+        for stretch in run.stretches:
+            blends = [chosen(part, stretch.choice) for part in parts]
+            if any(weight != 1 for blend in blends for _, weight in blend):
+                raise RowsError(
+                    f"{self._site_name}: its weight is used as a function's argument, so what adapters add to it is "
+                    "not weighted and summed there. Serve each alone."
+                )
+            choices.append([tuple(name for name, _ in blend) for blend in blends])
+        if all(names == choices[0] for names in choices) and not (rows.alone and len(choices) > 1):
+            return _substituted(parts, choices[0], args, kwargs)
+        self.base.check_cut(args, kwargs, run.num)
+        given = []
+        for names, stretch in zip(choices, run.stretches, strict=True):
+            own_args = tuple(_part_of(value, stretch) for value in args)
+            own_kwargs = {key: _part_of(value, stretch) for key, value in kwargs.items()}
+            given.append(_substituted(parts, names, own_args, own_kwargs))
+        return run.joined(given, 0)
 
     def _as_argument(self, args: tuple, kwargs: dict[str, Any]) -> Any:
         """A layer whose weight is used as a function's argument: it runs with the changed weight in place."""
@@ -376,6 +398,11 @@ def _substituted(
                 W = rounded(changed.weight(), dtype)
                 stack.enter_context(part.base.substituted(W, bias if bias is None else bias.to(dtype)))
         return parts[0].base(*args, **kwargs)
+
+
+def _part_of(value: Any, stretch: Stretch) -> Any:
+    """A tensor of tokens (T, ...) cut to a stretch; anything else as it is."""
+    return value[stretch.start : stretch.stop] if isinstance(value, Tensor) else value
 
 
 @functools.cache

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
 
+from peft_dist.adapted import own_base
 from peft_dist.base_layer import Layer
 from peft_dist.contract import Draw, Method, Params
 from peft_dist.errors import AdapterError, RowsError
@@ -31,6 +33,7 @@ class AdapterModule(LayerApi, PooledModule):
     base: Layer
     _common: PooledModule | None
     _lenders: dict[str, AdapterModule]
+    _changes: WeakValueDictionary[bytes, Tensor]
 
     def __init__(
         self, pool: AdapterPool, site_name: str, current: Current, common: PooledModule | None = None
@@ -45,6 +48,8 @@ class AdapterModule(LayerApi, PooledModule):
         self.__dict__["_common"] = common
         # Adapter -> the module whose tensors serve here too.
         self.__dict__["_lenders"] = {}
+        # What adapters would change of the layer, one tensor for those that would change the same.
+        self.__dict__["_changes"] = WeakValueDictionary()
 
     def add(self, adapter: str, method: Method, layer: Layer, dtype: torch.dtype, device: Any) -> None:
         """Makes room for an adapter's tensors, unfilled."""
@@ -67,13 +72,17 @@ class AdapterModule(LayerApi, PooledModule):
         self._start(adapter, {name: t.detach() for name, t in self.tensors(adapter).items()}, layer)
 
     def replace_base(self, adapter: str, layer: Layer) -> None:
-        """Lets the adapter's method change the layer, where it does."""
-        method = self.methods[adapter]
+        """Lets the adapter's method change the layer, where it does; where the pool keeps the base, what it would
+        change stands beside the layer, for this adapter alone."""
+        method = own_base.plain(self.methods[adapter])
         if type(method).replace_base is not Method.replace_base:
             p = self.tensors(adapter)
             if not any(t.is_meta for t in p.values()):
                 with torch.no_grad():
-                    method.replace_base(p, layer)
+                    if self._pool.keeps_base:
+                        self.methods[adapter] = own_base.beside(method, p, layer, self._changes)
+                    else:
+                        method.replace_base(p, layer)
 
     def complete(self, adapter: str, missing: Sequence[str], layer: Layer) -> None:
         """Fills the named tensors alone, as `start` would: a checkpoint lacked them."""
@@ -130,15 +139,22 @@ class AdapterModule(LayerApi, PooledModule):
         return here
 
     def given(
-        self, adapter: str, rows: Rows | None = None, start: int = 0, stop: int | None = None
+        self,
+        adapter: str,
+        rows: Rows | None = None,
+        start: int = 0,
+        stop: int | None = None,
+        reads: Mapping[str, Tensor] | None = None,
     ) -> Params:
         """All that the functions of the adapter's method find in `p`: its tensors here, those that its layers
-        share, and what it reads of the batch, cut to the rows start to stop of `rows` in sorted order."""
+        share, and what it reads of the batch, cut to the rows start to stop of `rows` in sorted order; or `reads`
+        in its place."""
         method, p = self.methods[adapter], self.held(adapter)
         if self._current.made is not None and makes(type(method)):
             p |= self._current.made.at(self._site_name, adapter, method)
         for name in method.reads:
-            p[name] = self._read(name, method, rows, start, stop)
+            own = None if reads is None else reads.get(name)
+            p[name] = self._read(name, method, rows, start, stop) if own is None else own
         if self.training and type(method).check_training is not Method.check_training:
             method.check_training(p, self.base.site)
         if self.training and type(method).draws is not Method.draws:

@@ -17,6 +17,7 @@ from peft_dist.adapted.levels import Level, down, up
 from peft_dist.contract import ActivationMethod, WeightMethod
 from peft_dist.errors import RowsError
 from peft_dist.packed_rows import Blend, PackedRows, Run, Stretch, interned
+from peft_dist.pauses import pause
 from peft_dist.rows import BASE
 
 # A layer's plans that are kept: one for each set of adapters that served of late.
@@ -42,6 +43,7 @@ class Plan:
 
 def run_packed(module: Any, x: Tensor, rows: PackedRows) -> Tensor:
     """What the adapted layer gives for x (1, T, ...), or with one position for each kept sequence."""
+    pause()
     run = rows.run_of(module._site_name, x)
     plan = _plan(module, x, run, rows.alone)
     if plan.turns:
@@ -61,7 +63,8 @@ def _turned(module: Any, plan: Plan, run: Run, x: Tensor) -> Tensor:
         if not isinstance(module.methods[blend[0][0]], ActivationMethod):
             additions.append((number, blend))
             continue
-        levels, stretch = _levels(module, blend), run.stretches[number]
+        stretch = run.stretches[number]
+        levels = _levels(module, blend, stretch)
         inputs = down(levels, _part(x, dim, stretch))
         turned.append((levels, inputs, stretch))
         taken = taken.clone() if taken is x else taken
@@ -86,7 +89,7 @@ def _add(module: Any, plan: Plan, run: Run, x: Tensor, y: Tensor) -> None:
     for number, blend in plan.apart:
         stretch = run.stretches[number]
         piece, out = _part(x, dim, stretch), _part(y, dim, stretch)
-        for level, (_, weight) in zip(_levels(module, blend), blend, strict=True):
+        for level, (_, weight) in zip(_levels(module, blend, stretch), blend, strict=True):
             method: Any = level.method
             pair = method.low_rank(level.p, level.under) if piece.is_floating_point() else None
             if pair is not None and pair[0].dtype == piece.dtype and out.is_contiguous():
@@ -103,8 +106,11 @@ def _part(t: Tensor, dim: int, stretch: Stretch) -> Tensor:
     return t.narrow(dim, stretch.start, stretch.stop - stretch.start)
 
 
-def _levels(module: Any, blend: Blend) -> list[Level]:
-    return [Level(name, module.methods[name], module.given(name), module.base) for name, _ in blend]
+def _levels(module: Any, blend: Blend, stretch: Stretch) -> list[Level]:
+    reads = stretch.given(module.base.device) if stretch.reads else None
+    return [
+        Level(name, module.methods[name], module.given(name, reads=reads), module.base) for name, _ in blend
+    ]
 
 
 def chosen(module: Any, choice: str | Blend | None) -> Blend:

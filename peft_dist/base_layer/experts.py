@@ -6,11 +6,13 @@ it has two. The module reads it in its own way, so an adapter acts by `substitut
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from peft_dist.base_layer.layer import Layer
+from peft_dist.contract import Site
 from peft_dist.errors import BaseLayerError, RowsError
 from peft_dist.rows import Cut, Rows, Segment
 from peft_dist.sharding import whole_shape
@@ -53,6 +55,14 @@ class ParameterLayer(Layer):
     def cut(self, rows: Rows, length: int | None) -> Cut:
         return TokenCut(rows, self.site, length)
 
+    def check_cut(self, args: tuple, kwargs: dict[str, Any], num: int) -> None:
+        """Whether a call on `num` tokens can be taken apart between them: each is given with the experts it goes to.
+
+        Raises:
+            RowsError: it cannot.
+        """
+        check_tokens(self.site, args, kwargs, num)
+
     def _as_matrix(self, stored: Tensor) -> Tensor:
         return stored.mT if self._is_swapped else stored
 
@@ -66,13 +76,7 @@ class TokenCut(Cut):
 
     def of(self, tree: Any, segment: Segment) -> Any:
         args, kwargs = tree
-        given = [*args, *kwargs.values()]
-        tensors = [value for value in given if isinstance(value, Tensor)]
-        alone = len(tensors) < 2 and self.site.experts > 0
-        if alone or any(t.ndim == 0 or t.shape[0] != tensors[0].shape[0] for t in tensors):
-            raise self._refused("it is not given each token with the experts it goes to")
-        if any(isinstance(value, (list, tuple, dict)) for value in given):
-            raise self._refused("it is given more than tensors of tokens")
+        check_tokens(self.site, args, kwargs)
 
         def here(value: Any) -> Any:
             return self._cut(value, segment) if isinstance(value, Tensor) else value
@@ -81,11 +85,27 @@ class TokenCut(Cut):
 
     def _cut(self, t: Tensor, segment: Segment) -> Tensor:
         if t.shape[0] == 1:
-            raise self._refused("all rows share one input")
+            raise _refused(self.site, "all rows share one input")
         return super()._cut(t, segment)
 
-    def _refused(self, why: str) -> RowsError:
-        return RowsError(
-            f"{self.site.name}: {why}, so rows cannot tell which adapter serves which part of its input. Run "
-            "one adapter at a time, or leave these parameters out."
-        )
+
+def check_tokens(site: Site, args: tuple, kwargs: Mapping[str, Any], num: int | None = None) -> None:
+    """Whether all tensors of a call have one entry per token, of `num` where that is known.
+
+    Raises:
+        RowsError: they do not.
+    """
+    given = [*args, *kwargs.values()]
+    tensors = [value for value in given if isinstance(value, Tensor)]
+    alone = len(tensors) < 2 and site.experts > 0
+    if alone or any(t.ndim == 0 or t.shape[0] != (num or tensors[0].shape[0]) for t in tensors):
+        raise _refused(site, "it is not given each token with the experts it goes to")
+    if any(isinstance(value, (list, tuple, dict)) for value in given):
+        raise _refused(site, "it is given more than tensors of tokens")
+
+
+def _refused(site: Site, why: str) -> RowsError:
+    return RowsError(
+        f"{site.name}: {why}, so rows cannot tell which adapter serves which part of its input. Run "
+        "one adapter at a time, or leave these parameters out."
+    )

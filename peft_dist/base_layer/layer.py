@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peft_dist.contract import Kind, Site
-from peft_dist.errors import BaseLayerError
+from peft_dist.errors import BaseLayerError, RowsError
 from peft_dist.pool import outer_modules
 from peft_dist.rows import Cut, Rows
 from peft_dist.sharding import gathered, is_partitioned, restore_bits, stored_bits, whole_shape
@@ -169,6 +169,18 @@ class Layer:
     def cut(self, rows: Rows, length: int | None) -> Cut:
         """How a call of the layer is taken apart by rows, where its weight is an argument."""
         return Cut(rows, self.site, length)
+
+    def check_cut(self, args: tuple, kwargs: dict[str, Any], num: int) -> None:
+        """Whether a call of the layer on one packed row of `num` positions can be taken apart between them, where its
+        weight is an argument.
+
+        Raises:
+            RowsError: it cannot.
+        """
+        raise RowsError(
+            f"{self.site.name}: its weight is used as a function's argument, so that a row that many adapters "
+            "serve cannot be run through it. Run one adapter at a time, or leave the layer out."
+        )
 
     def add_(self, dW: Tensor) -> None:
         """Adds dW (out, in) to the weight in place, in fp32, rounded once to the weight's dtype; a

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from peft_dist.contract import PastMethod
-from peft_dist.packed_rows import PackedRows
+from peft_dist.packed_rows import PackedRows, Reads, Stretch
 from peft_dist.prompts.adapters import PromptAdapters
 
 
@@ -37,14 +37,16 @@ def packed_embeds(model: PromptAdapters, rows: PackedRows, input_ids: Tensor) ->
     """The embeddings (1, T, width) of a packed row of ids (1, T) with virtual tokens in their places; None where the
     row has none. To be called while `rows` serve."""
     embeds = None
-    for name, at, first, last in _places(model, rows):
+    for name, at, first, last, reads in _places(model, rows):
         method = model.methods[name]
         if isinstance(method, PastMethod):
             continue
         if embeds is None:
             embeds = model.get_base_model().get_input_embeddings()(input_ids).clone()
-        p = dict(model.tensors(name))
-        embeds[0, at : at + last - first] = method.embeds(p)[first:last].to(embeds.dtype)
+        tokens = method.embeds(_given(model, name, reads))
+        # A method that reads of sequences makes each its own.
+        tokens = tokens[0] if tokens.ndim == 3 else tokens
+        embeds[0, at : at + last - first] = tokens[first:last].to(embeds.dtype)
     return embeds
 
 
@@ -52,7 +54,7 @@ def packed_past(model: PromptAdapters, rows: PackedRows, dtype: torch.dtype) -> 
     """The keys and values of virtual tokens that stand in this part of a packed row."""
     made: dict[str, Any] = {}
     found = []
-    for name, at, first, last in _places(model, rows):
+    for name, at, first, last, _ in _places(model, rows):
         method = model.methods[name]
         if not isinstance(method, PastMethod):
             continue
@@ -63,13 +65,21 @@ def packed_past(model: PromptAdapters, rows: PackedRows, dtype: torch.dtype) -> 
     return found
 
 
-def _places(model: PromptAdapters, rows: PackedRows) -> Iterator[tuple[str, int, int, int]]:
-    """(adapter, position in the row, first and last + 1 of its virtual tokens there)."""
+def _given(model: PromptAdapters, adapter: str, reads: Reads) -> dict[str, Any]:
+    """What the adapter's method finds in `p`: its tensors, and what it reads of the one sequence."""
+    p: dict[str, Any] = dict(model.tensors(adapter))
+    whole = Stretch(adapter, 0, 0, reads).given(model.base.device)
+    return p | {name: whole[name] for name in model.methods[adapter].reads if name in whole}
+
+
+def _places(model: PromptAdapters, rows: PackedRows) -> Iterator[tuple[str, int, int, int, Reads]]:
+    """(adapter, position in the row, first and last + 1 of its virtual tokens there, what is read of the sequence)."""
     at = 0
-    for choice, start, length in zip(rows.adapters or (), rows.starts, rows.lengths, strict=True):
+    whole = zip(rows.adapters or (), rows.starts, rows.lengths, rows.reads, strict=True)
+    for choice, start, length, reads in whole:
         if isinstance(choice, str) and choice in model.adapters:
             last = min(start + length, num_virtual(model, choice))
             if start < last:
                 model.check_filled(choice)
-                yield choice, at, start, last
+                yield choice, at, start, last, reads
         at += length

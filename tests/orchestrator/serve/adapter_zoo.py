@@ -9,25 +9,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import peft
 import torch
 
 import peft_dist
 from tests.contract import bases
 from tests.contract import methods as contract_methods
+from tests.contract.case import Parity
 from tests.contract.cases import disturb
-
-# Methods that read something of a batch which no request of an endpoint has.
-NEED_MORE = ("poly", "multitask")
 
 
 @dataclass(frozen=True)
 class Kept:
-    """An adapter on disk, a prompt, and what its own model answers alone."""
+    """An adapter on disk, a prompt, its task where it learned several, and what its own model answers alone."""
 
     label: str
     folder: Path
     prompt: tuple[int, ...]
     answer: tuple[int, ...]
+    task: int | None = None
+    config: Any = None
 
 
 def base(kind: str = "llama") -> Any:
@@ -46,17 +47,72 @@ def parities(kind: str) -> dict[str, Any]:
         for label, parity in table.items():
             if parity.base == kind and parity.values.get("projection_prng_key", 0) == 0:
                 found[label] = parity
-    return {label: p for label, p in found.items() if not label.startswith(NEED_MORE)}
+    return found | (MORE if kind == "llama" else {})
 
 
-def adapted(kind: str, parity: Any, seed: int) -> Any:
-    """A model with this adapter and weights that are not its start."""
+def _loftq(bits: int, times: int) -> dict[str, Any]:
+    return {
+        "r": 4,
+        "init_lora_weights": "loftq",
+        "loftq_config": {"loftq_bits": bits, "loftq_iter": times},
+        "target_modules": ["q_proj", "v_proj", "down_proj"],
+    }
+
+
+_MIXTURE = {"hidden_size": 16, "xlora_depth": 2, "xlora_size": 8}
+MORE: dict[str, Any] = {
+    "bone": Parity("llama", "BoneConfig", {"r": 4, "target_modules": ["q_proj", "down_proj"]}),
+    "loftq": Parity("llama", "LoraConfig", _loftq(4, 1)),
+    "loftq of the same": Parity("llama", "LoraConfig", _loftq(4, 1)),
+    "loftq of 8 bits, twice": Parity("llama", "LoraConfig", _loftq(8, 2)),
+    "loftq with dora": Parity("llama", "LoraConfig", {**_loftq(4, 1), "use_dora": True}),
+    "xlora": Parity("llama", "XLoraConfig", {**_MIXTURE, "scaling_pass_value": 0.4}),
+    "xlora of layers": Parity(
+        "llama", "XLoraConfig", {**_MIXTURE, "layerwise_scalings": True, "top_k_lora": 2}
+    ),
+}
+"""Starts and methods of which HF PEFT has no equal that the contract's tests could hold them to."""
+
+
+def _experts(folder: Path) -> dict[str, str]:
+    """Three LoRA adapters for a mixture."""
+    for number in range(3):
+        torch.manual_seed(100 + number)
+        config = peft_dist.LoraConfig(
+            r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_lora_weights=False
+        )
+        peft_dist.get_peft_model(base(), config).save_pretrained(folder / str(number))
+    return {str(number): str(folder / str(number)) for number in range(3)}
+
+
+def adapted(kind: str, parity: Any, seed: int, folder: Path) -> Any:
+    """A model with this adapter and weights that are not its start. A mixture's adapters are put into `folder`."""
     torch.manual_seed(seed)
     task = parity.values.get("task_type") or "CAUSAL_LM"
-    config = getattr(peft_dist, parity.config)(**{**parity.values, "task_type": task})
-    model = peft_dist.get_peft_model(base(kind), config)
-    disturb(model, seed=seed)
+    values = {**parity.values, "task_type": task}
+    if parity.config == "XLoraConfig":
+        values["adapters"] = _experts(folder)
+    config = getattr(peft_dist, parity.config)(**values)
+    model = peft_dist.get_peft_model(uncached(kind), config)
+    move(model, seed)
     return model.eval()
+
+
+def move(model: Any, seed: int, size: float = 0.3) -> None:
+    """Moves all that is trained away from its start, virtual tokens too."""
+    disturb(model, seed=seed, size=size)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for adapter in model.adapters:
+            for tensor in model.tensors(adapter).values():
+                tensor.add_(torch.randn(tensor.shape, generator=generator) * size)
+
+
+def uncached(kind: str) -> Any:
+    """The base as a mixture asks for it."""
+    model = base(kind)
+    model.config.use_cache = False
+    return model
 
 
 def prompt_of(seed: int) -> tuple[int, ...]:
@@ -65,9 +121,10 @@ def prompt_of(seed: int) -> tuple[int, ...]:
     return tuple(torch.randint(1, 64, (5 + seed % 9,), generator=generator).tolist())
 
 
-def answer(model: Any, prompt: tuple[int, ...], num: int) -> tuple[int, ...]:
+def answer(model: Any, prompt: tuple[int, ...], num: int, task: int | None = None) -> tuple[int, ...]:
     """Greedy tokens of transformers' generate."""
     ids = torch.tensor([prompt])
+    more = {} if task is None else {"task_ids": torch.tensor([task])}
     out = model.generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
@@ -75,8 +132,21 @@ def answer(model: Any, prompt: tuple[int, ...], num: int) -> tuple[int, ...]:
         do_sample=False,
         eos_token_id=None,
         pad_token_id=0,
+        **more,
     )
     return tuple(out[0, len(prompt) :].tolist())
+
+
+def is_theirs(kept: Kept) -> bool:
+    """Whether HF PEFT can run it here: it has no Bone any more, and its LoftQ quantises on a GPU alone."""
+    is_loftq = getattr(kept.config, "init_lora_weights", None) == "loftq"
+    return not is_loftq and str(kept.config.peft_type) in peft.PeftType.__members__
+
+
+def answer_of_peft(kind: str, kept: Kept, num: int) -> tuple[int, ...]:
+    """What HF PEFT's model of the same folder answers."""
+    model = peft.PeftModel.from_pretrained(uncached(kind), kept.folder).eval()
+    return answer(model, kept.prompt, num, kept.task)
 
 
 def kept(folder: Path, kind: str, num: int, wanted: Callable[[str], bool] = lambda label: True) -> list[Kept]:
@@ -86,7 +156,10 @@ def kept(folder: Path, kind: str, num: int, wanted: Callable[[str], bool] = lamb
         if not wanted(label):
             continue
         place, prompt = folder / f"{kind}-{seed}", prompt_of(seed)
-        adapted(kind, parity, seed).save_pretrained(place)
-        alone = peft_dist.PeftModel.from_pretrained(base(kind), place).eval()
-        made.append(Kept(label, place, prompt, answer(alone, prompt, num)))
+        model = adapted(kind, parity, seed, folder / f"experts-{seed}")
+        model.save_pretrained(place)
+        alone = peft_dist.PeftModel.from_pretrained(uncached(kind), place).eval()
+        config = alone.peft_config["default"]
+        task = 1 + seed % 2 if "task_ids" in config.reads else None
+        made.append(Kept(label, place, prompt, answer(alone, prompt, num, task), task, config))
     return made

@@ -40,6 +40,9 @@ class CountingEngine:
     def virtual_tokens(self, adapter: str | None) -> int:
         return 0
 
+    def num_tasks(self, adapter: str | None) -> int:
+        return 0
+
     async def load(self, adapter: str, directory: Path) -> None:
         assert (directory / "adapter_config.json").exists()
         self.events.append(("load", adapter))

@@ -82,6 +82,9 @@ class ScriptedEngine:
     def virtual_tokens(self, adapter: str | None) -> int:
         return 0
 
+    def num_tasks(self, adapter: str | None) -> int:
+        return 3 if adapter == "tasks" else 0
+
     def loaded(self) -> frozenset[str]:
         return frozenset({"docs", "slow"})
 
@@ -149,20 +152,35 @@ class ScriptedHeads:
         self._dead = False
 
     async def embed(
-        self, inputs: Sequence[Input], adapter: str | None, queue: str = "", shadow: str | None = None
+        self,
+        inputs: Sequence[Input],
+        adapter: str | None,
+        queue: str = "",
+        shadow: str | None = None,
+        task: int | None = None,
     ) -> list[Embedded]:
         counts = await self._take(inputs, adapter, queue)
         return [Embedded((0.6, -0.8, count / 7), count) for count in counts]
 
     async def classify(
-        self, inputs: Sequence[Input], adapter: str | None, queue: str = "", shadow: str | None = None
+        self,
+        inputs: Sequence[Input],
+        adapter: str | None,
+        queue: str = "",
+        shadow: str | None = None,
+        task: int | None = None,
     ) -> list[Classified]:
         counts = await self._take(inputs, adapter, queue)
         label = "base" if adapter is None else adapter
         return [Classified(((label, 0.7), ("b", 0.2), ("c", 0.1)), count) for count in counts]
 
     async def tag(
-        self, inputs: Sequence[Input], adapter: str | None, queue: str = "", shadow: str | None = None
+        self,
+        inputs: Sequence[Input],
+        adapter: str | None,
+        queue: str = "",
+        shadow: str | None = None,
+        task: int | None = None,
     ) -> list[Tagged]:
         counts = await self._take(inputs, adapter, queue)
         return [
@@ -177,6 +195,7 @@ class ScriptedHeads:
         top: int,
         queue: str = "",
         shadow: str | None = None,
+        task: int | None = None,
     ) -> list[Found]:
         counts = await self._take([Input(*each) for each in questions], adapter, queue)
         return [Found(tuple(Span(at, at + 3, 0.5) for at in range(min(top, 4))), count) for count in counts]
@@ -200,6 +219,9 @@ class ScriptedHeads:
 
     def virtual_tokens(self, adapter: str | None) -> int:
         return 0
+
+    def num_tasks(self, adapter: str | None) -> int:
+        return 3 if adapter == "tasks" else 0
 
     def loaded(self) -> frozenset[str]:
         return frozenset()

@@ -15,6 +15,7 @@ import peft_dist
 from orchestrator.serve.batching import BatchingEngine
 from orchestrator.serve.continuous import _SaltedCache
 from orchestrator.serve.engine import AdapterRefused, EngineDead, Generation
+from peft_dist.catalog import METHODS
 from tests.orchestrator.serve import adapter_zoo as zoo
 
 ANSWER = 10
@@ -59,13 +60,14 @@ def lora(folder, seed, **values):
 
 
 @pytest.mark.slow  # every method of the catalog, each with a model of its own for what it says alone
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "mixtral", "qwen2_moe"])
 def test_every_method_answers_in_one_batch_what_it_answers_alone(kind, tmp_path):
+    """Our own model is asked, and HF PEFT's, from the same folders."""
     kept = zoo.kept(tmp_path, kind, ANSWER)
     bare = zoo.prompt_of(3)
     wanted = [zoo.answer(zoo.base(kind), bare, ANSWER), *(each.answer for each in kept)]
     engine = BatchingEngine(
-        zoo.base(kind), decode, frozenset(), 60 if kind == "llama" else 30, max_batch_tokens=96
+        zoo.base(kind), decode, frozenset(), 30 if kind == "gpt2" else 60, max_batch_tokens=96
     )
 
     async def all_at_once():
@@ -73,7 +75,7 @@ def test_every_method_answers_in_one_batch_what_it_answers_alone(kind, tmp_path)
             await engine.load(f"k{number}", each.folder)
         return await asyncio.gather(
             said(engine, bare),
-            *(said(engine, each.prompt, f"k{number}") for number, each in enumerate(kept)),
+            *(said(engine, each.prompt, f"k{number}", task=each.task) for number, each in enumerate(kept)),
         )
 
     try:
@@ -82,8 +84,127 @@ def test_every_method_answers_in_one_batch_what_it_answers_alone(kind, tmp_path)
         engine.close()
     labels = ["base", *(each.label for each in kept)]
     assert [label for label, a, b in zip(labels, given, wanted, strict=True) if a != b] == []
+    theirs = [
+        (each.label, zoo.answer_of_peft(kind, each, ANSWER), answer)
+        for each, answer in zip(kept, given[1:], strict=True)
+        if zoo.is_theirs(each)
+    ]
+    assert [label for label, their_answer, answer in theirs if their_answer != answer] == []
     if kind == "llama":
-        assert len(kept) > 100
+        assert len(kept) > 120 and len(theirs) > 115
+        methods = {str(each.config.peft_type) for each in kept}
+        assert methods == set(METHODS)
+
+
+def test_one_adapter_answers_for_each_of_its_tasks(engine, tmp_path):
+    """In one batch, also where the prompts are alike: neither neighbours nor cached prefixes are of another task."""
+    prompt = tuple(range(1, 40))
+    configs = {
+        "poly": peft_dist.PolyConfig(r=4, n_tasks=3, task_type="CAUSAL_LM"),
+        "multitask": peft_dist.MultitaskPromptTuningConfig(
+            num_virtual_tokens=4, num_tasks=3, num_ranks=2, task_type="CAUSAL_LM"
+        ),
+    }
+    wanted = {}
+    for label, config in configs.items():
+        model = peft_dist.get_peft_model(zoo.base(), config).eval()
+        zoo.move(model, 1, 1.0)
+        model.save_pretrained(tmp_path / label)
+        wanted |= {(label, task): zoo.answer(model, prompt, ANSWER, task) for task in range(3)}
+
+    async def run():
+        for label in configs:
+            await engine.load(label, tmp_path / label)
+            assert engine.num_tasks(label) == 3
+        keys = [*wanted, *reversed(wanted)]
+        among = await asyncio.gather(*(said(engine, prompt, label, task=task) for label, task in keys))
+        after = [await said(engine, prompt, label, task=task) for label, task in wanted]
+        for task in (None, 3):
+            with pytest.raises(ValueError, match="has 3, numbered from 0"):
+                await said(engine, prompt, "poly", task=task)
+        return dict(zip(keys, among, strict=True)), dict(zip(wanted, after, strict=True))
+
+    among, after = asyncio.run(run())
+    assert among == after == wanted
+    assert len(set(wanted.values())) == 6 and engine.figures().cached_tokens > 0
+
+
+def test_a_sum_with_an_adapter_of_tasks_is_the_sum_of_their_deltas(engine, tmp_path):
+    (poly,) = zoo.kept(tmp_path, "llama", 1, lambda label: label == "poly")
+    prompt = zoo.prompt_of(4)
+
+    async def run():
+        await engine.load("poly", poly.folder)
+        await engine.load("lora", lora(tmp_path / "lora", 1))
+        for name, parts in {"poly alone": [("poly", 1.0)], "both": [("poly", 1.0), ("lora", 0.5)]}.items():
+            await engine.combine(name, parts)
+            assert engine.num_tasks(name) == 3
+        return [await said(engine, prompt, key, task=2) for key in ("poly", "poly alone", "both")]
+
+    own, alone, both = asyncio.run(run())
+    assert own == alone != both
+
+
+def test_a_start_that_changes_the_base_leaves_it_to_the_others(engine, tmp_path):
+    """And those that would change it alike share what they would change."""
+    kept = zoo.kept(tmp_path, "llama", ANSWER, lambda label: label.startswith("loftq"))
+    before = {name: t.clone() for name, t in zoo.base().state_dict().items()}
+
+    async def run():
+        for each in kept:
+            await engine.load(each.label, each.folder)
+        given = [await said(engine, each.prompt, each.label) for each in kept]
+        layer = engine._base.model.layers[0].self_attn.q_proj
+        return given, {label: method.change for label, method in layer.methods.items()}
+
+    given, changes = asyncio.run(run())
+    assert given == [each.answer for each in kept]
+    assert changes["loftq"] is changes["loftq of the same"] is not changes["loftq of 8 bits, twice"]
+    now = {name.replace(".base_layer", ""): t for name, t in engine._base.state_dict().items()}
+    assert all(torch.equal(now[name], t) for name, t in before.items())
+
+
+def test_a_mixture_runs_apart_while_others_go_on(tmp_path):
+    """Long prompts in pieces, the batch in steps between them, with nothing left behind; one that is left stops."""
+    (mixture,) = zoo.kept(tmp_path, "llama", 1, lambda label: label == "xlora")
+    prompts = [tuple(range(1 + i, 41 + i)) for i in range(6)]
+    alone = peft_dist.PeftModel.from_pretrained(zoo.uncached("llama"), mixture.folder).eval()
+    wanted = [zoo.answer(alone, prompt, ANSWER) for prompt in prompts]
+    engine = engine_of(max_batch_tokens=16, max_sequences=8)
+    ended = []
+
+    async def one(label, prompt, key=None):
+        answer = await said(engine, prompt, key)
+        ended.append(label)
+        return answer
+
+    async def run():
+        await engine.load("mixture", mixture.folder)
+        async with aclosing(engine.generate(Generation(prompts[0], "mixture", 20))) as pieces:
+            await anext(pieces)
+        return await asyncio.gather(
+            *(one("mixture", prompt, "mixture") for prompt in prompts), one("base", zoo.prompt_of(1))
+        )
+
+    try:
+        *given, base = asyncio.run(run())
+        assert len(engine._lane) == engine.figures().running == 0
+    finally:
+        engine.close()
+    assert given == wanted and base == zoo.answer(zoo.base(), zoo.prompt_of(1), ANSWER)
+    assert ended.index("base") < 3
+
+
+def test_a_mixture_has_no_weighted_sum(engine, tmp_path):
+    (mixture,) = zoo.kept(tmp_path, "llama", 1, lambda label: label == "xlora")
+
+    async def run():
+        await engine.load("mixture", mixture.folder)
+        await engine.load("lora", lora(tmp_path / "lora", 1))
+        with pytest.raises(AdapterRefused, match="rows of its own, so it has no weighted sum"):
+            await engine.combine("sum", [("lora", 0.5), ("mixture", 0.5)])
+
+    asyncio.run(run())
 
 
 def test_without_the_salt_a_prefix_of_one_adapter_answers_for_another(tmp_path, monkeypatch):
@@ -227,6 +348,10 @@ def test_deterministic_log_probabilities_are_equal_to_the_bit(tmp_path):
     labels = (
         "lora",
         "dora",
+        "poly",
+        "multitask",
+        "loftq",
+        "xlora",
         "ia3",
         "oft",
         "loha",
@@ -243,10 +368,14 @@ def test_deterministic_log_probabilities_are_equal_to_the_bit(tmp_path):
     async def run():
         for each in kept:
             await engine.load(each.label, each.folder)
-        keys = [None, *(each.label for each in kept)]
-        alone = [await noted(engine, zoo.prompt_of(i), key, 6) for i, key in enumerate(keys)]
+        keys = [(None, None), *((each.label, each.task) for each in kept)]
+
+        def asked():
+            return [noted(engine, zoo.prompt_of(i), key, 6, task=task) for i, (key, task) in enumerate(keys)]
+
+        alone = [await each for each in asked()]
         among = await asyncio.gather(
-            *(noted(engine, zoo.prompt_of(i), key, 6) for i, key in enumerate(keys)),
+            *asked(),
             *(noted(engine, zoo.prompt_of(30 + i), "lora", 9) for i in range(5)),
         )
         return alone, among[: len(keys)]
@@ -356,16 +485,10 @@ def test_what_cannot_be_served_right_is_refused_with_the_reason(engine, tmp_path
     torch.manual_seed(0)
     large = peft_dist.get_peft_model(zoo.bases.grouped(), peft_dist.LoraConfig(**LORA))
     large.save_pretrained(other)
-    poly = tmp_path / "poly"
-    config = peft_dist.PolyConfig(
-        r=4, n_tasks=2, n_skills=2, target_modules=["q_proj"], task_type="CAUSAL_LM"
-    )
-    peft_dist.get_peft_model(zoo.base(), config).save_pretrained(poly)
     reasons = {
         broken: "not finite",
         more: "nowhere",
         other: "size|shape|fit",
-        poly: "task_ids",
         tmp_path / "none": "is not a directory",
     }
 

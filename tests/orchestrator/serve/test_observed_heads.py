@@ -13,7 +13,7 @@ class Two:
 
     fails: str | None = None
 
-    async def classify(self, inputs, adapter, queue=""):
+    async def classify(self, inputs, adapter, queue="", task=None):
         if self.fails == adapter:
             raise RuntimeError("broken")
         if inputs[0].text == "long":
@@ -21,15 +21,16 @@ class Two:
         other = adapter == "new" and inputs[0].text == "b"
         return [Classified((("y", 0.5),) if other else (("x", 0.8),), 3)]
 
-    async def tag(self, inputs, adapter, queue=""):
+    async def tag(self, inputs, adapter, queue="", task=None):
         entities = (Entity("A", 0.5, 0, 1), *((Entity("B", 0.5, 2, 3),) if adapter == "new" else ()))
         return [Tagged(entities, 3)]
 
-    async def find(self, questions, adapter, top, queue=""):
+    async def find(self, questions, adapter, top, queue="", task=None):
         return [Found((Span(0, 2, 0.25 if adapter == "new" else 0.5),), 3)]
 
-    async def embed(self, inputs, adapter, queue=""):
-        return [Embedded((1.0,), 3)]
+    async def embed(self, inputs, adapter, queue="", task=None):
+        other = {"a": (0.6, 0.8), "b": (-1.0, 0.0)}
+        return [Embedded(other[each.text] if adapter == "new" else (1.0, 0.0), 3) for each in inputs]
 
 
 def observed():
@@ -89,3 +90,20 @@ def test_a_candidate_that_fails_in_the_shadow_is_told_of_and_the_client_answered
 
     asyncio.run(run())
     assert (watch.shadow.requests, watch.shadow.errors) == (0, 1)
+
+
+def test_vectors_of_a_candidate_are_compared_by_their_cosine():
+    heads, watch = observed()
+
+    async def run():
+        found = await heads.embed([Input("a"), Input("b")], "old", shadow="new")
+        await settled(heads)
+        return found
+
+    found = asyncio.run(run())
+    assert [each.vector for each in found] == [(1.0, 0.0), (1.0, 0.0)]
+    assert watch.shadow.metrics() == {
+        "shadow.requests": 1.0,
+        "shadow.error_rate": 0.0,
+        "shadow.agreement": pytest.approx((0.6 + 0.0) / 2),
+    }
