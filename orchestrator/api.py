@@ -40,6 +40,7 @@ from .merging.merge import Adapter as AdapterToMerge
 from .merging.merge import MergeResult, check_out
 from .merging.merge import merge as merge_adapter
 from .plan import Plan
+from .plan.sweep import SweepPlan
 from .processes import is_alive
 from .registry import AdapterRow, AdapterVersion, Registry, check_name
 from .runner import Event
@@ -61,6 +62,7 @@ from .spec.unknown import unknown_key
 from .spec.words import explain
 from .spending import Spending
 from .store import RunRecord
+from .sweep.result import SweepResult, read_sweep
 
 if TYPE_CHECKING:
     from .serve.endpoints import EndpointInfo
@@ -135,9 +137,12 @@ def inspect(job: JobSource, rows: int = 3, overrides: Sequence[str] = ()) -> Ins
     return wiring.inspect_rows(load(job, overrides).spec, rows)
 
 
-def plan(job: JobSource, overrides: Sequence[str] = (), *, cluster: str | None = None) -> Plan:
-    """How a job would run: workers, batch arithmetic, memory, whether it fits."""
+def plan(job: JobSource, overrides: Sequence[str] = (), *, cluster: str | None = None) -> Plan | SweepPlan:
+    """How a job would run: workers, batch arithmetic, memory, whether it fits; of a sweep also how many trials, packed
+    how, and about how long."""
     loaded = load(job, overrides)
+    if loaded.spec.sweep is not None:
+        return service.plan_sweep(loaded.spec, _environment(_cluster(cluster, loaded), loaded))
     return service.plan_job(loaded.spec, _environment(_cluster(cluster, loaded), loaded))
 
 
@@ -244,11 +249,11 @@ def _with_answers(result: RunResult, registry: Registry) -> RunResult:
         return replace(result, notes=(note,))
     if question is None:
         return result
-    base, adapter = (
-        asking.ask(endpoint.url, model, question, max_tokens=64, key=key)
-        for model in (endpoint.base_name, endpoint.model)
-    )
-    curl = asking.curl_line(endpoint.url, endpoint.model, question, max_tokens=64, with_key=key is not None)
+    task = service.task_to_ask(registry.get(result.adapter)) if result.adapter else None
+    base = asking.ask(endpoint.url, endpoint.base_name, question, max_tokens=64, key=key)
+    asked: dict[str, Any] = {"max_tokens": 64, "task_id": task}
+    adapter = asking.ask(endpoint.url, endpoint.model, question, key=key, **asked)
+    curl = asking.curl_line(endpoint.url, endpoint.model, question, with_key=key is not None, **asked)
     return replace(result, comparison=service.Comparison(question, base, adapter, curl))
 
 
@@ -275,6 +280,16 @@ def jobs(*, cluster: str | None = None) -> list[RunRecord]:
 def status(id: str, *, cluster: str | None = None) -> RunRecord:
     """One stored run by its id, a part of it, or the job's name. Needs no cluster."""
     return _environment(load_cluster(cluster)).runs.get(id)
+
+
+def sweep(id: str, *, cluster: str | None = None) -> SweepResult:
+    """A sweep's trials as they stand, under way or ended. Needs no cluster.
+
+    Raises:
+        RunError: there is no such run, or its job has no sweep.
+    """
+    record = _environment(load_cluster(cluster)).runs.get(id)
+    return read_sweep(record)
 
 
 def logs(id: str, *, follow: bool = False, cluster: str | None = None) -> Iterator[Event]:
@@ -787,6 +802,7 @@ def ask(
     *,
     max_tokens: int = 128,
     context: str | None = None,
+    task_id: int | None = None,
     url: str | None = None,
     cluster: str | None = None,
 ) -> str:
@@ -795,9 +811,11 @@ def ask(
 
     Args:
         context: the text that answers the question, or the second of two texts, where the endpoint reads such.
+        task_id: which is meant of the tasks that an adapter learned.
     """
     there, key = _place_to_ask(model, url, cluster)
-    return asking.ask(there, model, question, max_tokens=max_tokens, key=key, context=context)
+    asked: dict[str, Any] = {"key": key, "context": context, "task_id": task_id}
+    return asking.ask(there, model, question, max_tokens=max_tokens, **asked)
 
 
 def ask_head(
@@ -805,12 +823,13 @@ def ask_head(
     question: str,
     *,
     context: str | None = None,
+    task_id: int | None = None,
     url: str | None = None,
     cluster: str | None = None,
 ) -> dict[str, Any] | None:
     """The same of an endpoint that does not generate: its labels, entities, spans or vector; else None."""
     there, key = _place_to_ask(model, url, cluster)
-    return asking.ask_head(there, model, question, key=key, context=context)
+    return asking.ask_head(there, model, question, key=key, context=context, task_id=task_id)
 
 
 def ask_stream(
@@ -819,12 +838,14 @@ def ask_stream(
     *,
     max_tokens: int = 128,
     context: str | None = None,
+    task_id: int | None = None,
     url: str | None = None,
     cluster: str | None = None,
 ) -> Iterator[str]:
     """Likewise, piece by piece as it is generated."""
     there, key = _place_to_ask(model, url, cluster)
-    return asking.ask_stream(there, model, question, max_tokens=max_tokens, key=key, context=context)
+    asked: dict[str, Any] = {"key": key, "context": context, "task_id": task_id}
+    return asking.ask_stream(there, model, question, max_tokens=max_tokens, **asked)
 
 
 def _place_to_ask(model: str, url: str | None, cluster: str | None) -> tuple[str, str | None]:

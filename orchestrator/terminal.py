@@ -7,7 +7,7 @@ import json
 import sys
 import time
 from contextlib import AbstractContextManager
-from typing import TextIO
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn
@@ -50,6 +50,8 @@ class PlainView(View):
         self.last = 0.0
 
     def __call__(self, event: Event) -> None:
+        if is_of_trial(event):
+            return
         if event["event"] in ("progress", "merging"):
             done, total = (
                 ("step", "total_steps") if event["event"] == "progress" else ("bytes", "total_bytes")
@@ -89,6 +91,12 @@ class LiveView(View):
     def __call__(self, event: Event) -> None:
         assert self.task is not None
         kind = event["event"]
+        if is_of_trial(event):
+            return
+        if kind == "trial":
+            self.bar.update(
+                self.task, description="trials", completed=event["ended"], total=event["trials"], facts=""
+            )
         if kind == "progress":
             self.bar.update(
                 self.task,
@@ -106,7 +114,7 @@ class LiveView(View):
                 facts=f"MiB  {event['num_workers']} {'worker' if event['num_workers'] == 1 else 'workers'}",
             )
         else:
-            if kind == "state":
+            if kind == "state" and event["state"] != "training":
                 self.bar.update(self.task, description=event["state"])
             if not is_last_word(event) and (line := describe(event)):
                 style = {"failure": "red", "warning": "yellow"}.get(kind)
@@ -140,6 +148,11 @@ def is_last_word(event: Event) -> bool:
     return event["event"] == "failure" and not event["will_retry"]
 
 
+def is_of_trial(event: Event) -> bool:
+    """Whether an event is a step or an evaluation of one of many trials, too many to show."""
+    return "trial" in event and event["event"] in ("progress", "eval")
+
+
 def clock(seconds: float) -> str:
     """Seconds as `m:ss` or `h:mm:ss`."""
     minutes, rest = divmod(int(seconds), 60)
@@ -161,6 +174,15 @@ def describe(event: Event) -> str:
             return f"step {event['step']}  checkpoint saved"
         case "state":
             return event.get("message", "")
+        case "trial":
+            return _describe_trial(event)
+        case "report":
+            return f"plots and table: {event['html']}"
+        case "best":
+            return (
+                f"the best is trial {event['trial']}: {event['metric']} {event['value']:.4f}  "
+                + _parameters(event["parameters"])
+            )
         case "warning":
             return f"warning: {event['message']}"
         case "failure":
@@ -168,6 +190,24 @@ def describe(event: Event) -> str:
             who = f"worker {event['rank']}" if event.get("rank") is not None else "the run"
             return f"{who} failed: {event['cause']}; {way_on}"
     return ""
+
+
+def _describe_trial(event: Event) -> str:
+    """`[3/24] trial 7 stopped at step 40 (the scheduler)`."""
+    said = f"[{event['ended']}/{event['trials']}] trial {event['trial']} {event['state']}"
+    if event["state"] in ("started", "resumed"):
+        return f"{said}  {_parameters(event['parameters'])}"
+    said += f" at step {event['step']}"
+    if metrics := event.get("metrics"):
+        return f"{said}  {describe_metrics(metrics)}"
+    return f"{said} ({event['cause']})" if event.get("cause") else said
+
+
+def _parameters(parameters: dict[str, Any]) -> str:
+    return "  ".join(
+        f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}"
+        for key, value in parameters.items()
+    )
 
 
 def describe_metrics(metrics: dict[str, float]) -> str:

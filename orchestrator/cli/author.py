@@ -9,6 +9,7 @@ import typer
 
 from .. import api
 from ..errors import RaypeftError
+from ..plan.sweep import SweepPlan, sweep_view
 from ..plan.view import plan_dict, print_plan
 from ..spec.words import show
 from .app import MAKE, AsJson, ClusterOption, Overrides, app, console, errors, print_json, print_table
@@ -100,9 +101,11 @@ def plan(
     """
     made = api.plan(file, set_ or (), cluster=cluster)
     if as_json:
-        print_json(plan_dict(made))
+        print_json(made.to_dict() if isinstance(made, SweepPlan) else plan_dict(made))
     else:
-        print_plan(made, console, str(file))
+        console.print(sweep_view(made, str(file))) if isinstance(made, SweepPlan) else print_plan(
+            made, console, str(file)
+        )
 
 
 @app.command(rich_help_panel=MAKE)

@@ -26,6 +26,7 @@ from .app import (
     print_table,
     when,
 )
+from .sweeps import show_sweep
 
 Address = Annotated[
     str | None, typer.Option("--address", "-a", metavar="URL", help="A Ray cluster: http://HOST:8265.")
@@ -55,6 +56,8 @@ def run(
         JsonView()({"event": "result", **result.to_dict()})
     elif not quiet:
         show_result(result)
+        if api.load(file, set_ or ()).spec.sweep is not None:
+            show_sweep(api.sweep(result.job, cluster=cluster))
 
 
 def show_result(result: RunResult) -> None:

@@ -96,7 +96,9 @@ def load_stored(text: str, source: str = "spec.yaml") -> JobSpec:
 def _drop_unknown(values: dict[str, Any], path: tuple[str, ...]) -> None:
     for key in list(values):
         here = (*path, key)
-        if path[:1] in (("adapter",), ("deepspeed",), ("secrets",)) or here[:2] == ("resources", "labels"):
+        if path[:1] in (("adapter",), ("deepspeed",), ("secrets",)):
+            continue
+        if here[:2] in (("resources", "labels"), ("sweep", "space")):
             continue
         if field_at(JobSpec, here) is None:
             del values[key]

@@ -8,15 +8,14 @@ import html
 from collections.abc import Sequence
 from typing import Any
 
-from orchestrator import objects
+from orchestrator import objects, stored
 from orchestrator.objects import join
 from orchestrator.spec.sweep import SweepSpec
 
 from . import plots, table
 from .importance import importances
+from .result import IMPORTANCE, PAGE
 from .trials import Trial, best
-
-PAGE = "report.html"
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 1000px; padding: 0 1em; color: #1c2733; }
@@ -55,6 +54,7 @@ def write_report(run_dir: str, name: str, sweep: SweepSpec, trials: Sequence[Tri
         url = join(run_dir, f"{title}.png")
         objects.write(url, image)
         urls.append(url)
+    objects.write(join(run_dir, IMPORTANCE), stored.dump({"shares": shares}))
     page = join(run_dir, PAGE)
     objects.write(page, _page(name, sweep, trials, images).encode())
     return {"html": page, "png": urls, "importance": shares}

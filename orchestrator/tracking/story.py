@@ -9,8 +9,12 @@ from typing import Any
 from ..runner import Event
 from ..spec.canonical import resolved_values, resolved_yaml
 from ..spec.job import JobSpec
+from ..spec.trials import trial_job
 from .session import TrackedRun, Tracking
 
+_BEGUN = ("started", "resumed")
+_ENDED = {"finished": "finished", "stopped": "finished", "failed": "failed"}
+"""What a sweep says of a trial -> how trackers call it; one that the scheduler stopped was not killed."""
 _PROGRESS = ("loss", "learning_rate", "grad_norm", "tokens_per_s", "epoch")
 
 
@@ -36,6 +40,7 @@ class Story:
         self.tracking, self._step = tracking, 0
         self._run_id, self._spec, self._facts, self._parent = run_id, spec, facts, parent
         self.run: TrackedRun | None = None
+        self._trials: dict[int, Story] = {}
 
     def begin(self) -> None:
         """There is something to tell: the run begins, or goes on."""
@@ -46,8 +51,12 @@ class Story:
         self.run.text("job.yaml", resolved_yaml(self._spec))
 
     def take(self, event: Event) -> None:
-        """Tells what an event says that trackers show: progress and evaluations."""
+        """Tells what an event says that trackers show: progress and evaluations, of a sweep's trial in a run of its
+        own."""
         if self.run is None:
+            return
+        if isinstance(event.get("trial"), int):
+            self._of_trial(event)
             return
         if event["event"] == "progress":
             self._step = max(self._step, int(event["step"]))
@@ -67,8 +76,26 @@ class Story:
         self.run.text("lineage.json", text)
         self.run.metrics(self._step, dict(lineage.get("metrics") or {}))
 
+    def _of_trial(self, event: Event) -> None:
+        number = event["trial"]
+        if event["event"] == "trial" and event["state"] in _BEGUN and number not in self._trials:
+            job = trial_job(self._spec, event["parameters"])
+            facts = {"raypeft.sweep": self._run_id, "raypeft.trial": str(number)}
+            self._trials[number] = Story(
+                self.tracking, f"{self._run_id}/{event['id']}", job, facts, parent=self.run
+            )
+            self._trials[number].begin()
+        elif event["event"] == "trial" and event["state"] in _ENDED:
+            if (trial := self._trials.pop(number, None)) is not None:
+                trial.end(_ENDED[event["state"]])
+        elif number in self._trials:
+            self._trials[number].take({key: value for key, value in event.items() if key != "trial"})
+
     def end(self, status: str) -> None:
         """`finished`, `failed` or `killed`."""
+        for trial in self._trials.values():
+            trial.end("killed")
+        self._trials.clear()
         if self.run is not None:
             self.run.end(status)
 
