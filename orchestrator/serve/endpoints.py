@@ -26,7 +26,7 @@ from .desired import Desired, EngineOptions, Served
 from .heads import route_of
 from .key_check import require_keys
 from .naming import base_id, check_endpoint_name, default_endpoint
-from .promotion import desired_of, withdraw
+from .promotion import all_desired, change, desired_of, withdraw
 from .reports import Reports
 from .rollout import Rollout
 from .serve_cluster import Application, Door, Placement
@@ -37,6 +37,8 @@ SECONDS_FOR_A_PLACE = 20.0
 """How long a replica may wait for room before the deployment is left to become live by itself."""
 _SECONDS_TO_RECOVER = 120.0
 _SECONDS_OF_REFUSALS = 15.0
+_AGAIN = (429, 503)
+"""What says that the same may be answered in a moment."""
 _POLL_S = 0.1
 _JOB_FOLDER = "/working_dir_files/"
 """Part of the path of what Ray unpacks for a job alone."""
@@ -146,7 +148,11 @@ class RayEndpoints:
                 f"{door.url}/{endpoint}", f"{version.name}@{deploy.alias}", version.ref, deploy.bounds[1]
             )
         else:
-            self._change(endpoint, lambda now: now.with_adapter(replace(entry, alias_when_live=deploy.alias)))
+            change(
+                self._registry,
+                endpoint,
+                lambda now: now.with_adapter(replace(entry, alias_when_live=deploy.alias)),
+            )
         return Deployment(
             endpoint=endpoint,
             url=f"{door.url}/{endpoint}/v1",
@@ -160,7 +166,7 @@ class RayEndpoints:
         """All endpoints of this registry or on this cluster, by name."""
         door = serve_cluster.find_door()
         running = serve_cluster.applications()
-        desired = self._all_desired()
+        desired = all_desired(self._registry)
         return [
             _info(name, desired.get(name), running.get(name), door, alone=len(running) == 1)
             for name in sorted(desired.keys() | running.keys())
@@ -173,7 +179,7 @@ class RayEndpoints:
             ServeError: there is no such endpoint, or it does not serve that adapter.
         """
         running = serve_cluster.applications()
-        desired = self._all_desired()
+        desired = all_desired(self._registry)
         if name not in desired and name not in running:
             near = closest(name, desired.keys() | running.keys())
             hint = f"Closest: '{near[0]}'." if near else "List them: raypeft endpoints."
@@ -195,7 +201,7 @@ class RayEndpoints:
         Raises:
             ServeError: the one asked for serves another base, or another task.
         """
-        desired = self._all_desired()
+        desired = all_desired(self._registry)
         if asked is not None:
             check_endpoint_name(asked)
             there = desired.get(asked)
@@ -337,13 +343,14 @@ class RayEndpoints:
         if desired is None:
             raise ServeError(f"endpoint '{endpoint}' was undeployed meanwhile.", hint="Deploy again.")
         code = version_of(desired)
-        self._change(endpoint, lambda now: replace(now, code=code))
+        change(self._registry, endpoint, lambda now: replace(now, code=code))
         return code
 
     def _give_alias(self, endpoint: str, version: AdapterVersion, alias: str) -> None:
         before = self._registry.alias(version.name, alias)
         self._registry.set_alias(version.name, version.version, alias)
-        self._change(
+        change(
+            self._registry,
             endpoint,
             lambda now: now.without_promise(version.name, alias).passed(
                 version.name, alias, before, version.version
@@ -356,9 +363,9 @@ class RayEndpoints:
         if before is None:
             self._registry.update_endpoint(endpoint, lambda stored: None)
         elif earlier is not None:
-            self._change(endpoint, lambda now: now.with_adapter(earlier))
+            change(self._registry, endpoint, lambda now: now.with_adapter(earlier))
         else:
-            self._change(endpoint, lambda now: now.without(ref))
+            change(self._registry, endpoint, lambda now: now.without(ref))
         if earlier is None:
             self._registry.release(ref, endpoint)
 
@@ -369,7 +376,7 @@ class RayEndpoints:
             ServeError: Serve gave the application up, or the replica refuses the adapter.
         """
         said, headers = "", _authorization(self._registry)
-        unplaced, ill, refusing = _Stopwatch(), _Stopwatch(), _Stopwatch()
+        unplaced, ill, refusing, silent = _Stopwatch(), _Stopwatch(), _Stopwatch(), _Stopwatch()
         while True:
             app = serve_cluster.applications().get(endpoint)
             if app is None:
@@ -382,8 +389,12 @@ class RayEndpoints:
                 status, message = _probe(f"{door.url}/{endpoint}", ref, task, headers)
                 if status == 200:
                     return True
-                if status == 400 or refusing.runs(status is not None) > _SECONDS_OF_REFUSALS:
+                says_no = status is not None and status not in _AGAIN
+                if status == 400 or refusing.runs(says_no) > _SECONDS_OF_REFUSALS:
                     raise ServeError(f"{ref} is not served: {message}")
+                if silent.runs(not says_no) > _SECONDS_TO_RECOVER:
+                    why = f": {message}" if message else ""
+                    raise ServeError(f"{ref} does not answer for {_SECONDS_TO_RECOVER:g} s{why}")
             else:
                 said = _say(on_event, said, f"endpoint {endpoint}: starting a replica")
             if unplaced.runs(_is_unplaced(app)) > self._patience(app):
@@ -402,7 +413,7 @@ class RayEndpoints:
             serves = f"It serves {', '.join(there)}." if there else "It serves the bare base only."
             raise ServeError(f"endpoint '{endpoint}' does not serve '{adapter}'.", hint=serves)
         for entry in entries:
-            self._change(endpoint, _without(entry.ref))
+            change(self._registry, endpoint, _without(entry.ref))
             self._registry.release(entry.ref, endpoint)
         door = serve_cluster.find_door()
         if is_up and door is not None:
@@ -420,19 +431,6 @@ class RayEndpoints:
         if desired is not None:
             serve_cluster.change_application(last, self._registry.url, desired.code, route_prefix="/")
 
-    def _change(self, endpoint: str, change: Callable[[Desired], Desired]) -> None:
-        def apply(stored: dict[str, Any] | None) -> dict[str, Any] | None:
-            return change(Desired.from_dict(stored)).to_dict() if stored else None
-
-        self._registry.update_endpoint(endpoint, apply)
-
-    def _all_desired(self) -> dict[str, Desired]:
-        found = {}
-        for name in self._registry.endpoint_names():
-            if stored := self._registry.endpoint_state(name):
-                found[name] = Desired.from_dict(stored)
-        return found
-
 
 def rows_over_http(registry: Registry, root: str) -> list[EndpointInfo]:
     """The endpoints of a registry as a process sees them that is no driver of their cluster.
@@ -441,9 +439,7 @@ def rows_over_http(registry: Registry, root: str) -> list[EndpointInfo]:
         root: where the cluster's Serve listens, http://HOST:PORT.
     """
     rows = []
-    for name in registry.endpoint_names():
-        stored = registry.endpoint_state(name)
-        desired = Desired.from_dict(stored) if stored else None
+    for name, desired in all_desired(registry).items():
         is_up = _followed_registry(f"{root}/{name}") == registry.url
         routes = (f"{root}/{name}/v1",) if is_up else ()
         rows.append(
@@ -560,14 +556,16 @@ _LEAST: dict[str, dict[str, Any]] = {
 
 
 def _probe(url: str, ref: str, task: str, headers: dict[str, str]) -> tuple[int | None, str]:
-    """HTTP status and message when the least is asked of `ref`; None where nothing answers."""
+    """HTTP status and message when the least is asked of `ref`; None where nothing answers, or Serve's proxy alone: it
+    does not know yet where a replica is that came this instant."""
     asked = _LEAST.get(task, {"prompt": "a", "max_tokens": 1, "temperature": 0})
     body: dict[str, Any] = {"model": ref, **asked}
     try:
         answer = requests.post(f"{url}{route_of(task)}", json=body, headers=headers, timeout=(5, 600))
-    except requests.ConnectionError:
-        return None, ""
-    return answer.status_code, _message(answer)
+    except requests.RequestException as error:
+        return None, str(error)
+    is_a_replicas = answer.headers.get("content-type", "").startswith("application/json")
+    return (answer.status_code if is_a_replicas else None), _message(answer)
 
 
 def _await_gone(url: str, refs: set[str], headers: dict[str, str], timeout_s: float = 15.0) -> None:

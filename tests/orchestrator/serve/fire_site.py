@@ -70,23 +70,29 @@ class FireSite:
 
     # what is done to it
 
-    def swap(self, *, keep: bool = False) -> str:
-        """A new version of `swap`, of another method than the one before, takes over; that one goes unless `keep`."""
+    def swap(self, *, keep: bool = False, again: bool = False) -> str:
+        """A new version of `swap`, of another method than the one before, takes over; that one goes unless `keep`.
+
+        Args:
+            again: what it is made of may serve once more later.
+        """
         before = self.registry.aliases("swap").get("production") if "swap" in self.registry.names() else None
         method = METHODS[(before or 0) % len(METHODS)]
-        version = self._register("swap", method)
+        version = self._register("swap", method, again=again)
         self.timeline.move("swap", version.ref, lambda: self._deploy(version))
         if before is not None and not keep:
             self.endpoints.undeploy("tiny", f"swap@{before}")
         return version.ref
 
     def swap_back(self) -> None:
-        """The alias of `swap` goes back to the version before, and that one on to it again."""
+        """A new version of `swap` takes over; then its alias goes back to the version before, and on again."""
+        self.swap(keep=True)
         now = self.registry.aliases("swap")["production"]
         for number in (now - 1, now):
             act = self._alias_mover(number)
             self.timeline.move("swap", f"swap@{number}", act)
             time.sleep(1)
+        self.endpoints.undeploy("tiny", f"swap@{now - 1}")
 
     def come(self) -> None:
         """A version of `guest` is deployed, and asked for."""
@@ -146,10 +152,12 @@ class FireSite:
 
     # inside
 
-    def _register(self, name: str, method: str) -> AdapterVersion:
+    def _register(self, name: str, method: str, *, again: bool = False) -> AdapterVersion:
         if not self._prepared[method]:
             self.prepare(1)
         folder = self._prepared[method].pop(0)
+        if again:
+            self._prepared[method].append(folder)
         lineage = Lineage(base=base_identity(str(self.base)), gate_passed=True)
         version = self.registry.register(name, folder, lineage)
         self.references.learn(version.ref, folder)

@@ -42,9 +42,8 @@ def test_under_fire_all_answers_are_right_but_those_of_killed_replicas(site):
         site.come()
         site.swap()
         killed = [site.kill()]
-        site.swap(keep=True)
-        site.go()
         site.swap_back()
+        site.go()
         site.wait_until_whole(killed)
         old = site.roll()
         site.swap()

@@ -1,0 +1,78 @@
+"""What a deployment makes of what an endpoint says while it comes up."""
+
+from __future__ import annotations
+
+import itertools
+from types import SimpleNamespace
+
+import pytest
+import requests
+
+from orchestrator.errors import ServeError
+from orchestrator.registry import Registry
+from orchestrator.serve import endpoints, serve_cluster
+from orchestrator.serve.endpoints import RayEndpoints
+
+APP = serve_cluster.Application(
+    "tiny", "RUNNING", "", "/", 1, num_running=1, num_unplaced=0, actor_options={}
+)
+
+
+def said(status, body, kind="application/json"):
+    answer = requests.Response()
+    answer.status_code, answer._content, answer.headers["content-type"] = status, body.encode(), kind
+    return answer
+
+
+FINE = said(200, "{}")
+BUSY = said(503, '{"error": {"message": "a new one is on its way"}}')
+UNKNOWN = said(404, '{"error": {"message": "does not exist"}}')
+PROXY = said(404, "Path '/tiny' not found.", "text/plain")
+
+
+@pytest.fixture
+def awaited(monkeypatch, tmp_path):
+    """Waits for `docs@1`, where each look, a second apart by the clock, gets the next of some answers."""
+
+    def wait(*answers):
+        left, clock = itertools.chain(answers, itertools.repeat(answers[-1])), itertools.count(1.0)
+
+        def post(*arguments, **options):
+            answer = next(left)
+            if isinstance(answer, Exception):
+                raise answer
+            return answer
+
+        times = SimpleNamespace(monotonic=lambda: next(clock), sleep=lambda seconds: None)
+        monkeypatch.setattr(endpoints, "time", times)
+        monkeypatch.setattr(endpoints.requests, "post", post)
+        monkeypatch.setattr(serve_cluster, "applications", lambda: {"tiny": APP})
+        monkeypatch.setattr(serve_cluster, "has_free", lambda asked: True)
+        found = RayEndpoints(Registry(tmp_path / "registry"), local=True)
+        door = SimpleNamespace(url="http://127.0.0.1:1")
+        return found._await("tiny", "docs@1", "CAUSAL_LM", door, lambda event: None)
+
+    return wait
+
+
+@pytest.mark.parametrize(
+    "before",
+    [PROXY, BUSY, requests.ConnectionError("refused"), requests.exceptions.ChunkedEncodingError("cut")],
+)
+def test_what_may_pass_is_waited_for(awaited, before):
+    assert awaited(*[before] * 40, FINE)
+
+
+def test_what_does_not_pass_is_an_error_in_the_end(awaited):
+    with pytest.raises(ServeError, match=r"^docs@1 does not answer for 120 s: a new one is on its way"):
+        awaited(BUSY)
+    with pytest.raises(ServeError, match=r"^docs@1 does not answer for 120 s: refused"):
+        awaited(requests.ConnectionError("refused"))
+
+
+def test_a_replicas_own_no_counts_sooner_and_a_refusal_at_once(awaited):
+    assert awaited(UNKNOWN, UNKNOWN, PROXY, UNKNOWN, FINE)
+    with pytest.raises(ServeError, match=r"^docs@1 is not served: does not exist"):
+        awaited(*[UNKNOWN] * 40, FINE)
+    with pytest.raises(ServeError, match=r"^docs@1 is not served: NaN"):
+        awaited(said(400, '{"error": {"message": "NaN"}}'), FINE)
