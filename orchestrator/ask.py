@@ -27,6 +27,7 @@ def ask(
     temperature: float = 0.0,
     key: str | None = None,
     context: str | None = None,
+    task_id: int | None = None,
 ) -> str:
     """One answer's text; of a task's head, the answer in words.
 
@@ -35,13 +36,14 @@ def ask(
         question: what the user says, or a whole conversation.
         key: where the endpoint asks for one.
         context: the text that answers the question, or the second of two texts, where the endpoint reads such.
+        task_id: which is meant of the tasks that an adapter learned.
 
     Raises:
         ServeError: nothing answers there, or the endpoint refuses; the message is the endpoint's own.
     """
-    if (said := _in_words(url, model, question, key, context)) is not None:
+    if (said := _in_words(url, model, question, key, context, task_id)) is not None:
         return said
-    body = {**_body(model, question, max_tokens), "temperature": temperature}
+    body = {**_body(model, question, max_tokens, task_id), "temperature": temperature}
     with _post(url, body, key, stream=False) as response:
         try:
             return str(response.json()["choices"][0]["message"]["content"])
@@ -60,12 +62,13 @@ def ask_stream(
     temperature: float = 0.0,
     key: str | None = None,
     context: str | None = None,
+    task_id: int | None = None,
 ) -> Iterator[str]:
     """The answer's text as it comes; see `ask`."""
-    if (said := _in_words(url, model, question, key, context)) is not None:
+    if (said := _in_words(url, model, question, key, context, task_id)) is not None:
         yield said
         return
-    body = {**_body(model, question, max_tokens), "temperature": temperature, "stream": True}
+    body = {**_body(model, question, max_tokens, task_id), "temperature": temperature, "stream": True}
     with _post(url, body, key, stream=True) as response:
         for line in response.iter_lines():
             data = line.removeprefix(b"data: ").strip()
@@ -82,7 +85,13 @@ def ask_stream(
 
 
 def ask_head(
-    url: str, model: str, question: str, *, key: str | None = None, context: str | None = None
+    url: str,
+    model: str,
+    question: str,
+    *,
+    key: str | None = None,
+    context: str | None = None,
+    task_id: int | None = None,
 ) -> dict[str, Any] | None:
     """The row of a typed route's answer: labels, entities, spans or a vector; None where the endpoint generates.
 
@@ -93,7 +102,9 @@ def ask_head(
     if asked is None:
         return None
     route, body = asked
-    with _post(url, {"model": model, **body}, key, stream=False, route=route) as response:
+    with _post(
+        url, {"model": model, **body, **_task_id(task_id)}, key, stream=False, route=route
+    ) as response:
         try:
             return dict(response.json()["data"][0])
         except (ValueError, LookupError, TypeError) as error:
@@ -103,10 +114,17 @@ def ask_head(
 
 
 def _in_words(
-    url: str, model: str, question: str | Messages, key: str | None, context: str | None
+    url: str,
+    model: str,
+    question: str | Messages,
+    key: str | None,
+    context: str | None,
+    task_id: int | None,
 ) -> str | None:
     """What a task's head answers; None of an endpoint that generates, and of a conversation."""
-    row = ask_head(url, model, question, key=key, context=context) if isinstance(question, str) else None
+    if not isinstance(question, str):
+        return None
+    row = ask_head(url, model, question, key=key, context=context, task_id=task_id)
     return None if row is None else readable(row)
 
 
@@ -141,9 +159,17 @@ def models(url: str, key: str | None = None) -> list[str]:
     return [card["id"] for card in response.json()["data"]]
 
 
-def curl_line(url: str, model: str, question: str, *, max_tokens: int = 128, with_key: bool = False) -> str:
+def curl_line(
+    url: str,
+    model: str,
+    question: str,
+    *,
+    max_tokens: int = 128,
+    with_key: bool = False,
+    task_id: int | None = None,
+) -> str:
     """The shell line that asks the same; a key is read from the shell's RAYPEFT_API_KEY."""
-    body = {**_body(model, question, max_tokens), "temperature": 0}
+    body = {**_body(model, question, max_tokens, task_id), "temperature": 0}
     address = shlex.quote(f"{url.rstrip('/')}/chat/completions")
     key = '-H "Authorization: Bearer $RAYPEFT_API_KEY" ' if with_key else ""
     return (
@@ -152,9 +178,15 @@ def curl_line(url: str, model: str, question: str, *, max_tokens: int = 128, wit
     )
 
 
-def _body(model: str, question: str | Messages, max_tokens: int) -> dict[str, Any]:
+def _body(
+    model: str, question: str | Messages, max_tokens: int, task_id: int | None = None
+) -> dict[str, Any]:
     messages = [{"role": "user", "content": question}] if isinstance(question, str) else list(question)
-    return {"model": model, "messages": messages, "max_tokens": max_tokens}
+    return {"model": model, "messages": messages, "max_tokens": max_tokens, **_task_id(task_id)}
+
+
+def _task_id(task_id: int | None) -> dict[str, Any]:
+    return {} if task_id is None else {"task_id": task_id}
 
 
 def _headers(key: str | None) -> dict[str, str]:
@@ -183,8 +215,13 @@ def _check(response: requests.Response, url: str) -> None:
         return
     try:
         said = response.json()["error"]["message"]
-    except (ValueError, LookupError, TypeError):
+    except (ValueError, LookupError, TypeError) as error:
         said = f"HTTP {response.status_code}: {response.text[:300]}"
+        if response.text.lstrip().startswith("<"):
+            hint = "Is it an endpoint's URL? List them: raypeft endpoints"
+            raise ServeError(
+                f"a web page answers: HTTP {response.status_code}.", where=url, hint=hint
+            ) from error
     hint = "Set RAYPEFT_API_KEY to a key of this endpoint." if response.status_code == 401 else None
     raise ServeError(said, where=url, hint=hint)
 

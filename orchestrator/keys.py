@@ -227,7 +227,8 @@ class KeyBook:
             data, etag = objects.read(self.url)
         except NotFound:
             return KeyRing(), None
-        return _from_dict(stored.load(data, self.url)), etag
+        with stored.reading(self.url):
+            return _from_dict(stored.load(data, self.url)), etag
 
 
 def _hash(secret: str) -> str:

@@ -366,7 +366,7 @@ class Registry:
         Args:
             change: takes and returns the state; None is "no such endpoint". May be called more than once.
         """
-        url = self._endpoint_url(name)
+        url = self.endpoint_url(name)
         for _ in objects.turns(url, _MAX_TRIES):
             state, etag = self._endpoint(name)
             new = change(json.loads(json.dumps(state)))
@@ -377,11 +377,12 @@ class Registry:
 
     # inside
 
-    def _endpoint_url(self, name: str) -> str:
+    def endpoint_url(self, name: str) -> str:
+        """Where an endpoint's state lies."""
         return join(self.url, "endpoints", f"{name}.json")
 
     def _endpoint(self, name: str) -> tuple[dict[str, Any] | None, str | None]:
-        url = self._endpoint_url(name)
+        url = self.endpoint_url(name)
         try:
             data, etag = objects.read(url)
         except NotFound:
@@ -413,22 +414,23 @@ class Registry:
     def _read_version(self, name: str, number: int, book: dict[str, Any]) -> AdapterVersion:
         url = self._version_url(name, number)
         manifest = stored.load(objects.read(join(url, MANIFEST))[0], join(url, MANIFEST))
-        return AdapterVersion(
-            name=name,
-            version=number,
-            url=url,
-            lineage=Lineage.from_dict(manifest["lineage"]),
-            content_hash=manifest["content_hash"],
-            created=manifest["created"],
-            aliases=tuple(sorted(alias for alias, version in book["aliases"].items() if version == number)),
-            endpoints=tuple(book["holders"].get(str(number), ())),
-            forced=tuple(
-                {key: entry[key] for key in ("endpoint", "at", "reasons")}
-                for entry in book["forced"]
-                if entry["version"] == number
-            ),
-            files=manifest["files"],
-        )
+        with stored.reading(join(url, MANIFEST)):
+            return AdapterVersion(
+                name=name,
+                version=number,
+                url=url,
+                lineage=Lineage.from_dict(manifest["lineage"]),
+                content_hash=manifest["content_hash"],
+                created=manifest["created"],
+                aliases=tuple(sorted(alias for alias, of in book["aliases"].items() if of == number)),
+                endpoints=tuple(book["holders"].get(str(number), ())),
+                forced=tuple(
+                    {key: entry[key] for key in ("endpoint", "at", "reasons")}
+                    for entry in book["forced"]
+                    if entry["version"] == number
+                ),
+                files=manifest["files"],
+            )
 
     def _book(self, name: str) -> tuple[dict[str, Any], str | None]:
         empty: dict[str, Any] = {"aliases": {}, "holders": {}, "deleted": [], "forced": [], "runs": {}}

@@ -223,7 +223,9 @@ class RunStore:
 
     def _record(self, id: str) -> RunRecord:
         url = join(self.url, id, "run.json")
-        return _record(stored.load(objects.read(url)[0], url), join(self.url, id))
+        document = stored.load(objects.read(url)[0], url)
+        with stored.reading(url):
+            return _record(document, join(self.url, id))
 
     def _create(
         self, name: str, spec: JobSpec, data_hash: str, number: int, say: Callable[[str], None]

@@ -5,15 +5,17 @@ JSON has no NaN and no infinity, and metrics do: stored as the strings "NaN", "I
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from typing import Any
 
 from .errors import StorageError
 
 FORMAT = 1
+_RESTORE = "Restore it from a backup, or move it away."
 
 
 def dump(document: dict[str, Any]) -> bytes:
@@ -36,9 +38,9 @@ def load(data: bytes, url: str) -> dict[str, Any]:
     try:
         document = json.loads(data)
     except ValueError as error:
-        raise StorageError(f"this file is damaged: {error}.", where=url) from error
+        raise StorageError(f"this file is damaged: {error}.", where=url, hint=_RESTORE) from error
     if not isinstance(document, dict) or not isinstance(document.get("format", FORMAT), int):
-        raise StorageError("this file is damaged: it is not a document of raypeft.", where=url)
+        raise StorageError("this file is damaged: it is not a document of raypeft.", where=url, hint=_RESTORE)
     if document.get("format", FORMAT) > FORMAT:
         raise StorageError(
             f"a newer raypeft wrote this: format {document['format']}, and this one reads up to {FORMAT}.",
@@ -46,6 +48,16 @@ def load(data: bytes, url: str) -> dict[str, Any]:
             hint="Upgrade: pip install -U raypeft.",
         )
     return document
+
+
+@contextlib.contextmanager
+def reading(url: str) -> Iterator[None]:
+    """Within it a document of `url` that lacks something, or has another thing there, is a StorageError."""
+    try:
+        yield
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
+        what = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+        raise StorageError(f"this file is damaged: {what}.", where=url, hint=_RESTORE) from error
 
 
 def known(kind: Any, document: Mapping[str, Any]) -> dict[str, Any]:

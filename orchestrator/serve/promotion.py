@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from .. import stored
 from ..errors import RegistryError, ServeError
 from ..registry import DEFAULT_ALIAS, Registry
 from .desired import Desired, Served
@@ -16,22 +17,33 @@ from .rollout import Rollout, Step
 
 def desired_of(registry: Registry, endpoint: str) -> Desired | None:
     """What an endpoint shall serve; None where there is no such endpoint."""
-    stored = registry.endpoint_state(endpoint)
-    return Desired.from_dict(stored) if stored else None
+    state = registry.endpoint_state(endpoint)
+    return None if state is None else _read(registry, endpoint, state)
+
+
+def all_desired(registry: Registry) -> dict[str, Desired]:
+    """What each endpoint shall serve, by its name."""
+    found = ((name, desired_of(registry, name)) for name in registry.endpoint_names())
+    return {name: desired for name, desired in found if desired is not None}
 
 
 def change(registry: Registry, endpoint: str, edit: Callable[[Desired], Desired]) -> Desired | None:
     """Changes what an endpoint shall serve; returns it as it now is. An edit that changes nothing writes nothing."""
 
-    def apply(stored: dict[str, Any] | None) -> dict[str, Any] | None:
-        if stored is None:
+    def apply(state: dict[str, Any] | None) -> dict[str, Any] | None:
+        if state is None:
             return None
-        before = Desired.from_dict(stored)
+        before = _read(registry, endpoint, state)
         after = edit(before)
-        return stored if after == before else after.to_dict()
+        return state if after == before else after.to_dict()
 
     now = registry.update_endpoint(endpoint, apply)
-    return Desired.from_dict(now) if now else None
+    return None if now is None else _read(registry, endpoint, now)
+
+
+def _read(registry: Registry, endpoint: str, state: dict[str, Any]) -> Desired:
+    with stored.reading(registry.endpoint_url(endpoint)):
+        return Desired.from_dict(state)
 
 
 def take_step(registry: Registry, endpoint: str, rollout: Rollout, step: Step, *, by: str) -> bool:
@@ -91,7 +103,7 @@ def promote(registry: Registry, ref: str, alias: str | None = None, *, by: str =
     """
     name, number = registry.resolve(ref)
     ref = f"{name}@{number}"
-    for endpoint, desired in _of_all(registry):
+    for endpoint, desired in all_desired(registry).items():
         rolling = [
             each for each in desired.rollouts if each.ref == ref and (alias is None or each.alias == alias)
         ]
@@ -99,7 +111,7 @@ def promote(registry: Registry, ref: str, alias: str | None = None, *, by: str =
             _decide(registry, endpoint, rollout, Step("promote", ("asked for",)), by)
         if rolling:
             return endpoint
-    for endpoint, desired in _of_all(registry):
+    for endpoint, desired in all_desired(registry).items():
         if desired.served(ref) is not None:
             _give(registry, endpoint, name, number, alias or DEFAULT_ALIAS, by)
             return endpoint
@@ -123,11 +135,11 @@ def rollback(
         RegistryError: there is no such adapter.
         ServeError: nothing is rolled out, and no version before is known.
     """
-    for endpoint, desired in _of_all(registry):
+    for endpoint, desired in all_desired(registry).items():
         if (rollout := desired.rollout(name, alias)) is not None:
             _decide(registry, endpoint, rollout, Step("rollback", ("asked for",)), by)
             return endpoint, registry.alias(name, alias)
-    for endpoint, desired in _of_all(registry):
+    for endpoint, desired in all_desired(registry).items():
         if trail := desired.earlier.get(f"{name}@{alias}"):
             return endpoint, _step_back(registry, endpoint, name, alias, trail[-1], by)
     if not registry.versions(name):
@@ -136,11 +148,6 @@ def rollback(
         f"nothing of '{name}' is being rolled out, and no version before {name}@{alias} is known.",
         hint=f"See: raypeft adapters {name}; point the alias by hand: raypeft alias {name}@VERSION {alias}",
     )
-
-
-def _of_all(registry: Registry) -> list[tuple[str, Desired]]:
-    found = ((name, desired_of(registry, name)) for name in registry.endpoint_names())
-    return [(name, desired) for name, desired in found if desired is not None]
 
 
 def _decide(registry: Registry, endpoint: str, rollout: Rollout, step: Step, by: str) -> None:

@@ -12,7 +12,7 @@ from ..registry import Registry
 from .desired import Desired
 from .naming import base_id
 from .numbers import Numbers
-from .promotion import desired_of
+from .promotion import all_desired
 from .reports import Report, Reports, observe
 from .rollout import Rollout, breaches
 
@@ -78,10 +78,8 @@ class TrafficRow:
 def rollout_rows(registry: Registry, name: str | None = None) -> list[RolloutRow]:
     """What is being rolled out, of one adapter or of all."""
     rows = []
-    for endpoint in registry.endpoint_names():
-        desired = desired_of(registry, endpoint)
-        wanted = [each for each in desired.rollouts if name in (None, each.name)] if desired else []
-        if wanted:
+    for endpoint, desired in all_desired(registry).items():
+        if wanted := [each for each in desired.rollouts if name in (None, each.name)]:
             reports = Reports(registry.url, endpoint).read()
             rows += [_rollout_row(registry, endpoint, each, reports) for each in wanted]
     return rows
@@ -112,10 +110,7 @@ def traffic_rows(registry: Registry, before: Counted | None = None) -> tuple[lis
     """
     now, rows = time.time(), []
     totals: dict[tuple[str, str], tuple[int, int]] = {}
-    for endpoint in registry.endpoint_names():
-        desired = desired_of(registry, endpoint)
-        if desired is None:
-            continue
+    for endpoint, desired in all_desired(registry).items():
         reports = [each for each in Reports(registry.url, endpoint).read() if each.is_live(now)]
         aliases = {name: registry.aliases(name) for name in {entry.name for entry in desired.adapters}}
         for model in [base_id(desired.base), *(entry.ref for entry in desired.adapters)]:

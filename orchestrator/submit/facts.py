@@ -36,16 +36,21 @@ def read_facts(cluster: Cluster) -> ClusterFacts | None:
     return facts_at(Dashboard(cluster.address)) if cluster.address else None
 
 
+def not_ray(dashboard: Dashboard) -> ClusterError:
+    """What to say where something else answers."""
+    return ClusterError(
+        "something answers there, but it is not the dashboard of a Ray that we know.",
+        where=dashboard.address,
+        hint="Give the address that `ray start --head` printed, usually http://HOST:8265.",
+    )
+
+
 def facts_at(dashboard: Dashboard) -> ClusterFacts:
     """What a running cluster says over HTTP. Where an autoscaler can add nodes, its limits are not told this
     way: the maxima are then infinite, and the job's own driver, which can see them, checks again."""
     versions = (dashboard.get("/api/v0/cluster_metadata") or {}).get("data") or {}
     if "rayVersion" not in versions:
-        raise ClusterError(
-            "something answers there, but it is not the dashboard of a Ray that we know.",
-            where=dashboard.address,
-            hint="Give the address that `ray start --head` printed, usually http://HOST:8265.",
-        )
+        raise not_ray(dashboard)
     nodes = _nodes(dashboard)
     grows = _can_grow(dashboard)
     return ClusterFacts(

@@ -32,7 +32,7 @@ from ..spec.job import JobSpec
 from ..store import run_identity
 from .dashboard import Dashboard
 from .envelope import VARIABLE, Envelope, close_envelope
-from .facts import facts_at
+from .facts import facts_at, not_ray
 from .payload import CLUSTER_FILE, SPEC_FILE, START, START_FILE, pack
 from .wheel import build_wheel, requirements, zip_bytes
 
@@ -442,7 +442,9 @@ def address_of(cluster: Cluster) -> str:
 
 def _known(dashboard: Dashboard) -> list[JobState]:
     """All jobs that were submitted, but for our own checks of the environment."""
-    listed = dashboard.get("/api/jobs/", timeout_s=30.0) or []
+    listed = dashboard.get("/api/jobs/", timeout_s=30.0)
+    if not isinstance(listed, list):
+        raise not_ray(dashboard)
     jobs = [_state(each) for each in listed if each.get("submission_id")]
     for job in jobs:
         # Not at once: Ray still writes to the record of a job that has just ended, and would bring it back.

@@ -243,6 +243,24 @@ def test_a_wrong_argument_is_told_with_the_next_step(raypeft, registry, tmp_path
     assert code and not out and err.startswith("error: ") and said in err
 
 
+@pytest.mark.parametrize(
+    ("command", "file"),
+    [
+        ("endpoints", "registry/endpoints/tiny.json"),
+        ("rollout status", "registry/endpoints/tiny.json"),
+        ("show docs@1", "registry/adapters/docs/1/raypeft.json"),
+        ("status docs", "runs/docs/run.json"),
+    ],
+)
+@pytest.mark.parametrize(("content", "said"), [("{", "Expecting property name"), ('{"a": 1}', "it lacks '")])
+def test_a_damaged_document_is_named(raypeft, home, command, file, content, said):
+    (home / file).parent.mkdir(parents=True)
+    (home / file).write_text(content)
+    code, _, err = raypeft(*command.split())
+    assert code == 1 and err.startswith(f"error: {home / file}: this file is damaged: {said}")
+    assert err.rstrip().endswith("Restore it from a backup, or move it away.")
+
+
 def test_a_plan_says_which_data_is_not_here(raypeft, tmp_path):
     base = Path(__file__).parents[2] / "jobs" / "assets" / "tiny-llama"
     job = f"model: {{base_model: {base}}}\ndata: {{datasets: [{{path: rows.jsonl}}]}}\n"

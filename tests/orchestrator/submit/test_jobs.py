@@ -218,6 +218,13 @@ def test_jobs_are_listed_newest_first_without_our_checks():
     assert [path for path, _ in stub.sent("DELETE")] == ["/api/jobs/raypeft-check-1"]  # it ended long ago
 
 
+def test_what_is_no_dashboard_has_no_jobs():
+    with dashboard({}) as stub:
+        for ask in (jobs.list_jobs, lambda address: jobs.status("a", address)):
+            with pytest.raises(ClusterError, match="it is not the dashboard of a Ray that we know"):
+                ask(stub.url)
+
+
 def test_an_unknown_job_is_said_with_the_closest():
     with dashboard({"/api/jobs/": [record("small-12345678-1", "RUNNING")]}) as stub:
         for ask in (jobs.status, jobs.cancel, lambda *job: list(jobs.logs(*job))):
