@@ -313,7 +313,8 @@ def work(what: dict, found: dict[str, int]) -> None:
 
     from orchestrator.runner import TrainRequest
     from orchestrator.train.group import Group
-    from orchestrator.train.model import build_model, load_frozen_base, trainable
+    from orchestrator.train.model import build_model, load_frozen_base
+    from orchestrator.train.seat import Seat
     from orchestrator.train.tasks.causal import CausalLM
     from orchestrator.train.tasks.task import Batch, Step
     from peft_dist.optim import AdapterOptimizer, Hyper
@@ -327,7 +328,7 @@ def work(what: dict, found: dict[str, int]) -> None:
     found["read"] = held(what["device"] == "cuda")
     model = build_model(TrainRequest(spec, plan, "", "", ""), base, group, None, 2, list)
     optimizer = AdapterOptimizer(stage=plan.zero_stage)
-    optimizer.add("default", trainable(model), Hyper(learning_rate=1e-3))
+    optimizer.add("default", Seat(model).trained(), Hyper(learning_rate=1e-3))
     size = getattr(base.config, "vocab_size")  # noqa: B009
     task = CausalLM(None)
     for number in range(2):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -13,7 +14,7 @@ from peft_dist.contract import Method
 from peft_dist.errors import ConfigError
 from peft_dist.packed import without_gradients
 from peft_dist.packed_rows import Reads
-from peft_dist.rows import drop, stream, token_input
+from peft_dist.rows import drop, token_input
 from peft_dist.sharding import is_partitioned_base, reach
 
 
@@ -107,18 +108,19 @@ class LookAhead:
             reach(self.tuner, p.values())
             # As its layers are, whatever mode the base was left in.
             trains = any(layer.training for layer in self.tuner._adapters.sites[name].values())
-            made = self.tuner.peft_config[name].ahead(p, states[-1], self._drop if trains else _kept)
+            drops = functools.partial(self._drop, adapter=name) if trains else _kept
+            made = self.tuner.peft_config[name].ahead(p, states[-1], drops)
             self.given[name] = made
             self.log += [made] if self.logs else []
             current.batch = {**current.batch, **made}
 
-    def _drop(self, x: Tensor, p: float, name: str) -> Tensor:
+    def _drop(self, x: Tensor, p: float, name: str, adapter: str) -> Tensor:
         rows = self.tuner._adapters.current.rows
         if not p:
             return x
         if rows is None or rows.samples is None:
             return F.dropout(x, p)
-        return drop(x, p, rows.samples, stream(rows.seed, rows.step, name))
+        return drop(x, p, rows.samples, rows.stream_of(adapter, name))
 
 
 def reads_of_first_run(model: Any, adapter: str, length: int) -> Reads:

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -126,7 +126,7 @@ class AdapterOptimizer:
         self._world = dist.get_world_size(group) if dist.is_initialized() else 1
         self._rank = dist.get_rank(group) if dist.is_initialized() else 0
         self._adapters: dict[str, _Adapter] = {}
-        self._is_reduced = False
+        self._reduced: set[str] = set()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -181,6 +181,7 @@ class AdapterOptimizer:
         """Forgets the adapter's tensors and frees its state. Not a collective, yet every rank must do it."""
         self._adapter(name)
         del self._adapters[name]
+        self._reduced.discard(name)
 
     def set_learning_rate(self, name: str, learning_rate: float) -> None:
         """Sets the learning rate of the adapter's next steps."""
@@ -189,40 +190,42 @@ class AdapterOptimizer:
         if adapter.torch_optimizer:
             adapter.torch_optimizer.param_groups[0]["lr"] = learning_rate
 
-    def zero_grad(self) -> None:
-        """Frees the gradients of every adapter."""
-        for tensor in self._tensors():
+    def zero_grad(self, names: Collection[str] | None = None) -> None:
+        """Frees the gradients of the named adapters, or of every one."""
+        for tensor in self._tensors(names):
             tensor.parameter.grad = tensor.trained.grad = None
             tensor.has_grad = False
-        self._is_reduced = False
+        self._reduced -= self._chosen(names).keys()
 
     @torch.no_grad()
-    def reduce(self, keep_whole: bool = False) -> None:
+    def reduce(self, keep_whole: bool = False, names: Collection[str] | None = None) -> None:
         """Sums the gradients over the ranks; a collective. At stage 2 and 3 only a tensor's owner keeps the
         sum.
 
         Args:
             keep_whole: every rank keeps every sum, at any stage, as it does those of tensors that
                 `keep_gradient_whole` was said of.
+            names: of these adapters alone, the same on every rank.
 
         Raises:
             OptimizerError: gradients were reduced already and neither stepped nor zeroed since; or an adapter's
                 tensors are no longer in the model.
         """
-        if self._is_reduced:
+        chosen = self._chosen(names)
+        if self._reduced & chosen.keys():
             raise OptimizerError(
                 "AdapterOptimizer.reduce: these gradients are sums over the ranks already. "
                 "Call step() or zero_grad() in between."
             )
-        for name, adapter in self._adapters.items():
+        for name, adapter in chosen.items():
             if any(is_gone(tensor.parameter) for tensor in adapter.tensors):
                 raise OptimizerError(
                     f"AdapterOptimizer.reduce: adapter {name!r} is not in the model as it was added: it was deleted, "
                     "or a checkpoint put other tensors in the place of its own. Call remove, and add what is there "
                     "now."
                 )
-        self._is_reduced = True
-        tensors = list(self._tensors())
+        self._reduced |= chosen.keys()
+        tensors = list(self._tensors(names))
         for tensor in tensors:
             tensor.has_grad = tensor.parameter.grad is not None
         if self._world == 1 or not tensors:
@@ -244,11 +247,12 @@ class AdapterOptimizer:
                 self._sum(bucket, owner)
 
     @torch.no_grad()
-    def step(self, scale: float = 1.0) -> dict[str, float]:
+    def step(self, scale: float = 1.0, names: Collection[str] | None = None) -> dict[str, float]:
         """Clips, updates and shares the tensors of every adapter that has gradients; a collective.
 
         Args:
             scale: what the loss was multiplied with (fp16); gradients are divided by it first.
+            names: of these adapters alone, the same on every rank.
 
         Returns:
             Each adapter's gradient norm before clipping; nan or inf where a gradient was not finite: such an
@@ -257,14 +261,15 @@ class AdapterOptimizer:
         Raises:
             OptimizerError: several ranks, and `reduce` was not called since the last backward.
         """
-        if self._world > 1 and not self._is_reduced:
+        chosen = self._chosen(names)
+        if self._world > 1 and not chosen.keys() <= self._reduced:
             raise OptimizerError("AdapterOptimizer.step: call reduce() first; gradients are not sums yet.")
-        if not self._is_reduced:
-            self.reduce()
-        self._is_reduced = False
+        if left := chosen.keys() - self._reduced:
+            self.reduce(names=left)
+        self._reduced -= chosen.keys()
         norms: dict[str, float] = {}
         updated: list[_Tensor] = []
-        for (name, adapter), norm in zip(self._adapters.items(), self._norms(), strict=True):
+        for (name, adapter), norm in zip(chosen.items(), self._norms(chosen), strict=True):
             norm = norm / scale
             norms[name] = norm.item()
             used = [t for t in adapter.tensors if t.has_grad]
@@ -285,14 +290,14 @@ class AdapterOptimizer:
                     self._send(bucket, source=owner)
         return norms
 
-    def whole_state(self) -> dict[str, Tensor]:
-        """The state of every adapter, whole, on the CPU of every rank; a collective.
+    def whole_state(self, names: Collection[str] | None = None) -> dict[str, Tensor]:
+        """The state of every adapter, or of the named ones, whole, on the CPU of every rank; a collective.
 
         Keys are `NAME/PARAMETER/exp_avg`, `.../exp_avg_sq` and `.../step`. It does not depend on the number
         of ranks or the stage: `load_whole_state` goes on from it exactly. Tensors never stepped have no keys.
         """
         state: dict[str, Tensor] = {}
-        for name, adapter in self._adapters.items():
+        for name, adapter in self._chosen(names).items():
             for tensor in adapter.tensors:
                 for key, value in self._state_of(adapter, tensor).items():
                     if tensor.piece is not None and key != "step":
@@ -344,25 +349,27 @@ class AdapterOptimizer:
         shape = whole_shape(tensor.parameter)
         return torch.cat(parts)[: shape.numel()].view(shape)
 
-    def load_whole_state(self, state: Mapping[str, Tensor]) -> None:
-        """Replaces the state of every adapter by `whole_state`'s result. Each rank takes what it owns.
+    def load_whole_state(self, state: Mapping[str, Tensor], names: Collection[str] | None = None) -> None:
+        """Replaces the state of every adapter, or of the named ones, by `whole_state`'s result. Each rank takes what it
+        owns.
 
         Raises:
             OptimizerError: a key names no tensor of this optimizer, or a shape is another; nothing is
             changed.
         """
         per_tensor: dict[tuple[str, str], dict[str, Tensor]] = {}
-        known = {(name, t.name): t for name, adapter in self._adapters.items() for t in adapter.tensors}
+        chosen = self._chosen(names)
+        known = {(name, t.name): t for name, adapter in chosen.items() for t in adapter.tensors}
         for path, value in state.items():
             head, _, key = path.rpartition("/")
             name = next(
-                (n for n in self._adapters if head.startswith(n + "/") and (n, head[len(n) + 1 :]) in known),
+                (n for n in chosen if head.startswith(n + "/") and (n, head[len(n) + 1 :]) in known),
                 None,
             )
             if name is None:
                 raise OptimizerError(
                     f"AdapterOptimizer.load_whole_state: {path!r} names no trained tensor; "
-                    f"adapters here: {', '.join(self._adapters) or 'none'}. Add the same adapters first."
+                    f"adapters here: {', '.join(chosen) or 'none'}. Add the same adapters first."
                 )
             shape = whole_shape(known[name, head[len(name) + 1 :]].parameter)
             if key != "step" and value.shape != shape:
@@ -470,10 +477,10 @@ class AdapterOptimizer:
 
     # One adapter's step
 
-    def _norms(self) -> list[Tensor]:
+    def _norms(self, chosen: Mapping[str, _Adapter]) -> list[Tensor]:
         """Each adapter's gradient norm: every tensor's norm on its owner, put together the same on every "
         "rank."""
-        tensors = list(self._tensors())
+        tensors = [tensor for adapter in chosen.values() for tensor in adapter.tensors]
         sharded = self.stage >= 2 and self._world > 1
         mine = [t for t in tensors if t.has_grad and (not sharded or self._steps(t))]
         gradients = [t.trained.grad for t in mine if t.trained.grad is not None]
@@ -488,7 +495,7 @@ class AdapterOptimizer:
             norms = torch.where(in_pieces, norms * norms, norms)
             dist.all_reduce(norms, group=self.group)
             norms = torch.where(in_pieces, norms.sqrt(), norms)
-        counts = [len(adapter.tensors) for adapter in self._adapters.values()]
+        counts = [len(adapter.tensors) for adapter in chosen.values()]
         return [torch.linalg.vector_norm(part) for part in norms.split(counts)] if counts else []
 
     def _update(self, adapter: _Adapter, used: list[_Tensor], norm: Tensor, scale: float) -> None:
@@ -532,8 +539,16 @@ class AdapterOptimizer:
 
     # Adapters
 
-    def _tensors(self) -> Iterator[_Tensor]:
-        return (tensor for adapter in self._adapters.values() for tensor in adapter.tensors)
+    def _tensors(self, names: Collection[str] | None = None) -> Iterator[_Tensor]:
+        return (tensor for adapter in self._chosen(names).values() for tensor in adapter.tensors)
+
+    def _chosen(self, names: Collection[str] | None) -> dict[str, _Adapter]:
+        """The named adapters, or all, in the order in which they were added."""
+        if names is None:
+            return self._adapters
+        for name in names:
+            self._adapter(name)
+        return {name: adapter for name, adapter in self._adapters.items() if name in names}
 
     def _adapter(self, name: str) -> _Adapter:
         if name not in self._adapters:

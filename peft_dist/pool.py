@@ -41,6 +41,11 @@ def holder_of(parameter: Tensor) -> PooledModule | None:
     return None if holder is None else holder()
 
 
+def adapter_of(parameter: Tensor) -> str | None:
+    """The adapter that a tensor belongs to; None for one of no adapter."""
+    return _HOLDERS.get(parameter, (None, None))[1]
+
+
 def leave_pool(parameter: Tensor) -> None:
     """Gives the tensors of the parameter's adapter at its layer memory of their own."""
     holder, adapter = _HOLDERS[parameter]

@@ -45,12 +45,15 @@ class Rows:
         samples: (B,) each sequence's index in the global batch, int64. With it dropout is stateless; without
             it, torch's generator draws the masks.
         seed: of the run. step: the optimizer step.
+        streams: adapter -> its own (seed, step), where the rows are of several runs at once, whose samples are
+            numbered each for itself.
     """
 
     adapters: Sequence[str | None] | None = None
     samples: Tensor | None = None
     seed: int = 0
     step: int = 0
+    streams: Mapping[str, tuple[int, int]] | None = None
     segments: tuple[Segment, ...] = field(init=False, repr=False)
     order: list[int] | None = field(init=False, repr=False)
 
@@ -75,6 +78,13 @@ class Rows:
     def named(self) -> set[str]:
         """Every adapter that serves one of the rows by its name."""
         return {s.adapter for s in self.segments if s.adapter is not None and s.adapter != BASE}
+
+    def stream_of(self, adapter: str | None, site: str) -> tuple[int, int]:
+        """The keys of the random stream of an adapter's rows at a site."""
+        seed, step = self.seed, self.step
+        if self.streams is not None and adapter is not None:
+            seed, step = self.streams.get(adapter, (seed, step))
+        return stream(seed, step, site)
 
     def of(self, site: Site, x: Tensor, length: int | None) -> Split:
         """How these rows divide x (rows, ...), the input of `site`.
@@ -223,12 +233,16 @@ class Current:
         self.rows, self.length, self.padding = other.rows, other.length, other.padding
         self.batch = other.batch
 
-    def padding_of(self, samples: Tensor) -> Tensor | None:
-        """`padding` of the sequences with these indices in the global batch."""
-        if self.padding is None or self.rows is None or self.rows.samples is None:
+    def padding_of(self, samples: Tensor, adapter: str | None = None) -> Tensor | None:
+        """`padding` of the sequences with these indices in the global batch; in that of the adapter, where rows are of
+        several runs."""
+        rows, padding = self.rows, self.padding
+        if padding is None or rows is None or rows.samples is None:
             return None
-        mine, every = samples.to(self.padding.device), self.rows.samples.to(self.padding.device)
-        return self.padding[(mine[:, None] == every).int().argmax(1)]
+        is_it = samples.to(padding.device)[:, None] == rows.samples.to(padding.device)
+        if rows.streams is not None and rows.adapters is not None:
+            is_it &= torch.tensor([name == adapter for name in rows.adapters], device=padding.device)
+        return padding[is_it.int().argmax(1)]
 
 
 def drop(x: Tensor, p: float, samples: Tensor, key: tuple[int, int], padding: Tensor | None = None) -> Tensor:

@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from orchestrator import objects, stored
-from orchestrator.errors import RaypeftError
+from orchestrator.errors import ModelError, RaypeftError
 from orchestrator.lease import Fence
 
 FORMAT = 1
@@ -232,6 +232,18 @@ def newest_good(
 def at_step(run_dir: str, step: int, scratch: Path) -> Checkpoint:
     """The checkpoint of one step, which rank 0 has verified."""
     folder = local_copy(_folders(run_dir)[step], scratch / f"step-{step}")
+    return Checkpoint(folder, _read_position(folder))
+
+
+def at_url(url: str, scratch: Path) -> Checkpoint:
+    """The checkpoint in one folder.
+
+    Raises:
+        ModelError: it is not whole.
+    """
+    folder = local_copy(url, scratch / "given")
+    if damage := damage_of(folder):
+        raise ModelError(f"the checkpoint cannot be gone on from: {damage}.", where=url)
     return Checkpoint(folder, _read_position(folder))
 
 

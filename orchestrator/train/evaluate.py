@@ -22,11 +22,9 @@ from orchestrator.errors import DataError
 from orchestrator.spec.job import EvalSpec
 
 from .group import Group
+from .seat import ADAPTER
 from .tasks import Answering, Row, Task
 from .tasks.embedding import Embedding
-
-ADAPTER = "default"
-"""The name of the adapter that a run trains, inside its model."""
 
 
 class Stopped(Exception):
@@ -139,22 +137,31 @@ class Evaluation:
         return found
 
 
-def compare(evaluation: Evaluation, model: nn.Module, others: Mapping[str, str]) -> dict[str, float]:
-    """Metrics of the bare base as `base.NAME` and of each other adapter as `LABEL.NAME`, over the same rows.
+def measure_base(evaluation: Evaluation, model: nn.Module) -> dict[str, float]:
+    """Metrics of the bare base as `base.NAME`."""
+    with model.disable_adapter():  # type: ignore[operator]
+        return _named("base", evaluation.measure(model))
+
+
+def compare(
+    evaluation: Evaluation, model: nn.Module, others: Mapping[str, str], active: str = ADAPTER
+) -> dict[str, float]:
+    """Metrics of other adapters as `LABEL.NAME`, over the same rows.
 
     Args:
         others: label -> local directory of an adapter for the same base.
+        active: the adapter that is the active one before and after.
     """
-    with model.disable_adapter():  # type: ignore[operator]
-        found = _named("base", evaluation.measure(model))
+    found: dict[str, float] = {}
     for label, directory in others.items():
-        model.load_adapter(str(directory), label)  # type: ignore[operator]
-        model.set_adapter(label)  # type: ignore[operator]
+        name = label if active == ADAPTER else f"{active}-{label}"
+        model.load_adapter(str(directory), name)  # type: ignore[operator]
+        model.set_adapter(name)  # type: ignore[operator]
         try:
             found |= _named(label, evaluation.measure(model))
         finally:
-            model.set_adapter(ADAPTER)  # type: ignore[operator]
-            model.delete_adapter(label)  # type: ignore[operator]
+            model.set_adapter(active)  # type: ignore[operator]
+            model.delete_adapter(name)  # type: ignore[operator]
     return found
 
 

@@ -12,7 +12,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 from orchestrator.runner import Event
 
@@ -34,6 +34,8 @@ class Mailbox:
         self._stop = False
         self._secrets: dict[str, str] = {}
         self._places: dict[int, str] = {}
+        self._orders: list[dict[str, Any]] = []
+        self._ordered = asyncio.Event()
 
     async def push(self, events: list[Event]) -> bool:
         """Takes events in; True where the workers should checkpoint and leave."""
@@ -70,6 +72,22 @@ class Mailbox:
         events, self._events = self._events, []
         return events
 
+    async def order(self, order: dict[str, Any]) -> None:
+        """Keeps an order for workers that take any."""
+        self._orders.append(order)
+        self._ordered.set()
+
+    async def orders(self, timeout_s: float) -> list[dict[str, Any]]:
+        """All orders since the last call; waits up to `timeout_s` for the first."""
+        if not self._orders:
+            self._ordered.clear()
+            try:
+                await asyncio.wait_for(self._ordered.wait(), timeout_s)
+            except TimeoutError:
+                return []
+        orders, self._orders = self._orders, []
+        return orders
+
     async def request_stop(self) -> None:
         """From now on every push answers True."""
         self._stop = True
@@ -81,6 +99,17 @@ class Mailbox:
     async def secrets(self) -> dict[str, str]:
         """The secrets of this run, by name."""
         return self._secrets
+
+
+class Told(Protocol):
+    """Where a run's events go, and from where it hears that it is to leave; `Reporter` is one."""
+
+    @property
+    def stop_requested(self) -> bool:
+        """Whether it is to leave at its next step."""
+
+    def emit(self, kind: str, /, **fields: Any) -> None:
+        """Tells an event."""
 
 
 class Reporter:
@@ -101,7 +130,7 @@ class Reporter:
         self._thread = threading.Thread(target=self._run, name="reporter", daemon=True)
         self._thread.start()
 
-    def emit(self, kind: str, **fields: Any) -> None:
+    def emit(self, kind: str, /, **fields: Any) -> None:
         """Reports `{"event": kind, "t": now, **fields}` soon."""
         with self._lock:
             self._buffer.append({"event": kind, "t": time.time(), **fields})

@@ -24,17 +24,9 @@ from orchestrator.errors import (
     TrainingError,
 )
 
+from .faults import is_broken_link, is_out_of_memory
 from .retries import FailureKind
 
-_BROKEN_LINK = ("connection closed", "connection reset", "broken pipe", "gloo", "nccl", "timed out", "socket")
-_OUT_OF_MEMORY = (
-    "out of memory",
-    "outofmemory",
-    "can't allocate memory",
-    "cannot allocate memory",
-    "oom-kill",
-    "memory usage threshold",
-)
 _LOGS = "See raypeft logs."
 _OF_USERS: tuple[tuple[type[RaypeftError], FailureKind], ...] = (
     (DataError, FailureKind.DATA),
@@ -145,14 +137,13 @@ def _listed(ranks: Collection[int]) -> str:
 def _weight(error: BaseException) -> int:
     """0 a user's error, 1 memory, 2 a lost worker, 3 any other, 4 a broken connection: a consequence as a
     rule."""
-    text = f"{type(error).__name__} {error}".lower()
     if isinstance(error, RaypeftError):
         return 0
-    if isinstance(error, MemoryError | OutOfMemoryError) or any(word in text for word in _OUT_OF_MEMORY):
+    if isinstance(error, OutOfMemoryError) or is_out_of_memory(error):
         return 1
     if isinstance(error, RayActorError | WorkerHealthCheckFailedError | WorkerHealthCheckTimeoutError):
         return 2
-    if isinstance(error, RuntimeError | OSError) and any(word in text for word in _BROKEN_LINK):
+    if is_broken_link(error):
         return 4
     return 3
 

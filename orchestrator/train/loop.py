@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor
 
 from orchestrator.errors import NotFiniteError, StorageError
 from orchestrator.runner import TrainRequest
@@ -23,13 +23,14 @@ from peft_dist.optim import AdapterOptimizer
 from .batches import StepBatch, num_steps, steps
 from .checkpoint import Position, prune, write_checkpoint
 from .controllers import Controllers
-from .evaluate import ADAPTER, Evaluation, Stopped
-from .events import Reporter
+from .evaluate import Evaluation, Stopped
+from .events import Told
 from .group import Group
 from .loss import LossScale
 from .raw_tensors import raw_tensors
 from .schedule import evaluates_at, learning_rate, saves_at
-from .tasks import Step, Task
+from .seat import ADAPTER, Seat
+from .tasks import Batch, Step, Task
 
 
 @dataclass(frozen=True)
@@ -42,10 +43,22 @@ class StepOutcome:
     tokens: float
 
 
+@dataclass(frozen=True)
+class Ready:
+    """One rank's part of a step before its backward."""
+
+    step: Step
+    batches: list[Batch]
+    tokens: float
+    """Of all ranks."""
+
+
 class Training:
     """A run in progress on this rank.
 
     Args:
+        seat: the adapter that is trained.
+        optimizer: with the seat's adapter among those that it trains.
         task: what the rows are to the model.
         examples: the training rows, the same on every rank.
         position: where to start; step 0 for a fresh run.
@@ -56,7 +69,7 @@ class Training:
     def __init__(
         self,
         request: TrainRequest,
-        model: nn.Module,
+        seat: Seat,
         optimizer: AdapterOptimizer,
         task: Task,
         examples: Sequence[Any],
@@ -66,14 +79,15 @@ class Training:
         *,
         save_adapter: Callable[[str], None],
         precision: str = "fp32",
-        reporter: Reporter | None = None,
+        reporter: Told | None = None,
     ) -> None:
         self.request, self.spec, self.plan = request, request.spec, request.plan
-        self.model, self.optimizer, self.task = model, optimizer, task
-        self.controllers = Controllers(model)
+        self.seat, self.optimizer, self.task = seat, optimizer, task
+        self.model, self.own = seat.model, [seat.adapter]
+        self.controllers = Controllers(seat, seat.trained().values())
         self.examples, self.evaluation, self.group = examples, evaluation, group
         self.position, self.reporter, self.save_adapter = position, reporter, save_adapter
-        self.saved_step = position.step
+        self.saved_step, self.saved_url = position.step, ""
         self.scale = LossScale(precision == "fp16")
         if self.scale.enabled and position.step:
             self.scale.value, self.scale.good_steps = position.loss_scale, position.scale_good_steps
@@ -99,33 +113,45 @@ class Training:
             Stopped: a stop was asked for; the checkpoint is saved.
             NotFiniteError: the loss or a gradient is not a number; earlier checkpoints stay.
         """
-        if self.position.step < self.total_steps:
-            self._rehearse()
-        for batch in self._batches():
-            if self.group.any(self.should_stop):
-                self._save_and_stop()
-            outcome = self.take_step(batch)
-            self._advance(batch, outcome)
-            self._report(outcome)
-            step = self.position.step
-            is_last = step == self.total_steps
-            try:
-                if is_last or evaluates_at(step, self.steps_per_epoch, self.spec.training):
-                    self.evaluate()
-            except Stopped:
-                self._save_and_stop()
-            if is_last or saves_at(step, self.steps_per_epoch, self.spec.training):
-                self.save()
+        self.rehearse()
+        for batch in self.batches():
+            self.leave_if_asked()
+            self.took(batch, self.take_step(batch))
 
     @torch.no_grad()
-    def _rehearse(self) -> None:
-        """Runs a row that counts for nothing. Layers learn from a forward which of them take one input, and then sum
-        its gradients together, rounded otherwise than before: so a process that goes on takes every step as the one
-        before it would have."""
+    def rehearse(self) -> None:
+        """Runs a row that counts for nothing, where steps are to come. Layers learn from a forward which of them take
+        one input, and then sum its gradients together, rounded otherwise than before: so a process that goes on takes
+        every step as the one before it would have."""
+        if self.position.step >= self.total_steps:
+            return
         batch = self.task.silent(self.examples[0]).to(self.group.device)
-        step = Step(self.model, self.group, self.spec.training.seed, 0, 1.0, 1.0)
+        step = Step(self.model, self.group, self.spec.training.seed, 0, 1.0, 1.0, self.seat.in_rows)
         with step.using(batch):
             self.task.loss(self.model, batch)
+
+    def leave_if_asked(self) -> None:
+        """Raises Stopped, the checkpoint saved, where any rank was asked to stop."""
+        if self.group.any(self.should_stop):
+            self._save_and_stop()
+
+    def took(self, batch: StepBatch, outcome: StepOutcome) -> None:
+        """After a step: what is told of it, and the evaluation and checkpoint that are due.
+
+        Raises:
+            Stopped: a stop was asked for during the evaluation; the checkpoint is saved.
+        """
+        self._advance(batch, outcome)
+        self._report(outcome)
+        step = self.position.step
+        is_last = step == self.total_steps
+        try:
+            if is_last or evaluates_at(step, self.steps_per_epoch, self.spec.training):
+                self.evaluate()
+        except Stopped:
+            self._save_and_stop()
+        if is_last or saves_at(step, self.steps_per_epoch, self.spec.training):
+            self.save()
 
     def take_step(self, batch: StepBatch) -> StepOutcome:
         """Forward, backward and update over one global batch; nothing is changed where the loss is not
@@ -134,6 +160,11 @@ class Training:
         Raises:
             NotFiniteError: the loss or the gradients are not finite.
         """
+        ready = self.prepare(batch)
+        return self.complete(ready, self.task.backward(ready.step, ready.batches))
+
+    def prepare(self, batch: StepBatch) -> Ready:
+        """All of a step before its backward: rows on the device, the rate, no gradient."""
         step = batch.step + 1
         torch.manual_seed(_mixed(self.spec.training.seed, step, self.group.rank))
         parts = [[self.examples[row] for row in rows] for rows in batch.micro]
@@ -147,10 +178,23 @@ class Training:
                 float(sum(len(example.input_ids) for part in parts for example in part)),
             ]
         )
-        self.optimizer.set_learning_rate(ADAPTER, learning_rate(step, self.total_steps, self.spec.training))
-        self.optimizer.zero_grad()
-        this = Step(self.model, self.group, self.spec.training.seed, step, targets, self.scale.value)
-        mine = self.task.backward(this, [one.to(self.group.device) for one in batches])
+        rate = learning_rate(step, self.total_steps, self.spec.training)
+        self.optimizer.set_learning_rate(self.seat.adapter, rate)
+        self.optimizer.zero_grad(self.own)
+        seed, scale = self.spec.training.seed, self.scale.value
+        this = Step(self.model, self.group, seed, step, targets, scale, self.seat.in_rows)
+        return Ready(this, [one.to(self.group.device) for one in batches], tokens)
+
+    def complete(self, ready: Ready, mine: float) -> StepOutcome:
+        """All of a step after its backward.
+
+        Args:
+            mine: the summed loss of this rank's part.
+
+        Raises:
+            NotFiniteError: the loss or the gradients are not finite.
+        """
+        step, targets = ready.step.number, ready.step.targets
         loss = self.group.sum([mine])[0] / max(1.0, targets)
         if not math.isfinite(loss):
             raise self._not_finite("loss", loss, step)
@@ -159,13 +203,14 @@ class Training:
         self.scale.update(overflowed)
         if overflowed and (not self.scale.enabled or self.scale.is_exhausted):
             raise self._not_finite("gradient", norm, step)
-        return StepOutcome(loss, norm, targets, tokens)
+        return StepOutcome(loss, norm, targets, ready.tokens)
 
     def evaluate(self) -> None:
         """Measures `eval_loss` on the held-out rows, keeps it in the position and reports it."""
         if not self.evaluation.used:
             return
-        metrics = self.evaluation.loss_only(self.model)
+        with self.seat.active():
+            metrics = self.evaluation.loss_only(self.model)
         self.position = replace(self.position, metrics=metrics, evaluated_at=self.position.step)
         self._emit("eval", step=self.position.step, metrics=metrics)
         self._throughput.pause_ended()
@@ -174,7 +219,7 @@ class Training:
         """Commits a checkpoint of this step and prunes older ones."""
         if self.saved_step == self.position.step:
             return
-        state = self.optimizer.whole_state() | self.controllers.state() | raw_tensors(self.model, ADAPTER)
+        state = self._optimizer_state() | self.controllers.state() | raw_tensors(self.seat)
         url = write_checkpoint(
             self.request.run_dir,
             replace(self.position, loss_scale=self.scale.value, scale_good_steps=self.scale.good_steps),
@@ -184,9 +229,21 @@ class Training:
         )
         if self.group.is_first:
             self._prune()
-        self.saved_step = self.position.step
+        self.saved_step, self.saved_url = self.position.step, url
         self._emit("checkpoint", step=self.position.step, path=url)
         self._throughput.pause_ended()
+
+    def _optimizer_state(self) -> dict[str, Tensor]:
+        """By the names of a run alone."""
+        prefix = f"{self.seat.adapter}/"
+        state = self.optimizer.whole_state(self.own)
+        return {f"{ADAPTER}/{name.removeprefix(prefix)}": tensor for name, tensor in state.items()}
+
+    def load_optimizer_state(self, state: Mapping[str, Tensor]) -> None:
+        """Takes back what a checkpoint holds of it; each rank takes what it owns."""
+        prefix, own = f"{ADAPTER}/", f"{self.seat.adapter}/"
+        named = {f"{own}{name.removeprefix(prefix)}": tensor for name, tensor in state.items()}
+        self.optimizer.load_whole_state(named, self.own)
 
     def _prune(self) -> None:
         """What cannot be deleted now costs room and nothing else: the next checkpoint tries again."""
@@ -196,7 +253,8 @@ class Training:
         except StorageError as error:
             self._emit("warning", message=f"older checkpoints were not all deleted: {error}")
 
-    def _batches(self) -> Any:
+    def batches(self) -> Iterator[StepBatch]:
+        """This rank's part of each step that is to come."""
         training, plan = self.spec.training, self.plan
         return steps(
             len(self.examples),
@@ -213,15 +271,16 @@ class Training:
     def _update(self, step: int) -> float:
         """Sums the gradients over the ranks and steps; returns their norm, which is not finite where nothing was
         changed."""
-        extra = self.model.extra_loss()  # type: ignore[operator]
+        with self.seat.serving():
+            extra = self.model.extra_loss()  # type: ignore[operator]
         if extra is not None:  # of the model, not of its rows: each rank brings its part
             (extra * (self.scale.value / self.group.size)).backward()
-        self.optimizer.reduce(keep_whole=self.controllers.are_there)
+        self.optimizer.reduce(keep_whole=self.controllers.are_there, names=self.own)
         scale = self.scale.value
         if self.controllers.are_there:
             self.controllers.after_backward(step, scale)
             scale = 1.0
-        norm = self.optimizer.step(scale)[ADAPTER]
+        norm = self.optimizer.step(scale, self.own)[self.seat.adapter]
         if math.isfinite(norm):
             self.controllers.after_step(step)
         return norm

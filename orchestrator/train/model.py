@@ -23,10 +23,11 @@ from peft_dist.catalog import config_class
 from peft_dist.contract import Method
 from peft_dist.errors import PeftDistError
 from peft_dist.loading import load_base
+from peft_dist.model import TASK_CLASSES
 from peft_dist.sharding import is_partitioned
 
-from .evaluate import ADAPTER
 from .group import Group
+from .seat import ADAPTER, Seat
 from .starts import Samples, prepare_base, start_adapter
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -114,7 +115,7 @@ def build_model(
     total_steps: int,
     samples: Samples,
 ) -> nn.Module:
-    """The base with the run's adapter, in train mode, gradient checkpointing as planned.
+    """The base with the run's adapter alone, in train mode, gradient checkpointing as planned.
 
     Args:
         total_steps: of the run, for methods that have a schedule of their own.
@@ -131,6 +132,42 @@ def build_model(
         model = _fresh(spec, base, total_steps, samples)
     else:
         model = _continued(spec, base, init_from)
+    _made_ready(spec, model, base, group)
+    return model
+
+
+def bare_model(spec: JobSpec, base: nn.Module) -> nn.Module:
+    """The base with no adapter yet, of the class that adapters of the job's task stand on; frozen."""
+    return TASK_CLASSES.get(task_type(spec), peft_dist.PeftModel)(base, None)
+
+
+def seat_on(
+    request: TrainRequest,
+    model: nn.Module,
+    adapter: str,
+    group: Group,
+    init_from: Path | None,
+    total_steps: int,
+    samples: Samples,
+) -> Seat:
+    """A further adapter beside those of other runs: the one that `build_model` would have made, under another name.
+
+    Raises:
+        SpecError, ModelError: as `build_model`; the model is as it was.
+    """
+    spec, on = request.spec, Seat(model, adapter, is_shared=True)
+    base = model.get_base_model()  # type: ignore[operator]
+    torch.manual_seed(spec.training.seed)
+    if init_from is None:
+        _fresh(spec, base, total_steps, samples, on)
+    else:
+        _continued(spec, base, init_from, on)
+    model.set_requires_grad(list(model.peft_config), True)  # type: ignore[operator, arg-type]
+    _made_ready(spec, model, base, group)
+    return on
+
+
+def _made_ready(spec: JobSpec, model: nn.Module, base: nn.Module, group: Group) -> None:
     _move_adapter(model, torch.device(group.device))
     model.train()
     num_parameters = sum(num_elements(parameter) for parameter in base.parameters())
@@ -139,7 +176,6 @@ def build_model(
     ):
         recompute: Any = base.gradient_checkpointing_enable
         recompute(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return model
 
 
 def _move_adapter(model: nn.Module, device: torch.device) -> None:
@@ -149,12 +185,9 @@ def _move_adapter(model: nn.Module, device: torch.device) -> None:
             tensor.data = tensor.data.to(device)
 
 
-def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that are trained, by name."""
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
-def _fresh(spec: JobSpec, base: nn.Module, total_steps: int, samples: Samples) -> nn.Module:
+def _fresh(
+    spec: JobSpec, base: nn.Module, total_steps: int, samples: Samples, on: Seat | None = None
+) -> nn.Module:
     fields = peft_config(spec.adapter, task_type(spec), total_steps=total_steps)
     if looks_ahead(spec.adapter.type):
         fields.setdefault("hidden_size", base.config.hidden_size)  # type: ignore[union-attr]
@@ -162,8 +195,13 @@ def _fresh(spec: JobSpec, base: nn.Module, total_steps: int, samples: Samples) -
         config = config_class(spec.adapter.type.upper())(**fields)
         _train_what_begins_anew(base, config)
         prepare_base(base, config, samples)
+        if on is not None:
+            on.model.add_adapter(on.adapter, config)  # type: ignore[operator]
+            with on.active():
+                start_adapter(on.model, config, samples, on.adapter)
+            return on.model
         model = peft_dist.get_peft_model(base, config, adapter_name=ADAPTER)
-        start_adapter(model, config, samples)
+        start_adapter(model, config, samples, ADAPTER)
         return model
     except PeftDistError as error:
         raise SpecError(str(error), where="adapter") from error
@@ -178,19 +216,28 @@ def _train_what_begins_anew(base: Any, config: Any) -> None:
         config.modules_to_save = [*saved, *sorted(fresh - set(saved))]
 
 
-def _continued(spec: JobSpec, base: nn.Module, folder: Path) -> nn.Module:
+def _continued(spec: JobSpec, base: nn.Module, folder: Path, on: Seat | None = None) -> nn.Module:
+    name = ADAPTER if on is None else on.adapter
+    model: Any
     try:
-        model = peft_dist.PeftModel.from_pretrained(
-            base, str(folder), adapter_name=ADAPTER, is_trainable=True
-        )
+        if on is None:
+            model = peft_dist.PeftModel.from_pretrained(
+                base, str(folder), adapter_name=name, is_trainable=True
+            )
+        else:
+            model = on.model
+            model.load_adapter(str(folder), name, is_trainable=True)
     except (PeftDistError, OSError) as error:
         raise ModelError(
             f"the adapter does not fit the base '{spec.model.base_model}': {first_line(error)}",
             where=f"adapter.init_from: {spec.adapter.init_from}",
             hint="Name an adapter that was trained on this base.",
         ) from error
-    found = str(getattr(model.peft_config[ADAPTER].peft_type, "value", model.peft_config[ADAPTER].peft_type))
+    kind = model.peft_config[name].peft_type
+    found = str(getattr(kind, "value", kind))
     if found.lower() != spec.adapter.type.lower():
+        if on is not None:
+            model.delete_adapter(name)
         raise ModelError(
             f"the adapter is of type '{found.lower()}', adapter.type says '{spec.adapter.type}'.",
             where=f"adapter.init_from: {spec.adapter.init_from}",

@@ -7,29 +7,28 @@ VB-LoRA may keep only its largest weights, OSF the change of a weight. A run goe
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from peft_dist.contract import Method
 from peft_dist.sharding import is_partitioned, set_whole, whole
 
+from .seat import Seat
+
 _PREFIX = "tensor/"
 
 
-def raw_tensors(model: nn.Module, adapter: str) -> dict[str, Tensor]:
-    """Every trained tensor by its name in the model, where the adapter's method has a saved form of its own or acts
+def raw_tensors(seat: Seat) -> dict[str, Tensor]:
+    """Every trained tensor by its name in a run alone, where the adapter's method has a saved form of its own or acts
     on the adapter as a whole; else nothing. A collective where some rest in pieces."""
-    owner: Any = model
-    config = owner.peft_config[adapter]
+    config = seat.config
     exports = isinstance(config, Method) and type(config).export is not Method.export
-    if not exports and adapter not in getattr(owner.base_model, "controllers", {}):
+    if not exports and seat.controller() is None:
         return {}
     return {
         f"{_PREFIX}{name}": whole(parameter) if is_partitioned(parameter) else parameter.detach()
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad
+        for name, parameter in seat.trained().items()
     }
 
 
@@ -38,10 +37,10 @@ def are_in(state: Mapping[str, Tensor]) -> bool:
     return any(name.startswith(_PREFIX) for name in state)
 
 
-def restore(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Takes them back into a model with a fresh adapter of the same config."""
+def restore(seat: Seat, state: Mapping[str, Tensor]) -> None:
+    """Takes them back into a fresh adapter of the same config."""
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for name, parameter in seat.trained().items():
             if (saved := state.get(f"{_PREFIX}{name}")) is not None:
                 set_whole(parameter, saved)
 

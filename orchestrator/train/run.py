@@ -9,13 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator import objects
-from orchestrator.chat_template import NO_TEMPLATE
 from orchestrator.errors import ModelError, TrainingError
 from orchestrator.runner import TrainRequest
 from orchestrator.spec.tasks import measured_metrics
 from peft_dist.errors import BaseModelError, PeftDistError
-from peft_dist.loading import load_config
-from peft_dist.optim import AdapterOptimizer, Hyper
+from peft_dist.optim import Hyper
 
 from . import raw_tensors
 from .batches import num_steps
@@ -23,6 +21,7 @@ from .checkpoint import (
     Checkpoint,
     Position,
     at_step,
+    at_url,
     clean_folders,
     local_copy,
     named,
@@ -31,19 +30,18 @@ from .checkpoint import (
     seal,
 )
 from .controllers import without_controllers
-from .data import Examples, load_examples
-from .evaluate import ADAPTER, Evaluation, Stopped, compare
-from .events import Reporter
+from .data import Examples
+from .evaluate import Evaluation, Stopped, compare, measure_base
+from .events import Told
+from .ground import Emit, Ground
 from .group import Group
-from .inspection import max_positions
 from .loop import Training
-from .model import build_model, load_frozen_base, trainable
+from .model import bare_model, build_model, seat_on
+from .seat import Seat
 from .starts import ROWS
 from .task_file import check_labels, read_task_file, write_task_file
 from .task_ids import task_numbers
 from .tasks import Batch, Row, task_class
-from .tasks.task import pad_id
-from .tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -61,7 +59,7 @@ class RunEnd:
 
 
 def train(
-    request: TrainRequest, *, device: str = "cpu", precision: str = "fp32", reporter: Reporter | None = None
+    request: TrainRequest, *, device: str = "cpu", precision: str = "fp32", reporter: Told | None = None
 ) -> RunEnd:
     """Trains on this rank, from the last good checkpoint where there is one.
 
@@ -75,7 +73,9 @@ def train(
     """
     try:
         with tempfile.TemporaryDirectory(prefix="raypeft-") as scratch:
-            return _Run(request, Group(device), precision, reporter, Path(scratch)).finish()
+            group = Group(device)
+            ground = Ground(request, group, precision, telling(reporter, group))
+            return Run(request, ground, reporter, Path(scratch)).finish()
     except BaseModelError as error:
         raise ModelError(str(error), where="model.base_model") from error
     except PeftDistError as error:
@@ -94,50 +94,58 @@ def question_of(rows: Sequence[Any]) -> str | None:
     return asked[-1] if asked else None
 
 
-class _Run:
-    """The parts of one run on this rank."""
+def telling(reporter: Told | None, group: Group) -> Emit:
+    """A way to tell events that only rank 0's are heard of."""
+
+    def emit(kind: str, **fields: Any) -> None:
+        if reporter is not None and group.is_first:
+            reporter.emit(kind, **fields)
+
+    return emit
+
+
+class Run:
+    """One run on this rank, from its newest checkpoint to its end.
+
+    Args:
+        ground: what it may share with others.
+        scratch: a local directory of its own.
+        adapter: its adapter's name on a base that others stand on too; None where it has the base for itself.
+        from_checkpoint: URL of another run's checkpoint, to go on from where this one has none.
+
+    Attributes:
+        training: to be run to its last step before `conclude`.
+    """
 
     def __init__(
-        self, request: TrainRequest, group: Group, precision: str, reporter: Reporter | None, scratch: Path
+        self,
+        request: TrainRequest,
+        ground: Ground,
+        reporter: Told | None,
+        scratch: Path,
+        adapter: str | None = None,
+        from_checkpoint: str | None = None,
     ) -> None:
-        self.request, self.spec, self.group = request, request.spec, group
-        self.precision, self.reporter, self.scratch = precision, reporter, scratch
-        self.tokenizer = load_tokenizer(self.spec.model)
-        has_template = bool(self.tokenizer.chat_template)
-        model = self.spec.model
-        config = load_config(
-            model.base_model, revision=model.revision, trust_remote_code=model.trust_remote_code
-        )
-        positions = max_positions(config.to_dict(), self.spec)
-        self.examples: Examples = load_examples(self.spec, self.tokenizer, max_len=positions)
-        self._emit("state", state="starting", message=self.examples.report.sentence())
-        if not has_template and any(each.type == "chat" for each in self.spec.data.datasets):
-            self._emit("warning", message=NO_TEMPLATE)
+        self.request, self.spec, self.group = request, request.spec, ground.group
+        self.ground, self.reporter, self.scratch = ground, reporter, scratch
+        self.tokenizer, self._emit = ground.tokenizer, telling(reporter, ground.group)
+        group = ground.group
+        self.examples: Examples = ground.examples_of(self.spec)
         kind = task_class(self.spec)
-        labels = self.examples.facts.labels if kind.has_labels else None
-        is_sharded = request.plan.zero_stage == 3 and group.is_distributed
-        base = load_frozen_base(
-            self.spec,
-            precision,
-            group.device,
-            labels=labels,
-            pad_token_id=pad_id(self.tokenizer),
-            shards=request.plan.deepspeed if is_sharded else None,
-        )
-        checkpoint = self._newest()
+        checkpoint = self._newest() or self._given(from_checkpoint)
         state = checkpoint.optimizer_state() if checkpoint else {}
         is_raw = raw_tensors.are_in(state)
         source = None if is_raw else self._source(checkpoint)
-        self.model = build_model(request, base, group, source, self._total_steps(), self._samples)
+        self.seat = self._seat(adapter, source)
         if is_raw:
-            raw_tensors.restore(self.model, state)
+            raw_tensors.restore(self.seat, state)
         numbered = task_numbers(self.spec.adapter) is not None
         measured = kind(self.tokenizer, self.examples.facts, takes_task_ids=numbered)
         self.task = kind(
             self.tokenizer,
             self.examples.facts,
             takes_task_ids=numbered,
-            method=self.model.peft_config[ADAPTER],  # type: ignore[union-attr,index]
+            method=self.seat.config,
         )
         self.evaluation = Evaluation(
             rows=self.examples.evaluation,
@@ -146,10 +154,18 @@ class _Run:
             group=group,
             spec=self.spec.eval,
             metrics=measured_metrics(self.spec),
-            is_sharded=is_sharded,
+            is_sharded=ground.is_sharded,
             should_stop=lambda: reporter is not None and reporter.stop_requested,
         )
         self.training = self._training(checkpoint, state)
+
+    def _seat(self, adapter: str | None, source: Path | None) -> Seat:
+        request, ground, group, steps = self.request, self.ground, self.group, self._total_steps()
+        if adapter is None:
+            return Seat(build_model(request, ground.base, group, source, steps, self._samples))
+        if ground.model is None:
+            ground.model = bare_model(self.spec, ground.base)
+        return seat_on(request, ground.model, adapter, group, source, steps, self._samples)
 
     def _samples(self) -> list[Batch]:
         """The first training rows, for starts that look at them."""
@@ -173,18 +189,31 @@ class _Run:
     def finish(self) -> RunEnd:
         """Trains, evaluates and leaves the final adapter in the run's folder."""
         training = self.training
+        self.announce()
         try:
-            if training.position.step < training.total_steps:
-                message = f"training from step {training.position.step} to {training.total_steps}"
-                self._emit("state", state="training", message=message)
             training.run()
-            metrics = self._measure()
+            return self.conclude()
         except Stopped:
             return RunEnd(steps=training.position.step, is_stopped=True)
+
+    def announce(self) -> None:
+        """Says from which step to which it trains."""
+        training = self.training
+        if training.position.step < training.total_steps:
+            message = f"training from step {training.position.step} to {training.total_steps}"
+            self._emit("state", state="training", message=message)
+
+    def conclude(self) -> RunEnd:
+        """After the last step: evaluates, and leaves the final adapter in the run's folder.
+
+        Raises:
+            Stopped: a stop was asked for; the checkpoint is there.
+        """
+        metrics = self._measure()
         self._emit("state", state="saving", message="writing the final adapter")
         final = self._save_final()
         return RunEnd(
-            training.position.step,
+            self.training.position.step,
             metrics=metrics,
             adapter_dir=final,
             train_rows=self._write_hashes("train_rows.txt", self.examples.train),
@@ -194,20 +223,18 @@ class _Run:
 
     def _training(self, checkpoint: Checkpoint | None, state: dict[str, Any]) -> Training:
         spec = self.spec.training
-        optimizer = AdapterOptimizer(stage=self.request.plan.zero_stage)  # type: ignore[arg-type]
+        optimizer, seat = self.ground.optimizer, self.seat
         hyper = Hyper(
             learning_rate=spec.learning_rate,
             optimizer=spec.optimizer,
             weight_decay=spec.weight_decay,
             max_grad_norm=spec.max_grad_norm,
         )
-        optimizer.add(ADAPTER, trainable(self.model), hyper)
-        if checkpoint is not None:
-            optimizer.load_whole_state(without_controllers(raw_tensors.without(state)))
+        optimizer.add(seat.adapter, seat.trained(), hyper)
         position = checkpoint.position if checkpoint else Position(step=0, epoch=0, seed=spec.seed)
         training = Training(
             self.request,
-            self.model,
+            seat,
             optimizer,
             self.task,
             self.examples.train,
@@ -215,14 +242,16 @@ class _Run:
             self.group,
             position,
             save_adapter=self._save_adapter,
-            precision=self.precision,
+            precision=self.ground.precision,
             reporter=self.reporter,
         )
+        if checkpoint is not None:
+            training.load_optimizer_state(without_controllers(raw_tensors.without(state)))
         training.controllers.load_state(state)
         return training
 
     def _save_adapter(self, folder: str) -> None:
-        self.model.save_pretrained(folder)  # type: ignore[operator]
+        self.seat.save(folder)
         if self.group.is_first:
             write_task_file(Path(folder), self.spec, self.examples.facts)
 
@@ -241,6 +270,14 @@ class _Run:
         self._emit("state", state="starting", message=f"going on from the checkpoint at step {step}")
         return found or at_step(self.request.run_dir, step, self.scratch)
 
+    def _given(self, url: str | None) -> Checkpoint | None:
+        """Another run's checkpoint.
+
+        Raises:
+            ModelError: it is damaged.
+        """
+        return None if url is None else at_url(url, self.scratch)
+
     def _source(self, checkpoint: Checkpoint | None) -> Path | None:
         if checkpoint is not None:
             return checkpoint.adapter_dir
@@ -258,10 +295,20 @@ class _Run:
             return found
         self._emit("state", state="evaluating", message=self._evaluating())
         known = position.metrics.get("eval_loss") if position.evaluated_at == position.step else None
-        found |= self.evaluation.measure(self.model, known)
-        found |= compare(self.evaluation, self.model, dict(self._comparable()))
+        with self.seat.active():
+            found |= self.evaluation.measure(self.seat.model, known)
+            found |= self._of_the_base()
+            found |= compare(self.evaluation, self.seat.model, dict(self._comparable()), self.seat.adapter)
         self._emit("eval", step=position.step, metrics=found)
         return found
+
+    def _of_the_base(self) -> dict[str, float]:
+        """What an earlier run has measured of the bare base over the same rows is not measured again."""
+        used = self.evaluation
+        key = (tuple(row.row_hash for row in used.used), used.batch_size, used.spec, used.metrics)
+        if key not in self.ground.bare:
+            self.ground.bare[key] = measure_base(used, self.seat.model)
+        return self.ground.bare[key]
 
     def _comparable(self) -> Iterator[tuple[str, str]]:
         """Label and local folder of each adapter to compare with; one of other labels has no common measure."""
@@ -296,7 +343,3 @@ class _Run:
             content = "".join(f"{row.row_hash}\n" for row in rows).encode()
             objects.persistently(lambda: objects.write(url, content))
         return url
-
-    def _emit(self, kind: str, **fields: Any) -> None:
-        if self.reporter is not None and self.group.is_first:
-            self.reporter.emit(kind, **fields)

@@ -36,9 +36,11 @@ def prepare_base(base: nn.Module, config: Any, samples: Samples) -> None:
     preprocess_corda(base, config, run)
 
 
-def start_adapter(model: nn.Module, config: Any, samples: Samples) -> None:
-    """Once the adapter is there, before it is trained."""
+def start_adapter(model: nn.Module, config: Any, samples: Samples, adapter: str) -> None:
+    """Once the adapter is there and the active one, before it is trained."""
     if getattr(config, "init_lora_weights", None) != "eva":
         return
     batches = [batch.inputs for batch in samples()]
-    initialize_lora_eva_weights(model, batches, gather_distributed_inputs=False, show_progress_bar=False)
+    initialize_lora_eva_weights(
+        model, batches, adapter_name=adapter, gather_distributed_inputs=False, show_progress_bar=False
+    )

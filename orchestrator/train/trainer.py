@@ -6,6 +6,7 @@ import functools
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, cast
 
@@ -37,11 +38,18 @@ _NOT_NEEDED = (
 )
 
 
+Work = Callable[[TrainRequest, Any, str], dict[str, Any]]
+
+
 class Trainer(TorchTrainer):
     """A TorchTrainer from a plan. It keeps its controller's handle, to end a group that does not leave by
-    itself."""
+    itself.
 
-    def __init__(self, request: TrainRequest, mailbox: Any) -> None:
+    Args:
+        work: what each worker does.
+    """
+
+    def __init__(self, request: TrainRequest, mailbox: Any, work: Work = run_worker) -> None:
         plan = request.plan
         self._controller: Any = None
         # Ray Train insists on storage of its own, and puts nothing there: checkpoints are ours
@@ -50,7 +58,7 @@ class Trainer(TorchTrainer):
         fence = objects.persistently(request.fence.advanced) if request.fence else None
         told = replace(request, secrets={}, fence=fence)
         super().__init__(
-            cast(Any, functools.partial(run_worker, told, mailbox, os.getcwd())),
+            cast(Any, functools.partial(work, told, mailbox, os.getcwd())),
             torch_config=cast(Any, MeetingConfig()),
             scaling_config=ScalingConfig(
                 num_workers=plan.num_workers,

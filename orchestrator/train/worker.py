@@ -31,11 +31,12 @@ if TYPE_CHECKING:
     import torch
     import torch.distributed as dist
 
-    from orchestrator.train import run
+    from orchestrator.train import run, warm_worker
 else:
     torch = lazy("torch")
     dist = lazy("torch.distributed")
     run = lazy("orchestrator.train.run")
+    warm_worker = lazy("orchestrator.train.warm_worker")
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 """How long a rank waits for the others before it gives up. A rank that fails ends its group sooner."""
@@ -49,6 +50,29 @@ def run_worker(request: TrainRequest, mailbox: Any, folder: str) -> dict[str, An
         mailbox: the actor of `events.Mailbox`.
         folder: the driver's working directory, where relative paths start.
     """
+    return _at_work(mailbox, folder, lambda reporter: asdict(_train(request, reporter)))
+
+
+def run_warm_worker(
+    request: TrainRequest, mailbox: Any, folder: str, *, way: str = "auto", max_trials: int | None = None
+) -> dict[str, Any]:
+    """One worker of a group on whose base runs come and go, until it is told to end.
+
+    Args:
+        request: of whose spec and plan the base, the data and the workers are; it starts no run.
+        way, max_trials: as `warm_worker.serve`.
+    """
+
+    def work(reporter: Reporter) -> dict[str, Any]:
+        device, precision = _meet(request, reporter)
+        return warm_worker.serve(
+            request, mailbox, reporter, device=device, precision=precision, way=way, max_trials=max_trials
+        )
+
+    return _at_work(mailbox, folder, work)
+
+
+def _at_work(mailbox: Any, folder: str, work: Callable[[Reporter], dict[str, Any]]) -> dict[str, Any]:
     secrets: Mapping[str, str] = ray.get(mailbox.secrets.remote())
     os.environ.update(secrets)
     if os.path.isdir(folder):
@@ -63,7 +87,7 @@ def run_worker(request: TrainRequest, mailbox: Any, folder: str) -> dict[str, An
     preemption.when_asked(reporter.request_stop)
     with contextlib.closing(reporter), captured(_log_to(reporter, rank), secrets.values()):
         try:
-            return asdict(_train(request, reporter))
+            return work(reporter)
         except BaseException:
             traceback.print_exc()
             raise
@@ -115,6 +139,15 @@ def join(own: RankFacts) -> list[RankFacts]:
 
 
 def _train(request: TrainRequest, reporter: Reporter) -> Any:
+    device, precision = _meet(request, reporter)
+    end = run.train(request, device=device, precision=precision, reporter=reporter)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return end
+
+
+def _meet(request: TrainRequest, reporter: Reporter) -> tuple[str, str]:
+    """Joins the others; (this worker's device, the precision of all)."""
     own = rank_facts()
     # DeepSpeed and others read these names
     names = {
@@ -135,10 +168,7 @@ def _train(request: TrainRequest, reporter: Reporter) -> Any:
         backend = f" over {dist.get_backend()}" if dist.is_initialized() else ""
         message = f"{own.world_size} worker(s) on {device.partition(':')[0]}{backend}, {precision}"
         reporter.emit("state", state="starting", message=message)
-    end = run.train(request, device=device, precision=precision, reporter=reporter)
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    return end
+    return device, precision
 
 
 def _facts(stored: bytes) -> RankFacts:

@@ -11,14 +11,14 @@ from torch import Tensor
 
 from peft_dist.base_layer import Layer
 from peft_dist.contract import Params, SiteMethod
-from peft_dist.rows import drop, stream
+from peft_dist.rows import drop
 
 
 class Entrance:
     """How x enters an adapter's branch of a module: in the adapter's dtype, dropped out while training."""
 
-    def __init__(self, module: Any, samples: Tensor | None = None) -> None:
-        self.module, self.samples = module, samples
+    def __init__(self, module: Any, samples: Tensor | None = None, adapter: str | None = None) -> None:
+        self.module, self.samples, self.adapter = module, samples, adapter
 
     def drops(self, method: SiteMethod) -> bool:
         return self.module.training and method.dropout > 0
@@ -37,8 +37,8 @@ class Entrance:
                 return F.dropout(x, method.dropout)
             rows = self.module._current.rows
             assert rows is not None
-            key = stream(rows.seed, rows.step, self.module._site_name)
-            padding = self.module._current.padding_of(self.samples)
+            key = rows.stream_of(self.adapter, self.module._site_name)
+            padding = self.module._current.padding_of(self.samples, self.adapter)
             return drop(x, method.dropout, self.samples, key, padding)
 
         return enter

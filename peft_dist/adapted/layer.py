@@ -206,7 +206,7 @@ class Adapted(AdapterModule):
         """One choice of adapters for all rows of x."""
         if not names:
             return self.base(x)
-        entrance = Entrance(self, samples)
+        entrance = Entrance(self, samples, names[0])
         if len(names) == 1:
             return self._through(names[0], entrance, x)
         levels = self.levels(names)
@@ -309,8 +309,8 @@ class Adapted(AdapterModule):
         xs = split.sorted(split.x)
         samples = split.rows.samples
         entrances = [
-            Entrance(self, None if samples is None else split.sorted(samples)[start:stop])
-            for _, start, stop in parts
+            Entrance(self, None if samples is None else split.sorted(samples)[start:stop], _first(levels))
+            for levels, start, stop in parts
         ]
         added = self._stacked(xs, parts, entrances)
         if added is None:
@@ -374,7 +374,8 @@ class Adapted(AdapterModule):
         ys = split.sorted(y if split.length is None else y.unflatten(0, (-1, split.length)))
         given = []
         for (levels, start, stop), part_inputs in zip(parts, inputs, strict=True):
-            entrance = Entrance(self, None if samples is None else split.sorted(samples)[start:stop])
+            mine = None if samples is None else split.sorted(samples)[start:stop]
+            entrance = Entrance(self, mine, _first(levels))
             given.append(up(levels, part_inputs, ys[start:stop], entrance))
         return split.restored(split.unsorted(torch.cat(given)))
 
@@ -403,6 +404,10 @@ def _substituted(
 def _part_of(value: Any, stretch: Stretch) -> Any:
     """A tensor of tokens (T, ...) cut to a stretch; anything else as it is."""
     return value[stretch.start : stretch.stop] if isinstance(value, Tensor) else value
+
+
+def _first(levels: Sequence[Level]) -> str | None:
+    return levels[0].name if levels else None
 
 
 @functools.cache

@@ -16,7 +16,7 @@ from peft_dist.errors import AdapterError, RowsError
 from peft_dist.layer_api import LayerApi
 from peft_dist.made import makes
 from peft_dist.pool import AdapterPool, PooledModule
-from peft_dist.rows import BASE, Current, Rows, stream, uniform
+from peft_dist.rows import BASE, Current, Rows, uniform
 from peft_dist.sharding import is_partitioned, reach, set_whole, whole, whole_shape
 
 
@@ -159,7 +159,7 @@ class AdapterModule(LayerApi, PooledModule):
             method.check_training(p, self.base.site)
         if self.training and type(method).draws is not Method.draws:
             for name, draw in method.draws(self.base.site).items():
-                p[name] = self._drawn(name, draw, method, p, rows, start, stop)
+                p[name] = self._drawn(adapter, name, draw, p, rows, start, stop)
         if type(method).gradient is not Method.gradient and torch.is_grad_enabled():
             p = {name: _projected(method, name, t, p) for name, t in p.items()}
         return p
@@ -209,9 +209,9 @@ class AdapterModule(LayerApi, PooledModule):
 
     def _drawn(
         self,
+        adapter: str,
         name: str,
         draw: Draw,
-        method: Method,
         p: Params,
         rows: Rows | None,
         start: int,
@@ -221,9 +221,9 @@ class AdapterModule(LayerApi, PooledModule):
         tensor = next(iter(p.values()))
         if rows is None or rows.samples is None:
             # What a method reads has an entry for each sequence.
-            num = () if draw.each == "step" else (len(p[method.reads[0]]),)
+            num = () if draw.each == "step" else (len(p[self.methods[adapter].reads[0]]),)
             return torch.rand(*num, *draw.shape, device=tensor.device)
-        key = stream(rows.seed, rows.step, f"{self._site_name}.{name}")
+        key = rows.stream_of(adapter, f"{self._site_name}.{name}")
         samples = rows.samples.to(tensor.device)
         if draw.each == "step":
             return uniform(draw.shape, samples.new_zeros(1), key)[0]

@@ -99,6 +99,8 @@ class Step:
     """Of all ranks and micro-batches."""
     scale: float
     """What an fp16 loss is multiplied with."""
+    adapter: str | None = None
+    """What its rows name, where runs share the model."""
 
     @property
     def factor(self) -> float:
@@ -107,7 +109,8 @@ class Step:
 
     def using(self, batch: Batch) -> AbstractContextManager[None]:
         """Within the context the dropout of a sequence follows from the seed, the step and its number."""
-        rows = Rows(samples=torch.tensor(batch.samples), seed=self.seed, step=self.number)
+        adapters = None if self.adapter is None else [self.adapter] * len(batch.samples)
+        rows = Rows(adapters, torch.tensor(batch.samples), seed=self.seed, step=self.number)
         return self.model.using(rows)  # type: ignore[operator]
 
 

@@ -1,0 +1,67 @@
+"""Which jobs may stand on one base at once: from their specs and the base's config alone, without torch or Ray."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from orchestrator.spec.job import JobSpec
+from orchestrator.spec.tasks import TASKS
+from peft_dist.catalog import METHODS
+
+_OF_ITS_START = {
+    "loftq": "init_lora_weights: loftq puts another weight in the place of the base's",
+    "corda": "init_lora_weights: corda looks at the bare base before it is wrapped",
+}
+_HEADED = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
+_CAPACITY = ("switch_transformers", "nllb-moe")
+
+
+def unshareable(spec: JobSpec) -> str | None:
+    """Why a run of this job needs a base for itself, in a few words; None where others may stand on it too."""
+    if spec.training.base_dropout:
+        return "training.base_dropout: true draws the base's own dropout for the rows of a whole forward"
+    fields, row = spec.adapter.fields, METHODS.get(spec.adapter.type.upper())
+    if why := _OF_ITS_START.get(str(fields.get("init_lora_weights"))):
+        return why
+    if fields.get("layer_replication") is not None:
+        return "layer_replication makes the base's layers others"
+    if row is not None and row.tuner is not None:
+        return f"{spec.adapter.type} is given by hooks of its own, which change the base in place"
+    return None
+
+
+def unshareable_model(config: Mapping[str, Any]) -> str | None:
+    """Why runs on a base of this config would reach each other's rows; None where they do not."""
+    kind = str(config.get("model_type", ""))
+    if kind in _CAPACITY:
+        return f"the experts of {kind} take so many tokens of a batch and no more"
+    if config.get("output_router_logits"):
+        return "its router's balance loss is over all rows of a batch (output_router_logits)"
+    return None
+
+
+def base_key(spec: JobSpec, precision: str = "", zero_stage: int = 0) -> str:
+    """A digest of what runs on one base have in common; those of equal keys may share it.
+
+    Args:
+        precision: what `training.precision` came to, where that is known.
+        zero_stage: of the plan.
+    """
+    training = spec.training
+    kinds = [dataset.type for dataset in spec.data.datasets]
+    facts = {
+        "model": spec.model.model_dump(mode="json"),
+        "data": spec.data.model_dump(mode="json"),
+        "eval": spec.eval.model_dump(mode="json"),
+        "precision": precision or training.precision,
+        "gradient_checkpointing": training.gradient_checkpointing,
+        "resources": spec.resources.model_dump(mode="json"),
+        "zero_stage": zero_stage,
+        # a head that is not in the base's files begins from the seed
+        "head": training.seed if any(TASKS[kind].task in _HEADED for kind in kinds) else None,
+        "alone": spec.model_dump_json() if unshareable(spec) else None,
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
