@@ -14,6 +14,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from peft_dist.catalog import config_class
+
 from . import adapter_folder
 from .cluster import Cluster, ClusterFacts, check_storage
 from .errors import (
@@ -195,6 +197,14 @@ def _known_before(
     if unsaid := untold(spec, environment.cluster, storage=spec.storage.path):
         notes.append(unsaid)
     return facts, sizes, notes
+
+
+def task_to_ask(version: AdapterVersion) -> int | None:
+    """The task of a question from a job's own rows, whose first dataset is task 0 where its rows do not say; None for
+    an adapter that learned no several."""
+    raw, _ = read(join(version.url, adapter_folder.CONFIG))
+    reads = getattr(config_class(json.loads(raw)["peft_type"]), "reads", ())
+    return 0 if isinstance(reads, tuple) and "task_ids" in reads else None
 
 
 def served_task(version: AdapterVersion) -> str:

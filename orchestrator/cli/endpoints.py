@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import asdict
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -112,6 +112,9 @@ def ask(
         str | None,
         typer.Option(help="The text that answers the question, or the second of two texts to classify."),
     ] = None,
+    task_id: Annotated[
+        int | None, typer.Option(min=0, help="Which task, of an adapter that learned several.")
+    ] = None,
     url: Annotated[str | None, typer.Option(help="The endpoint's URL; found where not given.")] = None,
     cluster: ClusterOption = None,
     as_json: AsJson = False,
@@ -123,7 +126,7 @@ def ask(
 
     Out of a text: raypeft ask python-spans "What does it return?" --context "len(s): return the length of s"
     """
-    where = {"url": url, "cluster": cluster, "context": context}
+    where: dict[str, Any] = {"url": url, "cluster": cluster, "context": context, "task_id": task_id}
     if as_json:
         row = api.ask_head(model, question, **where)
         answer = row if row is not None else api.ask(model, question, max_tokens=max_tokens, **where)

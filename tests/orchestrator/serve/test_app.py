@@ -12,7 +12,7 @@ from tests.orchestrator.serve import tiny
 CHAT = [{"role": "user", "content": "What is a list?"}]
 
 
-def generated(base, prompt_ids, adapter=None, max_new_tokens=12):
+def generated(base, prompt_ids, adapter=None, max_new_tokens=12, **more):
     """Transformers' own greedy text after the prompt."""
     tokenizer = AutoTokenizer.from_pretrained(base)
     model = AutoModelForCausalLM.from_pretrained(base).eval()
@@ -20,7 +20,11 @@ def generated(base, prompt_ids, adapter=None, max_new_tokens=12):
         model = peft.PeftModel.from_pretrained(model, adapter).eval()
     ids = torch.tensor([prompt_ids])
     out = model.generate(
-        input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=max_new_tokens
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        **more,
     )
     return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
 
@@ -301,6 +305,49 @@ def test_a_damaged_adapter_is_refused_and_harms_nobody(served):
     assert answer.status_code >= 400 and "error" in answer.json()
     assert served.text("good@1") == expected
     assert served.text("tiny") == generated(served.base, prompt_ids(served.base))
+
+
+# tasks
+
+
+@pytest.mark.parametrize("method", ["poly", "multitask"])
+def test_a_request_names_its_task(served, method):
+    version = served.register("t", method)
+    served.deploy(version)
+    ids = prompt_ids(served.base)
+    wanted = [generated(served.base, ids, version.url, task_ids=torch.tensor([task])) for task in range(3)]
+    assert [served.text("t@1", task_id=task) for task in range(3)] == wanted
+    assert len(set(wanted)) > 1
+    chat = served.client.post(
+        "/v1/chat/completions", json={"model": "t@1", "messages": CHAT, "max_tokens": 4, "task_id": 1}
+    )
+    assert chat.status_code == 200
+
+
+def test_a_task_that_cannot_be_meant_is_a_400(served):
+    for name, method in (("t", "poly"), ("one", "one task"), ("plain", "lora")):
+        served.deploy(served.register(name, method))
+    said = {
+        ("t@1", None): (
+            "The model 't@1' learned 3 tasks: say by 'task_id', from 0 to 2, which is meant.",
+            "missing_required_parameter",
+        ),
+        ("t@1", 3): ("The model 't@1' learned 3 tasks, numbered from 0; 'task_id' is 3.", "invalid_value"),
+        ("t@1", -1): (None, "invalid_value"),
+        ("t@1", "1"): (None, "invalid_value"),
+        ("plain@1", 0): (
+            "The model 'plain@1' has no tasks to choose from. Leave 'task_id' out.",
+            "invalid_value",
+        ),
+        ("tiny", 0): ("The model 'tiny' has no tasks to choose from. Leave 'task_id' out.", "invalid_value"),
+    }
+    for (model, task), (message, code) in said.items():
+        answer = served.complete(model, **({} if task is None else {"task_id": task}))
+        assert answer.status_code == 400, (model, task)
+        error = answer.json()["error"]
+        assert (error["param"], error["code"]) == ("task_id", code), error
+        assert message is None or error["message"] == message
+    assert served.text("one@1") == served.text("one@1", task_id=0)
 
 
 # bad requests

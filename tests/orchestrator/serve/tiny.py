@@ -57,11 +57,24 @@ CONFIGS = {
     "prompt": lambda: peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5),
 }
 
+TASKED = {
+    "poly": lambda: peft.PolyConfig(
+        task_type="CAUSAL_LM", r=4, n_tasks=3, n_skills=3, target_modules=["q_proj", "v_proj", "down_proj"]
+    ),
+    "multitask": lambda: peft.MultitaskPromptTuningConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=5, num_tasks=3, num_ranks=2
+    ),
+    "one task": lambda: peft.PolyConfig(
+        task_type="CAUSAL_LM", r=4, n_tasks=1, target_modules=["q_proj", "v_proj"]
+    ),
+}
+"""Methods that learn several tasks."""
+
 
 def save_adapter(base: Path, folder: Path, method: str = "lora", *, seed: int = 1) -> Path:
     """An adapter with random weights, large enough that the answers differ; written by HF PEFT itself."""
     torch.manual_seed(seed)
-    model = peft.get_peft_model(LlamaForCausalLM.from_pretrained(base), CONFIGS[method]())
+    model = peft.get_peft_model(LlamaForCausalLM.from_pretrained(base), (CONFIGS | TASKED)[method]())
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = torch.randn_like(parameter) * 0.5
