@@ -218,9 +218,10 @@ def _check(response: requests.Response, url: str) -> None:
     except (ValueError, LookupError, TypeError) as error:
         said = f"HTTP {response.status_code}: {response.text[:300]}"
         if response.text.lstrip().startswith("<"):
-            hint = "Is it an endpoint's URL? List them: raypeft endpoints"
             raise ServeError(
-                f"a web page answers: HTTP {response.status_code}.", where=url, hint=hint
+                f"a web page answers: HTTP {response.status_code}.",
+                where=url,
+                hint="Is it an endpoint's URL? List them: raypeft endpoints",
             ) from error
     hint = "Set RAYPEFT_API_KEY to a key of this endpoint." if response.status_code == 401 else None
     raise ServeError(said, where=url, hint=hint)
