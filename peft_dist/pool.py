@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -21,6 +21,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from peft_dist.contract import Param
 from peft_dist.errors import AdapterError
 from peft_dist.lanes import Lanes
+from peft_dist.pauses import pause
 
 # On a Parameter that hangs on no module any more.
 _GONE = "_peft_dist_gone"
@@ -184,7 +185,8 @@ class AdapterPool:
 
     Attributes:
         waiting: (site, adapter) where tensors were made on meta and have no values yet.
-        generation: another number whenever adapters came, went or moved.
+        plans: site -> how packed rows are served there, by what they name; `named` of each are the adapters that
+            it depends on, None among them where those are the active ones.
         lanes: site -> (rank, dtype, device) -> the adapters there that serve now, side by side.
         kinds: site -> adapter -> the class of its rank where it can have a lane, else 0.
         keeps_base: whether the base stays as it is also where an adapter's start would change it.
@@ -195,7 +197,7 @@ class AdapterPool:
         self.waiting: set[tuple[str, str]] = set()
         self.buckets: dict[tuple, Bucket] = {}
         self.homes: dict[tuple[str, str], Bucket] = {}
-        self.generation = 0
+        self.plans: dict[str, dict[Hashable, Any]] = {}
         self.lanes: dict[str, dict[tuple, Lanes]] = {}
         self.kinds: dict[str, dict[str, int]] = {}
 
@@ -221,7 +223,9 @@ class AdapterPool:
 
     def changed(self, site: str, adapter: str) -> None:
         """To be called when an adapter's tensors at a site have other values: nothing made of the old ones is used."""
-        self.generation += 1
+        plans = self.plans.get(site, {})
+        for key in [key for key, plan in plans.items() if adapter in plan.named or None in plan.named]:
+            del plans[key]
         self.kinds.get(site, {}).pop(adapter, None)
         for key, lanes in list(self.lanes.get(site, {}).items()):
             lanes.leave(adapter)
@@ -457,6 +461,7 @@ def outer_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         name, module = ahead.pop()
         if id(module) in seen:
             continue
+        pause()
         seen.add(id(module))
         yield name, module
         holders = module._holders if isinstance(module, PooledModule) else ()

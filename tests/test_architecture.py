@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 
 LAYERS = {
     "peft_dist": [
-        {"contract", "catalog", "errors", "lazy", "linalg", "starts", "config", "folder", "aside"},
+        {"contract", "catalog", "errors", "lazy", "linalg", "starts", "config", "folder", "aside", "pauses"},
         {
             "foreign_engine", "base_layer", "fused", "packed", "targets", "sharding", "resting", "ranks",
             "pool", "rows", "packed_rows", "lanes", "replicate", "siblings", "made", "layer_api", "loss", "recompute",

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import itertools
 import logging
+import statistics
 import threading
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from peft_dist import PeftModel
 from peft_dist.ahead import looks_ahead
 from peft_dist.errors import RowsError
 from peft_dist.packed_rows import Blend, PackedRows, Reads
+from peft_dist.pauses import pausing
 from peft_dist.prompts.packed import num_virtual, packed_embeds, packed_past
 from peft_dist.rows import BASE
 
@@ -36,6 +39,7 @@ from .pieces import pieces_of
 from .row_tiles import RowTiles
 from .sampling import Sampler, logprob_of
 from .servable import check_blend, check_on_something, num_tasks, put_on, read_servable
+from .slices import Slices
 from .text import TextStream
 
 Decode = Callable[[Sequence[int]], str]
@@ -44,6 +48,11 @@ _HANGS_AFTER_S = 120.0
 _SHARE_APART = 4
 """Of the cache's tokens, what sequences that run apart may have beside it: one in so many."""
 _ENDS_WITHIN_S = 10.0
+_SLICE = 0.5
+"""Of a median step: what adapters that come and go may take between two steps."""
+_IDLE_SLICE_S = 0.02
+_STEPS = 64
+"""Steps of which the median is taken."""
 _log = logging.getLogger(__name__)
 
 
@@ -97,7 +106,8 @@ class _Adapter:
 
 
 class BatchingEngine:
-    """One thread that owns the model; between two steps it takes in and lets go of sequences and adapters.
+    """One thread that owns the model; between two steps it takes in and lets go of sequences, and has a little done of
+    what adapters need that come or go.
 
     A sequence is served by the adapter that had its key when it was asked: a key is a version's content hash, and
     an adapter goes when nobody uses it any more. Cached prefixes are shared within one key only.
@@ -147,16 +157,20 @@ class BatchingEngine:
         self._sequences: dict[str, _Sequence] = {}
         self._fair: FairQueue[_Sequence] = FairQueue()
         self._left: deque[_Sequence] = deque()
-        self._turns: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._loading: dict[str, Future[None]] = {}
-        self._files = ThreadPoolExecutor(2, thread_name_prefix="adapter-files")
+        self._files = ThreadPoolExecutor(1, thread_name_prefix="adapter-files")
+        self._read_to = bytearray(2**20)
         self._numbers = itertools.count()
         self._prompt_tokens = 0
         self._door = threading.Lock()
         self._wake = threading.Event()
+        self._slices = Slices(self._wake.set)
+        self._took: deque[float] = deque(maxlen=_STEPS)
         self._dead: BaseException | None = None
         self._step_began: float | None = None
         self._outbox: dict[asyncio.AbstractEventLoop, list[tuple[_Stream, Piece | BaseException]]] = {}
+        # The collector would walk the base's and the libraries' objects again and again, for several steps' time.
+        gc.freeze()
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
         self._thread.start()
 
@@ -200,7 +214,8 @@ class BatchingEngine:
             )
 
     async def load(self, adapter: str, directory: Path) -> None:
-        """See `Engine.load`; files are read and checked beside the generations, which go on."""
+        """See `Engine.load`; files are read beside the generations, and checked and put on the base a little at a time
+        between their steps."""
         with self._door:
             self._refuse_if_dead()
             known = self._adapters.get(adapter)
@@ -211,8 +226,10 @@ class BatchingEngine:
             mine = task is None
             if task is None:
                 task = self._loading[adapter] = Future()
-        if mine:
-            self._files.submit(self._load, adapter, directory, task, leaving)
+        if mine and leaving is None:
+            self._begin(adapter, directory, task)
+        elif mine:
+            leaving.add_done_callback(lambda _: self._begin(adapter, directory, task))  # type: ignore[union-attr]
         await asyncio.shield(asyncio.wrap_future(task))
 
     async def combine(self, adapter: str, parts: Sequence[tuple[str, float]]) -> None:
@@ -245,7 +262,7 @@ class BatchingEngine:
                     tuple(summed.items()), num_tasks=min(filter(None, tasks), default=0)
                 )
 
-        await self._turn(make)
+        await asyncio.wrap_future(self._slices.submit(make))
 
     async def unload(self, adapter: str) -> None:
         """See `Engine.unload`."""
@@ -259,7 +276,7 @@ class BatchingEngine:
             leaving = known.leaving
             at_rest = known.users == 0
         if at_rest:
-            self._enqueue(lambda: self._let_go(adapter), Future())
+            self._let_go(adapter)
         await asyncio.shield(asyncio.wrap_future(leaving))
 
     async def generate(self, request: Generation) -> AsyncGenerator[Piece, None]:
@@ -292,6 +309,7 @@ class BatchingEngine:
         self._files.shutdown(wait=False, cancel_futures=True)
         if threading.current_thread() is not self._thread:
             self._thread.join(timeout=_ENDS_WITHIN_S)
+        gc.unfreeze()
 
     # --- in the callers' threads
 
@@ -331,68 +349,87 @@ class BatchingEngine:
         self._wake.set()
         return sequence
 
-    async def _turn(self, action: Callable[[], Any]) -> Any:
-        done: Future[Any] = Future()
-        self._enqueue(action, done)
-        return await asyncio.wrap_future(done)
-
-    def _enqueue(self, action: Callable[[], Any], done: Future[Any]) -> None:
-        with self._door:
-            self._refuse_if_dead()
-            self._turns.append((action, done))
-        self._wake.set()
-
-    # --- in the threads that read files
-
-    def _load(self, key: str, directory: Path, task: Future[None], leaving: Future[None] | None) -> None:
+    def _begin(self, key: str, directory: Path, task: Future[None]) -> None:
+        """Has an adapter's files read, then the adapter put on the base."""
         try:
-            if leaving is not None:
-                leaving.result()
-            saved = read_servable(directory, self._base)
-            # Two turns, between which the sequences get a step.
-            for action in (lambda: put_on(self._model, saved, key), lambda: self._open(key)):
-                done: Future[None] = Future()
-                self._enqueue(action, done)
-                done.result()
-        except EngineDead as error:
-            failure: BaseException | None = error
-        except AdapterRefused as error:
-            failure = error
-        except Exception as error:  # whatever its files hold: the model is as it was, and the others serve on
-            failure = AdapterRefused(str(error))
-            failure.__cause__ = error
-        else:
-            failure = None
+            self._files.submit(self._read, key, directory, task)
+        except RuntimeError:  # closed
+            self._loaded(key, task, EngineDead("closed"))
+
+    # --- in the thread that reads files
+
+    def _read(self, key: str, directory: Path, task: Future[None]) -> None:
+        """Brings the files near, however far they are. What is made of them takes a core, which the steps need, so it
+        is done in slices."""
+        with contextlib.suppress(OSError):  # told by whoever reads them then
+            for file in directory.iterdir():
+                with file.open("rb", buffering=0) as bytes_:
+                    while bytes_.readinto(self._read_to):
+                        pass
+        put = self._slices.submit(lambda: self._put_on(key, directory))
+        put.add_done_callback(lambda done: self._loaded(key, task, done.exception()))
+
+    def _loaded(self, key: str, task: Future[None], error: BaseException | None) -> None:
+        """Tells whoever waits for a load how it ended. Whatever was wrong with the adapter: the model is as it was, and
+        the others serve on."""
+        if error is not None and not isinstance(error, (EngineDead, AdapterRefused)):
+            refused = AdapterRefused(str(error))
+            refused.__cause__ = error
+            error = refused
         with self._door:
             self._loading.pop(key, None)
-        if failure is None:
-            task.set_result(None)
-        else:
-            task.set_exception(failure)
+        with contextlib.suppress(InvalidStateError):  # the engine's end was told before
+            if error is None:
+                task.set_result(None)
+            else:
+                task.set_exception(error)
+
+    # --- in the thread of slices, while the engine's own waits
+
+    def _put_on(self, key: str, directory: Path) -> None:
+        """Puts an adapter on the base, and lets it serve once it is seen to."""
+        saved = read_servable(directory, self._base)
+        # While one that looks ahead is put on, the base's own config is another.
+        with pausing(_at_once) if looks_ahead(saved.config) else contextlib.nullcontext():
+            put_on(self._model, saved, key)
+        try:
+            if self._model.active_adapters:  # the first; nobody asks without a name
+                self._model.set_adapter([])
+            config = self._model.peft_config[key]
+            made = _Adapter(key, num_virtual(self._model, key), num_tasks(config), looks_ahead(config))
+            check_on_something(self._model, key)
+            self._try(made)
+        except BaseException:
+            self._model.delete_adapter(key)
+            raise
+        with self._door:
+            self._adapters[key] = made
 
     # --- in the engine's own thread
 
     def _work(self) -> None:
         try:
             while self._dead is None:
-                self._take_turn()
                 self._let_leave()
                 self._admit()
                 step = self._batches.next_step(self._place)
                 apart = self._lane.next_step()
-                if step is None and not apart:
-                    if not self._turns and not self._left and not len(self._fair):
-                        self._wake.wait(timeout=1.0)
-                    self._wake.clear()
-                    continue
-                self._step_began = time.monotonic()
+                is_idle = step is None and not apart
+                self._step_began = began = time.monotonic()
                 if step is not None:
                     self._run(step)
                     self._send()
                 for each in apart:
                     self._run_apart(each)
-                self._step_began = None
                 self._send()
+                if not is_idle:
+                    self._took.append(time.monotonic() - began)
+                worked = self._slices.has_work and self._slices.give(self._slice(is_idle))
+                self._step_began = None
+                if is_idle and not worked:
+                    if not self._slices.has_work and not self._left and not len(self._fair):
+                        self._wake.wait(timeout=1.0)
+                    self._wake.clear()
         except BaseException as error:
             self._dead = self._dead or error
             if not isinstance(error, Exception):
@@ -402,28 +439,21 @@ class BatchingEngine:
             with self._door:
                 self._dead = self._dead or EngineDead("its thread has ended")
                 gone = EngineDead(f"the engine has stopped: {self._dead!r}")
-                turns, self._turns = self._turns, deque()
+                loading = list(self._loading.values())
             for sequence in self._sequences.values():
                 self._give(sequence, gone)
             self._send()
-            for _, done in turns:
-                if not done.done():
-                    done.set_exception(gone)
+            self._slices.end(gone)
+            for task in loading:
+                with contextlib.suppress(InvalidStateError):
+                    task.set_exception(gone)
             for adapter in self._adapters.values():
                 if adapter.leaving is not None and not adapter.leaving.done():
                     adapter.leaving.set_exception(gone)
 
-    def _take_turn(self) -> None:
-        """One thing that was asked between steps: a second one waits for the next, so that sequences go on."""
-        if not self._turns:
-            return
-        action, done = self._turns.popleft()
-        try:
-            result = action()
-        except Exception as error:
-            done.set_exception(error)
-        else:
-            done.set_result(result)
+    def _slice(self, idle: bool) -> float:
+        """Seconds that others may have before the next step."""
+        return _IDLE_SLICE_S if idle or not self._took else _SLICE * statistics.median(self._took)
 
     def _let_leave(self) -> None:
         while self._left:
@@ -593,19 +623,6 @@ class BatchingEngine:
             with contextlib.suppress(RuntimeError):  # closed in between: nobody listens
                 loop.call_soon_threadsafe(_deliver, items)
 
-    def _open(self, key: str) -> None:
-        """Lets an adapter serve, where it is seen to."""
-        try:
-            config = self._model.peft_config[key]
-            made = _Adapter(key, num_virtual(self._model, key), num_tasks(config), looks_ahead(config))
-            check_on_something(self._model, key)
-            self._try(made)
-        except Exception:
-            self._model.delete_adapter(key)
-            raise
-        with self._door:
-            self._adapters[key] = made
-
     def _try(self, adapter: _Adapter) -> None:
         """A token of the adapter without the cache: it must run, and give numbers. Where rows of others cannot be told
         from its own, it is to run apart."""
@@ -619,7 +636,8 @@ class BatchingEngine:
                         raise
                     adapter.is_apart = True
             if adapter.is_apart:
-                logits = self._lane.try_one(key, _task(0, adapter.num_tasks), self._outputs)
+                with pausing(_at_once):
+                    logits = self._lane.try_one(key, _task(0, adapter.num_tasks), self._outputs)
         if not torch.isfinite(logits).all():
             raise AdapterRefused("what the base gives with it are numbers that are not finite.")
 
@@ -650,10 +668,18 @@ class BatchingEngine:
             if known is None or known.users or known.leaving is None:
                 return
             del self._adapters[key]
-        if isinstance(known.choice, str):
-            self._model.delete_adapter(known.choice)
-        if not known.leaving.done():
-            known.leaving.set_result(None)
+        leaving, own = known.leaving, known.choice
+        if not isinstance(own, str):
+            leaving.set_result(None)
+            return
+
+        def told(done: Future[None]) -> None:
+            if (error := done.exception()) is None:
+                leaving.set_result(None)
+            else:
+                leaving.set_exception(error)
+
+        self._slices.submit(lambda: self._model.delete_adapter(own)).add_done_callback(told)
 
 
 def _task(number: int, num_tasks: int) -> Reads:
@@ -672,6 +698,10 @@ def _reads_of(request: Generation, num: int) -> Reads:
             f"task: {request.task}; {request.adapter!r} has {num}, numbered from 0, and needs one."
         )
     return _task(request.task or 0, num)
+
+
+def _at_once() -> None:
+    """Stops nowhere."""
 
 
 def _deliver(items: list[tuple[_Stream, Piece | BaseException]]) -> None:

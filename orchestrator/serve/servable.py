@@ -13,6 +13,7 @@ from peft_dist.adapted import AdapterModule
 from peft_dist.ahead import looks_ahead
 from peft_dist.contract import Method, PromptMethod, WeightMethod
 from peft_dist.errors import PeftDistError
+from peft_dist.pauses import pause
 from peft_dist.pool import outer_modules
 
 from ..train.task_ids import ARGUMENT, SIZES
@@ -48,6 +49,7 @@ def read_servable(
             f"{kind} needs {', '.join(needed)} with each request, which no request of an endpoint has."
         )
     for name, tensor in saved.tensors.items():
+        pause()
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise AdapterRefused(f"{name} holds numbers that are not finite.")
     return saved

@@ -33,12 +33,14 @@ class Plan:
         apart: (the stretch's number, the adapters that serve it by themselves, each with its weight).
         turns: whether any of those changes what the layer takes or gives.
         orders: lanes, and how they stood when this was made.
+        named: the adapters that the rows name, here or not; None among them where some name the active ones.
     """
 
     side_by_side: tuple[tuple[lanes.Lanes, lanes.Where], ...]
     apart: tuple[tuple[int, Blend], ...]
     turns: bool
     orders: tuple[tuple[lanes.Lanes, object], ...] = ()
+    named: frozenset[str | None] = frozenset()
 
 
 def run_packed(module: Any, x: Tensor, rows: PackedRows) -> Tensor:
@@ -139,9 +141,9 @@ def chosen(module: Any, choice: str | Blend | None) -> Blend:
 
 
 def _plan(module: Any, x: Tensor, run: Run, alone: bool) -> Plan:
-    plans: dict = module.__dict__.setdefault("_plans", {})
+    plans = module._pool.plans.setdefault(module._site_name, {})
     few = not alone and lanes.is_few(run.num, x.dtype, x.device)
-    key = (run.choices, few, x.dtype, module._pool.generation)
+    key = (run.choices, few, x.dtype)
     plan = plans.get(key)
     if plan is None or any(stacked.order is not order for stacked, order in plan.orders):
         if len(plans) >= _PLANS:
@@ -173,7 +175,11 @@ def _made(module: Any, x: Tensor, run: Run, few: bool) -> Plan:
         if (rest := tuple((name, weight) for name, weight in blend if name not in stacked))
     )
     turns = any(isinstance(module.methods[name], ActivationMethod) for _, blend in apart for name, _ in blend)
-    return Plan(side_by_side, apart, turns, tuple((each, each.order) for each, _ in side_by_side))
+    named: set[str | None] = set()
+    for choice in run.choices.values:
+        named |= {name for name, _ in choice} if isinstance(choice, tuple) else {choice}
+    orders = tuple((each, each.order) for each, _ in side_by_side)
+    return Plan(side_by_side, apart, turns, orders, frozenset(named))
 
 
 def _join_siblings(x: Tensor, run: Run, here: tuple[tuple[lanes.Lanes, lanes.Where], ...]) -> None:

@@ -16,6 +16,7 @@ from peft_dist.adapted.packed import chosen
 from peft_dist.contract import Params
 from peft_dist.errors import RowsError
 from peft_dist.packed_rows import PackedRows
+from peft_dist.pauses import pause
 from peft_dist.rows import Rows
 from peft_dist.sharding import is_partitioned, whole_shape
 
@@ -86,6 +87,7 @@ class Replaced(Around):
             own.update(empty)
 
     def _packed(self, rows: PackedRows, args: tuple, kwargs: dict[str, Any]) -> Any:
+        pause()
         run = rows.run_of(self._site_name, args[0])
         blends = [chosen(self, stretch.choice) for stretch in run.stretches]
         served = [tuple(name for name, _ in blend) for blend in blends]

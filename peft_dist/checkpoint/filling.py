@@ -19,6 +19,7 @@ from peft_dist.checkpoint.names import Holder, adapter_parameters, defines, hold
 from peft_dist.checkpoint.reading import read
 from peft_dist.contract import PromptMethod
 from peft_dist.errors import CheckpointError
+from peft_dist.pauses import pause
 from peft_dist.sharding import set_whole, whole_shape
 
 
@@ -57,6 +58,7 @@ def load_state_dict(
     used = set(embeddings)
     given: list[tuple[Holder, dict[str, Tensor]]] = []
     for holder in held:
+        pause()
         restored, names = _restored(holder, tensors)
         given.append((holder, restored))
         used |= names
@@ -73,6 +75,7 @@ def load_state_dict(
             holder.module.take_saved_form(adapter_name)  # type: ignore[attr-defined, operator]
     missing = []
     for holder, restored in given:
+        pause()
         missing += _fill(holder, restored, _device(holder.module))
     for key, parameter in embeddings.items():
         set_whole(parameter, tensors[key])
@@ -194,6 +197,7 @@ def _derive(holder: Holder, names: Sequence[str]) -> None:
 
 def _check_finite(adapter_name: str, tensors: Mapping[str, Tensor], names: Iterable[str]) -> None:
     for key in names:
+        pause()
         value = tensors.get(key)
         if value is not None and value.is_floating_point() and not _is_finite(value):
             raise CheckpointError(

@@ -29,6 +29,7 @@ from peft_dist.inject.places import (
 from peft_dist.methods.lora.tokens import RowsBeside
 from peft_dist.methods.replace.modules_to_save import ModulesToSave, SameModule
 from peft_dist.methods.weight.bias import BiasCopy, Unchanged
+from peft_dist.pauses import pause
 from peft_dist.targets import (
     BaseFacts,
     ends_in,
@@ -70,6 +71,7 @@ def on_targets(config: PeftConfig, found: dict[str, Place], facts: BaseFacts) ->
     )
     names = _tying(config, resolve(config, facts), found, facts) if blocks is None else blocks
     for name in names:
+        pause()
         base = _door(found[name], kind)
         _check_kind(config, base)
         if kind is Replaced:

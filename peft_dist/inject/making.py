@@ -36,6 +36,7 @@ from peft_dist.inject.places import (
     places,
 )
 from peft_dist.inject.serving import delete
+from peft_dist.pauses import pause
 from peft_dist.pool import AdapterPool, PooledModule, outer_modules
 from peft_dist.replicate import replicate
 from peft_dist.rows import BASE, Current
@@ -142,6 +143,7 @@ def _inject(
     chosen = [*targeted, *whole, *rows]
     chosen += on_biases(config, found, {each.place.name for each in chosen})
     for each in chosen:
+        pause()
         wanted = each.method.params(each.base.site)  # type: ignore[attr-defined]
         check_ranks(config, each.base.site, wanted)
     if shared and adapters.common is None:
@@ -163,6 +165,7 @@ def _inject(
                 adapters.common.fill(adapter)
         adapters.sites[adapter] = {}
         for each in chosen:
+            pause()
             wrapper = each.wrapper() or _wrap(each.place, each.kind, each.base, adapters)
             device = torch.device("meta") if low_cpu_mem_usage else each.base.device
             dtype = adapter_dtype(each.base, autocast_adapter_dtype)

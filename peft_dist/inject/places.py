@@ -13,6 +13,7 @@ from peft_dist.base_layer import (
     ParameterLayer,
     kind_of,
 )
+from peft_dist.pauses import pause
 from peft_dist.targets import (
     READ_BY_PARENT,
     BaseFacts,
@@ -61,6 +62,7 @@ def _walk(module: nn.Module, prefix: str, seen: set[int]) -> Iterator[Place]:
     for key, child in module._modules.items():
         if child is None or id(child) in seen:
             continue
+        pause()
         seen.add(id(child))
         name = f"{prefix}.{key}" if prefix else key
         place = Place(name, module, key, child)

@@ -13,6 +13,7 @@ from peft_dist.inject.places import (
     places,
     unwrap_empty,
 )
+from peft_dist.pauses import pause
 
 
 def check_together(model: nn.Module, names: Sequence[str]) -> None:
@@ -67,6 +68,7 @@ def delete(model: nn.Module, adapter: str) -> None:
         if adapter in module.merged_adapters:
             raise AdapterError(f"{name}: adapter {adapter!r} is merged. Unmerge it before deleting it.")
     for _, module in modules:
+        pause()
         module.delete(adapter)
     for place in places(model).values():
         unwrap_empty(place)

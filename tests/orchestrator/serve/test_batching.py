@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import peft_dist
+from orchestrator.serve import batching
 from orchestrator.serve.batching import BatchingEngine
 from orchestrator.serve.continuous import _SaltedCache
 from orchestrator.serve.engine import AdapterRefused, EngineDead, Generation
@@ -588,3 +589,75 @@ def test_quantised_bases_serve_mixed_batches_too(bits, tmp_path):
     finally:
         engine.close()
     assert given == wanted
+
+
+PREFIX = {"num_virtual_tokens": 3, "task_type": "CAUSAL_LM"}
+
+
+def test_an_adapter_comes_and_goes_a_little_between_each_two_steps(tmp_path, monkeypatch):
+    """With no time between steps they go on after each layer, and nobody's answer is another one for it."""
+    monkeypatch.setattr(batching, "_SLICE", 0.0)
+    torch.manual_seed(3)
+    prefix = peft_dist.get_peft_model(zoo.base(), peft_dist.PrefixTuningConfig(**PREFIX))
+    zoo.disturb(prefix, seed=3)
+    prefix.save_pretrained(tmp_path / "prefix")
+    for seed, name in enumerate("ab"):
+        lora(tmp_path / name, seed)
+    prompt = zoo.prompt_of(4)
+
+    async def run(engine, disturbed: bool):
+        await engine.load("a", tmp_path / "a")
+        asked = asyncio.ensure_future(said(engine, prompt, "a", num=50))
+        while engine.figures().running == 0:
+            await asyncio.sleep(0.001)
+        told: list = []
+        if disturbed:
+            loads = [
+                asyncio.ensure_future(engine.load(key, folder))
+                for key, folder in (("b", tmp_path / "b"), ("p", tmp_path / "prefix"))
+            ]
+            while not engine._slices.has_work:
+                await asyncio.sleep(0)
+            begun = len(engine._took)
+            with pytest.raises(AdapterRefused):
+                await said(engine, prompt, "b")
+            await asyncio.wait([asked])
+            told = [len(engine._took) - begun, loads[1].done()]
+            await asyncio.gather(*loads)
+        answers = [await asked]
+        if disturbed:
+            answers += [await said(engine, prompt, key) for key in ("b", "p")]
+            await engine.unload("b")
+        return answers, told
+
+    answers = []
+    for disturbed in (False, True):
+        engine = engine_of()
+        try:
+            answers.append(asyncio.run(run(engine, disturbed)))
+        finally:
+            engine.close()
+    (alone, _), (beside, told) = answers
+    assert beside[0] == alone[0]
+    assert told[0] > 5 and told[1] is False  # many steps, and the second adapter is not there yet
+    for answer, folder in zip(beside[1:], (tmp_path / "b", tmp_path / "prefix"), strict=True):
+        own = peft_dist.PeftModel.from_pretrained(zoo.base(), folder).eval()
+        assert answer == zoo.answer(own, prompt, ANSWER)
+
+
+def test_plans_of_rows_outlive_the_coming_of_adapters_that_they_do_not_name(engine, tmp_path):
+    async def run():
+        await engine.load("a", lora(tmp_path / "a", 1))
+        await said(engine, zoo.prompt_of(4), "a")
+        pool = engine._model._adapters.pool
+        before = {site: dict(plans) for site, plans in pool.plans.items()}
+        await engine.load("b", lora(tmp_path / "b", 2))
+        kept = {site: {key: pool.plans[site].get(key) for key in plans} for site, plans in before.items()}
+        await engine.unload("a")
+        left = [plan for plans in pool.plans.values() for plan in plans.values()]
+        return before, kept, left
+
+    before, kept, left = asyncio.run(run())
+    named = [plan for plans in before.values() for plan in plans.values() if "a" in plan.named]
+    assert named and not any("a" in plan.named for plan in left)
+    assert all(kept[site][key] is plan for site, plans in before.items() for key, plan in plans.items())
