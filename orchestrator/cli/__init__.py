@@ -3,4 +3,15 @@
 from . import adapters, author, endpoints, keys, rollouts, runs, sweeps
 from .app import app, main, run_guarded
 
-__all__ = ["adapters", "app", "author", "endpoints", "keys", "main", "rollouts", "run_guarded", "runs", "sweeps"]
+__all__ = [
+    "adapters",
+    "app",
+    "author",
+    "endpoints",
+    "keys",
+    "main",
+    "rollouts",
+    "run_guarded",
+    "runs",
+    "sweeps",
+]

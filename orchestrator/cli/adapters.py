@@ -19,6 +19,7 @@ from .app import (
     console,
     errors,
     print_json,
+    print_rows,
     print_table,
     when,
 )
@@ -36,34 +37,28 @@ def adapters(
     where = f"Registry {api.registry_url(cluster)}"
     if name is None:
         rows = api.adapters(cluster=cluster)
-        if as_json:
-            print_json([row.to_dict() for row in rows])
-        else:
-            print_table(
-                where,
-                ["name", "latest", "aliases", "base"],
-                ((r.name, r.latest, _aliases(r.aliases), r.base) for r in rows),
-            )
-        return
-    versions = api.versions(name, cluster=cluster)
-    if as_json:
-        print_json([version.to_dict() for version in versions])
-    else:
-        print_table(
+        print_rows(
             where,
-            ["version", "aliases", "gate", "metrics", "parent", "created"],
-            (
-                (
-                    v.ref,
-                    ", ".join(v.aliases),
-                    {True: "passed", False: "refused", None: "none"}[v.lineage.gate_passed],
-                    describe_metrics(v.lineage.metrics),
-                    v.lineage.parent,
-                    when(v.created),
-                )
-                for v in versions
-            ),
+            ["name", "latest", "aliases", "base"],
+            rows,
+            lambda row: (row.name, row.latest, _aliases(row.aliases), row.base),
+            as_json=as_json,
         )
+        return
+    print_rows(
+        where,
+        ["version", "aliases", "gate", "metrics", "parent", "created"],
+        api.versions(name, cluster=cluster),
+        lambda version: (
+            version.ref,
+            ", ".join(version.aliases),
+            {True: "passed", False: "refused", None: "none"}[version.lineage.gate_passed],
+            describe_metrics(version.lineage.metrics),
+            version.lineage.parent,
+            when(version.created),
+        ),
+        as_json=as_json,
+    )
 
 
 def _aliases(aliases: dict[str, int]) -> str:

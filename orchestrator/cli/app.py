@@ -6,7 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol, TypeVar
 
 import typer
 from rich.console import Console
@@ -86,6 +86,30 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]
     wide = console if console.is_terminal else Console(width=UNWRAPPED)
     wide.print(Text(title, "italic"), soft_wrap=True)
     wide.print(table)
+
+
+class Listed(Protocol):
+    """One of several things that a command lists."""
+
+    def to_dict(self) -> dict[str, Any]: ...
+
+
+Row = TypeVar("Row", bound=Listed)
+
+
+def print_rows(
+    title: str,
+    columns: Sequence[str],
+    rows: Sequence[Row],
+    cells: Callable[[Row], Sequence[Any]],
+    *,
+    as_json: bool,
+) -> None:
+    """What a command lists: as a table, or as JSON with all that is known of each."""
+    if as_json:
+        print_json([row.to_dict() for row in rows])
+    else:
+        print_table(title, columns, map(cells, rows))
 
 
 def cell_text(value: Any) -> str:

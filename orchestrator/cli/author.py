@@ -12,7 +12,18 @@ from ..errors import RaypeftError
 from ..plan.sweep import SweepPlan, sweep_view
 from ..plan.view import plan_dict, print_plan
 from ..spec.words import show
-from .app import MAKE, AsJson, ClusterOption, Overrides, app, console, errors, print_json, print_table
+from .app import (
+    MAKE,
+    AsJson,
+    ClusterOption,
+    Overrides,
+    app,
+    console,
+    errors,
+    print_json,
+    print_rows,
+    print_table,
+)
 
 JobFile = Annotated[Path, typer.Argument(metavar="FILE", help="A job file.")]
 
@@ -137,9 +148,10 @@ def methods(
         )
         print_table(f"{row.name}: {row.what}", ["field", "takes", "default", "what"], fields)
         return
-    rows = api.methods()
-    if as_json:
-        print_json([row.to_dict() for row in rows])
-    else:
-        cells = ((row.name, row.what, row.trains, "yes" if row.merges else "no", row.paper) for row in rows)
-        print_table("Methods", ["type", "what", "tasks", "merges", "paper"], cells)
+    print_rows(
+        "Methods",
+        ["type", "what", "tasks", "merges", "paper"],
+        api.methods(),
+        lambda row: (row.name, row.what, row.trains, "yes" if row.merges else "no", row.paper),
+        as_json=as_json,
+    )

@@ -10,17 +10,7 @@ import typer
 
 from .. import api
 from ..terminal import JsonView, describe
-from .app import (
-    SERVING,
-    AdapterArgument,
-    AsJson,
-    ClusterOption,
-    app,
-    console,
-    errors,
-    print_json,
-    print_table,
-)
+from .app import SERVING, AdapterArgument, AsJson, ClusterOption, app, console, errors, print_json, print_rows
 
 
 @app.command(rich_help_panel=SERVING)
@@ -75,15 +65,13 @@ def deploy(
 @app.command(rich_help_panel=SERVING)
 def endpoints(cluster: ClusterOption = None, as_json: AsJson = False) -> None:
     """List the endpoints and the adapters that each serves."""
-    rows = api.endpoints(cluster=cluster)
-    if as_json:
-        print_json([row.to_dict() for row in rows])
-    else:
-        print_table(
-            f"Endpoints (registry {api.registry_url(cluster)})",
-            ["name", "state", "url", "base", "adapters"],
-            ((r.name, r.state, r.url, r.base, ", ".join(r.adapters)) for r in rows),
-        )
+    print_rows(
+        f"Endpoints (registry {api.registry_url(cluster)})",
+        ["name", "state", "url", "base", "adapters"],
+        api.endpoints(cluster=cluster),
+        lambda row: (row.name, row.state, row.url, row.base, ", ".join(row.adapters)),
+        as_json=as_json,
+    )
 
 
 @app.command(rich_help_panel=SERVING)

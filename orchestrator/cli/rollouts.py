@@ -23,6 +23,7 @@ from .app import (
     cell_text,
     console,
     print_json,
+    print_rows,
     print_table,
     when,
 )
@@ -131,10 +132,7 @@ def top(
     if once:
         time.sleep(interval)  # rates need two looks
         rows = next(looks)
-        if as_json:
-            print_json([row.to_dict() for row in rows])
-        else:
-            print_table("Traffic", _COLUMNS, map(_cells, rows))
+        print_rows("Traffic", _COLUMNS, rows, _cells, as_json=as_json)
         return
     if as_json:
         while True:

@@ -23,6 +23,7 @@ from .app import (
     console,
     errors,
     print_json,
+    print_rows,
     print_table,
     when,
 )
@@ -126,21 +127,21 @@ def submit(
 def jobs(address: Address = None, cluster: ClusterOption = None, as_json: AsJson = False) -> None:
     """List runs: those in the storage, or with --address those that Ray's Jobs API knows."""
     if address:
-        rows = api.submitted_jobs(address=address)
-        if as_json:
-            print_json([row.to_dict() for row in rows])
-        else:
-            print_table(address, ["id", "status", "message"], ((r.id, r.status, r.message) for r in rows))
-        return
-    records = api.jobs(cluster=cluster)
-    if as_json:
-        print_json([record.to_dict() for record in records])
-    else:
-        print_table(
-            f"Runs in {api.storage(cluster)}",
-            ["id", "state", "adapter", "updated"],
-            ((r.id, r.state, r.adapter, when(r.updated)) for r in records),
+        print_rows(
+            address,
+            ["id", "status", "message"],
+            api.submitted_jobs(address=address),
+            lambda job: (job.id, job.status, job.message),
+            as_json=as_json,
         )
+        return
+    print_rows(
+        f"Runs in {api.storage(cluster)}",
+        ["id", "state", "adapter", "updated"],
+        api.jobs(cluster=cluster),
+        lambda run: (run.id, run.state, run.adapter, when(run.updated)),
+        as_json=as_json,
+    )
 
 
 @app.command(rich_help_panel=RUNS)
