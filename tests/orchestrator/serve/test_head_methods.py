@@ -98,3 +98,39 @@ def test_every_method_answers_in_one_batch_as_it_does_alone(kind, tmp_path):
                 shares = model(**tokenizer(text, return_tensors="pt")).logits[0].softmax(-1)
             wanted = {f"LABEL_{number}": share for number, share in enumerate(shares.tolist())}
             assert dict(next(found)[0].scores) == pytest.approx(wanted, abs=2e-5), (name, text)
+
+
+@pytest.mark.parametrize("kind", ["llama", "bert"])
+def test_each_text_is_of_its_own_task(kind, tmp_path):
+    base = tiny_heads.save_base(tmp_path / "base", kind)
+    config = peft.PolyConfig(
+        task_type=TASK, r=4, n_tasks=3, n_skills=3, init_weights=False, target_modules=TARGETS[kind]
+    )
+    model = alone(base, tmp_path / "poly", config, seed=5, num_labels=3)
+    plain = peft.LoraConfig(task_type=TASK, r=4, target_modules=TARGETS[kind])
+    alone(base, tmp_path / "plain", plain, seed=6, num_labels=2)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    loaded = load(ModelSpec(base_model=str(base)), threads=1, task=TASK)
+    engine = HeadEngine(loaded.model, loaded.tokenizer, TASK, loaded.max_context)
+
+    async def run():
+        await engine.load("poly", tmp_path / "poly")
+        await engine.load("plain", tmp_path / "plain")
+        assert (engine.num_tasks("poly"), engine.num_tasks("plain")) == (3, 0)
+        texts = [Input(text) for text in TEXTS]
+        asked = [engine.classify(texts, "poly", task=task) for task in range(3)]
+        return await asyncio.gather(*asked, engine.classify(texts, "plain"))
+
+    try:
+        *given, _ = asyncio.run(run())
+    finally:
+        engine.close()
+    for task, answers in enumerate(given):
+        for text, answer in zip(TEXTS, answers, strict=True):
+            with torch.no_grad():
+                logits = model(**tokenizer(text, return_tensors="pt"), task_ids=torch.tensor([task])).logits[
+                    0
+                ]
+            scores = sorted(score for _, score in answer.scores)
+            assert scores == pytest.approx(logits.softmax(-1).sort().values.tolist(), abs=1e-5)
+    assert given[0] != given[1] != given[2]

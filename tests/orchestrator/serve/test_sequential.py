@@ -12,6 +12,7 @@ from orchestrator.serve.sequential import SequentialEngine
 from orchestrator.spec.job import ModelSpec
 from orchestrator.train.records import Record
 from orchestrator.train.render import render
+from tests.orchestrator.serve import adapter_zoo as zoo
 
 PROMPT = tuple(range(40, 60))
 
@@ -123,3 +124,27 @@ def test_a_served_completion_prompt_is_the_one_that_was_trained(repository):
     tokenizer = AutoTokenizer.from_pretrained(repository / "jobs/assets/tiny-llama")
     (example,) = render([Record("row 1", "0", prompt="1 + 1 = ", answer="2")], tokenizer, 512)
     assert Prompts(tokenizer).text_ids("1 + 1 = ") == example.input_ids[: example.prompt_len]
+
+
+def test_starts_that_change_the_base_and_mixtures_leave_others_as_they_are(tmp_path):
+    labels = ("loftq", "loftq with dora", "xlora", "lora", "poly")
+    kept = zoo.kept(tmp_path, "llama", 8, lambda label: label in labels)
+    prompt = zoo.prompt_of(3)
+    engine = SequentialEngine(zoo.base(), lambda ids: "".join(chr(256 + i) for i in ids), frozenset(), 60)
+
+    async def said(prompt, key=None, task=None):
+        pieces = [p async for p in engine.generate(Generation(prompt, key, 8, task=task))]
+        return tuple(ord(letter) - 256 for letter in "".join(piece.text for piece in pieces))
+
+    async def run():
+        for each in kept:
+            await engine.load(each.label, each.folder)
+        given = {each.label: await said(each.prompt, each.label, each.task) for each in kept}
+        return given, await said(prompt)
+
+    try:
+        given, bare = asyncio.run(run())
+    finally:
+        engine.close()
+    assert given == {each.label: each.answer for each in kept} and len(given) == len(labels)
+    assert bare == zoo.answer(zoo.base(), prompt, 8)
