@@ -120,7 +120,10 @@ class LookAhead:
             return x
         if rows is None or rows.samples is None:
             return F.dropout(x, p)
-        return drop(x, p, rows.samples, rows.stream_of(adapter, name))
+        key = rows.stream_of(adapter, name)
+        if rows.bins is None:
+            return drop(x, p, rows.samples, key)
+        return rows.bins.together(drop(rows.bins.apart(x), p, rows.samples, key))
 
 
 def reads_of_first_run(model: Any, adapter: str, length: int) -> Reads:

@@ -7,6 +7,7 @@ whether the forward is a recomputation under gradient checkpointing.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import re
 import zlib
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from peft_dist.bins import Bins
 from peft_dist.contract import Site
 from peft_dist.errors import RowsError
 from peft_dist.made import Made
@@ -47,6 +49,8 @@ class Rows:
         seed: of the run. step: the optimizer step.
         streams: adapter -> its own (seed, step), where the rows are of several runs at once, whose samples are
             numbered each for itself.
+        bins: where several sequences stand in one row of the batch: which, and how long they are. Adapters and samples
+            are still those of the sequences.
     """
 
     adapters: Sequence[str | None] | None = None
@@ -54,6 +58,7 @@ class Rows:
     seed: int = 0
     step: int = 0
     streams: Mapping[str, tuple[int, int]] | None = None
+    bins: Bins | None = None
     segments: tuple[Segment, ...] = field(init=False, repr=False)
     order: list[int] | None = field(init=False, repr=False)
 
@@ -62,6 +67,12 @@ class Rows:
             raise RowsError(
                 f"Rows: {len(self.adapters)} adapters for {len(self.samples)} samples. Give one of each "
                 "per sequence."
+            )
+        if self.bins is not None and self.bins.num not in (
+            len(given) for given in (self.adapters, self.samples) if given is not None
+        ):
+            raise RowsError(
+                f"Rows: bins of {self.bins.num} sequences. Give an adapter or a sample for each of them."
             )
         order, segments = _sorted_segments(self.adapters) if self.adapters is not None else (None, ())
         object.__setattr__(self, "segments", segments)
@@ -96,6 +107,8 @@ class Rows:
             RowsError: x is none of these; names the site.
         """
         num = self.num
+        if self.bins is not None:
+            return self._of_bins(site, x, self.bins)
         if num is not None and is_routed(site.name) and (x.ndim < 3 or x.shape[0] != num):
             raise RowsError(
                 f"{site.name}: an expert is given the tokens that a router sent to it, and rows cannot tell "
@@ -112,6 +125,22 @@ class Rows:
             + (f" of {length} positions" if length else "")
             + ". Rows cannot tell which adapter serves which part of it; run one adapter at a time."
         )
+
+    def _of_bins(self, site: Site, x: Tensor, bins: Bins) -> Split:
+        count, width = bins.shape
+        if not is_routed(site.name):
+            if x.ndim > 1 and x.shape[1] == width and x.shape[0] in (1, count):
+                return Split(self, bins.apart(x.expand(count, *x.shape[1:])), None, bins)
+            if x.shape[0] == count * width:
+                return Split(self, bins.apart(x.unflatten(0, bins.shape)), width, bins)
+        raise RowsError(
+            f"{site.name}: its input {tuple(x.shape)} is not of {count} rows with {width} positions, so nothing tells "
+            "which sequence a part of it belongs to. Turn sample packing off, or leave the layer out."
+        )
+
+    def apart(self) -> Rows:
+        """The same sequences, each in a row of its own."""
+        return dataclasses.replace(self, bins=None)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -139,6 +168,7 @@ class Split:
     rows: Rows
     x: Tensor
     length: int | None
+    bins: Bins | None = None
 
     def sorted(self, x: Tensor) -> Tensor:
         """x with the rows of each adapter side by side."""
@@ -156,6 +186,8 @@ class Split:
 
     def restored(self, y: Tensor) -> Tensor:
         """y (rows, ...) in the shape that the site's input had."""
+        if self.bins is not None:
+            y = self.bins.together(y)
         return y if self.length is None else y.flatten(0, 1)
 
 
@@ -170,6 +202,11 @@ class Cut:
 
     def of(self, tree: Any, segment: Segment) -> Any:
         """`tree` of tuples, lists and dictionaries, its tensors cut to the rows of a segment."""
+        if self.rows.bins is not None:
+            raise RowsError(
+                f"{self.site.name}: sequences that share rows cannot name different adapters here. Turn sample packing "
+                "off, or run one adapter at a time."
+            )
         if isinstance(tree, Tensor):
             return self._cut(tree, segment)
         if isinstance(tree, dict):

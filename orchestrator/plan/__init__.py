@@ -22,6 +22,7 @@ from ..spec.workers import GroupSize, forwards, numbers
 from .adapter_sizes import AdapterSizes, adapter_sizes
 from .memory import FP32, Memory, Step, estimate, is_known
 from .model_sizes import ModelSizes
+from .packing import packed_length, unpackable
 from .placement import check_placement, gpu_memory, memory_shortage
 from .row_lengths import RowFacts
 from .serving import serving
@@ -123,7 +124,7 @@ def make_plan(
         SpecError: sizes that do not divide, a DeepSpeed key that contradicts the job, targets that match nothing.
         PlacementError: more workers than the cluster can ever give, the autoscaler's maximum counted.
     """
-    raise_all(Tree("job").errors(check_rules(spec, (), [])))
+    raise_all(Tree("job").errors([*check_rules(spec, (), []), *unpackable(spec, sizes)]))
     notes: list[str] = []
     bundle = _bundle(spec, cluster, notes)
     if cluster is None:
@@ -134,7 +135,11 @@ def make_plan(
     counts = sizes_of(spec)
     notes += _elastic(spec, counts)
     length = sequence_len(spec, sizes)
-    if rows.longest is not None and rows.longest < length:
+    if spec.data.sample_packing:
+        shared = packed_length(spec, length, rows.longest, batch // counts[-1].num_workers)
+        notes.append(f"Rows share sequences of up to {length} tokens; those of one step make at most {shared}.")
+        length = shared
+    elif rows.longest is not None and rows.longest < length:
         notes.append(f"The longest row has about {rows.longest} tokens, of {length} that are allowed.")
         length = rows.longest
     notes += [f"There is no '{path}' here: with this data the job does not run." for path in rows.absent]

@@ -367,6 +367,9 @@ ROWS: tuple[Alias, ...] = (
     *_refused(_LOGS, "include_tokens_per_second", "include_num_input_tokens_seen"),
     *_refused("Remove it: each run has a folder of its own.", "overwrite_output_dir"),
     *_refused(_HUB, "hub_model_id", "hub_strategy", "push_to_hub", "hub_repo", "hub_private_repo"),
+    *_maps("data.sample_packing", "sample_packing", "packing", "neat_packing"),
+    *_refused("Remove it: evaluation rows share sequences as data.sample_packing says.", "eval_sample_packing"),
+    *_refused("Remove it: a sequence is as long as its rows.", "pad_to_sequence_len", accepts=(False,)),
     # who is told of the run
     Alias("report_to", "tracking", _reported),
     *_maps("tracking.mlflow", "use_mlflow", change=_section),

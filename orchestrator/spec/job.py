@@ -207,6 +207,9 @@ class DataSpec(Section):
     overlong: Literal["truncate", "drop", "error"] = Field(
         default="truncate", description="what happens to longer rows"
     )
+    sample_packing: bool = Field(
+        default=False, description="several rows in one sequence without attention between them"
+    )
 
 
 class AdapterSpec(BaseModel):

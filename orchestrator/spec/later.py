@@ -4,20 +4,11 @@ from __future__ import annotations
 
 from .places import Path
 
-_NO_PACKING = "Remove it: each row is a sequence of its own in this version."
-
 LATER: dict[str, str] = {
-    "data.sample_packing": _NO_PACKING,
-    "sweep": "Remove it: run one job per setting, with --set training.learning_rate=1e-4 and the like.",
 }
 """Dotted key -> what to do in this version."""
 
 LATER_FLAT: dict[str, str] = {
-    "sample_packing": _NO_PACKING,
-    "eval_sample_packing": _NO_PACKING,
-    "pad_to_sequence_len": _NO_PACKING,
-    "packing": _NO_PACKING,
-    "neat_packing": _NO_PACKING,
 }
 """Keys of other projects at the top level that ask for the same."""
 

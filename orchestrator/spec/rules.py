@@ -7,7 +7,8 @@ import re
 from collections.abc import Callable, Collection, Iterator
 from functools import partial
 
-from peft_dist.catalog import METHODS
+from peft_dist.catalog import METHODS, config_class
+from peft_dist.contract import PastMethod, PromptMethod
 
 from ..errors import closest
 from .conditions import parse_comparison
@@ -31,6 +32,7 @@ def check_rules(spec: JobSpec, written: Collection[Path], warnings: list[str]) -
         *_evaluation(spec),
         *_secrets(spec),
         *_task(spec),
+        *_packing(spec),
     ]
     warnings += _warnings(spec, written)
     return found
@@ -317,6 +319,37 @@ def _task(spec: JobSpec) -> Iterator[Problem]:
                 f"rows of type '{dataset.type}' train {TASKS[dataset.type].task}, those of the first dataset {task}.",
                 "One job trains one task.",
             )
+
+
+def _packing(spec: JobSpec) -> Iterator[Problem]:
+    """`data.sample_packing`: which rows can share a sequence."""
+    if not spec.data.sample_packing:
+        return
+    path: Path = ("data", "sample_packing")
+    kind, entry = spec.data.datasets[0].type, METHODS.get(spec.adapter.type.upper())
+    if (task := task_type(spec)) != "CAUSAL_LM":
+        yield Problem(
+            path,
+            f"true: rows of type '{kind}' train {task}, whose loss reads each row as a whole.",
+            "Remove it, or use chat, prompt_completion, alpaca or text.",
+        )
+        return
+    method = config_class(spec.adapter.type.upper()) if entry is not None else None
+    if method is not None and issubclass(method, PastMethod):
+        yield Problem(
+            path,
+            f"true: {spec.adapter.type} keeps its tokens in the base's cache, where all rows of a sequence would share "
+            "one beginning.",
+            "Remove it, or take prompt_tuning or p_tuning.",
+        )
+    elif (
+        method is not None and issubclass(method, PromptMethod) and method.targets is not PromptMethod.targets
+    ):
+        yield Problem(
+            path,
+            f"true: {spec.adapter.type} counts the loss of its own context with each row's.",
+            "Remove it, or take prompt_tuning or p_tuning.",
+        )
 
 
 def _warnings(spec: JobSpec, written: Collection[Path]) -> Iterator[str]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from .bins import balanced
 from .render import IGNORED, Example
 
 
@@ -30,6 +31,8 @@ class StepBatch:
     samples: list[list[int]]
     """For each index in `micro`, its place in the global batch, from 0: the sample id of the stateless
     dropout."""
+    bins: list[list[int]] | None = None
+    """Where rows share sequences: for each forward how many, one number a sequence, in the order of `micro`."""
 
 
 def num_steps(num_examples: int, *, epochs: int, max_steps: int | None, global_batch_size: int) -> int:
@@ -54,11 +57,18 @@ def steps(
     rank: int,
     seed: int,
     start_step: int = 0,
+    lengths: Sequence[int] | None = None,
+    capacity: int = 0,
 ) -> Iterator[StepBatch]:
     """Yields this rank's part of each step from `start_step` on; a resumed run goes on exactly as the first
     would have.
 
     Every rank is given the same number of micro-batches in a step, so that all take part in each collective.
+
+    Args:
+        lengths: of all examples in tokens, where several share a sequence of at most `capacity` tokens; a
+            micro-batch is then so many sequences. The rows of a step stay the same, a rank's share of them is no
+            longer contiguous.
     """
     if not 0 <= rank < world_size:
         raise ValueError(f"rank {rank} is not one of {world_size}")
@@ -73,6 +83,11 @@ def steps(
             order, ordered_epoch = epoch_order(num_examples, seed=seed, epoch=epoch), epoch
         first = within * global_batch_size
         last = min(first + global_batch_size, num_examples)
+        if lengths is not None:
+            rows = [int(row) for row in order[first:last]]
+            bins = balanced([lengths[row] for row in rows], capacity, world_size)[rank::world_size]
+            yield _binned(step, epoch, rows, bins, micro_batch_size)
+            continue
         begin, end = share(last - first, world_size, rank)
         places = list(range(begin, end))
         largest = math.ceil((last - first) / world_size)
@@ -83,6 +98,21 @@ def steps(
             micro=[[int(order[first + place]) for place in places[i : i + micro_batch_size]] for i in cut],
             samples=[places[i : i + micro_batch_size] for i in cut],
         )
+
+
+def _binned(
+    step: int, epoch: int, rows: Sequence[int], bins: Sequence[Sequence[int]], micro_batch_size: int
+) -> StepBatch:
+    """One rank's bins of a global batch of `rows`, so many to a forward."""
+    forwards = [bins[at : at + micro_batch_size] for at in range(0, len(bins), micro_batch_size)]
+    places = [[place for one in forward for place in one] for forward in forwards]
+    return StepBatch(
+        step=step,
+        epoch=epoch,
+        micro=[[rows[place] for place in forward] for forward in places],
+        samples=places,
+        bins=[[len(one) for one in forward if one] for forward in forwards],
+    )
 
 
 def share(count: int, world_size: int, rank: int) -> tuple[int, int]:

@@ -20,10 +20,13 @@ from torch import nn
 import peft_dist
 from orchestrator.errors import DataError
 from orchestrator.spec.job import EvalSpec
+from peft_dist.contract import PastMethod
+from peft_dist.rows import Rows
 
+from .bins import in_order
 from .group import Group
 from .seat import ADAPTER
-from .tasks import Answering, Row, Task
+from .tasks import Answering, Batch, Task
 from .tasks.embedding import Embedding
 
 
@@ -44,6 +47,8 @@ class Evaluation:
         metrics: what is measured beside `eval_loss`.
         is_sharded: ZeRO-3: every rank must take part in every forward.
         should_stop: asked before each batch.
+        capacity: tokens of a sequence that several rows share; None where each has its own. A batch is then so many
+            sequences.
     """
 
     rows: Sequence[Any]
@@ -54,6 +59,7 @@ class Evaluation:
     metrics: tuple[str, ...] = ()
     is_sharded: bool = False
     should_stop: Callable[[], bool] = lambda: False
+    capacity: int | None = None
 
     @property
     def used(self) -> Sequence[Any]:
@@ -93,7 +99,7 @@ class Evaluation:
             self.spec.max_new_tokens,
             is_sharded=self.is_sharded and self.group.size > 1,
         )
-        mine = self._dealt(rows, lambda batch: self.task.answers(model, batch, how))
+        mine = self._dealt(self._cut(rows), lambda batch: self.task.answers(model, batch, how))
         every: dict[int, list[Any]] = {}
         for part in self.group.gather_plain(mine):
             every |= part
@@ -103,13 +109,14 @@ class Evaluation:
         if isinstance(self.task, Embedding):  # a row's loss is with respect to all others
             return self.task.loss_of(self.used, self.answers(model, self.used))
 
-        def sums(rows: Sequence[Row]) -> tuple[float, float]:
-            batch = self.task.collate(rows, range(len(rows))).to(self.group.device)
-            with torch.no_grad():
+        def sums(rows: Sequence[Any]) -> tuple[float, float]:
+            batch = self._collated(rows).to(self.group.device)
+            with torch.no_grad(), _apart(model, batch):
                 return float(self.task.loss(model, batch)), float(batch.targets)
 
-        mine = self._dealt(self.used, sums)
-        found = [0.0] * (2 * math.ceil(len(self.used) / self.batch_size))
+        batches = self._shared_sequences() if self._shares(model) else self._cut(self.used)
+        mine = self._dealt(batches, sums)
+        found = [0.0] * (2 * len(batches))
         for number, pair in mine.items():
             found[2 * number : 2 * number + 2] = pair
         summed = self.group.sum(found)
@@ -122,9 +129,28 @@ class Evaluation:
             )
         return total / count
 
-    def _dealt(self, rows: Sequence[Any], work: Callable[[Sequence[Any]], Any]) -> dict[int, Any]:
-        """What `work` gave for each batch of `rows` that fell to this rank, by the batch's number."""
-        batches = [rows[at : at + self.batch_size] for at in range(0, len(rows), self.batch_size)]
+    def _cut(self, rows: Sequence[Any]) -> list[Sequence[Any]]:
+        return [rows[at : at + self.batch_size] for at in range(0, len(rows), self.batch_size)]
+
+    def _shares(self, model: nn.Module) -> bool:
+        """Whether rows share sequences: not where those of a row would share one past."""
+        active: Any = getattr(model, "active_peft_config", None)
+        return self.capacity is not None and not isinstance(active, PastMethod)
+
+    def _shared_sequences(self) -> list[Sequence[Any]]:
+        """Batches of sequences, each a list of rows."""
+        lengths = [len(row.input_ids) for row in self.used]
+        bins = [[self.used[row] for row in rows] for rows in in_order(lengths, self.capacity or 0)]
+        return self._cut(bins)
+
+    def _collated(self, rows: Sequence[Any]) -> Batch:
+        if not isinstance(rows[0], list):
+            return self.task.collate(rows, range(len(rows)))
+        every = [row for one in rows for row in one]
+        return self.task.binned(every, range(len(every)), [len(one) for one in rows])
+
+    def _dealt(self, batches: Sequence[Any], work: Callable[[Sequence[Any]], Any]) -> dict[int, Any]:
+        """What `work` gave for each batch that fell to this rank, by the batch's number."""
         found = {}
         for turn in range(math.ceil(len(batches) / self.group.size)):
             if self.group.any(self.should_stop()):
@@ -188,6 +214,14 @@ def evaluate_adapter(
         return evaluation.measure(model)
     finally:
         model.unload()
+
+
+def _apart(model: nn.Module, batch: Batch) -> contextlib.AbstractContextManager[None]:
+    """Within the context adapters know which sequences share a row."""
+    if batch.bins is None:
+        return contextlib.nullcontext()
+    rows = Rows(samples=torch.tensor(batch.samples), bins=batch.bins)
+    return model.using(rows)  # type: ignore[operator]
 
 
 def _named(label: str, metrics: Mapping[str, float]) -> dict[str, float]:

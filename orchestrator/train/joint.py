@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from peft_dist.bins import Bins
 from peft_dist.errors import RowsError
 from peft_dist.rows import Rows
 
@@ -69,11 +70,14 @@ def backward(model: nn.Module, parts: Sequence[Part]) -> list[float]:
 def _losses(model: nn.Module, parts: Sequence[Part], number: int) -> list[Tensor]:
     batches = _widened([part.task for part in parts], [part.ready.batches[number] for part in parts])
     asked = [_asked(part.task, model, batch) for part, batch in zip(parts, batches, strict=True)]
-    counts = [len(batch.samples) for batch in batches]
+    counts = [len(batch.inputs["input_ids"]) for batch in batches]
+    shared = [batch.bins for batch in batches if batch.bins is not None]
+    lengths = tuple(row for bins in shared for row in bins.lengths)
     rows = Rows(
-        [part.adapter for part, count in zip(parts, counts, strict=True) for _ in range(count)],
+        [part.adapter for part, batch in zip(parts, batches, strict=True) for _ in batch.samples],
         torch.tensor([sample for batch in batches for sample in batch.samples]),
         streams={part.adapter: (part.ready.step.seed, part.ready.step.number) for part in parts},
+        bins=Bins(lengths) if shared else None,
     )
     with model.using(rows):  # type: ignore[operator]
         given = model(**_together(asked, counts))
@@ -118,12 +122,15 @@ def _padded(tensor: Tensor, more: int, fill: int) -> Tensor:
     return F.pad(tensor, (0, more), value=fill) if more else tensor
 
 
-def _together(asked: Sequence[Mapping[str, Tensor]], counts: Sequence[int]) -> dict[str, Tensor]:
+def _together(asked: Sequence[Mapping[str, Any]], counts: Sequence[int]) -> dict[str, Any]:
     """Arguments of one call that are those of all; what a run's method does not read is zero for its rows."""
     names = dict.fromkeys(name for each in asked for name in each)
-    made = {}
+    made: dict[str, Any] = {}
     for name in names:
         like = next(each[name] for each in asked if name in each)
+        if not isinstance(like, Tensor):
+            made[name] = like
+            continue
         if not all(name in each for each in asked) and like.ndim > 1:
             raise RowsError(f"{name} is given for some of the runs alone. Run one adapter at a time.")
         made[name] = torch.cat(

@@ -63,6 +63,7 @@ class Training:
         examples: the training rows, the same on every rank.
         position: where to start; step 0 for a fresh run.
         save_adapter: writes the adapter into a directory; a collective.
+        capacity: tokens of a sequence that several rows share; None where each has its own.
         reporter: rank 0's way to the driver, with the request to stop; None elsewhere.
     """
 
@@ -79,6 +80,7 @@ class Training:
         *,
         save_adapter: Callable[[str], None],
         precision: str = "fp32",
+        capacity: int | None = None,
         reporter: Told | None = None,
     ) -> None:
         self.request, self.spec, self.plan = request, request.spec, request.plan
@@ -87,6 +89,7 @@ class Training:
         self.controllers = Controllers(seat, seat.trained().values())
         self.examples, self.evaluation, self.group = examples, evaluation, group
         self.position, self.reporter, self.save_adapter = position, reporter, save_adapter
+        self.capacity = capacity
         self.saved_step, self.saved_url = position.step, ""
         self.scale = LossScale(precision == "fp16")
         if self.scale.enabled and position.step:
@@ -168,9 +171,10 @@ class Training:
         step = batch.step + 1
         torch.manual_seed(_mixed(self.spec.training.seed, step, self.group.rank))
         parts = [[self.examples[row] for row in rows] for rows in batch.micro]
+        counts: Sequence[list[int] | None] = batch.bins or [None] * len(parts)
         batches = [
-            self.task.collate(part, samples) if part else self.task.silent(self.examples[0])
-            for part, samples in zip(parts, batch.samples, strict=True)
+            self._collated(part, samples, count)
+            for part, samples, count in zip(parts, batch.samples, counts, strict=True)
         ]
         targets, tokens = self.group.sum(
             [
@@ -184,6 +188,12 @@ class Training:
         seed, scale = self.spec.training.seed, self.scale.value
         this = Step(self.model, self.group, seed, step, targets, scale, self.seat.in_rows)
         return Ready(this, [one.to(self.group.device) for one in batches], tokens)
+
+    def _collated(self, rows: list[Any], samples: list[int], counts: list[int] | None) -> Batch:
+        task, nothing = self.task, self.examples[0]
+        if counts is None:
+            return task.collate(rows, samples) if rows else task.silent(nothing)
+        return task.binned(rows, samples, counts) if rows else task.silenced(task.binned([nothing], [0], [1]))
 
     def complete(self, ready: Ready, mine: float) -> StepOutcome:
         """All of a step after its backward.
@@ -266,6 +276,8 @@ class Training:
             rank=self.group.rank,
             seed=training.seed,
             start_step=self.position.step,
+            lengths=[len(row.input_ids) for row in self.examples] if self.capacity else None,
+            capacity=self.capacity or 0,
         )
 
     def _update(self, step: int) -> float:

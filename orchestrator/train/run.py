@@ -38,6 +38,7 @@ from .group import Group
 from .loop import Training
 from .model import bare_model, build_model, seat_on
 from .seat import Seat
+from .sequences import check_apart
 from .starts import ROWS
 from .task_file import check_labels, read_task_file, write_task_file
 from .task_ids import task_numbers
@@ -132,6 +133,8 @@ class Run:
         group = ground.group
         self.examples: Examples = ground.examples_of(self.spec)
         kind = task_class(self.spec)
+        if self._capacity and ground.model is None:
+            check_apart(ground.base, [row.input_ids for row in self.examples.train[:50]], group.device)
         checkpoint = self._newest() or self._given(from_checkpoint)
         state = checkpoint.optimizer_state() if checkpoint else {}
         is_raw = raw_tensors.are_in(state)
@@ -156,6 +159,7 @@ class Run:
             metrics=measured_metrics(self.spec),
             is_sharded=ground.is_sharded,
             should_stop=lambda: reporter is not None and reporter.stop_requested,
+            capacity=self._capacity,
         )
         self.training = self._training(checkpoint, state)
 
@@ -166,6 +170,11 @@ class Run:
         if ground.model is None:
             ground.model = bare_model(self.spec, ground.base)
         return seat_on(request, ground.model, adapter, group, source, steps, self._samples)
+
+    @property
+    def _capacity(self) -> int | None:
+        """Tokens of a sequence that rows share, where they do."""
+        return self.examples.report.sequence_len if self.spec.data.sample_packing else None
 
     def _samples(self) -> list[Batch]:
         """The first training rows, for starts that look at them."""
@@ -243,6 +252,7 @@ class Run:
             position,
             save_adapter=self._save_adapter,
             precision=self.ground.precision,
+            capacity=self._capacity,
             reporter=self.reporter,
         )
         if checkpoint is not None:

@@ -39,7 +39,10 @@ class Entrance:
             assert rows is not None
             key = rows.stream_of(self.adapter, self.module._site_name)
             padding = self.module._current.padding_of(self.samples, self.adapter)
-            return drop(x, method.dropout, self.samples, key, padding)
+            if rows.bins is None:
+                return drop(x, method.dropout, self.samples, key, padding)
+            split = rows.of(self.module.base.site, x, None)
+            return split.restored(drop(split.x, method.dropout, self.samples, key, padding))
 
         return enter
 

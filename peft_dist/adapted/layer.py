@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -127,6 +128,8 @@ class Adapted(AdapterModule):
             return y
         if rows is None or rows.num is None:
             return self._serve(self.serving(None), x)
+        if rows.bins is not None and self._goes_by_sequence(rows):
+            return self._apart(x, rows)
         if len(rows.segments) > 1 and (y := self._by_row(x, rows)) is not None:
             return y
         choices = [(self.serving(s.adapter), s.start, s.stop) for s in rows.segments]
@@ -137,6 +140,8 @@ class Adapted(AdapterModule):
             drops = self.training and any(self.methods[name].dropout for name in names)
             if rows.samples is None or not drops:
                 return self._serve(names, x)
+            if rows.bins is not None:
+                return self._serve(names, x, rows.samples)
             split = rows.of(self.base.site, x, self._current.length)
             return split.restored(self._serve(names, split.x, rows.samples))
         split = rows.of(self.base.site, x, self._current.length)
@@ -144,6 +149,29 @@ class Adapted(AdapterModule):
         if all(isinstance(level.method, WeightMethod) for levels, _, _ in parts for level in levels):
             return self._mixed_weights(x, split, parts)
         return self._mixed(split, parts)
+
+    def _goes_by_sequence(self, rows: Rows) -> bool:
+        """Whether what serves must see each sequence by itself: adapters differ, or a method reads or draws something
+        for each of them."""
+        if len(rows.segments) > 1:
+            return True
+        choice = rows.segments[0].adapter if rows.segments else None
+        return any(self.methods[name].reads for name in self.named(choice))
+
+    def _apart(self, x: Tensor, rows: Rows) -> Tensor:
+        """x, in which sequences share rows, run with a row for each."""
+        assert rows.bins is not None
+        current, bins = self._current, rows.bins
+        split, before = rows.of(self.base.site, x, None), dataclasses.replace(current)
+        current.rows, current.length, current.padding = rows.apart(), bins.longest, None
+        current.batch = {
+            name: bins.apart(value) if tuple(value.shape[:2]) == bins.shape else value
+            for name, value in current.batch.items()
+        }
+        try:
+            return split.restored(self.forward(split.x))
+        finally:
+            current.take(before)
 
     def _packed(self, args: tuple, kwargs: dict[str, Any], rows: PackedRows) -> Tensor:
         if self.base.is_argument:
@@ -401,13 +429,13 @@ def _substituted(
         return parts[0].base(*args, **kwargs)
 
 
+def _first(levels: Sequence[Level]) -> str | None:
+    return levels[0].name if levels else None
+
+
 def _part_of(value: Any, stretch: Stretch) -> Any:
     """A tensor of tokens (T, ...) cut to a stretch; anything else as it is."""
     return value[stretch.start : stretch.stop] if isinstance(value, Tensor) else value
-
-
-def _first(levels: Sequence[Level]) -> str | None:
-    return levels[0].name if levels else None
 
 
 @functools.cache

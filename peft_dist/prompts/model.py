@@ -14,6 +14,7 @@ from peft_dist.errors import AdapterError
 from peft_dist.optim import constrain_before_update
 from peft_dist.prompts.adapters import PromptAdapters
 from peft_dist.prompts.base import arguments, has_decoder
+from peft_dist.prompts.between import forward_between
 from peft_dist.prompts.block import in_line
 from peft_dist.prompts.encoder_decoder import place_in_both
 from peft_dist.prompts.generation import generate
@@ -57,6 +58,8 @@ class PromptedModel(PromptAdapters):
             inputs = {**dict(zip(arguments(rows.base), args, strict=False)), **kwargs}
             if torch.is_grad_enabled():
                 self._constrain()
+            if (among := rows.current.rows) is not None and among.bins is not None:
+                return forward_between(rows, inputs, among.bins)
             losses = counted(rows, inputs)
             items = inputs.pop("num_items_in_batch", None) if losses else None
             if losses:

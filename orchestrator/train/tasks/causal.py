@@ -3,6 +3,7 @@ method may count tokens of its own and weigh them (CPT's context)."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -10,15 +11,17 @@ from torch import Tensor, nn
 
 from orchestrator.errors import DataError
 from orchestrator.spec.job import DatasetSpec, EvalSpec
+from peft_dist.bins import bins_of
 from peft_dist.contract import PromptMethod
 
 from ..batches import collate
 from ..loss import num_targets, target_loss
+from ..outline import IGNORED
 from ..records import Record, record
 from ..render import Example, render
 from ..sources import SourceRow
 from .generation import continuations
-from .task import Answering, Batch, Task, pad_id
+from .task import Answering, Batch, Task, pad_id, right_padded
 
 
 class CausalLM(Task):
@@ -45,8 +48,19 @@ class CausalLM(Task):
         labels, weights = counted
         return Batch(inputs, {"labels": labels, "weights": weights}, list(samples), num_targets(labels))
 
+    def binned(self, rows: Sequence[Example], samples: Sequence[int], counts: Sequence[int]) -> Batch:
+        ends = list(itertools.accumulate(counts))
+        parts = [rows[end - count : end] for count, end in zip(counts, ends, strict=True)]
+        bins = bins_of([[len(row.input_ids) for row in part] for part in parts])
+        ids = right_padded([_joined(row.input_ids for row in part) for part in parts], pad_id(self.tokenizer))
+        labels = right_padded([_joined(row.labels for row in part) for part in parts], IGNORED)
+        labels = labels.masked_fill(bins.starts(), IGNORED)  # nothing of its own sequence foretells it
+        inputs = {"input_ids": ids, "position_ids": bins.positions(), **self.task_ids(rows)}
+        return Batch(inputs, {"labels": labels}, list(samples), num_targets(labels), bins)
+
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        logits = model(**batch.inputs).logits
+        # a base with a cache would take its positions for those of one long sequence
+        logits = model(**batch.inputs, **({"use_cache": False} if batch.bins else {})).logits
         return target_loss(logits, batch.labels["labels"], batch.labels.get("weights"))
 
     def answerable(self, rows: Sequence[Example], names: Sequence[str], spec: EvalSpec) -> Sequence[Example]:
@@ -68,6 +82,10 @@ class CausalLM(Task):
         self, rows: Sequence[Example], answers: Sequence[str], names: Sequence[str]
     ) -> dict[str, float]:
         return matches([row.answer for row in rows], answers, names)
+
+
+def _joined(parts: Iterable[Sequence[int]]) -> list[int]:
+    return [number for part in parts for number in part]
 
 
 def matches(wanted: Sequence[str], given: Sequence[str], names: Sequence[str]) -> dict[str, float]:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from orchestrator.spec.job import DatasetSpec, EvalSpec
+from peft_dist.bins import Bins
 from peft_dist.rows import Rows
 
 from ..group import Group
@@ -80,6 +81,8 @@ class Batch:
     samples: list[int]
     """A number for each sequence that no other of the step has: what its dropout follows from."""
     targets: int
+    bins: Bins | None = None
+    """Where several sequences share a row of the inputs."""
 
     def to(self, device: str) -> Batch:
         """The same on a device."""
@@ -110,7 +113,7 @@ class Step:
     def using(self, batch: Batch) -> AbstractContextManager[None]:
         """Within the context the dropout of a sequence follows from the seed, the step and its number."""
         adapters = None if self.adapter is None else [self.adapter] * len(batch.samples)
-        rows = Rows(adapters, torch.tensor(batch.samples), seed=self.seed, step=self.number)
+        rows = Rows(adapters, torch.tensor(batch.samples), seed=self.seed, step=self.number, bins=batch.bins)
         return self.model.using(rows)  # type: ignore[operator]
 
 
@@ -182,9 +185,16 @@ class Task(ABC):
     def collate(self, rows: Sequence[Any], samples: Sequence[int]) -> Batch:
         """The batch of at least one row; `samples` are their numbers within the step."""
 
+    def binned(self, rows: Sequence[Any], samples: Sequence[int], counts: Sequence[int]) -> Batch:
+        """The batch of rows of which the first `counts[0]` share a sequence, the next `counts[1]` another."""
+        raise NotImplementedError(f"{self.name} rows do not share sequences")
+
     def silent(self, row: Any) -> Batch:
         """A batch without targets, for a rank that has nothing to do and takes part all the same."""
-        batch = self.collate([row], [0])
+        return self.silenced(self.collate([row], [0]))
+
+    def silenced(self, batch: Batch) -> Batch:
+        """The batch without its targets."""
         labels = {name: torch.full_like(labels, IGNORED) for name, labels in batch.labels.items()}
         return replace(batch, labels=labels, targets=0)
 

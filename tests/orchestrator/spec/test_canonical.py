@@ -99,7 +99,7 @@ def test_a_newer_format_is_refused_by_name_and_unknown_keys_are_passed_over():
 def test_every_section_is_stored():
     assert set(canonical.resolved_values(spec_of())) == {
         "name", "cluster", "model", "data", "adapter", "training", "deepspeed", "resources", "storage", "retry",
-        "secrets", "eval", "register", "deploy", "sweep",
+        "secrets", "eval", "register", "deploy", "sweep", "tracking",
     }  # fmt: skip
 
 

@@ -119,8 +119,6 @@ def test_errors_are_told_together_one_a_line(text, message):
 @pytest.mark.parametrize(
     "key",
     [
-        "data: {datasets: [{path: a}], sample_packing: true}",
-        "sweep: {metric: eval_loss}",
     ],
 )
 def test_keys_of_later_versions_say_so(key):
