@@ -37,8 +37,6 @@ SECONDS_FOR_A_PLACE = 20.0
 """How long a replica may wait for room before the deployment is left to become live by itself."""
 _SECONDS_TO_RECOVER = 120.0
 _SECONDS_OF_REFUSALS = 15.0
-_AGAIN = (429, 503)
-"""What says that the same may be answered in a moment."""
 _POLL_S = 0.1
 _JOB_FOLDER = "/working_dir_files/"
 """Part of the path of what Ray unpacks for a job alone."""
@@ -386,10 +384,9 @@ class RayEndpoints:
                 raise ServeError(f"endpoint '{endpoint}' does not come up: {_cause(app.message)}")
             if app.num_running or app.is_idle:
                 said = _say(on_event, said, f"endpoint {endpoint}: loading {ref}")
-                status, message = _probe(f"{door.url}/{endpoint}", ref, task, headers)
+                status, message, says_no = _probe(f"{door.url}/{endpoint}", ref, task, headers)
                 if status == 200:
                     return True
-                says_no = status is not None and status not in _AGAIN
                 if status == 400 or refusing.runs(says_no) > _SECONDS_OF_REFUSALS:
                     raise ServeError(f"{ref} is not served: {message}")
                 if silent.runs(not says_no) > _SECONDS_TO_RECOVER:
@@ -555,17 +552,29 @@ _LEAST: dict[str, dict[str, Any]] = {
 }
 
 
-def _probe(url: str, ref: str, task: str, headers: dict[str, str]) -> tuple[int | None, str]:
-    """HTTP status and message when the least is asked of `ref`; None where nothing answers, or Serve's proxy alone: it
-    does not know yet where a replica is that came this instant."""
+def _probe(url: str, ref: str, task: str, headers: dict[str, str]) -> tuple[int | None, str, bool]:
+    """HTTP status and message when the least is asked of `ref`, and whether that is a no. The status is None where
+    nothing answers, or Serve's proxy alone: it does not know yet where a replica is that came this instant."""
     asked = _LEAST.get(task, {"prompt": "a", "max_tokens": 1, "temperature": 0})
     body: dict[str, Any] = {"model": ref, **asked}
     try:
         answer = requests.post(f"{url}{route_of(task)}", json=body, headers=headers, timeout=(5, 600))
     except requests.RequestException as error:
-        return None, str(error)
-    is_a_replicas = answer.headers.get("content-type", "").startswith("application/json")
-    return (answer.status_code if is_a_replicas else None), _message(answer)
+        return None, str(error), False
+    if not answer.headers.get("content-type", "").startswith("application/json"):
+        return None, _message(answer), False
+    return answer.status_code, _message(answer), not (answer.ok or _may_pass(answer))
+
+
+def _may_pass(answer: requests.Response) -> bool:
+    """Whether the same may be answered in a moment. A 503 without a code is an error of the storage, such as a file of
+    the adapter that is damaged."""
+    try:
+        return answer.status_code == 429 or (
+            answer.status_code == 503 and bool(answer.json()["error"]["code"])
+        )
+    except (ValueError, KeyError, TypeError):
+        return False
 
 
 def _await_gone(url: str, refs: set[str], headers: dict[str, str], timeout_s: float = 15.0) -> None:

@@ -25,7 +25,8 @@ def said(status, body, kind="application/json"):
 
 
 FINE = said(200, "{}")
-BUSY = said(503, '{"error": {"message": "a new one is on its way"}}')
+BUSY = said(503, '{"error": {"message": "a new one is on its way", "code": "engine_stopped"}}')
+DAMAGED = said(503, '{"error": {"message": "its sha256 differs", "code": null}}')
 UNKNOWN = said(404, '{"error": {"message": "does not exist"}}')
 PROXY = said(404, "Path '/tiny' not found.", "text/plain")
 
@@ -74,5 +75,8 @@ def test_a_replicas_own_no_counts_sooner_and_a_refusal_at_once(awaited):
     assert awaited(UNKNOWN, UNKNOWN, PROXY, UNKNOWN, FINE)
     with pytest.raises(ServeError, match=r"^docs@1 is not served: does not exist"):
         awaited(*[UNKNOWN] * 40, FINE)
+    assert awaited(DAMAGED, DAMAGED, FINE)
+    with pytest.raises(ServeError, match=r"^docs@1 is not served: its sha256 differs"):
+        awaited(*[DAMAGED] * 40, FINE)
     with pytest.raises(ServeError, match=r"^docs@1 is not served: NaN"):
         awaited(said(400, '{"error": {"message": "NaN"}}'), FINE)
