@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from .later import not_yet_flat
 from .places import MISSING, Path, Place, Problem, Tree, dotted
 from .words import show
 
@@ -368,7 +367,9 @@ ROWS: tuple[Alias, ...] = (
     *_refused("Remove it: each run has a folder of its own.", "overwrite_output_dir"),
     *_refused(_HUB, "hub_model_id", "hub_strategy", "push_to_hub", "hub_repo", "hub_private_repo"),
     *_maps("data.sample_packing", "sample_packing", "packing", "neat_packing"),
-    *_refused("Remove it: evaluation rows share sequences as data.sample_packing says.", "eval_sample_packing"),
+    *_refused(
+        "Remove it: evaluation rows share sequences as data.sample_packing says.", "eval_sample_packing"
+    ),
     *_refused("Remove it: a sequence is as long as its rows.", "pad_to_sequence_len", accepts=(False,)),
     # who is told of the run
     Alias("report_to", "tracking", _reported),
@@ -425,11 +426,8 @@ def resolve_aliases(tree: Tree) -> list[Problem]:
     """Moves every alias to its key, in place; returns what breaks a rule."""
     problems: list[Problem] = []
     _adapter_in_one_word(tree, problems)
-    for name in [name for name in tree.values if name in BY_NAME or not_yet_flat(name)]:
-        if refusal := not_yet_flat(name):
-            _drop(tree, (name,), None if tree.values[name] is None else Problem((name,), *refusal), problems)
-        else:
-            _resolve(tree, BY_NAME[name], problems)
+    for name in [name for name in tree.values if name in BY_NAME]:
+        _resolve(tree, BY_NAME[name], problems)
     for key, (target, change) in SECTION_ALIASES.items():
         path = tuple(key.split("."))
         if tree.get(path) is not MISSING:

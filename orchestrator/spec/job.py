@@ -545,6 +545,7 @@ class JobSpec(Section):
     )
     deploy: DeploySpec | None = Field(default=None, description="absent: registered, not deployed")
     sweep: SweepSpec | None = Field(
-        default=None, description="many trials with other values of some keys; the best is what the job comes to"
+        default=None,
+        description="many trials with other values of some keys; the best is what the job comes to",
     )
     tracking: TrackingSpec = Field(default=TrackingSpec(), description="who is told of the run")

@@ -20,7 +20,6 @@ from .aliases import resolve_aliases
 from .deepspeed_keys import STAGES, check_deepspeed
 from .document import decode, parse_document
 from .job import JobSpec
-from .later import not_yet
 from .overrides import apply_overrides
 from .places import Path, Place, Problem, Tree, dotted, raise_all
 from .rules import check_rules
@@ -207,10 +206,6 @@ def _validated(
     problems: list[Problem] = []
     if "name" not in tree.values and stem is not None:
         tree.values["name"] = stem
-    for key, value in tree.values.items():
-        if value is not None and (refusal := not_yet((key,))):
-            errors += tree.errors([Problem((key,), *refusal)])
-            return None
     _resolve_deepspeed(tree, directory, problems)
     problems += check_adapter(tree)
     try:

@@ -7,8 +7,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat, PositiveInt, WithJsonSchema
 
+from ..errors import closest
 from .durations import parse_duration
 
+SCHEDULERS = ("none", "asha", "median")
 _LARGER_IS_WORSE = ("loss",)
 
 
@@ -21,6 +23,10 @@ def _positive_time(value: object) -> float:
 
 def _named_scheduler(value: object) -> object:
     """`scheduler: asha` is `scheduler: {type: asha}`."""
+    if isinstance(value, str) and value not in SCHEDULERS:
+        near = closest(value, SCHEDULERS)
+        hint = f"Closest: '{near[0]}'." if near else f"There are: {', '.join(SCHEDULERS)}."
+        raise ValueError(f"'{value}' is not a scheduler. {hint}")
     return {"type": value} if isinstance(value, str) else value
 
 

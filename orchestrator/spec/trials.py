@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from ..errors import closest
 from .adapter import check_adapter
+from .aliases import BY_NAME
 from .deepspeed_keys import check_deepspeed
 from .job import JobSpec
 from .places import Path, Problem, Tree, dotted
@@ -148,6 +149,8 @@ def _keys(space: Collection[Dimension]) -> Iterator[Problem]:
                 )
             elif path[0] == "adapter" and len(path) > 1:
                 continue  # its method knows
+            elif len(path) == 1 and key in BY_NAME and (target := BY_NAME[key].target):
+                yield Problem(place, f"{key} is another project's name.", f"Write it as {target}.")
             elif field_at(JobSpec, _with_indices(path)) is None:
                 found = unknown_key(path)
                 yield Problem(

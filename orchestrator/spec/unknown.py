@@ -1,4 +1,4 @@
-"""What to say of a key that does not exist: that a later version has it, where it lives, or what is closest."""
+"""What to say of a key that does not exist: where it lives, or what is closest."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from peft_dist.catalog import METHODS, config_class
 from ..errors import closest
 from .aliases import BY_NAME, ROWS, SECTION_ALIASES
 from .job import JobSpec
-from .later import not_yet, not_yet_flat
 from .places import Path, Problem, dotted
 from .words import field_at, known_paths, model_in
 
@@ -36,8 +35,6 @@ _ANYWHERE = known_paths(JobSpec)
 
 def unknown_key(path: Path) -> Problem:
     """The problem with a key that no section has."""
-    if refusal := not_yet(path) or not_yet_flat(str(path[-1])):
-        return Problem(path, *refusal)
     key = str(path[-1])
     if key in SHORT:
         return Problem(path, "no such key.", f"Write {SHORT[key]}.")

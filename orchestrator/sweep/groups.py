@@ -6,7 +6,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from orchestrator.errors import LeaseError, RaypeftError
@@ -179,7 +179,8 @@ class Groups:
 
     def _start(self, key: str, request: TrainRequest) -> _Standing:
         self._opened += 1
-        group = self._open_group(request, self._layout.pack)
+        # a trial's fence is the trial's: a group that begins would raise it
+        group = self._open_group(replace(request, fence=None), self._layout.pack)
         standing = _Standing(self._opened, key, group, request.plan.num_workers, time.monotonic())
         self._standing.append(standing)
         threading.Thread(

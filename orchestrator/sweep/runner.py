@@ -122,7 +122,7 @@ class SweepRunner:
             lambda starting: self._has_room(self._request, starting),
         )
 
-    def _tell(self, kind: str, **fields: Any) -> None:
+    def _tell(self, kind: str, /, **fields: Any) -> None:
         if kind == "progress" and math.isnan(self._first_step_s):
             self._first_step_s = time.monotonic() - self._began
         self._told.put({"event": kind, "t": round(time.time(), 3), **fields})
@@ -307,10 +307,11 @@ class _Sweep:
         trial = self.running.pop(number, None)
         if trial is None:
             return
-        self.leaving[str(number)] = lambda event: self._stopped(trial, "the scheduler")
+        self.leaving[str(number)] = lambda event: self._stopped(trial, "the scheduler", event)
         self.groups.leave(str(number))
 
-    def _stopped(self, trial: _Running, by: str) -> None:
+    def _stopped(self, trial: _Running, by: str, event: Event) -> None:
+        trial.step = max(trial.step, event.get("step", 0))
         trial.end("done", f"stopped by {by} at step {trial.step}", end=STOPPED)
         self._tell_trial(trial, STOPPED, cause=by)
 
@@ -475,16 +476,16 @@ class _Sweep:
         """Stops what runs, for good."""
         self._say(f"{over} is used up: {len(self.running)} trials are stopped, the best until now is taken")
         self.suggestions.stop()
-        self._leave_all(lambda trial: self._stopped(trial, over))
+        self._leave_all(lambda trial, event: self._stopped(trial, over, event))
 
     def _interrupt(self, error: RaypeftError) -> None:
         """Has every trial save a checkpoint and leave, and raises."""
-        self._leave_all(lambda trial: trial.end("interrupted", f"interrupted at step {trial.step}"))
+        self._leave_all(lambda trial, event: trial.end("interrupted", f"interrupted at step {trial.step}"))
         raise error
 
-    def _leave_all(self, end: Callable[[_Running], None]) -> None:
+    def _leave_all(self, end: Callable[[_Running, Event], None]) -> None:
         for number, trial in list(self.running.items()):
-            self.leaving[str(number)] = lambda event, trial=trial: end(trial)  # type: ignore[misc]
+            self.leaving[str(number)] = lambda event, trial=trial: end(trial, event)  # type: ignore[misc]
             del self.running[number]
             self.groups.leave(str(number))
         self._wait_for_leaving()

@@ -111,9 +111,7 @@ class Tuning:
     def close(self) -> None:
         """Ends the proxies."""
         with contextlib.suppress(RayError):
-            for trial in self._controller.get_live_trials():
-                self._controller.stop_trial(trial)
-            self._proxies.kill_all()
+            self._controller._actor_manager.cleanup()
         shutil.rmtree(self._scratch, ignore_errors=True)
 
 
@@ -123,19 +121,14 @@ class _Proxies(Callback):
     def __init__(self, on_start: OnTrial, on_end: OnTrial) -> None:
         self._on_start, self._on_end = on_start, on_end
         self._of: dict[int, Any] = {}
-        self._all: dict[Any, Any] = {}
 
     def tell(self, number: int, report: dict[str, Any]) -> None:
         if (actor := self._of.get(number)) is not None:
             actor.tell.remote(number, report)
 
-    def kill_all(self) -> None:
-        for actor in self._all.values():
-            ray.kill(actor)
-
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         actor, number = trial.temporary_state.ray_actor, trial.config[TRIAL]
-        self._of[number] = self._all[actor._actor_id] = actor
+        self._of[number] = actor
         self._on_start(number, dict(trial.config))
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:

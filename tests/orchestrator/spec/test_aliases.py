@@ -2,7 +2,6 @@ import pytest
 
 from orchestrator.spec.aliases import BY_NAME, DATASET_REFUSED, DATASET_TYPES, ROWS
 from orchestrator.spec.canonical import resolved_values
-from orchestrator.spec.later import LATER, LATER_FLAT
 from orchestrator.spec.load import load_job_text
 
 from .jobs import MINIMAL, refused, refused_after_minimal, spec_of
@@ -156,13 +155,6 @@ def test_value_that_says_what_is_always_done_is_taken(name):
     spec_of(f"{name}: {value}\n")
 
 
-@pytest.mark.parametrize("name", LATER_FLAT)
-def test_key_of_a_later_version(name):
-    assert refused_after_minimal(f"{name}: true\n") == (
-        f"jobs/x.yaml:3 {name}: this version does not have it yet. {LATER_FLAT[name]}"
-    )
-
-
 @pytest.mark.parametrize("text", ["adapter: qlora", "adapter: {type: qlora, r: 4}", "quantization_bit: 4"])
 def test_what_others_call_a_base_in_4_bits(text):
     model = spec_of(text).model
@@ -171,13 +163,7 @@ def test_what_others_call_a_base_in_4_bits(text):
     assert spec_of("quantization_bit: 8").model.load_in_8bit
 
 
-def test_hints_name_the_next_step():
-    assert all(hint.startswith(("Remove it", "Write")) for hint in [*LATER.values(), *LATER_FLAT.values()])
-
-
-@pytest.mark.parametrize(
-    "name", [*(name for name in MAPPED if "base_model" not in name), *REFUSED, *LATER_FLAT]
-)
+@pytest.mark.parametrize("name", [*(name for name in MAPPED if "base_model" not in name), *REFUSED])
 def test_an_empty_value_asks_for_nothing(name):
     spec_of(f"{name}:\n")
 

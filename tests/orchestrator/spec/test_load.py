@@ -116,19 +116,6 @@ def test_errors_are_told_together_one_a_line(text, message):
     assert refused(text) == message
 
 
-@pytest.mark.parametrize(
-    "key",
-    [
-    ],
-)
-def test_keys_of_later_versions_say_so(key):
-    section = key.partition(":")[0]
-    rest = "".join(line for line in MINIMAL.splitlines(keepends=True) if not line.startswith(f"{section}:"))
-    message = refused(f"{key}\n{rest}")
-    assert message.startswith("jobs/x.yaml:1 ") and " yet. " in message and len(message.splitlines()) == 1
-    assert message.rpartition(" yet. ")[2].split()[0] in ("Remove", "Write")
-
-
 def test_whole_floats_are_whole_numbers():
     assert spec_of("training: {max_steps: 1e4, num_epochs: 2.0}\n").training.max_steps == 10_000
 
