@@ -58,7 +58,7 @@ class Tracking:
         self._is_down, self._left_out, self._closed = False, 0, False
         self._lock, self._started = threading.Lock(), False
         self.process: subprocess.Popen[str] | None = None
-        self._env = {**os.environ, **(env or {})}
+        self.env = {**os.environ, **(env or {})}
         self._feeder = threading.Thread(target=self._feed, name="tracking", daemon=True)
 
     def __enter__(self) -> Tracking:
@@ -138,7 +138,7 @@ class Tracking:
     def _feed(self) -> None:
         """The thread: starts the process, hands it what comes, and waits for its end."""
         try:
-            self.process = _start(self._env)
+            self.process = _start(self.env)
         except OSError as error:
             self._warn(f"tracking: its process cannot be started: {error}.")
             return
