@@ -46,14 +46,29 @@ def generator_of(request: Generation, device: torch.device) -> torch.Generator |
 
 
 class Sampler:
-    """Chooses one sequence's tokens; a seed makes its choices repeatable, whatever else is in the batch."""
+    """Chooses one sequence's tokens; a seed makes its choices repeatable, whatever else is in the batch.
 
-    def __init__(self, model: PreTrainedModel, request: Generation, eos_ids: frozenset[int]) -> None:
+    Args:
+        num_before: tokens that stand before the first one that is chosen: the prompt's; of a decoder behind an encoder,
+            its start.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        request: Generation,
+        eos_ids: frozenset[int],
+        num_before: int | None = None,
+    ) -> None:
         config: Any = generation_config(model, request, eos_ids)
         base: Any = model
         base._prepare_special_tokens(config, True, device=model.device)
+        read = torch.tensor([request.prompt_ids], device=model.device)
         self._processors: LogitsProcessorList = base._get_logits_processor(
-            config, input_ids_seq_length=len(request.prompt_ids), device=str(model.device)
+            config,
+            input_ids_seq_length=len(request.prompt_ids) if num_before is None else num_before,
+            encoder_input_ids=read if num_before is not None else None,
+            device=str(model.device),
         )
         self._device = model.device
         self._generator = generator_of(request, model.device)

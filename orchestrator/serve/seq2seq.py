@@ -1,9 +1,10 @@
-"""An engine of an encoder with a decoder: texts of any adapters are read as one batch and written token by token."""
+"""An engine of an encoder with a decoder: texts of any adapters are read and written in batches that others join at
+any step."""
 
 from __future__ import annotations
 
 import asyncio
-import copy
+import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,29 +12,23 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import (
-    GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
-    PreTrainedModel,
-    StoppingCriteria,
-    StoppingCriteriaList,
-    TemperatureLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import PreTrainedModel
 
 from peft_dist.prompts.packed import num_virtual
-from peft_dist.rows import BASE, Rows
 
 from ..train.tasks.task import Padded
+from .decoding_batch import DecodingBatch
 from .engine import AdapterRefused, Generation, Piece, TokenLogprob
 from .pieces import pieces_of
-from .sampling import generator_of, logprob_of
+from .sampling import Sampler, logprob_of
 from .servable import check_placed, put_on
 from .task_engine import Asked, TaskEngine
 from .text import TextStream
 
 TASK = "SEQ_2_SEQ_LM"
+
+_AT_ONCE = 8
+"""Batches that are written side by side, where they cannot join; more wait."""
 
 
 @dataclass(eq=False)
@@ -42,13 +37,15 @@ class _Written(Asked):
 
     request: Generation = field(kw_only=True)
     text: TextStream = field(kw_only=True)
-    generator: torch.Generator | None = None
-    num_tokens: int = 0
+    sampler: Sampler | None = None
+    written: list[int] = field(default_factory=list)
+    """What the decoder has, from its start on."""
     is_done: bool = False
 
 
 class Seq2SeqEngine(TaskEngine):
-    """See `engine.Engine`. What came while a batch is written is the next batch.
+    """See `engine.Engine`. What came while others are written begins with the next token, and goes with them from
+    then on where the base and its virtual tokens let it; else beside them, in a batch of its own.
 
     Args:
         model: the base, on its device.
@@ -78,6 +75,8 @@ class Seq2SeqEngine(TaskEngine):
             ),
             0,
         )
+        self._start = self._starts_with(config, model.config)
+        self._batches: list[DecodingBatch] = []
         super().__init__(model, TASK, **options)
 
     @property
@@ -123,41 +122,122 @@ class Seq2SeqEngine(TaskEngine):
 
     # --- in the engine's thread
 
+    def _answer(self, batch: list[Asked]) -> None:
+        self._begin(batch)
+        while self._batches and self._dead is None:
+            self._began = time.monotonic()
+            for each in list(self._batches):
+                self._step(each)
+            self._merge()
+            self._take_turns()
+            # After it: who is gone was its adapter's last user.
+            self._sweep()
+            if len(self._batches) < _AT_ONCE and (newcomers := self._next_batch()):
+                self._begin(newcomers)
+
     def _run(self, asked: list[Asked]) -> None:
+        """Rows whose adapters bring the same kind and number of virtual tokens begin."""
         rows: list[Any] = list(asked)
         for row in rows:
-            row.generator = generator_of(row.request, self._base.device)
-        tap = _Tap(rows, self._eos_ids)
-        with self._model.using(Rows(adapters=tuple(row.adapter or BASE for row in rows))):
-            self._model.generate(
-                **self._inputs([list(row.ids) for row in rows]),
-                **self._task_ids(rows),
-                generation_config=self._config(max(row.request.max_tokens for row in rows)),
-                logits_processor=LogitsProcessorList([_Choice(rows, tap)]),
-                stopping_criteria=StoppingCriteriaList([tap]),
-            )
+            row.sampler = Sampler(self._base, row.request, self._eos_ids, num_before=1)
+            row.written = [self._start]
+        self._batches.append(self._batch_of(rows))
 
-    def _inputs(self, ids: list[list[int]]) -> dict[str, Tensor]:
-        padded = Padded(self._pad, ids).inputs()
-        return {name: tensor.to(self._base.device) for name, tensor in padded.items()}
-
-    def _config(self, longest: int) -> GenerationConfig:
-        """The base's own defaults (a repetition penalty, n-grams that do not repeat, its end tokens), one text each."""
-        config = copy.deepcopy(self._base.generation_config)
-        config.update(
-            max_new_tokens=longest,
-            max_length=None,
-            do_sample=False,
-            temperature=None,
-            top_p=None,
-            top_k=None,
-            eos_token_id=sorted(self._eos_ids) or None,
-            pad_token_id=self._pad,
-            num_beams=1,
-            num_return_sequences=1,
-            return_dict_in_generate=False,
+    def _batch_of(self, rows: Sequence[Asked]) -> DecodingBatch:
+        padded = Padded(self._pad, [list(row.ids) for row in rows]).inputs()
+        return DecodingBatch(
+            self._model,
+            rows,
+            [row.adapter for row in rows],
+            {name: tensor.to(self._base.device) for name, tensor in padded.items()},
+            self._task_ids(rows),
+            self._start,
+            joins=not self._one_by_one,
         )
-        return config
+
+    def _begin(self, asked: list[Asked]) -> None:
+        """Lets rows begin beside those that are written; those that cannot are told."""
+        here = [row for row in asked if not row.is_left]
+        self._gone([row for row in asked if row.is_left])
+        for bucket in self._buckets(here):
+            try:
+                self._run(bucket)
+            except Exception as error:
+                self._fail(bucket, error)
+
+    def _step(self, batch: DecodingBatch) -> None:
+        """A token of each of its rows. Where it fails, its rows do, and others go on."""
+        try:
+            with torch.inference_mode():
+                scores = batch.step()
+                likeliest = scores.argmax(-1).tolist()
+                tokens = [
+                    self._token(row, scores[place], likeliest[place]) for place, row in enumerate(batch.rows)
+                ]
+                batch.take(tokens)
+        except Exception as error:
+            self._batches.remove(batch)
+            self._fail(batch.rows, error)
+            return
+        with self._changed:
+            for row in batch.rows:
+                self._fair.served(row.queue, 1)
+        self._keep_running(batch)
+
+    def _token(self, row: Any, scores: Tensor, likeliest: int) -> int:
+        """Chooses a row's next token and gives it out."""
+        token = likeliest
+        if not row.sampler.takes_the_likeliest:
+            token = row.sampler.choose(scores, row.written)
+        notes: tuple[TokenLogprob, ...] = ()
+        if row.request.logprobs is not None:
+            notes = (logprob_of(scores.log_softmax(-1), token, row.request.logprobs),)
+        row.written.append(token)
+        is_last = len(row.written) > row.request.max_tokens
+        for piece in pieces_of(token, row.text, self._eos_ids, notes, is_last=is_last):
+            row.is_done = piece.finish_reason is not None
+            row.tell(piece)
+        return token
+
+    def _sweep(self) -> None:
+        """Lets go of rows for which nobody waits any more."""
+        for batch in list(self._batches):
+            self._keep_running(batch)
+
+    def _keep_running(self, batch: DecodingBatch) -> None:
+        places = [place for place, row in enumerate(batch.rows) if not row.is_done and not row.is_left]
+        if len(places) == len(batch.rows):
+            return
+        self._gone([row for row in batch.rows if row.is_done or row.is_left])
+        if not places:
+            self._batches.remove(batch)
+            return
+        with torch.inference_mode():
+            batch.keep(places)
+
+    def _merge(self) -> None:
+        """Lets batches that can go together."""
+        joined: list[DecodingBatch] = []
+        for batch in self._batches:
+            into = next((each for each in joined if each.can_join(batch)), None)
+            if into is None:
+                joined.append(batch)
+                continue
+            with torch.inference_mode():
+                into.join(batch)
+        self._batches = joined
+
+    def _fail(self, rows: Sequence[Asked], error: Exception) -> None:
+        for row in rows:
+            row.tell(error)
+        self._gone(rows)
+
+    def _gone(self, rows: Sequence[Asked]) -> None:
+        with self._changed:
+            for row in rows:
+                self._fair.leave(row.queue)
+            names = {id(row) for row in rows}
+            self._running = [row for row in self._running if id(row) not in names]
 
     def _put_on(self, adapter: str, saved: Any, directory: Path) -> int:
         put_on(self._model, saved, adapter)
@@ -173,89 +253,28 @@ class Seq2SeqEngine(TaskEngine):
 
     def _try(self, adapter: str) -> None:
         """A token of the adapter: it must run, and give numbers."""
-        seen = _Seen()
         row = Asked(adapter, "", [self._pad, self._pad], _nobody)
-        with torch.inference_mode(), self._model.using(Rows(adapters=(adapter,))):
-            self._model.generate(
-                **self._inputs([list(row.ids)]),
-                **self._task_ids([row]),
-                generation_config=self._config(1),
-                logits_processor=LogitsProcessorList([seen]),
-            )
-        if not seen.is_finite:
+        with torch.inference_mode():
+            scores = self._batch_of([row]).step()
+        if not torch.isfinite(scores).all():
             raise AdapterRefused("what the base gives with it are numbers that are not finite.")
+
+    @staticmethod
+    def _starts_with(generation: Any, config: Any) -> int:
+        said = (
+            generation.decoder_start_token_id,
+            getattr(config, "decoder_start_token_id", None),
+            generation.bos_token_id,
+            getattr(config, "bos_token_id", None),
+        )
+        for token in said:
+            if token is not None:
+                return int(token[0] if isinstance(token, (list, tuple)) else token)
+        raise ValueError(
+            "the base does not say with which token its decoder begins: decoder_start_token_id is missing from its "
+            "generation_config.json."
+        )
 
 
 def _nobody(result: Any) -> None:
     return None
-
-
-class _Seen(LogitsProcessor):
-    """Whether all scores were numbers."""
-
-    def __init__(self) -> None:
-        self.is_finite = True
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        """The scores, as they are; what a rule of generation forbids is -inf."""
-        self.is_finite = self.is_finite and not bool(scores.isnan().any() or (scores == float("inf")).any())
-        return scores
-
-
-class _Choice(LogitsProcessor):
-    """Draws the next token of each text that asks for it, and leaves the likeliest of the others."""
-
-    def __init__(self, rows: Sequence[_Written], tap: _Tap) -> None:
-        self._rows, self._tap = rows, tap
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        """Scores (rows, vocabulary); of a drawn token's row only that token is left."""
-        chosen = scores
-        for number, row in enumerate(self._rows):
-            if row.is_done:
-                continue
-            if row.request.logprobs is not None:
-                self._tap.logprobs[number] = scores[number].float().log_softmax(-1)
-            if row.generator is None:
-                continue
-            own: Any = scores[number : number + 1].float()
-            own = TemperatureLogitsWarper(float(row.request.temperature))(input_ids, own)
-            if row.request.top_p < 1:
-                own = TopPLogitsWarper(row.request.top_p)(input_ids, own)
-            token = torch.multinomial(own.softmax(-1), 1, generator=row.generator)[0]
-            if chosen is scores:
-                chosen = scores.clone()  # type: ignore[assignment]
-            chosen[number] = float("-inf")
-            chosen[number, token] = 0.0
-        return chosen
-
-
-class _Tap(StoppingCriteria):
-    """Sees each new token before transformers asks whether to go on; gives texts out and ends them."""
-
-    def __init__(self, rows: Sequence[_Written], eos_ids: frozenset[int]) -> None:
-        self._rows, self._eos_ids = rows, eos_ids
-        self.logprobs: dict[int, Tensor] = {}
-
-    def __call__(self, input_ids: torch.LongTensor, scores: Any, **kwargs: Any) -> Any:
-        """Whether each text is done (rows,)."""
-        for number, (row, token) in enumerate(zip(self._rows, input_ids[:, -1].tolist(), strict=True)):
-            if not row.is_done:
-                self._take(number, row, token)
-        return torch.tensor([row.is_done for row in self._rows], device=input_ids.device)
-
-    def _take(self, number: int, row: _Written, token: int) -> None:
-        if row.is_left:
-            row.is_done = True
-            return
-        row.num_tokens += 1
-        notes = self._noted(number, row, token)
-        is_last = row.num_tokens >= row.request.max_tokens
-        for piece in pieces_of(token, row.text, self._eos_ids, notes, is_last=is_last):
-            row.is_done = piece.finish_reason is not None
-            row.tell(piece)
-
-    def _noted(self, number: int, row: _Written, token: int) -> tuple[TokenLogprob, ...]:
-        if row.request.logprobs is None:
-            return ()
-        return (logprob_of(self.logprobs.pop(number), token, row.request.logprobs),)

@@ -298,8 +298,9 @@ class TaskEngine(ABC):
     def _next_batch(self) -> list[Asked]:
         with self._changed:
             batch: list[Asked] = []
-            tokens = 0
-            while len(batch) < self._max_rows and tokens < self._max_tokens:
+            before = sum(len(asked.ids) for asked in self._running)
+            tokens = before
+            while len(self._running) + len(batch) < self._max_rows and tokens < self._max_tokens:
                 popped = self._fair.pop()
                 if popped is None:
                     break
@@ -307,8 +308,8 @@ class TaskEngine(ABC):
                 batch.append(asked)
                 tokens += len(asked.ids)
                 self._fair.served(queue, len(asked.ids))
-            self._running = batch
-            self._num_tokens += tokens
+            self._running = [*self._running, *batch]
+            self._num_tokens += tokens - before
         return batch
 
     def _answer(self, batch: list[Asked]) -> None:

@@ -5,7 +5,7 @@ import asyncio
 import peft
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, BartConfig, BartForConditionalGeneration
 
 import peft_dist
 from orchestrator.serve.base_model import load
@@ -187,3 +187,108 @@ def test_each_text_is_of_its_own_task(engine, base, made, tmp_path, config):
             assert ids == wanted[0, 1:].tolist(), (task, text)
             distinct.add(tuple(ids))
     assert len(distinct) > 4
+
+
+def alone(model, tokenizer, text, num):
+    with torch.no_grad():
+        out = model.generate(**tokenizer(text, return_tensors="pt"), max_new_tokens=num, do_sample=False)
+    return out[0, 1:].tolist()
+
+
+def test_who_comes_while_others_are_written_joins_them_at_the_next_step(engine, base, made):
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    engine._eos_ids = frozenset()
+    for model, _ in made.values():
+        model.get_base_model().generation_config.eos_token_id = None
+    sizes, asked = (
+        [],
+        [("one", TEXTS[1]), ("two", "a"), ("three", TEXTS[3]), ("one", TEXTS[2]), ("two", "ab")],
+    )
+    engine._base.register_forward_pre_hook(lambda *_: sizes.append([len(b.rows) for b in engine._batches]))
+    ended = []
+
+    async def one(name, text, num):
+        given = await write(engine, name, text, max_tokens=num)
+        ended.append((name, text))
+        return given[0]
+
+    async def run():
+        for name in ("one", "two", "three", "five"):
+            await engine.load(name, made[name][1])
+        sizes.clear()
+        tasks = []
+        for number, (name, text) in enumerate(asked):
+            tasks.append(asyncio.ensure_future(one(name, text, 40 - 9 * number)))
+            while len(sizes) < 4 * (number + 1):
+                await asyncio.sleep(0.001)
+        # Behind virtual tokens: beside them.
+        tasks.append(asyncio.ensure_future(one("five", TEXTS[0], 4)))
+        return await asyncio.gather(*tasks)
+
+    *given, prefixed = asyncio.run(run())
+    for number, ((name, text), ids) in enumerate(zip(asked, given, strict=True)):
+        assert ids == alone(made[name][0], tokenizer, text, 40 - 9 * number), (name, text)
+    assert prefixed == alone(made["five"][0], tokenizer, TEXTS[0], 4)
+    assert ended.index(("two", "ab")) < ended.index(("one", TEXTS[1]))
+    assert max(max(each) for each in sizes if each) >= 4  # rows of several arrivals went together
+    assert engine._batches == [] and engine.figures().running == 0
+
+
+def test_a_decoder_that_counts_positions_writes_newcomers_beside_the_others(tmp_path):
+    torch.manual_seed(0)
+    sizes = {"d_model": 16, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "vocab_size": 64}
+    layers = dict.fromkeys(("encoder_layers", "decoder_layers", "encoder_attention_heads"), 2)
+    config = BartConfig(
+        **sizes, **layers, decoder_attention_heads=2, max_position_embeddings=64, init_std=0.3, pad_token_id=1
+    )
+    model = BartForConditionalGeneration(config).eval()
+    model.generation_config.update(eos_token_id=None, forced_eos_token_id=None, repetition_penalty=1.3)
+    prompts = [(5, 9, 23), (40, 2, 7, 11, 12), (33,)]
+    wanted = [
+        model.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False)[0, 1:].tolist()
+        for ids in prompts
+    ]
+    engine = Seq2SeqEngine(model, lambda ids: "x" * len(ids), frozenset(), 60)
+    steps = []
+    model.register_forward_pre_hook(lambda *_: steps.append(len(engine._batches)))
+
+    async def one(ids):
+        request = Generation(ids, None, 12, logprobs=0)
+        return [each.token async for piece in engine.generate(request) for each in piece.logprobs]
+
+    async def run():
+        tasks = []
+        for number, ids in enumerate(prompts):
+            tasks.append(asyncio.ensure_future(one(ids)))
+            while len(steps) < 3 * (number + 1):
+                await asyncio.sleep(0.001)
+        return await asyncio.gather(*tasks)
+
+    try:
+        assert asyncio.run(run()) == wanted
+    finally:
+        engine.close()
+    assert max(steps) > 1
+
+
+def test_a_batch_that_fails_tells_its_own_rows_and_others_go_on(engine, made):
+    async def run():
+        await engine.load("one", made["one"][1])
+        plain = await write(engine, "one", "a", max_tokens=30)
+        broken = []
+
+        def fail(*_):
+            if not broken:
+                broken.append(1)
+                raise RuntimeError("out of memory")
+
+        handle = engine._base.register_forward_pre_hook(fail)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            await write(engine, "one", "a")
+        handle.remove()
+        again = await write(engine, "one", "a", max_tokens=30)
+        await engine.unload("one")
+        return plain, again
+
+    plain, again = asyncio.run(run())
+    assert plain == again and engine.figures().running == 0
