@@ -67,6 +67,11 @@ class Bins:
             is_first[row, list(itertools.accumulate(lengths, initial=0))[: len(lengths)]] = True
         return is_first
 
+    def places(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """int64 (bins, width) twice: each position's sequence, and its place in it; padding's are the first's."""
+        put = self._on(like, "_put")
+        return put // max(1, self.longest), put % max(1, self.longest)
+
     def apart(self, x: Tensor) -> Tensor:
         """(sequences, longest, ...) of x (bins, width, ...); behind the end of a shorter sequence stands what is
         nobody's."""

@@ -312,6 +312,17 @@ def keep_mask(
     return (bits >= int(p * 2**32) - 2**31).view(shape)
 
 
+def drop_in_bins(x: Tensor, p: float, samples: Tensor, key: tuple[int, int], bins: Bins) -> Tensor:
+    """`drop` of x (bins, width, channels) in which sequences share rows: the masks of each are those of its own row."""
+    samples = samples.to(x.device)
+    sequence, counted = bins.places(x)
+    row = _mixed(samples.to(torch.int32) * _A + key[0])
+    place = _mixed(row[sequence] + counted.to(torch.int32) * _B)
+    channel = _mixed(torch.arange(x.shape[-1], dtype=torch.int32, device=x.device) * _C + key[1])
+    keep = _mixed(place[:, :, None] ^ channel) >= int(p * 2**32) - 2**31
+    return x.mul(keep).mul_(1 / (1 - p))
+
+
 def uniform(shape: tuple[int, ...], samples: Tensor, key: tuple[int, int]) -> Tensor:
     """Numbers in [0, 1), fp32: (rows, *shape) for samples (rows,) int64; a row's depend on its sample
     alone."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from peft_dist.base_layer import Layer
 from peft_dist.contract import Params, SiteMethod
-from peft_dist.rows import drop
+from peft_dist.rows import drop, drop_in_bins
 
 
 class Entrance:
@@ -41,6 +41,8 @@ class Entrance:
             padding = self.module._current.padding_of(self.samples, self.adapter)
             if rows.bins is None:
                 return drop(x, method.dropout, self.samples, key, padding)
+            if x.ndim == 3 and tuple(x.shape[:2]) == rows.bins.shape:
+                return drop_in_bins(x, method.dropout, self.samples, key, rows.bins)
             split = rows.of(self.module.base.site, x, None)
             return split.restored(drop(split.x, method.dropout, self.samples, key, padding))
 
