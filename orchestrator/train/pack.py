@@ -219,6 +219,7 @@ class Pack:
         except Stopped:
             self._left(trial)
             return
+        self.ground.optimizer.zero_grad([trial.adapter])  # no memory of it while others step
         if failed is not None:
             self._fail(trial, failed)
         elif trial.is_done:
