@@ -43,7 +43,7 @@ from ray import serve  # noqa: E402
 from orchestrator import local_ray  # noqa: E402
 from orchestrator.serve import serve_cluster  # noqa: E402
 from tests.orchestrator.serve.fire import Answer, judge  # noqa: E402
-from tests.orchestrator.serve.fire_site import FireSite  # noqa: E402
+from tests.orchestrator.serve.fire_site import STAYING, FireSite  # noqa: E402
 from tests.orchestrator.serve.test_endpoints import replica_pids, wait_for  # noqa: E402
 
 GROWTH = 0.05
@@ -86,7 +86,9 @@ def told(site: FireSite, answers: list[Answer]) -> dict[str, Any]:
         "answers": len(answers),
         "by_way": dict(Counter(each.asked.way for each in answers)),
         "versions_that_answered": len({each.adapter for each in answers if each.is_whole}),
-        "changes": dict(Counter(what.split()[-1] for _, what in site.timeline.done)),
+        "aliases_moved": sum(map(len, site.timeline.moves.values())) - len(STAYING),
+        "adapters_taken_away": sum("gone" in what for _, what in site.timeline.done),
+        "codes_rolled": sum("code" in what for _, what in site.timeline.done),
         "replicas_killed": len(site.timeline.kills),
         "broken_off_with_a_killed_replica": dict(
             Counter(f"{each.asked.way} {each.status}" for each in broken)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import requests
@@ -50,7 +51,7 @@ def awaited(monkeypatch, tmp_path):
         monkeypatch.setattr(serve_cluster, "applications", lambda: {"tiny": APP})
         monkeypatch.setattr(serve_cluster, "has_free", lambda asked: True)
         found = RayEndpoints(Registry(tmp_path / "registry"), local=True)
-        door = SimpleNamespace(url="http://127.0.0.1:1")
+        door: Any = SimpleNamespace(url="http://127.0.0.1:1")
         return found._await("tiny", "docs@1", "CAUSAL_LM", door, lambda event: None)
 
     return wait

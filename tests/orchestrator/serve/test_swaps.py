@@ -51,7 +51,7 @@ def test_versions_that_left_leave_nothing_behind(tiny_base, tmp_path):
         return Desired.from_dict(stored) if stored else None
 
     def change(how) -> None:
-        registry.update_endpoint("tiny", lambda now: how(Desired.from_dict(now)).to_dict())
+        registry.update_endpoint("tiny", lambda now: how(Desired.from_dict(now or {})).to_dict())
 
     catalogue = Catalogue(
         identity, engine, registry, read, lambda entry: None, tmp_path / "cache", max_age_s=0, every_s=None
@@ -70,6 +70,7 @@ def test_versions_that_left_leave_nothing_behind(tiny_base, tmp_path):
                 texts.add(answer.text if stream else answer.json()["choices"][0]["text"])
             if version.version > 1:
                 change(lambda now, old=version.version - 1: now.without(f"docs@{old}"))
+            assert client.portal is not None
             client.portal.call(catalogue.look)
             assert engine.loaded() == {version.content_hash}
             if number == SWAPS // 10:

@@ -45,6 +45,8 @@ STAND_IN = """
 import importlib.util, json, os, signal, sys, time
 import orchestrator, ray
 from orchestrator.cluster import load_cluster
+from orchestrator.processes import hear_interrupts
+hear_interrupts()  # as the real one does
 ray.init(address="auto", log_to_driver=False)
 
 @ray.remote
@@ -134,8 +136,8 @@ def head(home):
     with open(log, "w") as output:
         process = subprocess.Popen(
             command, env=environment, stdout=output, stderr=output, cwd=home, start_new_session=True,
-            # A shell's background job ignores it, and so would all that it starts; Ray ends jobs by it.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+            # As below a shell's background job: this Ray ignores what it ends jobs by, and so does all that it starts.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
         )  # fmt: skip
     try:
         wait_until(lambda: "RAY_API_SERVER_ADDRESS" in log.read_text() or process.poll() is not None)
