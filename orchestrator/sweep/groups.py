@@ -78,6 +78,7 @@ class Groups:
         self._waiting: dict[str, TrainRequest] = {}
         self._requests: dict[str, TrainRequest] = {}
         self._events: queue.SimpleQueue[tuple[_Standing, Event]] = queue.SimpleQueue()
+        self._left: list[Event] = []
         self._opened = 0
         self._worker_seconds = 0.0
 
@@ -105,8 +106,9 @@ class Groups:
             self._waiting[trial] = request
 
     def leave(self, trial: str, *, save: bool = True) -> None:
-        """Stops a trial; its place is free at once."""
-        self._waiting.pop(trial, None)
+        """Stops a trial; its place is free at once. One that waited for a place has left already: event `left`."""
+        if self._waiting.pop(trial, None) is not None:
+            self._left.append({"event": "left", "trial": trial})
         for each in self._standing:
             if trial in each.trials:
                 each.trials.discard(trial)
@@ -116,7 +118,7 @@ class Groups:
     def take(self) -> list[Event]:
         """What happened since the last call. A group that died is gone, and its trials wait for a place again, from
         their checkpoints: event `group_failed` names them."""
-        found = []
+        found, self._left = self._left, []
         while True:
             try:
                 standing, event = self._events.get_nowait()

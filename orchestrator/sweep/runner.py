@@ -177,6 +177,7 @@ class _Sweep:
         self.known: dict[int, Trial] = {}
         self.used_before = self._account()
         self.ended = 0
+        self.over: str | None = None
         self.tuning: Any = None
         self.suggestions: Any = None
         self._looked = 0.0
@@ -237,6 +238,12 @@ class _Sweep:
         trials = read_trials(self.request.run_dir)
         chosen = best(trials, self.sweep)
         if chosen is None:
+            if self.over is not None:
+                raise OutOfTimeError(
+                    f"{self.over} was used up before any of {len(trials)} trials was evaluated.",
+                    where=self.over,
+                    hint="Raise it and run the same command with --resume.",
+                )
             causes = [each.cause for each in trials if each.cause]
             why = f" The first: {causes[0]}" if causes else ""
             raise TrainingError(
@@ -285,7 +292,7 @@ class _Sweep:
             reports, has_ended = tuple(read_trials_reports(self.running[number])), False
         for count, each in enumerate(reports, start=1):
             is_last = has_ended and count == len(reports)
-            self._report(number, count, each.step, each.metrics, is_last=is_last)
+            self._report(number, count, each.step, each.metrics, is_last=is_last, recalled=True)
         if has_ended and not reports:
             self._report(number, 1, 0, {}, is_last=True)
         if has_ended or number in self.running:
@@ -377,10 +384,22 @@ class _Sweep:
         )
 
     def _report(
-        self, number: int, count: int, step: int, metrics: Mapping[str, float], *, is_last: bool = False
+        self,
+        number: int,
+        count: int,
+        step: int,
+        metrics: Mapping[str, float],
+        *,
+        is_last: bool = False,
+        recalled: bool = False,
     ) -> None:
         value = metrics.get(self.sweep.metric, math.nan)
-        told = {search.VALUE: value, search.EVALUATIONS: count, "step": step}
+        told = {
+            search.VALUE: value,
+            search.EVALUATIONS: count,
+            "step": step,
+            schedule.RECALLED: recalled,
+        }
         self.tuning.tell(number, {**told, "done": True} if is_last else told)
 
     # groups
@@ -474,6 +493,7 @@ class _Sweep:
 
     def _end_of_budget(self, over: str) -> None:
         """Stops what runs, for good."""
+        self.over = over
         self._say(f"{over} is used up: {len(self.running)} trials are stopped, the best until now is taken")
         self.suggestions.stop()
         self._leave_all(lambda trial, event: self._stopped(trial, over, event))
@@ -512,7 +532,7 @@ class _Sweep:
             training = job.training.model_copy(update={"max_steps": max(1, chosen.steps)})
             request = replace(request, spec=job.model_copy(update={"training": training}))
             self._say(
-                f"no trial came to its end: trial {chosen.number}, the best until now, is measured as it stands"
+                f"trial {chosen.number}, the best, was stopped at step {chosen.steps}: it is measured as it stands"
             )
         with contextlib.closing(run):
             self.groups.enter(str(chosen.number), request)

@@ -96,26 +96,25 @@ def read_trials(run_dir: str) -> list[Trial]:
 
 
 def ranked(trials: list[Trial], sweep: SweepSpec) -> list[Trial]:
-    """Trials from best to worst: those that finished before those that were stopped, failed ones last."""
-    order = (FINISHED, RUNNING, STOPPED, FAILED)
+    """Trials from best to worst by their last evaluation; those that failed or have no value last."""
     sign = 1 if sweep.direction == "min" else -1
 
     def place(trial: Trial) -> tuple[float, ...]:
         value = trial.value(sweep.metric)
-        is_known = value == value
-        rank = order.index(trial.state)
-        return (not is_known, rank, sign * value if is_known else 0.0, trial.number)
+        is_known = not math.isnan(value)
+        return (trial.state == FAILED, not is_known, sign * value if is_known else 0.0, trial.number)
 
     return sorted(trials, key=place)
 
 
 def best(trials: list[Trial], sweep: SweepSpec) -> Trial | None:
-    """The best trial with a value: of those that finished; where none did, of those that were stopped."""
-    for state in (FINISHED, STOPPED):
-        known = [each for each in trials if each.state == state and not math.isnan(each.value(sweep.metric))]
-        if known:
-            return ranked(known, sweep)[0]
-    return None
+    """The best of the trials that have ended with a value, be it before their last step."""
+    ended = [
+        each
+        for each in trials
+        if each.state in (FINISHED, STOPPED) and not math.isnan(each.value(sweep.metric))
+    ]
+    return ranked(ended, sweep)[0] if ended else None
 
 
 def _trial(record: RunRecord) -> Trial:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator import api
+from orchestrator.plan.sweep import SweepPlan
 
 ROOT = Path(__file__).parents[2]
 JOBS = sorted((ROOT / "jobs").glob("*.yaml"))
@@ -27,6 +28,9 @@ def test_it_validates_without_a_warning(path, monkeypatch):
 def test_it_is_planned(path, monkeypatch):
     monkeypatch.chdir(ROOT)
     plan = api.plan(path)
+    if isinstance(plan, SweepPlan):
+        assert plan.trials > 1 and plan.layout.concurrent >= 1 and plan.memory.total > plan.trial.memory.base
+        plan = plan.trial
     rows = plan.num_workers * plan.micro_batch_size * plan.gradient_accumulation_steps
     if path.name == "qlora-zero3.yaml":  # its base is on a hub, and tests have no network
         assert "meta-llama/Llama-3.1-70B" in plan.notes[0] and plan.memory is None

@@ -1,0 +1,96 @@
+"""Which trial stands on which base."""
+
+import time
+from dataclasses import replace
+
+import pytest
+
+from orchestrator.plan.sweep import Layout, lay_out
+from orchestrator.spec.load import load_job_text
+from orchestrator.sweep.groups import Groups
+
+from .trainers import FakeGroup, request_of
+
+JOB = """
+model: {base_model: b}
+data: {datasets: [{path: a.jsonl}]}
+training: {max_steps: 1000, eval_steps: 10}
+"""
+
+
+def sweep_of(more=""):
+    text = f"{JOB}sweep: {{{more}space: {{training.learning_rate: {{uniform: [0.1, 1]}}}}}}"
+    return load_job_text(text, "jobs/x.yaml").spec.sweep
+
+
+@pytest.fixture
+def standing(tmp_path):
+    """Groups of fakes: at most two, two trials on each base; and what was opened."""
+    opened = []
+
+    def open_group(request, at_once):
+        opened.append(FakeGroup([], request, at_once))
+        return opened[-1]
+
+    groups = Groups(open_group, lambda request: request.run_id, Layout(2, 2, 4), lambda starting: True)
+    yield groups, opened, request_of(JOB, tmp_path)
+    groups.close(1.0)
+
+
+def until(condition, seconds=5.0):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if condition():
+            return True
+        time.sleep(0.01)
+    return False
+
+
+def test_a_pack_is_filled_before_another_base_is_loaded(standing, tmp_path):
+    groups, opened, request = standing
+    (tmp_path / "sweep-1").mkdir()
+    for name in "0123":
+        groups.enter(name, request)
+    assert [sorted(each.name for each in group.line) for group in opened] == [["0", "1"], ["2", "3"]]
+    groups.enter("4", request)  # in line, on the base with fewest
+    assert len(opened) == 2 and sorted(groups.trials) == list("01234")
+
+
+def test_trials_of_a_group_that_died_go_on_elsewhere(standing, tmp_path):
+    groups, opened, request = standing
+    (tmp_path / "sweep-1").mkdir()
+    for name in "01":
+        groups.enter(name, request)
+    opened[0].die()
+    events = []
+    assert until(lambda: events.extend(groups.take()) or any(e["event"] == "group_failed" for e in events))
+    assert until(lambda: groups.take() is not None and len(opened) == 2 and len(opened[1].line) == 2)
+    assert set(groups.trials) == {"0", "1"}
+
+
+def test_a_base_of_its_own_is_let_go_to_make_room(standing, tmp_path):
+    groups, opened, request = standing
+    (tmp_path / "sweep-1").mkdir()
+    for name in "01":
+        groups.enter(name, replace(request, run_id=name))
+    groups.leave("0")
+    groups.enter("2", replace(request, run_id="2"))
+    assert len(opened) == 3 and not opened[0].is_alive and opened[1].is_alive
+
+
+@pytest.mark.parametrize(
+    ("more", "room", "most", "layout"),
+    [
+        ("", 1, None, Layout(1, 8, 8)),
+        ("", 2, None, Layout(2, 5, 10)),
+        ("max_concurrent: 3, ", 4, None, Layout(1, 3, 3)),
+        ("max_concurrent: 8, ", 2, None, Layout(2, 4, 8)),
+        ("pack: 1, ", 2, None, Layout(2, 1, 2)),
+        ("pack: 4, max_concurrent: 6, ", 3, None, Layout(2, 4, 6)),
+        ("", 1, 3, Layout(1, 3, 3)),
+        ("num_trials: 2, ", 8, None, Layout(1, 2, 2)),
+    ],
+)
+def test_how_trials_are_laid_out(more, room, most, layout):
+    sweep = sweep_of(more)
+    assert lay_out(sweep, sweep.num_trials or 10, room, most) == layout
