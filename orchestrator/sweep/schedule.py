@@ -20,12 +20,14 @@ _ENDLESS = 10**6
 
 class _Recalling:
     """Learns from what an earlier driver had, and decides nothing by it: told in another order, trials that went on
-    then would be stopped now."""
+    then would be stopped now. Pauses nothing: a trial that waits would lose its place, and others have theirs."""
 
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
         """What becomes of a trial after a report."""
         decision: str = super().on_trial_result(tune_controller, trial, result)  # type: ignore[misc]
-        return TrialScheduler.CONTINUE if result.get(RECALLED) else decision
+        if result.get(RECALLED) or decision == TrialScheduler.PAUSE:
+            return TrialScheduler.CONTINUE
+        return decision
 
 
 class _Asha(_Recalling, AsyncHyperBandScheduler):
