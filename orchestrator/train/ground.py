@@ -19,7 +19,7 @@ from .data import Examples, load_examples
 from .group import Group
 from .inspection import max_positions
 from .model import load_frozen_base
-from .sharing import unshareable, unshareable_model
+from .sharing import changes_base, unshareable, unshareable_model
 from .task_ids import task_numbers
 from .tasks import task_class
 from .tasks.task import pad_id
@@ -37,7 +37,7 @@ class Ground:
     Attributes:
         base: frozen, without adapters as it comes. model: the base with the adapters of all runs that share it, once
             there is one. optimizer: of all adapters on the base. bare: what was measured of the bare base, by what
-            was asked for.
+            was asked for. taken: why no run can enter any more; empty where one can.
     """
 
     def __init__(self, request: TrainRequest, group: Group, precision: str, emit: Emit) -> None:
@@ -67,6 +67,7 @@ class Ground:
         )
         self.model: nn.Module | None = None
         self.optimizer = AdapterOptimizer(stage=request.plan.zero_stage)  # type: ignore[arg-type]
+        self.taken = ""
         self.bare: dict[Any, dict[str, float]] = {}
 
     def examples_of(self, spec: JobSpec) -> Examples:
@@ -79,14 +80,26 @@ class Ground:
             )
         return self._examples[key]
 
-    def check(self, spec: JobSpec) -> None:
-        """Whether a run may stand on this base beside others.
+    def check(self, spec: JobSpec, others: int) -> None:
+        """Whether a run may stand on this base now.
+
+        Args:
+            others: how many runs stand on it.
 
         Raises:
-            SpecError: alone it would have another base: of other labels, or of a head that begins otherwise.
+            SpecError: alone it would have another base: of other labels, or of a head that begins otherwise; or it
+                cannot stand beside others.
         """
-        if why := unshareable(spec) or unshareable(self.spec) or unshareable_model(self._config):
+        if self.taken:
+            raise SpecError(f"a run before has changed the base: {self.taken}.", hint="Start another group.")
+        why = unshareable(spec) or unshareable(self.spec) or self._mixes_rows()
+        if why and (others or (changes_base(spec) and self.model is not None)):
             raise SpecError(f"no other run may stand on the same base: {why}.", hint="Set sweep.pack: 1.")
+        if spec.training.base_dropout != self.spec.training.base_dropout:
+            raise SpecError(
+                "the base was loaded with its own dropout as another run asks for it.",
+                where="training.base_dropout",
+            )
         if task_class(spec) is not task_class(self.spec):
             raise SpecError("runs of another task need a base with another head.", where="data.datasets")
         labels = self.examples_of(spec).facts.labels if task_class(spec).has_labels else None
@@ -99,11 +112,12 @@ class Ground:
                 "has another base.",
                 where="training.seed",
             )
+
+    def _mixes_rows(self) -> str | None:
+        """Why rows of one run would reach those of another on this base."""
         if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in self.base.modules()):
-            raise SpecError(
-                "the base has batch norm, whose statistics of one run's rows would reach another's.",
-                where="model.base_model",
-            )
+            return "the base has batch norm, whose statistics are of all rows"
+        return unshareable_model(self._config)
 
     def release_memory(self) -> None:
         """Gives back what the device's allocator keeps of a forward that did not fit."""

@@ -54,8 +54,6 @@ def backward(model: nn.Module, parts: Sequence[Part]) -> list[float]:
     Raises:
         RowsError: a layer of the base cannot tell whose the rows are.
     """
-    if any(getattr(batch, "bins", None) is not None for part in parts for batch in part.ready.batches):
-        raise RowsError("sequences that share rows (data.sample_packing) run one adapter at a time.")
     totals = [0.0] * len(parts)
     for number in range(max(len(part.ready.batches) for part in parts)):
         here = [i for i, part in enumerate(parts) if number < len(part.ready.batches)]

@@ -26,6 +26,7 @@ from .ground import Ground
 from .loop import Ready
 from .pace import Mode, Pace
 from .run import Run, RunEnd
+from .sharing import changes_base
 from .trial import LeavesAlone, Trial
 
 Way = Literal["auto", "together", "turns"]
@@ -89,8 +90,11 @@ class Pack:
         made: list[Trial] = []
 
         def start() -> None:
-            self.ground.check(request.spec)
-            run = Run(request, self.ground, told, Path(scratch.name), adapter, from_checkpoint)
+            self.ground.check(request.spec, len(self.trials))
+            self.ground.taken = changes_base(request.spec) or ""
+            # what changes the base has it for itself, as a run alone has
+            own = None if self.ground.taken else adapter
+            run = Run(request, self.ground, told, Path(scratch.name), own, from_checkpoint)
             run.announce()
             run.training.rehearse()
             made.append(Trial(name, run, told, scratch))

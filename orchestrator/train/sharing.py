@@ -23,6 +23,11 @@ def unshareable(spec: JobSpec) -> str | None:
     """Why a run of this job needs a base for itself, in a few words; None where others may stand on it too."""
     if spec.training.base_dropout:
         return "training.base_dropout: true draws the base's own dropout for the rows of a whole forward"
+    return changes_base(spec)
+
+
+def changes_base(spec: JobSpec) -> str | None:
+    """Why the base is another once a run of this job has stood on it; None where it stays as it is."""
     fields, row = spec.adapter.fields, METHODS.get(spec.adapter.type.upper())
     if why := _OF_ITS_START.get(str(fields.get("init_lora_weights"))):
         return why

@@ -93,7 +93,7 @@ def test_runs_of_one_method(kind, way, tmp_path):
     told: list[dict[str, Any]] = []
     requests = unlike(tmp_path, of(kind), of(kind), of(kind))
     heard = packed(requests, way, tell=lambda kind, **fields: told.append(fields))
-    assert told[0]["mode"] == way and not told[0]["reason"]
+    assert all(each["mode"] == way and not each["reason"] for each in told)
     check(heard, the_same_alone(requests), 0.0 if way == "turns" else 5e-5)
 
 
@@ -124,7 +124,7 @@ def test_negative_control_a_seed_for_all_of_them(tmp_path, monkeypatch):
     """Runs whose dropout is drawn from one seed and step are not what they are alone."""
     requests = unlike(tmp_path, of("lora", lora_dropout=0.3), of("lora", lora_dropout=0.3))
     monkeypatch.setattr(
-        joint, "Rows", lambda adapters, samples, streams: Rows(adapters, samples, seed=1, step=1, streams={})
+        joint, "Rows", lambda *given, **named: Rows(*given, seed=1, step=1, bins=named["bins"])
     )
     heard, wanted = packed(requests, "together"), the_same_alone(requests)
     assert apart(heard["run0"], wanted["run0"]) > 1e-2
@@ -242,6 +242,25 @@ def test_what_cannot_share_a_base_is_told(tmp_path):
     heard = packed({"fits": fits, "drops": drops})
     assert heard["fits"].of("finished")
     assert "base_dropout" in heard["drops"].of("failed")[0]["cause"]
+
+
+@pytest.mark.parametrize(
+    ("adapter", "training"),
+    [({"init_lora_weights": "corda"}, {}), ({}, {"base_dropout": True})],
+)
+def test_what_cannot_share_a_base_may_stand_on_one_of_its_own(adapter, training, tmp_path):
+    save_base(tmp_path / "base", dropout=0.2)
+    spec = job(tmp_path, rows=9, adapter=adapter, training={"num_epochs": 2, **training})
+    pack, heard = started(
+        {"own": request(tmp_path, spec, run="own"), "late": request(tmp_path, spec, run="late")}
+    )
+    assert pack.enter("own", request(tmp_path, spec, run="own"), heard["own"])
+    assert not pack.enter("late", request(tmp_path, spec, run="late"), heard["late"])
+    while pack.trials:
+        pack.round()
+    lone = alone(request(tmp_path, spec, run="alone"))
+    check(heard, {"own": lone})
+    assert heard["late"].of("failed")[0]["error"] == "SpecError"
 
 
 def micro(rows: int) -> Plan:
