@@ -40,6 +40,7 @@ from .row_tiles import RowTiles
 from .sampling import Sampler, logprob_of
 from .servable import check_blend, check_on_something, num_tasks, put_on, read_servable
 from .slices import Slices
+from .step_cost import StepCost
 from .text import TextStream
 
 Decode = Callable[[Sequence[int]], str]
@@ -51,6 +52,8 @@ _ENDS_WITHIN_S = 10.0
 _SLICE = 0.5
 """Of a median step: what adapters that come and go may take between two steps."""
 _IDLE_SLICE_S = 0.02
+_LATE = 0.25
+"""Of a step's time: what prompts of a flooded queue may add to it while others have less to do."""
 _STEPS = 64
 """Steps of which the median is taken."""
 _log = logging.getLogger(__name__)
@@ -165,7 +168,8 @@ class BatchingEngine:
         self._door = threading.Lock()
         self._wake = threading.Event()
         self._slices = Slices(self._wake.set)
-        self._took: deque[float] = deque(maxlen=_STEPS)
+        self._took: deque[tuple[float, float]] = deque(maxlen=_STEPS)
+        self._cost = StepCost()
         self._dead: BaseException | None = None
         self._step_began: float | None = None
         self._outbox: dict[asyncio.AbstractEventLoop, list[tuple[_Stream, Piece | BaseException]]] = {}
@@ -412,19 +416,21 @@ class BatchingEngine:
             while self._dead is None:
                 self._let_leave()
                 self._admit()
-                step = self._batches.next_step(self._place)
+                step = self._next_step()
                 apart = self._lane.next_step()
                 is_idle = step is None and not apart
                 self._step_began = began = time.monotonic()
+                cpu_began = time.thread_time()
                 if step is not None:
                     self._run(step)
                     self._send()
+                    self._cost.took(sum(part.length for part in step.parts), time.monotonic() - began)
                 for each in apart:
                     self._run_apart(each)
                 self._send()
                 if not is_idle:
-                    self._took.append(time.monotonic() - began)
-                worked = self._slices.has_work and self._slices.give(self._slice(is_idle))
+                    self._took.append((time.monotonic() - began, time.thread_time() - cpu_began))
+                worked = self._slices.has_work and self._slices.give(*self._slice(is_idle))
                 self._step_began = None
                 if is_idle and not worked:
                     if not self._slices.has_work and not self._left and not len(self._fair):
@@ -451,9 +457,23 @@ class BatchingEngine:
                 if adapter.leaving is not None and not adapter.leaving.done():
                     adapter.leaving.set_exception(gone)
 
-    def _slice(self, idle: bool) -> float:
-        """Seconds that others may have before the next step."""
-        return _IDLE_SLICE_S if idle or not self._took else _SLICE * statistics.median(self._took)
+    def _next_step(self) -> Step | None:
+        with self._door:
+            late = self._fair.late()
+        if not late:
+            return self._batches.next_step(self._place)
+        return self._batches.next_step(
+            self._place,
+            lambda name: self._sequences[name].queue in late,
+            self._cost.addable(self._batches.num_sequences, _LATE),
+        )
+
+    def _slice(self, idle: bool) -> tuple[float, float]:
+        """Seconds that others may have before the next step, and of them on a core."""
+        if idle or not self._took:
+            return _IDLE_SLICE_S, _IDLE_SLICE_S
+        seconds, cpu_seconds = (statistics.median(each) for each in zip(*self._took, strict=True))
+        return _SLICE * seconds, _SLICE * cpu_seconds
 
     def _let_leave(self) -> None:
         while self._left:

@@ -122,7 +122,7 @@ class ContinuousBatches:
             )
         except ValueError as error:
             raise UnfitBase(str(error)) from error
-        self._scheduler = FIFOScheduler(
+        self._scheduler = _Scheduler(
             cache=self._cache,
             safety_margin=0.05,
             max_requests_per_batch=min(sizes.max_sequences, sizes.max_batch_tokens),
@@ -180,10 +180,18 @@ class ContinuousBatches:
         self._scheduler.block_new_requests = False
         self._cache.salts.pop(sequence, None)
 
-    def next_step(self, order: Callable[[str], Any]) -> Step | None:
-        """The next forward, sequences sorted by `order`; None where there is nothing to run."""
+    def next_step(
+        self, order: Callable[[str], Any], late: Callable[[str], bool] = lambda _: False, spare: int = 0
+    ) -> Step | None:
+        """The next forward, sequences sorted by `order`; None where there is nothing to run.
+
+        Args:
+            late: of a sequence, whether its prompt is read behind those of others.
+            spare: tokens that late sequences have together in a step, at least one of them of a prompt.
+        """
         if not self._scheduler.has_pending_requests():
             return None
+        self._scheduler.late, self._scheduler.spare = late, spare
         scheduled, num_tokens, num_read = self._schedule()
         if not scheduled:
             return None
@@ -236,6 +244,27 @@ class ContinuousBatches:
         if self._scheduler.starved_requests:
             self._overflow.offload_requests()
         return scheduled, num_tokens, num_read
+
+
+class _Scheduler(FIFOScheduler):
+    """transformers' order, but for late sequences: their prompts come last, and a few tokens of them a step.
+
+    Attributes:
+        late, spare: see `ContinuousBatches.next_step`.
+    """
+
+    late: Callable[[str], bool]
+    spare: int
+
+    def _process_candidates(self, candidates: list[Any], token_budget: int, *more: Any) -> Any:
+        last = [s for s in candidates if s.status != RequestStatus.DECODING and self.late(s.request_id)]
+        if last:
+            first = [s for s in candidates if s not in last]
+            decoding = [s for s in first if s.status == RequestStatus.DECODING]
+            taken = len(decoding) + sum(len(s.remaining_prefill_tokens) for s in first if s not in decoding)
+            spare = self.spare - sum(self.late(s.request_id) for s in decoding)
+            token_budget, candidates = min(token_budget, taken + max(1, spare)), first + last
+        return super()._process_candidates(candidates, token_budget, *more)
 
 
 class _SaltedCache(PagedAttentionCache):

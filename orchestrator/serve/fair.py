@@ -4,7 +4,8 @@ Each queue has a counter of tokens, divided by its weight. A queue that comes ba
 starts at the least counter of those that have, so that nobody saves up turns by waiting. No torch, no clock.
 
 Turns alone do not keep a flood from filling the batch, whose steps then take everybody longer: while others have
-something to do, or had a moment ago, a queue has no more places than all of them together, and at least a few.
+something to do, or had a moment ago, a queue has no more places than all of them together, and at least a few. And
+prompts of a queue that is `late` are to be read a few tokens a step, behind everybody else's.
 """
 
 from __future__ import annotations
@@ -72,6 +73,14 @@ class FairQueue(Generic[T]):
         running = self._running.get(queue, 0)
         others = everyone - running - len(self._waiting[queue])
         return not others or running < max(_LEAST, others)
+
+    def late(self) -> frozenset[str]:
+        """The queues that have more to do than they may at once, where another has, or had a moment ago, all that it
+        wants: what they do is to be hardly noticed by that one."""
+        calm = any(name not in self._waiting for name in self._running) or any(
+            self._served - past[1] < _MOMENT for past in self._gone.values()
+        )
+        return frozenset(self._waiting) if calm else frozenset()
 
     def remove(self, queue: str, item: T) -> bool:
         """Takes a thing out that waits; whether it did."""

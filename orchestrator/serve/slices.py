@@ -7,6 +7,7 @@ piece of work follows the other, each whole before the next begins.
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import deque
@@ -29,7 +30,7 @@ class Slices:
         self._queue: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._door = threading.Condition()
         self._given = False
-        self._until = 0.0
+        self._until = self._cpu_until = self._cpu = 0.0
         self._ended: BaseException | None = None
         self._at_work = False
         self._thread = threading.Thread(target=self._run, name="slices", daemon=True)
@@ -54,12 +55,16 @@ class Slices:
             done.set_exception(ended)
         return done
 
-    def give(self, seconds: float) -> bool:
-        """Lets work be done for about so long, and waits; False where there is none. The owner alone calls it."""
+    def give(self, seconds: float, cpu_seconds: float = math.inf) -> bool:
+        """Lets work be done for about so long, and waits; False where there is none. The owner alone calls it.
+
+        Args:
+            cpu_seconds: of the working thread, at most: on a machine that others use too, a step's time is not its own.
+        """
         with self._door:
             if not self.has_work:
                 return False
-            self._until = time.perf_counter() + seconds
+            self._until, self._cpu = time.perf_counter() + seconds, cpu_seconds
             self._given = True
             self._door.notify_all()
             while self._given:
@@ -91,6 +96,7 @@ class Slices:
                     self._door.notify_all()
                     continue
                 self._at_work = True
+            self._cpu_until = time.thread_time() + self._cpu
             try:
                 with pausing(self._stop):
                     result = work()
@@ -103,13 +109,15 @@ class Slices:
             del work, done
 
     def _stop(self) -> None:
-        if time.perf_counter() < self._until or self._ended is not None:
+        has_time = time.perf_counter() < self._until and time.thread_time() < self._cpu_until
+        if has_time or self._ended is not None:
             return
         with self._door:
             self._given = False
             self._door.notify_all()
             while not self._given and self._ended is None:
                 self._door.wait()
+        self._cpu_until = time.thread_time() + self._cpu
 
     def _hand_back(self) -> None:
         with self._door:

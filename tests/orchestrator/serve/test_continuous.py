@@ -157,3 +157,29 @@ def test_the_insides_that_are_read_are_there():
     state = RequestState(request_id="a", initial_tokens=[1])
     for name in ("initial_tokens", "generated_tokens", "tokens_to_process", "position_offset", "status"):
         assert hasattr(state, name)
+
+
+def test_late_prompts_are_read_behind_others_a_few_tokens_a_step():
+    asked = {"late1": list(range(30)), "late2": list(range(5, 35)), "s1": list(range(20)), "s2": [3, 4, 5]}
+    wanted = {name: alone(llama(), prompt, 6) for name, prompt in asked.items()}
+    model = llama()
+    batches = ContinuousBatches(model, Sizes(num_blocks=64, page_size=16, max_batch_tokens=64))
+    for name, prompt in asked.items():
+        batches.add(name, prompt, "")
+    said: dict[str, list[int]] = {name: [] for name in asked}
+    steps = []
+    with torch.inference_mode():
+        while (step := batches.next_step(str, lambda name: name.startswith("late"), 7)) is not None:
+            steps.append({part.sequence: part.length for part in step.parts})
+            tokens = model(**step.inputs).logits[0].argmax(-1).tolist()
+            new = dict(zip([part.sequence for part in step.parts if part.is_last], tokens, strict=True))
+            batches.take(step, new)
+            for name, token in new.items():
+                said[name].append(token)
+                if len(said[name]) == 6:
+                    batches.finish(name)
+    assert said == wanted
+    assert steps[0] == {"s1": 20, "s2": 3, "late1": 7}
+    of_late = [sum(num for name, num in step.items() if name.startswith("late")) for step in steps]
+    # One more where all of it goes to what is said already.
+    assert max(of_late) == 7 and min(of_late[:8]) >= 6

@@ -108,3 +108,23 @@ def test_many_queues_of_a_few_each_fill_all_places():
         for number in range(8):
             queue.push(name, f"{name}{number}")
     assert sum(places(queue).values()) == 64
+
+
+def test_a_queue_with_more_than_it_may_do_is_late_while_another_has_all_it_wants_and_a_moment_longer():
+    queue = flooded(calm=1)
+    places(queue)
+    assert queue.late() == {"flood"}
+    queue.leave("calm")
+    assert queue.late() == {"flood"}
+    queue.served("flood", 512)
+    assert queue.late() == frozenset()
+
+
+def test_where_all_want_more_than_they_may_nobody_is_late():
+    queue: FairQueue[str] = FairQueue()
+    for name in "ab":
+        for number in range(20):
+            queue.push(name, f"{name}{number}")
+    for _ in range(8):
+        queue.pop()
+    assert queue.late() == frozenset()

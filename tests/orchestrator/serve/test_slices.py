@@ -88,3 +88,11 @@ def test_a_pause_is_of_one_thread():
         told.result(5)
     pause()
     assert called == ["inner", "outer"]
+
+
+def test_a_slice_ends_with_its_time_on_a_core_too():
+    seen: list = []
+    slices = Slices(lambda: None)
+    slices.submit(of(seen, "a", 3))
+    assert slices.give(60.0, 0.0) and len(seen) == 1
+    assert slices.give(60.0) and len(seen) == 3
