@@ -8,7 +8,8 @@ the calm adapter, one request after the other (32 tokens, answered by 16), in bl
 the calm one's 99th percentile is with the flood at most 1.5 times what it is without, of a whole answer and between
 tokens. Its first token has no bound: it waits for the step that runs when it is asked for, and without the flood none
 does. Time is the CPU time of the process, so that other work on the machine weighs little; `--clock wall` measures with
-a clock. A line that misses its bound says so, and the command ends with 1. `--write` keeps the figures under benchmarks/results.
+a clock. A line that misses its bound says so, and the command ends with 1. `--write` keeps the figures under
+benchmarks/results.
 """
 
 from __future__ import annotations
