@@ -119,7 +119,10 @@ def test_a_package_that_is_not_there_is_asked_for(monkeypatch):
 
 
 def test_where_to_look():
-    text = "tracking: {mlflow: {uri: 'http://me:secret@m:5000'}, tensorboard: {dir: /t}, wandb: {mode: offline, dir: /w}}"
+    text = (
+        "tracking: {mlflow: {uri: 'http://me:secret@m:5000'}, tensorboard: {dir: /t},"
+        " wandb: {mode: offline, dir: /w}}"
+    )
     lines = list(where_to_look(Tracking(targets(spec_of(text), local())), "x-1"))
     assert lines == [
         "MLflow: run 'x-1' of experiment 'x': http://m:5000",
