@@ -29,6 +29,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,8 @@ def fire(site: FireSite, rounds: int, seed: int, num_clients: int) -> list[Answe
             rolls = number % 2 == 1
             say(f"round {number + 1} of {rounds}{', with other code' if rolls else ''}")
             old = site.roll() if rolls else []
-            acts: list[Callable[[], Any]] = [site.swap, site.swap, site.swap_back, site.kill, site.kill]
+            kill = partial(site.kill, old)
+            acts: list[Callable[[], Any]] = [site.swap, site.swap, site.swap_back, kill, kill]
             draw.shuffle(acts)
             came = draw.randrange(len(acts))
             for at, act in enumerate(acts):

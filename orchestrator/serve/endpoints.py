@@ -126,8 +126,10 @@ class RayEndpoints:
         before = self._record(endpoint, base, task, version, entry, deploy, rollout)
         started = False
         try:
-            if running is None or running.status in ("DELETING", "NOT_STARTED", "DEPLOY_FAILED"):
+            if running is None or running.status in ("DELETING", "NOT_STARTED") or _is_dead(running):
                 started = True
+                if running is not None and _is_dead(running):
+                    placement = _as_many(running, placement, deploy)
                 code = self._note_code(endpoint)
                 serve_cluster.start_application(endpoint, self._registry.url, placement, code)
             else:
@@ -330,7 +332,7 @@ class RayEndpoints:
         if other_code:
             message = f"endpoint {endpoint}: its replicas are replaced, one after the other, by this code's"
             on_event({"event": "state", "state": "deploying", "message": message})
-        if other_number or other_code:
+        if other_number or other_code or running.has_failed:
             wanted = placement if other_number else None
             code = self._note_code(endpoint)
             serve_cluster.change_application(running, self._registry.url, code, placement=wanted)
@@ -380,7 +382,7 @@ class RayEndpoints:
             if app is None:
                 raise ServeError(f"endpoint '{endpoint}' was undeployed meanwhile.", hint="Deploy again.")
             # A replica that was killed leaves the application unhealthy until the next one is up.
-            if app.status == "DEPLOY_FAILED" or ill.runs(app.status == "UNHEALTHY") > _SECONDS_TO_RECOVER:
+            if app.has_failed or ill.runs(app.is_recovering) > _SECONDS_TO_RECOVER:
                 raise ServeError(f"endpoint '{endpoint}' does not come up: {_cause(app.message)}")
             if app.num_running or app.is_idle:
                 said = _say(on_event, said, f"endpoint {endpoint}: loading {ref}")
@@ -532,6 +534,19 @@ class _Stopwatch:
         """Seconds; 0 where it is not so."""
         self._since = (self._since or time.monotonic()) if is_so else None
         return time.monotonic() - self._since if self._since else 0.0
+
+
+def _is_dead(app: Application) -> bool:
+    """Whether Serve has given it up, and nothing of it answers."""
+    return app.has_failed and not app.num_running
+
+
+def _as_many(app: Application, placement: Placement, deploy: DeploySpec) -> Placement:
+    """As many replicas as an application was to have, where a deployment says nothing of their number."""
+    if {"num_replicas", "scale"} & deploy.model_fields_set:
+        return placement
+    number = max(1, app.num_replicas)
+    return replace(placement, num_replicas=number, bounds=app.bounds, idle_s=app.idle_s)
 
 
 def _is_unplaced(app: Application) -> bool:

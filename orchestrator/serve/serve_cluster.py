@@ -60,6 +60,21 @@ class Application:
     """The fewest and the most replicas, where their number follows what is asked."""
     idle_s: float = 0.0
     """How long replicas that are not needed stay, there."""
+    trigger: str = ""
+    """Serve's word for what its deployment's status came from."""
+
+    @property
+    def is_recovering(self) -> bool:
+        """Whether a replica went away, and Serve starts another one. While replicas are replaced by those of other
+        code, Serve calls that a failed deployment, and goes on all the same."""
+        return self.status == "UNHEALTHY" or (
+            self.status == "DEPLOY_FAILED" and self.trigger == "HEALTH_CHECK_FAILED"
+        )
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether Serve has given it up: its replicas do not start."""
+        return self.status == "DEPLOY_FAILED" and not self.is_recovering
 
     @property
     def is_idle(self) -> bool:
@@ -263,6 +278,7 @@ def _application(endpoint: str, details: dict[str, Any]) -> Application:
     replicas = deployment["replicas"] if deployment else []
     config = deployment["deployment_config"] if deployment else {}
     scaling = config.get("autoscaling_config")
+    trigger = (deployment or {}).get("status_trigger", "")
     return Application(
         endpoint=endpoint,
         status=str(getattr(details["status"], "value", details["status"])),
@@ -277,6 +293,7 @@ def _application(endpoint: str, details: dict[str, Any]) -> Application:
         actor_options=config.get("ray_actor_options") or {},
         bounds=(scaling["min_replicas"], scaling["max_replicas"]) if scaling else None,
         idle_s=scaling["downscale_delay_s"] if scaling else 0.0,
+        trigger=str(getattr(trigger, "value", trigger)),
     )
 
 

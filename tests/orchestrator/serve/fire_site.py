@@ -7,7 +7,7 @@ import itertools
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -109,9 +109,9 @@ class FireSite:
         self.endpoints.undeploy("tiny", "guest")
         self.timeline.note("guest is gone")
 
-    def kill(self) -> int:
-        """SIGKILL to a replica; returns its pid."""
-        pid = replica_pids("tiny")[0]
+    def kill(self, but: Collection[int] = ()) -> int:
+        """SIGKILL to a replica, none of `but`, as soon as there is one; returns its pid."""
+        pid: int = wait_for(lambda: next((pid for pid in replica_pids("tiny") if pid not in but), None))
         self.timeline.kills.append(time.monotonic())
         os.kill(pid, signal.SIGKILL)
         self.timeline.note(f"replica {pid} is killed")

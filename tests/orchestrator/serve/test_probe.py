@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +14,7 @@ from orchestrator.errors import ServeError
 from orchestrator.registry import Registry
 from orchestrator.serve import endpoints, serve_cluster
 from orchestrator.serve.endpoints import RayEndpoints
+from orchestrator.spec.job import DeploySpec
 
 APP = serve_cluster.Application(
     "tiny", "RUNNING", "", "/", 1, num_running=1, num_unplaced=0, actor_options={}
@@ -36,7 +38,7 @@ PROXY = said(404, "Path '/tiny' not found.", "text/plain")
 def awaited(monkeypatch, tmp_path):
     """Waits for `docs@1`, where each look, a second apart by the clock, gets the next of some answers."""
 
-    def wait(*answers):
+    def wait(*answers, app=APP):
         left, clock = itertools.chain(answers, itertools.repeat(answers[-1])), itertools.count(1.0)
 
         def post(*arguments, **options):
@@ -48,7 +50,7 @@ def awaited(monkeypatch, tmp_path):
         times = SimpleNamespace(monotonic=lambda: next(clock), sleep=lambda seconds: None)
         monkeypatch.setattr(endpoints, "time", times)
         monkeypatch.setattr(endpoints.requests, "post", post)
-        monkeypatch.setattr(serve_cluster, "applications", lambda: {"tiny": APP})
+        monkeypatch.setattr(serve_cluster, "applications", lambda: {"tiny": app})
         monkeypatch.setattr(serve_cluster, "has_free", lambda asked: True)
         found = RayEndpoints(Registry(tmp_path / "registry"), local=True)
         door: Any = SimpleNamespace(url="http://127.0.0.1:1")
@@ -81,3 +83,26 @@ def test_a_replicas_own_no_counts_sooner_and_a_refusal_at_once(awaited):
         awaited(*[DAMAGED] * 40, FINE)
     with pytest.raises(ServeError, match=r"^docs@1 is not served: NaN"):
         awaited(said(400, '{"error": {"message": "NaN"}}'), FINE)
+
+
+LOST = replace(APP, status="DEPLOY_FAILED", trigger="HEALTH_CHECK_FAILED")
+GIVEN_UP = replace(
+    APP, status="DEPLOY_FAILED", trigger="REPLICA_STARTUP_FAILED", message="Error: no such base"
+)
+
+
+def test_a_replica_that_is_lost_while_code_is_rolled_fails_no_deployment(awaited):
+    assert (LOST.is_recovering, LOST.has_failed, GIVEN_UP.has_failed) == (True, False, True)
+    assert awaited(BUSY, FINE, app=LOST)
+    with pytest.raises(ServeError, match=r"endpoint 'tiny' does not come up: Error: no such base"):
+        awaited(FINE, app=GIVEN_UP)
+
+
+def test_what_is_started_again_has_as_many_replicas_as_before():
+    dead = replace(GIVEN_UP, num_running=0, num_replicas=3)
+    assert endpoints._is_dead(dead) and not endpoints._is_dead(GIVEN_UP) and not endpoints._is_dead(LOST)
+    one = serve_cluster.Placement(1, 0, 0)
+    assert endpoints._as_many(dead, one, DeploySpec()).num_replicas == 3
+    assert endpoints._as_many(dead, one, DeploySpec(num_replicas=1)).num_replicas == 1
+    scaled = replace(dead, bounds=(0, 4), idle_s=9.0)
+    assert endpoints._as_many(scaled, one, DeploySpec()).bounds == (0, 4)
