@@ -52,6 +52,7 @@ class Feed(threading.Thread):
         self.target = target
         self.waiting: deque[dict[str, Any]] = deque(maxlen=MOST_WAITING)
         self._ended, self._wake, self._warned = threading.Event(), threading.Event(), False
+        self._answered = False
         self._failed: tuple[int, int] = (0, 0)
 
     def take(self, message: dict[str, Any]) -> None:
@@ -76,6 +77,9 @@ class Feed(threading.Thread):
                 if sink is None:
                     sink = _opened(self.target)
                 self._write_all(sink)
+                if not self._answered:
+                    say({"answered": self.target["kind"]})
+                self._answered = True
                 if is_last:
                     sink.close()
             except Exception as error:  # whatever a library or a network does: the run goes on

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import queue
 import subprocess
@@ -27,6 +28,9 @@ COMMAND = (sys.executable, "-m", "orchestrator.tracking.process")
 
 MOST_WAITING = 10_000
 """Messages that wait for the process; more are left out."""
+
+_SILENT_S = 3.0
+"""How long it waits for a server that has not answered once."""
 
 ENDS_WITHIN_S = 20.0
 """How long `close` waits for trackers that work. Those that do not are left behind at once."""
@@ -56,6 +60,7 @@ class Tracking:
         self._queue: queue.Queue[str | None] = queue.Queue(MOST_WAITING)
         self._said: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._is_down, self._left_out, self._closed = False, 0, False
+        self._has_answered = False
         self._lock, self._started = threading.Lock(), False
         self.process: subprocess.Popen[str] | None = None
         self.env = {**os.environ, **(env or {})}
@@ -112,7 +117,8 @@ class Tracking:
         self._closed = True
         if not self._started:
             return
-        until = time.monotonic() + self._ends_within_s
+        silent = any(_is_far(target) for target in self.targets) and not self._has_answered
+        until = time.monotonic() + min(self._ends_within_s, _SILENT_S if silent else math.inf)
         with contextlib.suppress(queue.Full):
             self._queue.put(None, timeout=1)
         while not self._is_down and time.monotonic() < until:
@@ -163,6 +169,7 @@ class Tracking:
                 said = json.loads(line)
             except ValueError:  # a library that prints
                 continue
+            self._has_answered = self._has_answered or bool(said.get("answered"))
             if "warning" in said:
                 self._warn(said["warning"], is_down=said.get("down", True))
             ended = ended or bool(said.get("ended"))
@@ -199,6 +206,11 @@ class TrackedRun:
     def end(self, status: str = "finished") -> None:
         """The run is over: `finished`, `failed` or `killed`; the same key goes on with it later."""
         self.tracking._put({"op": "end", "key": self.key, "status": status})
+
+
+def _is_far(target: Target) -> bool:
+    """Whether a server is to answer."""
+    return target.get("mode") == "online" or str(target.get("uri", "")).startswith("http")
 
 
 def _start(env: Mapping[str, str]) -> subprocess.Popen[str]:

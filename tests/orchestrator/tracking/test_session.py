@@ -165,3 +165,16 @@ def test_a_driver_that_is_killed_leaves_a_run_that_was_killed(database):
         time.sleep(0.2)
     found = "select value from metrics where run_uuid in (select run_uuid from runs where name = 'docs-9')"
     assert rows(database, found) == [(1.0,)]
+
+
+def test_a_server_that_never_answers_is_not_waited_for():
+    with socket.socket() as mute:
+        mute.bind(("127.0.0.1", 0))
+        mute.listen()
+        target = {"kind": "mlflow", "uri": f"http://127.0.0.1:{mute.getsockname()[1]}", "experiment": "docs"}
+        tracking = Tracking([target])
+        tracking.run("docs-1").end()
+        began = time.monotonic()
+        tracking.close()
+        assert time.monotonic() - began < 10
+        tracking.kill()
