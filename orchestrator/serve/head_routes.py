@@ -10,8 +10,8 @@ from starlette.responses import JSONResponse, Response
 
 from .admission import Admission
 from .api_error import ApiError
-from .asked_task import task_of
 from .asked import Asked, asked
+from .asked_task import task_of
 from .catalogue import Catalogue, Target
 from .completions import ANSWERED_BY
 from .engine import AdapterRefused
