@@ -157,6 +157,24 @@ def test_other_code_takes_over_replica_by_replica_with_no_request_lost(site, mon
     assert replica_pids("tiny") == after
 
 
+def test_a_new_replica_killed_while_code_is_rolled_is_replaced_and_the_next_deployment_keeps_both(
+    site, monkeypatch
+):
+    site.deploy(7, num_replicas=2)
+    old = wait_for(lambda: len(replica_pids("tiny")) == 2 and replica_pids("tiny"), timeout_s=90)
+    monkeypatch.setattr(code_version, "_code", lambda: "changed again")
+    site.deploy(8)
+    new = wait_for(lambda: set(replica_pids("tiny")) - set(old), timeout_s=90)
+    os.kill(new.pop(), signal.SIGKILL)
+    lost = wait_for(lambda: (app := serve_cluster.applications()["tiny"]).is_recovering and app)
+    assert not lost.has_failed  # though Serve calls it a failed deployment
+    assert site.deploy(9).state == "live"
+    wait_for(
+        lambda: len(set(replica_pids("tiny")) - set(old)) == len(replica_pids("tiny")) == 2, timeout_s=90
+    )
+    assert serve_cluster.applications()["tiny"].num_replicas == 2
+
+
 def test_it_scales_to_zero_and_the_first_request_brings_it_back(site):
     if not site.registry.names():
         site.deploy(1)
