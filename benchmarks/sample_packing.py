@@ -32,7 +32,11 @@ from orchestrator.train.run import train
 
 ROOT = Path(__file__).parent.parent
 ROWS, LENGTH = 64, 256
-WAYS = {"apart, 8 a forward": (False, 8), "apart, 64 a forward": (False, 64), "shared, 4 a forward": (True, 4)}
+WAYS = {
+    "apart, 8 a forward": (False, 8),
+    "apart, 64 a forward": (False, 64),
+    "shared, 4 a forward": (True, 4),
+}
 
 
 class Told:
@@ -90,7 +94,9 @@ def main() -> None:
                 found[f"{way}, dropout {dropout}"] = run(Path(folder), shares, micro, dropout, steps)
     failed = []
     for dropout in (0.0, 0.1):
-        apart, shared = (found[f"{way}, dropout {dropout}"] for way in ("apart, 8 a forward", "shared, 4 a forward"))
+        apart, shared = (
+            found[f"{way}, dropout {dropout}"] for way in ("apart, 8 a forward", "shared, 4 a forward")
+        )
         difference = max(abs(a - b) for a, b in zip(apart["losses"], shared["losses"], strict=True))
         shared["largest_difference"], shared["times_faster"] = difference, apart["step_s"] / shared["step_s"]
         print(

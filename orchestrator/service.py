@@ -368,8 +368,8 @@ def _in_environment(secrets: dict[str, str]) -> Iterator[None]:
 
 
 def _recorder(run: Run, on_event: OnEvent, story: Story) -> OnEvent:
-    """Keeps each event in the run's folder, then shows it and tells the trackers. What the storage does not take now waits for the next
-    event: no training ends for a line of its story."""
+    """Keeps each event in the run's folder, then shows it and tells the trackers. What the storage does not take now
+    waits for the next event: no training ends for a line of its story."""
     has_failed = False
 
     def emit(event: Event) -> None:

@@ -25,8 +25,8 @@ from .store import RunStore
 from .tracking.targets import open_tracking
 
 if TYPE_CHECKING:
-    from .plan.sweep import Layout
     from .merging.merge import WriteFiles
+    from .plan.sweep import Layout
     from .serve.endpoints import EndpointInfo, RayEndpoints
     from .train.inspection import Inspection
 

@@ -13,8 +13,9 @@ LAYERS = {
     "peft_dist": [
         {"contract", "catalog", "errors", "lazy", "linalg", "starts", "config", "folder", "aside", "pauses"},
         {
-            "foreign_engine", "base_layer", "fused", "packed", "targets", "sharding", "resting", "ranks",
-            "pool", "rows", "bins", "packed_rows", "lanes", "replicate", "siblings", "made", "layer_api", "loss", "recompute",
+            "foreign_engine", "base_layer", "fused", "packed", "targets", "sharding", "resting", "ranks", "pool",
+            "rows", "bins", "packed_rows", "lanes", "replicate", "siblings", "made", "layer_api", "loss",
+            "recompute",
         },
         {"methods"},
         {"adapted", "tuner_layer"},

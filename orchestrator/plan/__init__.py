@@ -137,7 +137,9 @@ def make_plan(
     length = sequence_len(spec, sizes)
     if spec.data.sample_packing:
         shared = packed_length(spec, length, rows.longest, batch // counts[-1].num_workers)
-        notes.append(f"Rows share sequences of up to {length} tokens; those of one step make at most {shared}.")
+        notes.append(
+            f"Rows share sequences of up to {length} tokens; those of one step make at most {shared}."
+        )
         length = shared
     elif rows.longest is not None and rows.longest < length:
         notes.append(f"The longest row has about {rows.longest} tokens, of {length} that are allowed.")

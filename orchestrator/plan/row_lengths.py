@@ -82,7 +82,8 @@ def num_rows(spec: JobSpec) -> int | None:
     """How many rows the job's datasets have; None where the data is not at hand."""
     try:
         return sum(
-            round(dataset.weight * sum(1 for _ in _lines(_local_files(dataset)))) for dataset in spec.data.datasets
+            round(dataset.weight * sum(1 for _ in _lines(_local_files(dataset))))
+            for dataset in spec.data.datasets
         )
     except (OSError, ValueError):
         return None
