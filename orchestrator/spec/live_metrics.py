@@ -15,7 +15,7 @@ OF_EACH: dict[str, str] = {
 
 OF_SHADOW: dict[str, str] = {
     "shadow.requests": "answers that were compared",
-    "shadow.agreement": "share of positions where candidate and production chose the same token; of embeddings, their mean cosine",
+    "shadow.agreement": "share of positions where both chose the same token; of embeddings, their mean cosine",
     "shadow.logprob_diff": "mean difference of the two log-probabilities of tokens that both chose",
     "shadow.error_rate": "share of the candidate's shadow answers that failed",
 }
