@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
-from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +32,6 @@ class AdapterModule(LayerApi, PooledModule):
     base: Layer
     _common: PooledModule | None
     _lenders: dict[str, AdapterModule]
-    _changes: WeakValueDictionary[bytes, Tensor]
 
     def __init__(
         self, pool: AdapterPool, site_name: str, current: Current, common: PooledModule | None = None
@@ -48,8 +46,6 @@ class AdapterModule(LayerApi, PooledModule):
         self.__dict__["_common"] = common
         # Adapter -> the module whose tensors serve here too.
         self.__dict__["_lenders"] = {}
-        # What adapters would change of the layer, one tensor for those that would change the same.
-        self.__dict__["_changes"] = WeakValueDictionary()
 
     def add(self, adapter: str, method: Method, layer: Layer, dtype: torch.dtype, device: Any) -> None:
         """Makes room for an adapter's tensors, unfilled."""
@@ -80,7 +76,7 @@ class AdapterModule(LayerApi, PooledModule):
             if not any(t.is_meta for t in p.values()):
                 with torch.no_grad():
                     if self._pool.keeps_base:
-                        self.methods[adapter] = own_base.beside(method, p, layer, self._changes)
+                        self.methods[adapter] = own_base.beside(method, p, layer, self.methods.values())
                     else:
                         method.replace_base(p, layer)
 

@@ -4,7 +4,7 @@ layer stands beside the layer, and serves its own rows alone."""
 from __future__ import annotations
 
 import hashlib
-from collections.abc import MutableMapping
+from collections.abc import Iterable
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,14 +20,14 @@ class OnOwnBase(WeightMethod):
     """A method at one layer, on the layer as its start would have made it: dW = D + what the method adds to W + D.
 
     Args:
-        method: that changes its layer. change: D (out, in), in the layer's dtype.
+        method: that changes its layer. change: D (out, in), in the layer's dtype. digest: of its contents.
     """
 
-    def __init__(self, method: WeightMethod, change: Tensor) -> None:
-        self.method, self.change = method, change
+    def __init__(self, method: WeightMethod, change: Tensor, digest: bytes) -> None:
+        self.method, self.change, self.digest = method, change, digest
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("method", "change") or name.startswith("__"):
+        if name in ("method", "change", "digest") or name.startswith("__"):
             raise AttributeError(name)
         return getattr(self.method, name)
 
@@ -65,12 +65,12 @@ def plain(method: Any) -> Any:
     return method.method if isinstance(method, OnOwnBase) else method
 
 
-def beside(method: Any, p: Params, layer: Layer, known: MutableMapping[bytes, Tensor]) -> Any:
+def beside(method: Any, p: Params, layer: Layer, others: Iterable[Any]) -> Any:
     """The method as it serves while the layer stays as it is.
 
     Args:
-        p: its tensors, filled. layer: that it would change. known: changes of this layer by their contents' hashes,
-            so that adapters which would change the same have one tensor.
+        p: its tensors, filled. layer: that it would change. others: the methods there, so that those which would
+            change the same have one tensor.
 
     Raises:
         AdapterError: it does more than to add to the layer's weight.
@@ -87,7 +87,8 @@ def beside(method: Any, p: Params, layer: Layer, known: MutableMapping[bytes, Te
     dtype = layer.dtype if layer.dtype.is_floating_point and layer.dtype.itemsize > 1 else torch.float32
     change = recorder.change.to(dtype).contiguous()
     digest = hashlib.sha256(change.cpu().view(torch.uint8).numpy().data).digest()
-    return OnOwnBase(method, known.setdefault(digest, change))
+    known = (other.change for other in others if isinstance(other, OnOwnBase) and other.digest == digest)
+    return OnOwnBase(method, next(known, change), digest)
 
 
 class _Recorder:

@@ -182,7 +182,7 @@ def test_a_job_that_ends_without_a_word_of_ours_is_said(site):
         api.deploy("docs@1", cluster="there.yaml")
     assert str(caught.value) == (
         f"{site.stub.url}: `raypeft deploy docs@1 --alias=production` ended there without a result (FAILED): "
-        f"ImportError: no module named torch Its log: raypeft logs raypeft-deploy-id --address {site.stub.url}"
+        f"ImportError: no module named torch. Its log: raypeft logs raypeft-deploy-id --address {site.stub.url}"
     )
 
 
