@@ -166,8 +166,13 @@ def test_a_new_replica_killed_while_code_is_rolled_is_replaced_and_the_next_depl
     site.deploy(8)
     new = wait_for(lambda: set(replica_pids("tiny")) - set(old), timeout_s=90)
     os.kill(new.pop(), signal.SIGKILL)
-    lost = wait_for(lambda: (app := serve_cluster.applications()["tiny"]).is_recovering and app)
-    assert not lost.has_failed  # though Serve calls it a failed deployment
+
+    def is_lost_or_replaced() -> bool:
+        app = serve_cluster.applications()["tiny"]
+        assert not app.has_failed  # though Serve may call it a failed deployment
+        return app.is_recovering or (app.num_running == 2 and not set(replica_pids("tiny")) & set(old))
+
+    wait_for(is_lost_or_replaced, timeout_s=90)
     assert site.deploy(9).state == "live"
     wait_for(
         lambda: len(set(replica_pids("tiny")) - set(old)) == len(replica_pids("tiny")) == 2, timeout_s=90

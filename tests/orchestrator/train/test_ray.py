@@ -196,7 +196,7 @@ def test_a_rank_that_raises_ends_the_run_though_its_peer_waits(session, folder):
         failures = [event for event in runner.events() if event["event"] == "failure"]
     finally:
         ray.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
-    with pytest.raises(TrainingError, match=r"worker 1 failed with KeyError: 'planted' See raypeft logs\."):
+    with pytest.raises(TrainingError, match=r"worker 1 failed with KeyError: 'planted'\. See raypeft logs\."):
         runner.outcome()
     assert [(each["kind"], each["rank"], each["will_retry"]) for each in failures] == [("error", 1, False)]
     # most of it is the workers' start; the collective alone would wait for ten minutes
