@@ -116,12 +116,12 @@ def test_requests_of_a_killed_replica_end_in_openais_form_and_are_retried(site):
     client = openai.OpenAI(base_url=url, api_key=secret, max_retries=0, timeout=120)
     retrying = openai.OpenAI(base_url=url, api_key=secret, max_retries=8, timeout=120)
     asked = {"model": "docs", "prompt": "def f(", "temperature": 0}
-    # Of the 256 answers that may be under way for a model at one replica, 30 requests make 180.
-    asked = {**asked, "max_tokens": 120, "n": 6}
+    # Of the 256 answers that may be under way for a model at one replica, 30 requests make 240.
+    asked = {**asked, "max_tokens": 80, "n": 8}
     expected = [choice.text for choice in client.completions.create(**asked).choices]
 
     def stream() -> str:
-        texts = dict.fromkeys(range(6), "")
+        texts = dict.fromkeys(range(8), "")
         try:
             for chunk in client.completions.create(**asked, stream=True):
                 texts[chunk.choices[0].index] += chunk.choices[0].text
