@@ -127,11 +127,14 @@ def test_requests_of_a_killed_replica_end_in_openais_form_and_are_retried(site):
     asked = {**asked, "max_tokens": 80, "n": 8}
     expected = [choice.text for choice in client.completions.create(**asked).choices]
 
+    begun = threading.Event()
+
     def stream() -> str:
         texts = dict.fromkeys(range(8), "")
         try:
             for chunk in client.completions.create(**asked, stream=True):
                 texts[chunk.choices[0].index] += chunk.choices[0].text
+                begun.set()
         except openai.APIError as error:
             assert all(whole.startswith(texts[at]) for at, whole in enumerate(expected))
             return str(error.code)
@@ -152,7 +155,8 @@ def test_requests_of_a_killed_replica_end_in_openais_form_and_are_retried(site):
     before = {pid: cpu_ticks(pid) for pid in replicas().values()}
     with ThreadPoolExecutor(30) as pool:
         streams, whole, retried = ([pool.submit(each) for _ in range(10)] for each in (stream, once, again))
-        time.sleep(1.0)
+        assert begun.wait(60)
+        time.sleep(0.2)
         busiest = max(before, key=lambda pid: cpu_ticks(pid) - before[pid])
         os.kill(busiest, signal.SIGKILL)
         ends, statuses = [each.result() for each in streams], [each.result() for each in whole]
