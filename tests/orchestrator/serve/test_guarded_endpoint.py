@@ -128,6 +128,7 @@ def test_requests_of_a_killed_replica_end_in_openais_form_and_are_retried(site):
     expected = [choice.text for choice in client.completions.create(**asked).choices]
 
     begun = threading.Event()
+    ends, statuses = set(), set()
 
     def stream() -> str:
         texts = dict.fromkeys(range(8), "")
@@ -152,19 +153,23 @@ def test_requests_of_a_killed_replica_end_in_openais_form_and_are_retried(site):
     def again() -> list[str]:
         return [choice.text for choice in retrying.completions.create(**asked).choices]
 
-    before = {pid: cpu_ticks(pid) for pid in replicas().values()}
-    with ThreadPoolExecutor(30) as pool:
-        streams, whole, retried = ([pool.submit(each) for _ in range(10)] for each in (stream, once, again))
-        assert begun.wait(60)
-        time.sleep(0.2)
-        busiest = max(before, key=lambda pid: cpu_ticks(pid) - before[pid])
-        os.kill(busiest, signal.SIGKILL)
-        ends, statuses = [each.result() for each in streams], [each.result() for each in whole]
-        assert [each.result() for each in retried] == [expected] * 10
-    print(f"a killed replica: streams ended {ends}, whole answers {statuses}")
-    assert set(ends) <= {"whole", "replica_gone"} and set(statuses) <= {200, 503}
-    assert "replica_gone" in ends and 503 in statuses, (ends, statuses)  # else the kill hit nothing
-    assert eventually(lambda: len(replicas()) == 2)
+    # Which replica answers what is Serve's choice: again until a kill met a stream and one a whole answer.
+    for _ in range(6):
+        begun.clear()
+        before = {pid: cpu_ticks(pid) for pid in replicas().values()}
+        with ThreadPoolExecutor(30) as pool:
+            streams, whole, retried = (
+                [pool.submit(each) for _ in range(10)] for each in (stream, once, again)
+            )
+            assert begun.wait(60)
+            os.kill(max(before, key=lambda pid: cpu_ticks(pid) - before[pid]), signal.SIGKILL)
+            ends |= {each.result() for each in streams}
+            statuses |= {each.result() for each in whole}
+            assert [each.result() for each in retried] == [expected] * 10
+        assert eventually(lambda: len(replicas()) == 2)
+        if "replica_gone" in ends and 503 in statuses:
+            break
+    assert {"replica_gone"} <= ends <= {"whole", "replica_gone"} and {503} <= statuses <= {200, 503}
 
 
 def kill_engine_thread(actor: Any) -> None:
