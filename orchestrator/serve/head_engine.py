@@ -25,7 +25,7 @@ from ..train.tasks.qa import Record as QuestionRecord
 from ..train.tasks.task import Padded, pad_id
 from . import head_answers, own_head
 from .engine import AdapterRefused
-from .heads import Classified, Embedded, Found, HeadTask, Input, NoTokens, Tagged, TooLong
+from .heads import TERMS, Classified, Embedded, Found, HeadTask, Input, NoTokens, Tagged, Terms, TooLong
 from .own_head import OwnHead, Tap
 from .servable import check_placed, put_on
 from .task_engine import Asked, TaskEngine
@@ -95,45 +95,28 @@ class HeadEngine(TaskEngine):
     # --- what is asked
 
     async def embed(
-        self,
-        inputs: Sequence[Input],
-        adapter: str | None,
-        queue: str = "",
-        shadow: str | None = None,
-        task: int | None = None,
+        self, inputs: Sequence[Input], adapter: str | None, terms: Terms = TERMS
     ) -> list[Embedded]:
         """See `Heads.embed`."""
         with self._using(adapter):
-            rows = await self._texts(inputs, adapter, queue, task)
+            rows = await self._texts(inputs, adapter, terms)
             return [
                 Embedded(tuple(values.tensor.tolist()), len(row.ids))
                 for row, values in zip(rows, await self._answers(rows), strict=True)
             ]
 
     async def classify(
-        self,
-        inputs: Sequence[Input],
-        adapter: str | None,
-        queue: str = "",
-        shadow: str | None = None,
-        task: int | None = None,
+        self, inputs: Sequence[Input], adapter: str | None, terms: Terms = TERMS
     ) -> list[Classified]:
         """See `Heads.classify`."""
         with self._using(adapter):
-            rows = await self._texts(inputs, adapter, queue, task)
+            rows = await self._texts(inputs, adapter, terms)
             return [
                 Classified(head_answers.classes(values.tensor, _labels(values)), len(row.ids))
                 for row, values in zip(rows, await self._answers(rows), strict=True)
             ]
 
-    async def tag(
-        self,
-        inputs: Sequence[Input],
-        adapter: str | None,
-        queue: str = "",
-        shadow: str | None = None,
-        task: int | None = None,
-    ) -> list[Tagged]:
+    async def tag(self, inputs: Sequence[Input], adapter: str | None, terms: Terms = TERMS) -> list[Tagged]:
         """See `Heads.tag`: words are what blanks separate, as in the rows of training."""
         with self._using(adapter):
             words = [head_answers.Words.of(each.text) for each in inputs]
@@ -143,7 +126,7 @@ class HeadEngine(TaskEngine):
                 return_offsets_mapping=True,
                 verbose=False,
             )
-            rows = self._rows(found["input_ids"], [None] * len(inputs), adapter, queue, task)
+            rows = self._rows(found["input_ids"], [None] * len(inputs), adapter, terms)
             answers = await self._answers(rows)
             return [
                 Tagged(
@@ -156,13 +139,7 @@ class HeadEngine(TaskEngine):
             ]
 
     async def find(
-        self,
-        questions: Sequence[tuple[str, str]],
-        adapter: str | None,
-        top: int,
-        queue: str = "",
-        shadow: str | None = None,
-        task: int | None = None,
+        self, questions: Sequence[tuple[str, str]], adapter: str | None, top: int, terms: Terms = TERMS
     ) -> list[Found]:
         """See `Heads.find`: a context that does not fit is read in windows that overlap, as in training."""
         with self._using(adapter):
@@ -173,7 +150,7 @@ class HeadEngine(TaskEngine):
                 if not each.windows:
                     raise TooLong(index, each.full_length, limit)
             windows = [window for each in asked for window in each.windows]
-            rows = self._rows([w.ids for w in windows], [w.types for w in windows], adapter, queue, task)
+            rows = self._rows([w.ids for w in windows], [w.types for w in windows], adapter, terms)
             answers = await self._answers(rows)
             return await asyncio.to_thread(_found, asked, answers, top)
 
@@ -188,11 +165,9 @@ class HeadEngine(TaskEngine):
 
         return await asyncio.to_thread(alone)
 
-    async def _texts(
-        self, inputs: Sequence[Input], adapter: str | None, queue: str, task: int | None
-    ) -> list[_Row]:
+    async def _texts(self, inputs: Sequence[Input], adapter: str | None, terms: Terms) -> list[_Row]:
         encoded = await self._in_turn(self._encoded, inputs)
-        return self._rows([ids for ids, _ in encoded], [types for _, types in encoded], adapter, queue, task)
+        return self._rows([ids for ids, _ in encoded], [types for _, types in encoded], adapter, terms)
 
     def _encoded(self, inputs: Sequence[Input]) -> list[tuple[Sequence[int], Sequence[int] | None]]:
         found: list[tuple[Sequence[int], Sequence[int] | None]] = [([], None)] * len(inputs)
@@ -220,8 +195,7 @@ class HeadEngine(TaskEngine):
         ids: Sequence[Sequence[int]],
         types: Sequence[Sequence[int] | None],
         adapter: str | None,
-        queue: str,
-        task: int | None,
+        terms: Terms,
     ) -> list[_Row]:
         self._check_head(adapter)
         limit = self._max_context - self.virtual_tokens(adapter)
@@ -231,7 +205,7 @@ class HeadEngine(TaskEngine):
             if len(own) > limit:
                 raise TooLong(index, len(own), limit)
         return [
-            _Row(adapter, queue or adapter or "", own, _nobody, task, types=kinds)
+            _Row(adapter, terms.queue or adapter or "", own, _nobody, terms.task, types=kinds)
             for own, kinds in zip(ids, types, strict=True)
         ]
 

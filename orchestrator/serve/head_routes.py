@@ -12,7 +12,7 @@ from .admission import Admission
 from .api_error import ApiError
 from .asked import Asked, asked
 from .asked_task import task_of
-from .catalogue import Catalogue, Target
+from .catalogue import Catalogue
 from .completions import ANSWERED_BY
 from .engine import AdapterRefused
 from .event_stream import while_connected
@@ -26,7 +26,7 @@ from .head_api import (
     entities,
     spans,
 )
-from .heads import Classified, Embedded, Found, Heads, Input, NoTokens, Tagged, TooLong
+from .heads import Classified, Embedded, Found, Heads, Input, NoTokens, Tagged, Terms, TooLong
 from .measured import timing_of
 from .metrics import Metrics
 
@@ -51,7 +51,7 @@ class HeadRoutes:
         return await self._answer(
             read,
             inputs,
-            lambda target, task: self._heads.embed(inputs, target.adapter, target.name, target.shadow, task),
+            lambda adapter, terms: self._heads.embed(inputs, adapter, terms),
             lambda answers: embeddings(answers, form),
         )
 
@@ -62,9 +62,7 @@ class HeadRoutes:
         return await self._answer(
             read,
             inputs,
-            lambda target, task: self._heads.classify(
-                inputs, target.adapter, target.name, target.shadow, task
-            ),
+            lambda adapter, terms: self._heads.classify(inputs, adapter, terms),
             lambda answers: classes(answers, top_k),
         )
 
@@ -75,7 +73,7 @@ class HeadRoutes:
         return await self._answer(
             read,
             inputs,
-            lambda target, task: self._heads.tag(inputs, target.adapter, target.name, target.shadow, task),
+            lambda adapter, terms: self._heads.tag(inputs, adapter, terms),
             lambda answers: entities(answers, inputs),
         )
 
@@ -91,9 +89,7 @@ class HeadRoutes:
         return await self._answer(
             read,
             [Input(*each) for each in questions],
-            lambda target, task: self._heads.find(
-                questions, target.adapter, top_k, target.name, target.shadow, task
-            ),
+            lambda adapter, terms: self._heads.find(questions, adapter, top_k, terms),
             lambda answers: spans(answers, questions),
         )
 
@@ -108,7 +104,7 @@ class HeadRoutes:
         self,
         read: Asked[Any],
         inputs: Sequence[Input],
-        ask: Callable[[Target, int | None], Awaitable[list[Answer]]],
+        ask: Callable[[str | None, Terms], Awaitable[list[Answer]]],
         rows: Callable[[list[Answer]], list[dict[str, Any]]],
     ) -> Response:
         request, tenant, model = read.request, read.tenant, read.wanted.model
@@ -124,7 +120,7 @@ class HeadRoutes:
                 self._heads.check()
 
                 async def run() -> list[Answer]:
-                    return await ask(target, task)
+                    return await ask(target.adapter, Terms(target.name, target.shadow, task))
 
                 try:
                     answers = await while_connected(run(), request.receive)

@@ -117,13 +117,23 @@ class Found:
     num_tokens: int
 
 
+@dataclass(frozen=True)
+class Terms:
+    """On what terms a call is answered: `queue`, `shadow` and `task` as in `Generation`. `observed_heads` sees to a
+    shadow, heads themselves pass it over."""
+
+    queue: str = ""
+    shadow: str | None = None
+    task: int | None = None
+
+
+TERMS = Terms()
+
+
 class Heads(Protocol):
     """One base with one kind of head, and the adapters that were loaded onto it, each with labels of its own. Calls
     that come together are answered together, whatever their adapters. All methods may be called from any thread;
     `adapter` is a key given to `load`, or None for the bare base.
-
-    `queue` is as in `Generation`, and `shadow` the key of a candidate that answers the same beside it: `observed_heads`
-    sees to it, heads themselves pass it over.
 
     A call that is cancelled leaves no work behind. Each of the four raises TooLong, NoTokens, EngineDead, and
     AdapterRefused where the bare base is asked and has no trained head.
@@ -138,43 +148,20 @@ class Heads(Protocol):
         """Token ids are below this."""
 
     async def embed(
-        self,
-        inputs: Sequence[Input],
-        adapter: str | None,
-        queue: str = "",
-        shadow: str | None = None,
-        task: int | None = None,
+        self, inputs: Sequence[Input], adapter: str | None, terms: Terms = TERMS
     ) -> list[Embedded]:
         """A vector each (FEATURE_EXTRACTION)."""
 
     async def classify(
-        self,
-        inputs: Sequence[Input],
-        adapter: str | None,
-        queue: str = "",
-        shadow: str | None = None,
-        task: int | None = None,
+        self, inputs: Sequence[Input], adapter: str | None, terms: Terms = TERMS
     ) -> list[Classified]:
         """Labels of whole texts (SEQ_CLS)."""
 
-    async def tag(
-        self,
-        inputs: Sequence[Input],
-        adapter: str | None,
-        queue: str = "",
-        shadow: str | None = None,
-        task: int | None = None,
-    ) -> list[Tagged]:
+    async def tag(self, inputs: Sequence[Input], adapter: str | None, terms: Terms = TERMS) -> list[Tagged]:
         """Entities within texts (TOKEN_CLS)."""
 
     async def find(
-        self,
-        questions: Sequence[tuple[str, str]],
-        adapter: str | None,
-        top: int,
-        queue: str = "",
-        shadow: str | None = None,
-        task: int | None = None,
+        self, questions: Sequence[tuple[str, str]], adapter: str | None, top: int, terms: Terms = TERMS
     ) -> list[Found]:
         """At most `top` answers to each (question, context) (QUESTION_ANS)."""
 

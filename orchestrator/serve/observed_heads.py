@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
 from .engine import AdapterRefused
-from .heads import Classified, Embedded, Found, Input, NoTokens, Tagged, TooLong
+from .heads import TERMS, Classified, Embedded, Found, Input, NoTokens, Tagged, Terms, TooLong
 from .observed import SHADOWS_AT_ONCE, Answered, Observed
 
 _OF_THE_REQUEST = (TooLong, NoTokens, AdapterRefused)
@@ -29,66 +29,35 @@ class ObservedHeads(Observed):
         super().__init__(heads)
 
     async def embed(
-        self,
-        inputs: Sequence[Input],
-        adapter: str | None,
-        queue: str = "",
-        shadow: str | None = None,
-        task: int | None = None,
+        self, inputs: Sequence[Input], adapter: str | None, terms: Terms = TERMS
     ) -> list[Embedded]:
         """See `Heads.embed`."""
-        return await self._counted(
-            lambda key: self._heads.embed(inputs, key, queue, task=task), adapter, shadow
-        )
+        return await self._counted(lambda key: self._heads.embed(inputs, key, terms), adapter, terms)
 
     async def classify(
-        self,
-        inputs: Sequence[Input],
-        adapter: str | None,
-        queue: str = "",
-        shadow: str | None = None,
-        task: int | None = None,
+        self, inputs: Sequence[Input], adapter: str | None, terms: Terms = TERMS
     ) -> list[Classified]:
         """See `Heads.classify`."""
-        return await self._counted(
-            lambda key: self._heads.classify(inputs, key, queue, task=task), adapter, shadow
-        )
+        return await self._counted(lambda key: self._heads.classify(inputs, key, terms), adapter, terms)
 
-    async def tag(
-        self,
-        inputs: Sequence[Input],
-        adapter: str | None,
-        queue: str = "",
-        shadow: str | None = None,
-        task: int | None = None,
-    ) -> list[Tagged]:
+    async def tag(self, inputs: Sequence[Input], adapter: str | None, terms: Terms = TERMS) -> list[Tagged]:
         """See `Heads.tag`."""
-        return await self._counted(
-            lambda key: self._heads.tag(inputs, key, queue, task=task), adapter, shadow
-        )
+        return await self._counted(lambda key: self._heads.tag(inputs, key, terms), adapter, terms)
 
     async def find(
-        self,
-        questions: Sequence[tuple[str, str]],
-        adapter: str | None,
-        top: int,
-        queue: str = "",
-        shadow: str | None = None,
-        task: int | None = None,
+        self, questions: Sequence[tuple[str, str]], adapter: str | None, top: int, terms: Terms = TERMS
     ) -> list[Found]:
         """See `Heads.find`."""
-        return await self._counted(
-            lambda key: self._heads.find(questions, key, top, queue, task=task), adapter, shadow
-        )
+        return await self._counted(lambda key: self._heads.find(questions, key, top, terms), adapter, terms)
 
     @property
     def _heads(self) -> Any:
         return self._engine
 
     async def _counted(
-        self, ask: Callable[[str | None], Awaitable[list[Answer]]], adapter: str | None, shadow: str | None
+        self, ask: Callable[[str | None], Awaitable[list[Answer]]], adapter: str | None, terms: Terms
     ) -> list[Answer]:
-        twin = None
+        shadow, twin = terms.shadow, None
         if shadow is not None and len(self._shadows) < SHADOWS_AT_ONCE:
             twin = asyncio.ensure_future(self._shadowed(ask, shadow))
             self._shadows.add(twin)

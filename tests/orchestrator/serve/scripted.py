@@ -25,6 +25,7 @@ from orchestrator.serve.app import build_app
 from orchestrator.serve.catalogue import Target
 from orchestrator.serve.engine import EngineDead, Figures, Generation, Piece, TokenLogprob
 from orchestrator.serve.heads import (
+    TERMS,
     Classified,
     Embedded,
     Entity,
@@ -33,6 +34,7 @@ from orchestrator.serve.heads import (
     Input,
     Span,
     Tagged,
+    Terms,
     TooLong,
 )
 from orchestrator.serve.prompts import Prompts
@@ -152,52 +154,29 @@ class ScriptedHeads:
         self._dead = False
 
     async def embed(
-        self,
-        inputs: Sequence[Input],
-        adapter: str | None,
-        queue: str = "",
-        shadow: str | None = None,
-        task: int | None = None,
+        self, inputs: Sequence[Input], adapter: str | None, terms: Terms = TERMS
     ) -> list[Embedded]:
-        counts = await self._take(inputs, adapter, queue)
+        counts = await self._take(inputs, adapter, terms.queue)
         return [Embedded((0.6, -0.8, count / 7), count) for count in counts]
 
     async def classify(
-        self,
-        inputs: Sequence[Input],
-        adapter: str | None,
-        queue: str = "",
-        shadow: str | None = None,
-        task: int | None = None,
+        self, inputs: Sequence[Input], adapter: str | None, terms: Terms = TERMS
     ) -> list[Classified]:
-        counts = await self._take(inputs, adapter, queue)
+        counts = await self._take(inputs, adapter, terms.queue)
         label = "base" if adapter is None else adapter
         return [Classified(((label, 0.7), ("b", 0.2), ("c", 0.1)), count) for count in counts]
 
-    async def tag(
-        self,
-        inputs: Sequence[Input],
-        adapter: str | None,
-        queue: str = "",
-        shadow: str | None = None,
-        task: int | None = None,
-    ) -> list[Tagged]:
-        counts = await self._take(inputs, adapter, queue)
+    async def tag(self, inputs: Sequence[Input], adapter: str | None, terms: Terms = TERMS) -> list[Tagged]:
+        counts = await self._take(inputs, adapter, terms.queue)
         return [
             Tagged(tuple(Entity("NAME", 0.9, *m.span()) for m in re.finditer(r"[A-Z]\w*", each.text)), count)
             for each, count in zip(inputs, counts, strict=True)
         ]
 
     async def find(
-        self,
-        questions: Sequence[tuple[str, str]],
-        adapter: str | None,
-        top: int,
-        queue: str = "",
-        shadow: str | None = None,
-        task: int | None = None,
+        self, questions: Sequence[tuple[str, str]], adapter: str | None, top: int, terms: Terms = TERMS
     ) -> list[Found]:
-        counts = await self._take([Input(*each) for each in questions], adapter, queue)
+        counts = await self._take([Input(*each) for each in questions], adapter, terms.queue)
         return [Found(tuple(Span(at, at + 3, 0.5) for at in range(min(top, 4))), count) for count in counts]
 
     async def _take(self, inputs: Sequence[Input], adapter: str | None, queue: str) -> list[int]:

@@ -18,7 +18,7 @@ from orchestrator.runner import TrainRequest
 from orchestrator.serve.base_model import load
 from orchestrator.serve.engine import AdapterRefused, EngineDead
 from orchestrator.serve.head_engine import HeadEngine
-from orchestrator.serve.heads import Input, NoTokens, TooLong
+from orchestrator.serve.heads import Input, NoTokens, Terms, TooLong
 from orchestrator.spec.job import ModelSpec
 from orchestrator.train.run import train
 from orchestrator.train.tasks import Answering, Facts
@@ -355,8 +355,10 @@ def test_a_cancelled_call_is_not_computed_and_a_closed_engine_fails_what_waits(b
         assert not calls and engine.figures().waiting == 0
 
         async def close():
-            flood = [engine.embed([Input("a")], None, "a") for _ in range(20)]
-            asked = asyncio.gather(*flood, engine.embed([Input("a")], None, "b"), return_exceptions=True)
+            flood = [engine.embed([Input("a")], None, Terms("a")) for _ in range(20)]
+            asked = asyncio.gather(
+                *flood, engine.embed([Input("a")], None, Terms("b")), return_exceptions=True
+            )
             await asyncio.sleep(0.05)
             engine.close()
             assert {type(each) for each in await asyncio.wait_for(asked, 10)} == {EngineDead}

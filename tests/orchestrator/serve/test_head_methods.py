@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 from orchestrator.serve.base_model import load
 from orchestrator.serve.engine import AdapterRefused
 from orchestrator.serve.head_engine import HeadEngine
-from orchestrator.serve.heads import Input
+from orchestrator.serve.heads import Input, Terms
 from orchestrator.spec.job import ModelSpec
 from tests.orchestrator.serve import tiny_heads
 
@@ -118,7 +118,7 @@ def test_each_text_is_of_its_own_task(kind, tmp_path):
         await engine.load("plain", tmp_path / "plain")
         assert (engine.num_tasks("poly"), engine.num_tasks("plain")) == (3, 0)
         texts = [Input(text) for text in TEXTS]
-        asked = [engine.classify(texts, "poly", task=task) for task in range(3)]
+        asked = [engine.classify(texts, "poly", Terms(task=task)) for task in range(3)]
         return await asyncio.gather(*asked, engine.classify(texts, "plain"))
 
     try:

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from orchestrator.serve.heads import Classified, Embedded, Entity, Found, Input, Span, Tagged, TooLong
+from orchestrator.serve.heads import Classified, Embedded, Entity, Found, Input, Span, Tagged, Terms, TooLong
 from orchestrator.serve.observed_heads import ObservedHeads
 
 
@@ -13,7 +13,7 @@ class Two:
 
     fails: str | None = None
 
-    async def classify(self, inputs, adapter, queue="", task=None):
+    async def classify(self, inputs, adapter, terms):
         if self.fails == adapter:
             raise RuntimeError("broken")
         if inputs[0].text == "long":
@@ -21,14 +21,14 @@ class Two:
         other = adapter == "new" and inputs[0].text == "b"
         return [Classified((("y", 0.5),) if other else (("x", 0.8),), 3)]
 
-    async def tag(self, inputs, adapter, queue="", task=None):
+    async def tag(self, inputs, adapter, terms):
         entities = (Entity("A", 0.5, 0, 1), *((Entity("B", 0.5, 2, 3),) if adapter == "new" else ()))
         return [Tagged(entities, 3)]
 
-    async def find(self, questions, adapter, top, queue="", task=None):
+    async def find(self, questions, adapter, top, terms):
         return [Found((Span(0, 2, 0.25 if adapter == "new" else 0.5),), 3)]
 
-    async def embed(self, inputs, adapter, queue="", task=None):
+    async def embed(self, inputs, adapter, terms):
         other = {"a": (0.6, 0.8), "b": (-1.0, 0.0)}
         return [Embedded(other[each.text] if adapter == "new" else (1.0, 0.0), 3) for each in inputs]
 
@@ -67,10 +67,10 @@ def test_a_candidate_is_compared_by_what_it_chooses():
 
     async def run():
         for text in ("a", "b"):
-            (answer,) = await heads.classify([Input(text)], "old", "", "new")
+            (answer,) = await heads.classify([Input(text)], "old", Terms(shadow="new"))
             assert answer.scores == (("x", 0.8),)  # what the client gets is the version's that it asked
-        await heads.tag([Input("a")], "old", "", "new")
-        await heads.find([("q", "c")], "old", 1, "", "new")
+        await heads.tag([Input("a")], "old", Terms(shadow="new"))
+        await heads.find([("q", "c")], "old", 1, Terms(shadow="new"))
         await settled(heads)
 
     asyncio.run(run())
@@ -85,7 +85,7 @@ def test_a_candidate_that_fails_in_the_shadow_is_told_of_and_the_client_answered
     heads._engine.fails = "new"
 
     async def run():
-        assert await heads.classify([Input("a")], "old", "", "new")
+        assert await heads.classify([Input("a")], "old", Terms(shadow="new"))
         await settled(heads)
 
     asyncio.run(run())
@@ -96,7 +96,7 @@ def test_vectors_of_a_candidate_are_compared_by_their_cosine():
     heads, watch = observed()
 
     async def run():
-        found = await heads.embed([Input("a"), Input("b")], "old", shadow="new")
+        found = await heads.embed([Input("a"), Input("b")], "old", Terms(shadow="new"))
         await settled(heads)
         return found
 
