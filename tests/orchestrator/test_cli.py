@@ -122,8 +122,8 @@ def test_init_writes_a_job_that_validates_and_overwrites_nothing(raypeft, tmp_pa
 
 
 def test_an_unknown_template_lists_those_there_are(raypeft):
-    code, _, err = raypeft("init", "sweep")
-    assert code != 0 and "sweep" in err and "quickstart" in err
+    code, _, err = raypeft("init", "swep")
+    assert code != 0 and "'swep'" in err and "sweep" in err and "quickstart" in err
 
 
 def test_the_registry_from_the_command_line(raypeft, registry, tmp_path):
