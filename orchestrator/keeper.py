@@ -26,6 +26,8 @@ MARKER = "RAYPEFT_LOCAL_RAY"
 """Environment variable that every process of one local Ray inherits; its value names that Ray."""
 GRACE_S = 3.0
 """Between SIGTERM and SIGKILL. Nothing of Ray's own needs longer; a run saves before Ray is taken down."""
+DAEMONS = ("gcs_server", "raylet", "ray::RuntimeEnv")
+"""Ray's own, as the kernel names them: they have nothing to save, and on SIGTERM wait for each other."""
 
 
 def start_ticks(pid: int) -> int | None:
@@ -66,12 +68,13 @@ def marked(name: str) -> list[int]:
 
 def end(find: Callable[[], list[int]], grace_s: float = GRACE_S) -> list[int]:
     """Ends every process that `find()` lists, those that appear meanwhile too: SIGTERM, and SIGKILL after
-    `grace_s` seconds. Returns those that are still there (none, unless the kernel holds them)."""
+    `grace_s` seconds, or as soon as none but Ray's daemons is left. Returns those that are still there (none, unless
+    the kernel holds them)."""
     asked: set[int] = set()
     deadline = time.monotonic() + grace_s
     while left := find():
-        late = time.monotonic() > deadline
-        if late and time.monotonic() > deadline + 5:
+        late = time.monotonic() > deadline or all(_is_daemon(pid) for pid in left)
+        if time.monotonic() > deadline + 5:
             return left
         send(signal.SIGKILL if late else signal.SIGTERM, left if late else set(left) - asked)
         asked.update(left)
@@ -135,6 +138,14 @@ def _reap(timeout_s: float = 2.0) -> None:
 
 def _pids() -> list[int]:
     return [int(name) for name in os.listdir("/proc") if name.isdigit()]
+
+
+def _is_daemon(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as file:
+            return file.read().strip() in DAEMONS
+    except OSError:
+        return True  # it has ended
 
 
 def _stat(pid: int) -> list[str] | None:

@@ -208,7 +208,7 @@ def _runner(cluster: Cluster) -> Runner:
 
 def _sweep_runner(cluster: Cluster) -> Runner:
     _runner(cluster)  # joins its Ray
-    from .plan.sweep import lay_out, most_packed
+    from .plan.sweep import lay_out, worker_room
     from .sweep.runner import SweepRunner
     from .train.nodes import RayCluster
     from .train.placement import places_in_all, places_now
@@ -223,15 +223,18 @@ def _sweep_runner(cluster: Cluster) -> Runner:
     def layout(request: TrainRequest, trials: int) -> Layout:
         assert request.spec.sweep is not None
         room = places_in_all(request.plan, RayCluster().rooms()) // request.plan.num_workers
-        most = most_packed(request.plan, request.spec, facts(cluster))
-        return lay_out(request.spec.sweep, trials, room, most)
+        worker = worker_room(request.plan, request.spec, facts(cluster))
+        return lay_out(request.spec.sweep, trials, room, request.plan.memory, worker)
 
     def has_room(request: TrainRequest, starting: int) -> bool:
         places = places_now(request.plan, RayCluster().rooms())
         return places >= (starting + 1) * request.plan.num_workers
 
     return SweepRunner(
-        lambda request, at_once: WarmGroup(request, max_trials=at_once), key_of, layout, has_room
+        lambda request, layout: WarmGroup(request, max_trials=layout.pack, most_joined=layout.joined),
+        key_of,
+        layout,
+        has_room,
     )
 
 

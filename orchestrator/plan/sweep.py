@@ -49,6 +49,8 @@ class Layout:
     """Trials on each base."""
     concurrent: int
     """Trials in all that train at once."""
+    joined: int | None = None
+    """Trials of a pack in one forward, as far as a worker has memory for them; None where that is not known."""
 
 
 @dataclass(frozen=True)
@@ -84,22 +86,34 @@ class SweepPlan:
         }
 
 
-def lay_out(sweep: SweepSpec, trials: int, room: int, most: int | None = None) -> Layout:
+def lay_out(
+    sweep: SweepSpec, trials: int, room: int, memory: Memory | None = None, worker: float | None = None
+) -> Layout:
     """Where so many trials train.
 
     Args:
         room: groups of workers that the cluster can hold at once.
-        most: trials for whose adapters a worker has memory beside the base; None where that is not known.
+        memory: of a trial alone, the one that needs most; None where that is not known.
+        worker: bytes that a worker may use; None where that is not known.
     """
-    room, most = max(1, room), max(1, most or 10**9)
+    room, most = max(1, room), 10**9
+    if memory is not None and worker is not None:
+        resting = memory.adapter + memory.optimizer
+        most = max(1, int((worker - (memory.total - resting)) // max(1, resting)))
     if sweep.pack != "auto":
         pack = min(sweep.pack, trials)
         wanted = min(trials, sweep.max_concurrent or pack * room, pack * room)
         groups = min(room, math.ceil(wanted / pack))
-        return Layout(groups, min(pack, wanted), wanted)
-    wanted = min(trials, sweep.max_concurrent or AT_ONCE * room, most * room)
-    groups = min(room, max(1, wanted // WORTH_A_GROUP, math.ceil(wanted / most)))
-    return Layout(groups, math.ceil(wanted / groups), wanted)
+        layout = Layout(groups, min(pack, wanted), wanted)
+    else:
+        wanted = min(trials, sweep.max_concurrent or AT_ONCE * room, most * room)
+        groups = min(room, max(1, wanted // WORTH_A_GROUP, math.ceil(wanted / most)))
+        layout = Layout(groups, math.ceil(wanted / groups), wanted)
+    if memory is None or worker is None:
+        return layout
+    moving = memory.gradients + memory.activations
+    left = worker - (packed_memory(memory, layout).total - moving)
+    return replace(layout, joined=min(layout.pack, max(1, int(left // max(1, moving)))))
 
 
 def make_sweep_plan(
@@ -123,8 +137,8 @@ def make_sweep_plan(
         raise PlacementError(f"a trial does not fit: {said[0]}", where="sweep.space")
     room = most_workers(job, trial.bundle, cluster) // trial.num_workers if cluster else 1
     trials = count_trials(sweep)
-    layout = lay_out(sweep, trials, room, most_packed(trial, job, cluster))
-    memory = packed_memory(trial.memory, layout.pack) if trial.memory else None
+    layout = lay_out(sweep, trials, room, trial.memory, worker_room(trial, job, cluster))
+    memory = packed_memory(trial.memory, layout) if trial.memory else None
     if sweep.max_concurrent and layout.concurrent < min(sweep.max_concurrent, trials):
         notes.append(
             f"{layout.concurrent} trials at once, not {sweep.max_concurrent}: there is no more room."
@@ -185,30 +199,29 @@ def trial_plan(plan: Plan, job: JobSpec) -> Plan:
     )
 
 
-def packed_memory(memory: Memory, pack: int) -> Memory:
-    """One base, and what each of so many trials keeps from step to step; one of them steps at a time."""
+def packed_memory(memory: Memory, layout: Layout) -> Memory:
+    """One base, what each trial of a pack keeps from step to step, and what one forward and backward of as many as run
+    joined takes; by turns, of one of them."""
+    joined = layout.joined or 1
     return replace(
         memory,
-        adapter=memory.adapter * pack,
-        optimizer=memory.optimizer * pack,
+        adapter=memory.adapter * layout.pack,
+        optimizer=memory.optimizer * layout.pack,
+        gradients=memory.gradients * joined,
+        activations=memory.activations * joined,
     )
 
 
-def most_packed(plan: Plan, job: JobSpec, cluster: ClusterFacts | None) -> int | None:
-    """For how many trials a worker has memory; None where that is not known."""
-    memory = plan.memory
-    if memory is None or cluster is None:
+def worker_room(plan: Plan, job: JobSpec, cluster: ClusterFacts | None) -> float | None:
+    """Bytes that a worker of this plan may use, a tenth left free; None where that is not known."""
+    if cluster is None:
         return None
     nodes = [node for node in cluster.nodes if has_labels(node.labels, job.resources.labels)]
     if plan.use_gpu:
         rooms = [gpu_memory(node) for node in nodes if gpu_memory(node)]
     else:
         rooms = [int(node.memory // max(1, node.cpus // plan.bundle["CPU"])) for node in nodes if node.memory]
-    if not rooms:
-        return None
-    each = memory.adapter + memory.optimizer
-    left = 0.9 * min(rooms) - (memory.total - each)
-    return max(1, int(left // max(1, each)))
+    return 0.9 * min(rooms) if rooms else None
 
 
 def _steps(job: JobSpec, rows: RowFacts) -> int | None:
@@ -269,7 +282,7 @@ def sweep_view(plan: SweepPlan, name: str = "") -> RenderableType:
             "packs",
             f"{layout.groups} group{'s' * (layout.groups > 1)} of {plan.trial.num_workers} "
             f"worker{'s' * (plan.trial.num_workers > 1)}, {layout.pack} trial{'s' * (layout.pack > 1)} on each base, "
-            f"{layout.concurrent} at once",
+            f"{layout.concurrent} at once{_joined(layout)}",
         ),
         (
             "memory",
@@ -282,6 +295,14 @@ def sweep_view(plan: SweepPlan, name: str = "") -> RenderableType:
         table.add_row(key, text)
     return Group(
         table, Text(""), plan_view(replace(plan.trial, notes=plan.notes), "the trial that needs most")
+    )
+
+
+def _joined(layout: Layout) -> str:
+    if layout.joined is None or layout.pack == 1:
+        return ""
+    return (
+        f", at most {layout.joined} of a base in one forward" if layout.joined > 1 else ", one forward each"
     )
 
 

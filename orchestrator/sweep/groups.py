@@ -38,8 +38,8 @@ class WarmGroup(Protocol):
         """Ends it; its resources are free afterwards."""
 
 
-OpenGroup = Callable[[TrainRequest, int], WarmGroup]
-"""(what the base, the data and the workers are, trials at once) -> a group that starts in the background."""
+OpenGroup = Callable[[TrainRequest, Layout], WarmGroup]
+"""(what the base, the data and the workers are, trials on it) -> a group that starts in the background."""
 
 
 @dataclass(eq=False)
@@ -182,7 +182,7 @@ class Groups:
     def _start(self, key: str, request: TrainRequest) -> _Standing:
         self._opened += 1
         # a trial's fence is the trial's: a group that begins would raise it
-        group = self._open_group(replace(request, fence=None), self._layout.pack)
+        group = self._open_group(replace(request, fence=None), self._layout)
         standing = _Standing(self._opened, key, group, request.plan.num_workers, time.monotonic())
         self._standing.append(standing)
         threading.Thread(

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 import optuna
 from optuna.distributions import (
     BaseDistribution,
-    CategoricalDistribution,
     FloatDistribution,
     IntDistribution,
 )
@@ -57,7 +56,8 @@ def importances(sweep: SweepSpec, trials: Sequence[Trial]) -> dict[str, float]:
 
 def _distribution(dimension: Dimension) -> BaseDistribution:
     if dimension.is_list:
-        return CategoricalDistribution(list(range(len(dimension.values))))
+        # by position: of unordered values fANOVA would look at every subset
+        return IntDistribution(0, len(dimension.values) - 1)
     low, high = dimension.values[:2]
     if dimension.kind == "randint":
         return IntDistribution(int(low), int(high) - 1)

@@ -7,18 +7,17 @@ known of trials is in the run's folder.
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import logging
 import os
 import shutil
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
-import ray
 from ray.air.execution import FixedResourceManager
 from ray.air.execution.resources.fixed import FixedAcquiredResources
-from ray.exceptions import RayError
 from ray.train._internal.storage import StorageContext
 from ray.tune import Callback, PlacementGroupFactory
 from ray.tune.execution.tune_controller import TuneController
@@ -26,9 +25,8 @@ from ray.tune.experiment import Experiment, Trial
 from ray.tune.registry import register_trainable
 from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import ConcurrencyLimiter, Searcher, SearchGenerator
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from .proxy import TRIAL, TrialProxy
+from .proxy import TRIAL, Proxies, TrialProxy
 
 _NAME = "raypeft-trial"
 _PLACE = "place"
@@ -64,7 +62,8 @@ class Tuning:
         for logger in ("ray.tune", "ray.air"):
             logging.getLogger(logger).setLevel(logging.ERROR)
         os.environ.setdefault("TUNE_PRINT_ALL_TRIAL_ERRORS", "0")
-        self._proxies = _Proxies(on_start, on_end)
+        self._standing = _Standing(on_start, on_end)
+        self._proxies = Proxies()
         # Tune insists on a folder; nothing in it is read again
         self._scratch = tempfile.mkdtemp(prefix="raypeft-")
         storage = StorageContext(storage_path=self._scratch, experiment_dir_name="tune")
@@ -86,13 +85,13 @@ class Tuning:
         self._controller = TuneController(
             search_alg=algorithm,
             scheduler=scheduler,
-            callbacks=[self._proxies],
+            callbacks=[self._standing],
             storage=storage,
             checkpoint_period=10**9,
             reuse_actors=True,
-            resource_manager_factory=_no_resources,
+            resource_manager_factory=functools.partial(_no_resources, self._proxies),
         )
-        # else the proxy of all but one of several trials that end at once is thrown away
+        # else the proxies of all but one of several trials that end at once are thrown away
         self._controller._actor_cache.increase_max(place, by=max_concurrent)
 
     @property
@@ -106,16 +105,15 @@ class Tuning:
 
     def tell(self, number: int, report: dict[str, Any]) -> None:
         """A trial's report: its metric, what schedulers count by, and `done: True` where it is the last."""
-        self._proxies.tell(number, report)
+        self._standing.tell(number, report)
 
     def close(self) -> None:
         """Ends the proxies."""
-        with contextlib.suppress(RayError):
-            self._controller._actor_manager.cleanup()
+        self._proxies.close()
         shutil.rmtree(self._scratch, ignore_errors=True)
 
 
-class _Proxies(Callback):
+class _Standing(Callback):
     """Which proxy stands for which trial."""
 
     def __init__(self, on_start: OnTrial, on_end: OnTrial) -> None:
@@ -143,17 +141,17 @@ class _Proxies(Callback):
             self._on_end(number, dict(trial.config))
 
 
-class _NoResources(FixedAcquiredResources):
-    """A proxy's: a second thread, and a place on the driver's node, which it would be lost with anyway."""
+@dataclass
+class _InOneHost(FixedAcquiredResources):
+    """A proxy's resources: none."""
+
+    proxies: Proxies
 
     def _annotate_remote_entity(self, entity: Any, bundle: dict[str, float], bundle_index: int) -> Any:
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        return entity.options(num_cpus=0, max_concurrency=2, scheduling_strategy=here)
+        return self.proxies
 
 
-class _NothingToShare(FixedResourceManager):
-    _resource_cls = _NoResources
-
-
-def _no_resources() -> FixedResourceManager:
-    return _NothingToShare({_PLACE: _PLACES})
+def _no_resources(proxies: Proxies) -> FixedResourceManager:
+    accounts = FixedResourceManager({_PLACE: _PLACES})
+    accounts._resource_cls = functools.partial(_InOneHost, proxies=proxies)
+    return accounts

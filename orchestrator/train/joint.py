@@ -6,7 +6,9 @@ task is run twice, first to hear what it asks of the model, then to be answered.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
@@ -19,9 +21,11 @@ from peft_dist.bins import Bins
 from peft_dist.errors import RowsError
 from peft_dist.rows import Rows
 
+from .head import for_targets
 from .loop import Ready
 from .outline import IGNORED
 from .tasks import Batch, Task
+from .tasks.causal import CausalLM
 from .tasks.classification import Classification
 from .tasks.seq2seq import Seq2Seq
 from .tasks.task import pad_id
@@ -79,14 +83,31 @@ def _losses(model: nn.Module, parts: Sequence[Part], number: int) -> list[Tensor
         streams={part.adapter: (part.ready.step.seed, part.ready.step.number) for part in parts},
         bins=Bins(lengths) if shared else None,
     )
-    with model.using(rows):  # type: ignore[operator]
+    with model.using(rows), _for_targets(model, parts, batches):  # type: ignore[operator]
         given = model(**_together(asked, counts))
-    losses, at = [], 0
+    losses, at, target = [], 0, 0
     for part, batch, count in zip(parts, batches, counts, strict=True):
-        answer = _Answer(model, _cut(given, at, at + count, sum(counts)))
-        losses.append(part.task.loss(answer, batch))  # type: ignore[arg-type]
-        at += count
+        own = _cut(given, at, at + count, sum(counts))
+        if given.get("logits") is not None and _is_of_targets(part, given.logits):
+            own.logits = given.logits[target : target + batch.targets]
+        losses.append(part.task.loss(_Answer(model, own), batch))  # type: ignore[arg-type]
+        at, target = at + count, target + batch.targets
     return losses
+
+
+def _for_targets(
+    model: nn.Module, parts: Sequence[Part], batches: Sequence[Batch]
+) -> AbstractContextManager[None]:
+    if not all(isinstance(part.task, CausalLM) for part in parts):
+        return contextlib.nullcontext()
+    labels = [batch.labels["labels"][:, 1:] for batch in batches]  # a row's first token is no target
+    widest = max(each.shape[1] for each in labels) + 1
+    together = torch.cat([F.pad(each, (widest - each.shape[1], 0), value=IGNORED) for each in labels])
+    return for_targets(model, together, next((batch.bins for batch in batches if batch.bins), None))
+
+
+def _is_of_targets(part: Part, logits: Tensor) -> bool:
+    return isinstance(part.task, CausalLM) and logits.ndim == 2
 
 
 def _widened(tasks: Sequence[Task], batches: Sequence[Batch]) -> list[Batch]:

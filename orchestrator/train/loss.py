@@ -19,16 +19,16 @@ def target_loss(logits: Tensor, labels: Tensor, weights: Tensor | None = None) -
 
     Args:
         logits: (B, P + T, V), of which P positions before the row's own are virtual tokens of a prompt
-        method. labels: (B, T), `IGNORED` where a token is no target. weights: (B, T), of each target's loss.
+        method; or (N, V), of the targets alone (`head.for_targets`). labels: (B, T), `IGNORED` where a token is no
+        target. weights: (B, T), of each target's loss.
 
     Only the targets' logits are cast to float32. A batch without targets gives a zero that still has a
     gradient, so that its rank takes part in every collective of the backward.
     """
-    own = logits[:, -labels.shape[1] :]
     is_target = labels[:, 1:] != IGNORED
     if not is_target.any():
-        return own[:, :1].float().sum() * 0.0
-    chosen = own[:, :-1][is_target].float()
+        return logits[:, :1].float().sum() * 0.0
+    chosen = (logits if logits.ndim == 2 else logits[:, -labels.shape[1] : -1][is_target]).float()
     if weights is None:
         return F.cross_entropy(chosen, labels[:, 1:][is_target], reduction="sum")
     losses = F.cross_entropy(chosen, labels[:, 1:][is_target], reduction="none")

@@ -50,6 +50,7 @@ class Pack:
             adapters one after the other; `auto`: whichever was measured to be faster for the runs that are there.
         tell: events of the pack as a whole.
         clock: seconds that never go back.
+        most_joined: runs in one forward; None sets no bound. Where memory runs out all the same, half as many.
     """
 
     def __init__(
@@ -58,13 +59,13 @@ class Pack:
         way: Way = "auto",
         tell: Callable[..., None] = lambda kind, **fields: None,
         clock: Callable[[], float] = time.perf_counter,
+        most_joined: int | None = None,
     ) -> None:
         self.ground, self.group, self.way = ground, ground.group, way
         self.trials: dict[str, Trial] = {}
         self._tell, self._clock, self._pace = tell, clock, Pace()
         self._entered = 0
-        self._most = 2**31
-        """Runs in one forward; less once memory has run out."""
+        self._most = most_joined or 2**31
         self._apart: dict[Hashable, str] = {}
         """Kinds of rounds that cannot run together, and why."""
         self._said: tuple[str, ...] = ()
@@ -154,6 +155,8 @@ class Pack:
         """How this round runs, and why it cannot be otherwise; empty where it can."""
         if len(trials) == 1 or self.way == "turns":
             return "turns", ""
+        if self._most == 1:
+            return "turns", "there is memory for one run in a forward"
         model = self.ground.model
         assert model is not None
         reasons = (joint.cannot_join(trial.run.task, model) for trial in trials)

@@ -13,6 +13,7 @@ from typing import Any, cast
 import ray
 from ray.exceptions import RayError
 from ray.train import TrainingFailedError
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.callbacks.working_dir_setup import WorkingDirectorySetupCallback
 from ray.train.v2.api.config import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
@@ -35,6 +36,8 @@ _NOT_NEEDED = (
     WorkingDirectorySetupCallback,
     # another process to start, for placement groups that outlive the controller; ours end with it
     PlacementGroupCleanerCallback,
+    # another one, for Ray's datasets: rows are read by our own
+    DatasetsCallback,
 )
 
 

@@ -62,6 +62,7 @@ class WarmGroup:
         request: as of a run: its base, data, workers and secrets are the group's. It starts no run.
         pack: how runs step: `together`, in one batch; by `turns`; `auto`: what is measured to be faster.
         max_trials: how many stand on the base at once; others wait in line, in their order.
+        most_joined: how many may share one forward; None sets no bound.
 
     Raises:
         PlacementError: the cluster can never give the workers.
@@ -73,10 +74,11 @@ class WarmGroup:
         *,
         pack: Literal["auto", "together", "turns"] = "auto",
         max_trials: int | None = None,
+        most_joined: int | None = None,
     ) -> None:
-        self._request, self._work = (
-            request,
-            functools.partial(run_warm_worker, way=pack, max_trials=max_trials),
+        self._request = request
+        self._work = functools.partial(
+            run_warm_worker, way=pack, max_trials=max_trials, most_joined=most_joined
         )
         self._cluster = RayCluster()
         cluster = self._cluster

@@ -170,11 +170,12 @@ def serve(
     precision: str,
     way: Any = "auto",
     max_trials: int | None = None,
+    most_joined: int | None = None,
 ) -> dict[str, Any]:
     """A worker's part of a warm group, from loading the base to its end.
 
     Args:
-        way: as `pack.Pack`.
+        way, most_joined: as `pack.Pack`.
         max_trials: how many runs may stand on the base at once; None sets no bound.
 
     Returns:
@@ -194,7 +195,7 @@ def serve(
         raise TrainingError(str(error), where=f"run {request.run_id}") from error
     message = f"{request.spec.model.base_model} is loaded"
     emit("ready", seconds=time.monotonic() - began, device=device, precision=precision, message=message)
-    pack = Pack(ground, way, emit)
+    pack = Pack(ground, way, emit, most_joined=most_joined)
     Serving(pack, group, reporter, max_trials, lambda s: ray.get(mailbox.orders.remote(s))).run()
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -54,19 +54,32 @@ def run_worker(request: TrainRequest, mailbox: Any, folder: str) -> dict[str, An
 
 
 def run_warm_worker(
-    request: TrainRequest, mailbox: Any, folder: str, *, way: str = "auto", max_trials: int | None = None
+    request: TrainRequest,
+    mailbox: Any,
+    folder: str,
+    *,
+    way: str = "auto",
+    max_trials: int | None = None,
+    most_joined: int | None = None,
 ) -> dict[str, Any]:
     """One worker of a group on whose base runs come and go, until it is told to end.
 
     Args:
         request: of whose spec and plan the base, the data and the workers are; it starts no run.
-        way, max_trials: as `warm_worker.serve`.
+        way, max_trials, most_joined: as `warm_worker.serve`.
     """
 
     def work(reporter: Reporter) -> dict[str, Any]:
         device, precision = _meet(request, reporter)
         return warm_worker.serve(
-            request, mailbox, reporter, device=device, precision=precision, way=way, max_trials=max_trials
+            request,
+            mailbox,
+            reporter,
+            device=device,
+            precision=precision,
+            way=way,
+            max_trials=max_trials,
+            most_joined=most_joined,
         )
 
     return _at_work(mailbox, folder, work)

@@ -15,6 +15,7 @@ from peft_dist.bins import bins_of
 from peft_dist.contract import PromptMethod
 
 from ..batches import collate
+from ..head import for_targets
 from ..loss import num_targets, target_loss
 from ..outline import IGNORED
 from ..records import Record, record
@@ -59,9 +60,11 @@ class CausalLM(Task):
         return Batch(inputs, {"labels": labels}, list(samples), num_targets(labels), bins)
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        # a base with a cache would take its positions for those of one long sequence
-        logits = model(**batch.inputs, **({"use_cache": False} if batch.bins else {})).logits
-        return target_loss(logits, batch.labels["labels"], batch.labels.get("weights"))
+        labels = batch.labels["labels"]
+        with for_targets(model, labels, batch.bins):
+            # a base with a cache would take its positions for those of one long sequence
+            logits = model(**batch.inputs, **({"use_cache": False} if batch.bins else {})).logits
+        return target_loss(logits, labels, batch.labels.get("weights"))
 
     def answerable(self, rows: Sequence[Example], names: Sequence[str], spec: EvalSpec) -> Sequence[Example]:
         asked = [row for row in rows if row.prompt_len > 0 and row.answer.strip()]

@@ -5,7 +5,8 @@ from dataclasses import replace
 
 import pytest
 
-from orchestrator.plan.sweep import Layout, lay_out
+from orchestrator.plan.memory import Memory
+from orchestrator.plan.sweep import Layout, lay_out, packed_memory
 from orchestrator.spec.load import load_job_text
 from orchestrator.sweep.groups import Groups
 
@@ -28,8 +29,8 @@ def standing(tmp_path):
     """Groups of fakes: at most two, two trials on each base; and what was opened."""
     opened = []
 
-    def open_group(request, at_once):
-        opened.append(FakeGroup([], request, at_once))
+    def open_group(request, layout):
+        opened.append(FakeGroup([], request, layout.pack))
         return opened[-1]
 
     groups = Groups(open_group, lambda request: request.run_id, Layout(2, 2, 4), lambda starting: True)
@@ -79,18 +80,38 @@ def test_a_base_of_its_own_is_let_go_to_make_room(standing, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("more", "room", "most", "layout"),
+    ("more", "room", "layout"),
     [
-        ("", 1, None, Layout(1, 8, 8)),
-        ("", 2, None, Layout(2, 5, 10)),
-        ("max_concurrent: 3, ", 4, None, Layout(1, 3, 3)),
-        ("max_concurrent: 8, ", 2, None, Layout(2, 4, 8)),
-        ("pack: 1, ", 2, None, Layout(2, 1, 2)),
-        ("pack: 4, max_concurrent: 6, ", 3, None, Layout(2, 4, 6)),
-        ("", 1, 3, Layout(1, 3, 3)),
-        ("num_trials: 2, ", 8, None, Layout(1, 2, 2)),
+        ("", 1, Layout(1, 8, 8)),
+        ("", 2, Layout(2, 5, 10)),
+        ("max_concurrent: 3, ", 4, Layout(1, 3, 3)),
+        ("max_concurrent: 8, ", 2, Layout(2, 4, 8)),
+        ("pack: 1, ", 2, Layout(2, 1, 2)),
+        ("pack: 4, max_concurrent: 6, ", 3, Layout(2, 4, 6)),
+        ("num_trials: 2, ", 8, Layout(1, 2, 2)),
     ],
 )
-def test_how_trials_are_laid_out(more, room, most, layout):
+def test_how_trials_are_laid_out(more, room, layout):
     sweep = sweep_of(more)
-    assert lay_out(sweep, sweep.num_trials or 10, room, most) == layout
+    assert lay_out(sweep, sweep.num_trials or 10, room) == layout
+
+
+TRIAL = Memory(base=1000, adapter=10, gradients=5, optimizer=20, activations=95, framework=0)
+
+
+@pytest.mark.parametrize(
+    ("more", "worker", "layout"),
+    [
+        (
+            "",
+            1100 + 3 * 30,
+            Layout(1, 3, 3, joined=1),
+        ),  # three adapters with their states, one of them at a time
+        ("", 1000 + 8 * 30 + 3 * 100, Layout(1, 8, 8, joined=3)),
+        ("", 1000 + 8 * 30 + 20 * 100, Layout(1, 8, 8, joined=8)),
+        ("pack: 2, ", 1000 + 2 * 30 + 199, Layout(1, 2, 2, joined=1)),
+    ],
+)
+def test_a_pack_takes_no_more_memory_than_a_worker_has(more, worker, layout):
+    found = lay_out(sweep_of(more), 10, 1, TRIAL, worker)
+    assert found == layout and packed_memory(TRIAL, found).total <= worker

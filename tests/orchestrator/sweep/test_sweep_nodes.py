@@ -59,8 +59,8 @@ def run_and_kill(text, folder: Path, node):
     request = TrainRequest(spec, make_plan(spec, None, None), str(folder / "nodes-1"), "nodes-1", "data")
     groups = []
 
-    def open_group(request, at_once):
-        groups.append(WarmGroup(request, max_trials=at_once))
+    def open_group(request, layout):
+        groups.append(WarmGroup(request, max_trials=layout.pack, most_joined=layout.joined))
         return groups[-1]
 
     def layout(request, trials):

@@ -47,8 +47,8 @@ class Sweep:
         self.request = request_of(text, folder)
         sweep = self.request.spec.sweep
 
-        def open_group(request, at_once):
-            self.opened.append(FakeGroup(self.story, request, at_once, fails=fails))
+        def open_group(request, layout):
+            self.opened.append(FakeGroup(self.story, request, layout.pack, fails=fails))
             return self.opened[-1]
 
         self.runner = SweepRunner(

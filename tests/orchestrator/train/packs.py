@@ -41,12 +41,15 @@ class Heard:
 
 
 def packed(
-    requests: Mapping[str, TrainRequest], way: Any = "turns", stage: int | None = None, tell: Any = None
+    requests: Mapping[str, TrainRequest],
+    way: Any = "turns",
+    tell: Any = None,
+    most_joined: int | None = None,
 ) -> dict[str, Heard]:
     """Runs all of them to their ends on one base; what was heard of each."""
     first = next(iter(requests.values()))
     ground = Ground(first, Group(), "fp32", lambda kind, **fields: None)
-    pack = Pack(ground, way, tell or (lambda kind, **fields: None))
+    pack = Pack(ground, way, tell or (lambda kind, **fields: None), most_joined=most_joined)
     heard = {name: Heard() for name in requests}
     for name, request in requests.items():
         pack.enter(name, request, heard[name])

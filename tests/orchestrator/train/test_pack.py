@@ -218,6 +218,19 @@ def test_memory_that_runs_out_splits_the_pack_then_the_forward(tmp_path, monkeyp
     assert tried[0] == 4 and set(tried[1:]) == {2}
 
 
+@pytest.mark.parametrize("most", [1, 2])
+def test_no_more_runs_share_a_forward_than_memory_was_planned_for(most, tmp_path, monkeypatch):
+    requests = unlike(tmp_path, of("lora"), of("lora"), of("lora"), of("ia3"))
+    real, joined, said = joint.backward, [0], []
+    monkeypatch.setattr(
+        joint, "backward", lambda model, parts: joined.append(len(parts)) or real(model, parts)
+    )
+    found = packed(requests, "auto", lambda kind, **fields: said.append(fields), most_joined=most)
+    check(found, the_same_alone(requests), 5e-5)
+    assert max(joined) == (0 if most == 1 else 2)
+    assert said[0]["mode"] == ("turns" if most == 1 else "together")
+
+
 def test_a_run_that_does_not_fit_takes_fewer_rows_a_forward(tmp_path, monkeypatch):
     requests = unlike(tmp_path, of("lora"))
     wanted = the_same_alone(requests)
