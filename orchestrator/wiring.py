@@ -196,10 +196,6 @@ def rayjob(spec: JobSpec, cluster: Cluster) -> str:
 
 
 def _runner(cluster: Cluster) -> Runner:
-    import importlib
-
-    # seconds of importing that Ray's start leaves a processor for; an import elsewhere waits for this one
-    threading.Thread(target=importlib.import_module, args=("torch",), daemon=True).start()
     connect(cluster)
     from .train.launch import RayRunner
 

@@ -355,6 +355,8 @@ class _Sweep:
             self._failed(trial, event["cause"])
 
     def _finished(self, trial: _Running, end: Mapping[str, Any]) -> None:
+        if not self.ended:  # plots take a second to import, which the last trial would be waited for with
+            threading.Thread(target=getattr, args=(report, "write_report"), daemon=True).start()
         del self.running[trial.number]
         trial.step = end["steps"]
         outcome = _without(end, "is_stopped")

@@ -37,9 +37,6 @@ class MeetingBackend(Backend):
 class MeetingConfig(BackendConfig):
     """Ray's config for `MeetingBackend`."""
 
-    backend: str = "chosen by the workers"
-    """TorchTrainer looks here for its own special cases; this is none of them."""
-
     @property
     def backend_cls(self) -> type[MeetingBackend]:
         """The class that starts it."""

@@ -8,6 +8,7 @@ from typing import Any
 
 from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.failure_handling import FailureDecision, FailurePolicy
+from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
 from ray.train.v2._internal.execution.worker_group import WorkerGroup
 
 WORKER_ENVIRONMENT = {
@@ -33,6 +34,16 @@ class EndAtOnce(FailurePolicy):
     def make_decision(self, training_failed_error: Any) -> FailureDecision:
         """See Ray's FailurePolicy."""
         return FailureDecision.RAISE
+
+
+class WithoutAutoscaler(FixedScalingPolicy):
+    """The planned number of workers, on a cluster that does not grow: no actor starts to ask for more nodes."""
+
+    def after_controller_start(self, train_run_context: Any) -> None:
+        """Nothing."""
+
+    def _maybe_send_resource_request(self) -> None:
+        pass
 
 
 class RunWorkerGroup(WorkerGroup):

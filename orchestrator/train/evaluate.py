@@ -114,7 +114,8 @@ class Evaluation:
             with torch.no_grad(), _apart(model, batch):
                 return float(self.task.loss(model, batch)), float(batch.targets)
 
-        batches = self._shared_sequences() if self._shares(model) else self._cut(self.used)
+        alike = sorted(self.used, key=lambda row: len(row.input_ids))  # so that little is padded
+        batches = self._shared_sequences() if self._shares(model) else self._cut(alike)
         mine = self._dealt(batches, sums)
         found = [0.0] * (2 * len(batches))
         for number, pair in mine.items():

@@ -33,7 +33,7 @@ from .placement import why_impossible
 if TYPE_CHECKING:
     from orchestrator.train import failures, trainer
 else:
-    # they import torch and all of Ray Train: not before a plan that can never be placed is refused
+    # they import all of Ray Train: not before a plan that can never be placed is refused
     failures = lazy("orchestrator.train.failures")
     trainer = lazy("orchestrator.train.trainer")
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +24,7 @@ from .evaluate import Stopped
 from .faults import is_broken_link, is_out_of_memory
 from .ground import Ground
 from .loop import Ready
-from .pace import Mode, Pace
+from .pace import Kind, Mode, Pace
 from .run import Run, RunEnd
 from .sharing import changes_base
 from .trial import LeavesAlone, Trial
@@ -66,7 +66,7 @@ class Pack:
         self._tell, self._clock, self._pace = tell, clock, Pace()
         self._entered = 0
         self._most = most_joined or 2**31
-        self._apart: dict[Hashable, str] = {}
+        self._apart: dict[Kind, str] = {}
         """Kinds of rounds that cannot run together, and why."""
         self._said: tuple[str, ...] = ()
 
@@ -138,7 +138,7 @@ class Pack:
         for trial in trials:
             trial.advance()
         # what was measured of about as many runs of these kinds holds when one leaves
-        kind = (tuple(sorted({trial.facts() for trial in trials})), len(trials).bit_length())
+        kind = Kind(tuple(sorted({trial.facts() for trial in trials})), len(trials).bit_length())
         mode, why = self._mode(trials, kind)
         self._say(mode, why, trials)
         measures = mode if self.way == "auto" and len(trials) > 1 and not why else None
@@ -151,7 +151,7 @@ class Pack:
 
     # --- a round
 
-    def _mode(self, trials: Sequence[Trial], kind: Hashable) -> tuple[Mode, str]:
+    def _mode(self, trials: Sequence[Trial], kind: Kind) -> tuple[Mode, str]:
         """How this round runs, and why it cannot be otherwise; empty where it can."""
         if len(trials) == 1 or self.way == "turns":
             return "turns", ""
@@ -165,7 +165,7 @@ class Pack:
             return "turns", why
         return ("together" if self.way == "together" else self._pace.mode(kind)), ""
 
-    def _step(self, trials: Sequence[Trial], kind: Hashable, is_timed: bool) -> tuple[float, float]:
+    def _step(self, trials: Sequence[Trial], kind: Kind, is_timed: bool) -> tuple[float, float]:
         """One step of each of these runs, by one forward and backward where they are several; (seconds of forwards
         and backwards on this rank, tokens)."""
         if len(trials) == 1:

@@ -1,4 +1,4 @@
-"""The TorchTrainer of one group of workers, with a controller that starts fast and leaves every decision to us."""
+"""Ray Train's trainer of one group of workers, with a controller that starts fast and leaves every decision to us."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.callbacks.working_dir_setup import WorkingDirectorySetupCallback
 from ray.train.v2.api.config import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
-from ray.train.v2.torch.torch_trainer import TorchTrainer  # as ray.train.torch has it, with its types
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from orchestrator import objects
 from orchestrator.runner import TrainRequest
 
 from .backend import MeetingConfig
-from .controller import EndAtOnce, RunController
+from .controller import EndAtOnce, RunController, WithoutAutoscaler
+from .nodes import RayCluster
 from .worker import run_worker
 
 FROZEN_S = 120.0
@@ -44,9 +45,9 @@ _NOT_NEEDED = (
 Work = Callable[[TrainRequest, Any, str], dict[str, Any]]
 
 
-class Trainer(TorchTrainer):
-    """A TorchTrainer from a plan. It keeps its controller's handle, to end a group that does not leave by
-    itself.
+class Trainer(DataParallelTrainer):
+    """Ray's trainer from a plan, without what TorchTrainer adds, for which the driver would have to import torch. It
+    keeps its controller's handle, to end a group that does not leave by itself.
 
     Args:
         work: what each worker does.
@@ -62,7 +63,7 @@ class Trainer(TorchTrainer):
         told = replace(request, secrets={}, fence=fence)
         super().__init__(
             cast(Any, functools.partial(work, told, mailbox, os.getcwd())),
-            torch_config=cast(Any, MeetingConfig()),
+            backend_config=MeetingConfig(),
             scaling_config=ScalingConfig(
                 num_workers=plan.num_workers,
                 use_gpu=plan.use_gpu,
@@ -106,6 +107,8 @@ class Trainer(TorchTrainer):
 
     def _initialize_and_run_controller(self, **parts: Any) -> Any:
         parts |= {"failure_policy": EndAtOnce(FailureConfig()), "frozen_s": FROZEN_S}
+        if not RayCluster().grows_to():
+            parts["scaling_policy"] = WithoutAutoscaler(self.scaling_config)
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         controller: Any = (
             ray.remote(num_cpus=0)(RunController).options(scheduling_strategy=here).remote(**parts)

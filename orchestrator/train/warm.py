@@ -26,7 +26,7 @@ from .worker import run_warm_worker
 if TYPE_CHECKING:
     from orchestrator.train import failures, trainer
 else:
-    # they import torch and all of Ray Train
+    # they import all of Ray Train
     failures = lazy("orchestrator.train.failures")
     trainer = lazy("orchestrator.train.trainer")
 
