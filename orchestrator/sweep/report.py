@@ -15,7 +15,7 @@ from orchestrator.spec.sweep import SweepSpec
 from . import plots, table
 from .importance import importances
 from .result import IMPORTANCE, PAGE
-from .trials import Trial, best
+from .trials import RUNNING, Trial, best
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 1000px; padding: 0 1em; color: #1c2733; }
@@ -72,6 +72,8 @@ def _page(name: str, sweep: SweepSpec, trials: Sequence[Trial], images: dict[str
     said = f"{len(trials)} trials by {html.escape(sweep.metric)} ({sweep.direction})"
     if chosen is not None:
         said += f"; the best is trial {chosen.number}: {chosen.value(sweep.metric):.4f}"
+    if going := sum(each.state == RUNNING for each in trials):
+        said += f"; {going} have not ended"
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(name)}</title>'
         f"<style>{_STYLE}</style><h1>{html.escape(name)}</h1><p>{said}.</p>"

@@ -1,13 +1,15 @@
 """Sweeps on Ray Tune, over groups that train nothing: what is decided, kept, resumed and left behind."""
 
 import json
+from pathlib import Path
 
 import pytest
 import ray
 
-from orchestrator.errors import Interrupted, OutOfTimeError, TrainingError
+from orchestrator.errors import Interrupted, LeaseError, OutOfTimeError, TrainingError
 from orchestrator.plan.sweep import Layout
-from orchestrator.sweep import runner
+from orchestrator.sweep.account import Account
+from orchestrator.sweep.driver import Driver
 from orchestrator.sweep.runner import SweepRunner
 from orchestrator.sweep.trials import FAILED, FINISHED, RUNNING, STOPPED, read_trials
 
@@ -162,6 +164,40 @@ def test_a_stop_saves_every_trial(tmp_path):
         for each in sweep.trials
     ]
     assert len(saved) == 3 and all(each["step"] for each in saved)
+    assert "3 trials by eval_loss (min); 3 have not ended" in report_of(sweep)
+
+
+def report_of(sweep):
+    """The page of a sweep that told of it last, its plots beside it."""
+    (told,) = [each for each in sweep.events if each["event"] == "report"]
+    folder = Path(told["html"]).parent
+    assert {each.name for each in folder.glob("*.png")} == {Path(each).name for each in told["png"]}
+    assert len(told["png"]) == 3 and str(folder) == sweep.request.run_dir
+    return Path(told["html"]).read_text()
+
+
+def test_a_sweep_that_was_stopped_before_any_trial_leaves_no_report(tmp_path):
+    sweep = Sweep(JOB, tmp_path)
+    sweep.runner.stop()
+    with pytest.raises(Interrupted):
+        sweep.run()
+    assert sweep.trials == [] and not (tmp_path / "sweep-1" / "report.html").exists()
+
+
+def test_an_end_in_between_leaves_a_report_unless_another_driver_has_the_run(tmp_path, monkeypatch):
+    Sweep(JOB, tmp_path).run()
+    page = tmp_path / "sweep-1" / "report.html"
+    for error, leaves in ((LeaseError("another's"), False), (TrainingError("a group failed"), True)):
+
+        def end(driver, stop, error=error):
+            raise error
+
+        monkeypatch.setattr(Driver, "run", end)
+        page.unlink()
+        with pytest.raises(type(error)):
+            Sweep(JOB, tmp_path).run()
+        assert page.exists() == leaves
+        page.touch()
 
 
 def test_one_failing_trial_fails_alone(tmp_path):
@@ -173,8 +209,10 @@ def test_one_failing_trial_fails_alone(tmp_path):
 
 
 def test_all_failing_is_said(tmp_path):
+    sweep = Sweep(JOB, tmp_path, fails=range(6))
     with pytest.raises(TrainingError, match=r"none of 6 trials came to a value of eval_loss. The first: NaN"):
-        Sweep(JOB, tmp_path, fails=range(6)).run()
+        sweep.run()
+    assert report_of(sweep).count("failed") >= 6
 
 
 def test_trials_of_a_lost_group_go_on_from_their_checkpoints(tmp_path):
@@ -194,16 +232,17 @@ def test_trials_of_a_lost_group_go_on_from_their_checkpoints(tmp_path):
 
 
 def test_a_budget_ends_it_with_the_best_until_then(tmp_path, monkeypatch):
-    def over(sweep):  # a clock that does not depend on how busy the machine is
-        reports = sum(trial.reported for trial in sweep.running.values())
-        return "sweep.budget.time" if reports > 4 else None
-
-    monkeypatch.setattr(runner._Sweep, "_over", over)
     sweep = Sweep(JOB.replace("max_steps: 24", "max_steps: 100000"), tmp_path)
+
+    def used_up(account):  # a clock that does not depend on how busy the machine is
+        evaluations = sum(each["event"] == "eval" for each in sweep.events)
+        return "sweep.budget.time" if evaluations > 4 else None
+
+    monkeypatch.setattr(Account, "used_up", used_up)
     outcome = sweep.run()
     trials = sweep.trials
     assert {trial.state for trial in trials} == {STOPPED} and 1 <= len(trials) <= 3
-    best = min(trials, key=lambda trial: trial.value("eval_loss"))
+    best = min((each for each in trials if each.reports), key=lambda trial: trial.value("eval_loss"))
     assert outcome.origin["trial"] == best.number and outcome.steps >= best.reports[-1].step
 
 
@@ -217,8 +256,9 @@ def test_a_median_stops_the_worse_half(tmp_path):
 
 
 def test_a_budget_that_allows_no_evaluation_says_so(tmp_path):
-    text = JOB.replace("  searcher", "  budget: {time: 0.01}\n  searcher")
+    sweep = Sweep(JOB.replace("  searcher", "  budget: {time: 0.01}\n  searcher"), tmp_path)
     with pytest.raises(
         OutOfTimeError, match=r"sweep.budget.time was used up before any of \d trials was evaluated"
     ):
-        Sweep(text, tmp_path).run()
+        sweep.run()
+    assert not sweep.trials or "<table>" in report_of(sweep)
