@@ -21,6 +21,7 @@ from .registry import Registry
 from .runner import Runner, TrainRequest
 from .service import Endpoints, Environment, OnEvent
 from .spec.job import JobSpec
+from .spec.sharing import base_key, changes_base
 from .store import RunStore
 from .tracking.targets import open_tracking
 
@@ -208,11 +209,10 @@ def _sweep_runner(cluster: Cluster) -> Runner:
     from .sweep.runner import SweepRunner
     from .train.nodes import RayCluster
     from .train.placement import places_in_all, places_now
-    from .train.sharing import base_key, unshareable
     from .train.warm import WarmGroup
 
     def key_of(request: TrainRequest) -> str | None:
-        if unshareable(request.spec) is not None:
+        if changes_base(request.spec) is not None:
             return None
         return base_key(request.spec, zero_stage=request.plan.zero_stage)
 
@@ -220,7 +220,8 @@ def _sweep_runner(cluster: Cluster) -> Runner:
         assert request.spec.sweep is not None
         room = places_in_all(request.plan, RayCluster().rooms()) // request.plan.num_workers
         worker = worker_room(request.plan, request.spec, facts(cluster))
-        return lay_out(request.spec.sweep, trials, room, request.plan.memory, worker)
+        plan = request.plan
+        return lay_out(request.spec.sweep, trials, room, plan.memory, worker, is_alone=plan.alone is not None)
 
     def has_room(request: TrainRequest, starting: int) -> bool:
         places = places_now(request.plan, RayCluster().rooms())

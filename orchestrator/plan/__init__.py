@@ -17,6 +17,7 @@ from ..spec.places import Tree, raise_all
 from ..spec.quantization import Quantization, quantization_of
 from ..spec.rules import accumulation, check_rules
 from ..spec.rules import sizes as sizes_of
+from ..spec.sharing import unshareable
 from ..spec.tasks import TASKS, task_type
 from ..spec.workers import GroupSize, forwards, numbers
 from .adapter_sizes import AdapterSizes, adapter_sizes
@@ -80,6 +81,8 @@ class Plan:
     """The numbers of workers with which an elastic job steps, ascending; empty where the number is fixed."""
     serving: str | None = None
     """What its deployment comes to, in words; None: it is not deployed."""
+    alone: str | None = None
+    """Why no other run may train on its base at the same time, in a few words; None where others may."""
 
     @property
     def use_gpu(self) -> bool:
@@ -177,6 +180,7 @@ def make_plan(
         quantization=bits.name if (bits := _quantization(spec, sizes)) else None,
         sizes=counts if spec.resources.max_workers > spec.resources.min_workers else (),
         serving=serving(spec),
+        alone=unshareable(spec) or (sizes.mixes_rows if sizes else None),
     )
 
 

@@ -95,7 +95,9 @@ def adapter_sizes(
     Raises:
         SpecError: a target or a pattern matches nothing, or a layer that the method cannot adapt.
     """
-    config: Any = config_class(spec.type.upper())(**peft_config(spec, task_type))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the workers say it once
+        config: Any = config_class(spec.type.upper())(**peft_config(spec, task_type))
     if not isinstance(config, Method) or type(config).assemble is not Method.assemble:
         return None
     base = _Base(with_head(sizes, task_type, num_labels))

@@ -11,6 +11,7 @@ from typing import Any
 from ..errors import ModelError
 from ..model_folder import ModelFolder, model_folder
 from ..spec.quantization import Quantization
+from ..spec.sharing import mixes_rows
 from ..weights_table import read_table
 from .stored_codes import Tensors, dequantised, quantization_in
 
@@ -72,6 +73,8 @@ class ModelSizes:
     """Elements of one head of keys, where the config says so."""
     quantization: Quantization | None = None
     """How its files are quantised already; all else here is of the weights that their codes stand for."""
+    mixes_rows: str | None = None
+    """Why rows of a batch reach each other in it, in a few words; None where they do not."""
 
     @property
     def head_dim(self) -> int:
@@ -179,6 +182,7 @@ def sizes_of(config: Mapping[str, Any], tensors: Mapping[str, tuple[str, tuple[i
         is_encoder_decoder=bool(config.get("is_encoder_decoder", False)),
         decoder_layers=found["decoder_layers"],
         kv_width=found["kv_width"],
+        mixes_rows=mixes_rows(config, tensors),
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -12,12 +12,16 @@ from rich.table import Table
 from rich.text import Text
 
 from ..cluster import ClusterFacts
-from ..errors import PlacementError
+from ..deepspeed_config import deepspeed_config
+from ..errors import PlacementError, SpecError
+from ..spec.deepspeed_keys import zero_stage
 from ..spec.job import JobSpec
 from ..spec.rules import accumulation
+from ..spec.sharing import base_key, changes_base, unshareable
 from ..spec.space import combinations, dimensions
 from ..spec.sweep import SweepSpec
 from ..spec.trials import count_trials, evaluations, trial_job
+from ..spec.workers import forwards
 from . import Plan, make_plan
 from .memory import Memory
 from .model_sizes import ModelSizes
@@ -87,7 +91,13 @@ class SweepPlan:
 
 
 def lay_out(
-    sweep: SweepSpec, trials: int, room: int, memory: Memory | None = None, worker: float | None = None
+    sweep: SweepSpec,
+    trials: int,
+    room: int,
+    memory: Memory | None = None,
+    worker: float | None = None,
+    *,
+    is_alone: bool = False,
 ) -> Layout:
     """Where so many trials train.
 
@@ -95,13 +105,15 @@ def lay_out(
         room: groups of workers that the cluster can hold at once.
         memory: of a trial alone, the one that needs most; None where that is not known.
         worker: bytes that a worker may use; None where that is not known.
+        is_alone: whether no two trials may share a base.
     """
     room, most = max(1, room), 10**9
     if memory is not None and worker is not None:
         resting = memory.adapter + memory.optimizer
         most = max(1, int((worker - (memory.total - resting)) // max(1, resting)))
-    if sweep.pack != "auto":
-        pack = min(sweep.pack, trials)
+    asked = 1 if is_alone else sweep.pack
+    if asked != "auto":
+        pack = min(asked, trials)
         wanted = min(trials, sweep.max_concurrent or pack * room, pack * room)
         groups = min(room, math.ceil(wanted / pack))
         layout = Layout(groups, min(pack, wanted), wanted)
@@ -135,23 +147,27 @@ def make_sweep_plan(
         at = next(at for at, plan in enumerate(plans) if plan.fits is False)
         said = [note for note in plans[at].notes if " of a " in note] or list(plans[at].notes)
         raise PlacementError(f"a trial does not fit: {said[0]}", where="sweep.space")
-    room = most_workers(job, trial.bundle, cluster) // trial.num_workers if cluster else 1
-    trials = count_trials(sweep)
-    layout = lay_out(sweep, trials, room, trial.memory, worker_room(trial, job, cluster))
-    memory = packed_memory(trial.memory, layout) if trial.memory else None
-    if sweep.max_concurrent and layout.concurrent < min(sweep.max_concurrent, trials):
+    most = most_workers(job, trial.bundle, cluster) if cluster else None
+    if trial.sizes:
+        trial = _with_a_number(trial, most)
         notes.append(
-            f"{layout.concurrent} trials at once, not {sweep.max_concurrent}: there is no more room."
+            f"Elastic jobs alone change their workers: each group of this sweep has {trial.num_workers}."
         )
+    room = 1 if most is None else most // trial.num_workers
+    trials = count_trials(sweep)
+    reasons = [plan.alone for plan in plans]
+    trial = replace(trial, alone=reasons[0] if all(reasons) else None)
+    notes += _apart(jobs, reasons, sizes.mixes_rows if sizes else None)
+    layout = lay_out(
+        sweep, trials, room, trial.memory, worker_room(trial, job, cluster), is_alone=all(reasons)
+    )
+    memory = packed_memory(trial.memory, layout) if trial.memory else None
+    if trial.alone is None and layout.concurrent < min(sweep.max_concurrent or 0, trials):
+        number = f"{layout.concurrent} trial{'s' * (layout.concurrent > 1)}"
+        notes.append(f"{number} at once, not {sweep.max_concurrent}: there is no more room.")
     steps = _steps(job, rows)
-    if sweep.scheduler.type != "none" and steps is not None:
-        count = evaluations(job) or 0
-        if job.training.eval_steps:
-            count = math.ceil(steps / job.training.eval_steps)
-        if count and count <= sweep.scheduler.grace_period:
-            notes.append(
-                f"{sweep.scheduler.type} will stop nothing: a trial of {steps} steps is evaluated {count} times."
-            )
+    if sweep.scheduler.type != "none":
+        _check_evaluations(sweep, jobs, rows)
     return SweepPlan(
         sweep,
         trial,
@@ -163,6 +179,29 @@ def make_sweep_plan(
         _seconds(spec, trial, layout, trials, steps, sizes, rows),
         (*notes, *trial.notes),
     )
+
+
+def _apart(jobs: Sequence[JobSpec], reasons: Sequence[str | None], mixes: str | None) -> Iterator[str]:
+    """Which trials do not share a base, and why, in sentences."""
+    told = list(dict.fromkeys(reason for reason in reasons if reason))
+    if mixes:
+        told = [mixes]
+    if all(reasons):
+        yield f"Not packed: {'; '.join(told)}. Trials train one after the other in each group."
+    elif told:
+        yield f"Trials of some parameters are not packed: {'; '.join(told)}."
+    if any(changes_base(job) for job in jobs):
+        yield "A trial that changes the base loads one of its own."
+    kinds = len({base_key(job) for job in jobs if not changes_base(job)})
+    if kinds > 1:
+        yield f"Trials stand on {kinds} different bases, each loaded once a group has no trials of another left."
+
+
+def _with_a_number(plan: Plan, most: int | None) -> Plan:
+    """An elastic job's plan with the most workers that the cluster can hold."""
+    count = max(count for count in plan.counts if most is None or count <= most)
+    notes = tuple(note for note in plan.notes if not note.startswith(("Elastic:", "Not used:")))
+    return replace(plan.at(count), sizes=(), notes=notes)
 
 
 def _total(plan: Plan) -> int:
@@ -180,22 +219,29 @@ def _jobs(spec: JobSpec) -> list[JobSpec]:
 
 
 def trial_plan(plan: Plan, job: JobSpec) -> Plan:
-    """A trial's plan on the workers of its sweep: their number, what they have, its own batches."""
-    steps, size = accumulation(job)
+    """A trial's plan on the workers of its sweep: their number, what they have, its own batches and ZeRO stage."""
+    _, size = accumulation(job)
     micro = job.training.micro_batch_size
+    steps = forwards(size, micro, plan.num_workers)
     batch = {
         "train_batch_size": plan.num_workers * micro * steps,
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": steps,
     }
+    config, stage = deepspeed_config(job), zero_stage(job.deepspeed)
+    if stage == plan.zero_stage == 3:  # which follows from the base
+        key = "stage3_prefetch_bucket_size"
+        config["zero_optimization"][key] = plan.deepspeed["zero_optimization"][key]
     return replace(
         plan,
+        zero_stage=stage,
         micro_batch_size=micro,
         gradient_accumulation_steps=steps,
         global_batch_size=size,
-        deepspeed={key: batch.get(key, value) for key, value in plan.deepspeed.items()},
+        deepspeed={key: batch.get(key, value) for key, value in config.items()},
         sizes=(),
         serving=None,
+        alone=unshareable(job) or plan.alone,
     )
 
 
@@ -228,10 +274,48 @@ def _steps(job: JobSpec, rows: RowFacts) -> int | None:
     training = job.training
     if rows.count is None:
         return training.max_steps
-    held_out = job.data.val_set_size
-    count = rows.count - (held_out if isinstance(held_out, int) else round(rows.count * held_out))
-    steps = training.num_epochs * math.ceil(max(1, count) / accumulation(job)[1])
+    steps = training.num_epochs * _epoch(job, rows.count)
     return min(steps, training.max_steps or steps)
+
+
+def _epoch(job: JobSpec, rows: int) -> int:
+    """Steps over so many rows, those held out included."""
+    held_out = job.data.val_set_size
+    count = rows - (held_out if isinstance(held_out, int) else round(rows * held_out))
+    return math.ceil(max(1, count) / accumulation(job)[1])
+
+
+def _evaluations(job: JobSpec, rows: RowFacts) -> int | None:
+    """How often a trial that nobody stops is evaluated, as `train.schedule.evaluates_at` says and once at its end; None
+    where its steps are not known."""
+    training, steps = job.training, _steps(job, rows)
+    if steps is None or (training.eval_steps is None and rows.count is None):
+        return None
+    if training.eval_steps is not None:
+        return math.ceil(steps / training.eval_steps)
+    epoch = max(1, _epoch(job, rows.count or 0))
+    times = min(training.evals_per_epoch or 1, epoch)
+    due, before = steps * times // epoch, (steps - 1) * times // epoch
+    return due + (due == before)
+
+
+def _check_evaluations(sweep: SweepSpec, jobs: Sequence[JobSpec], rows: RowFacts) -> None:
+    """Raises SpecError where the rows are so few, or evaluated so seldom, that a scheduler never sees a trial before
+    its end: known only here, by the number of rows."""
+    counts = [_evaluations(job, rows) for job in jobs]
+    known = [count for count in counts if count is not None]
+    grace = sweep.scheduler.grace_period
+    if len(known) < len(jobs) or max(known) > grace:
+        return
+    job = jobs[counts.index(max(known))]
+    steps, count = _steps(job, rows) or 1, max(known)
+    often = "once, at its end" if count == 1 else f"{count} times, the last at its end"
+    raise SpecError(
+        f"{sweep.scheduler.type} has nothing to compare: it looks at trials from evaluation {grace} on, before their "
+        f"end, and a trial of {steps} steps is evaluated {often}.",
+        where="sweep.scheduler",
+        hint=f"Write training.eval_steps: {max(1, steps // (4 * grace))}, or scheduler: none.",
+    )
 
 
 def _seconds(

@@ -38,6 +38,9 @@ _INSTEAD = {
 }
 """Keys of which one is written: a trial that sets it does without the other."""
 
+_WHOLE = ("adapter", "deepspeed")
+"""Sections that a trial may set as a whole: methods have other fields each."""
+
 DEFAULT_TRIALS = 10
 
 
@@ -59,9 +62,14 @@ def trial_job(spec: JobSpec, parameters: Parameters) -> JobSpec:
 def shown(parameters: Parameters) -> str:
     """`adapter.r 8, training.learning_rate 0.001`."""
     return ", ".join(
-        f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
+        f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {_inside(value)}"
         for key, value in parameters.items()
     )
+
+
+def _inside(value: Any) -> str:
+    """A section without its braces."""
+    return f"({shown(value)})" if isinstance(value, dict) else str(value)
 
 
 def tried(values: Mapping[str, Any], parameters: Parameters) -> tuple[JobSpec | None, list[Problem]]:
@@ -132,17 +140,24 @@ def check_sweep(spec: JobSpec, values: Mapping[str, Any]) -> list[Problem]:
         return problems
     problems, jobs = _trials(space, values)
     if not problems:
-        problems = [*_searcher(sweep, space), *_metric(sweep, jobs), *_scheduler(sweep, jobs)]
+        problems = [
+            *_searcher(sweep, space), *_metric(sweep, jobs), *_scheduler(sweep, jobs), *_pack(sweep, jobs)
+        ]  # fmt: skip
     return problems
 
 
 def _keys(space: Collection[Dimension]) -> Iterator[Problem]:
+    every = [key for each in space for key in each.keys]
     for each in space:
         for key in each.keys:
             place = _place(each, key)
             path: Path = tuple(key.split("."))
             if not all(path):
                 yield Problem(place, f"'{key}' is not a dotted key.", "Write such as training.learning_rate.")
+            elif whole := next((each for each in every if key.startswith(f"{each}.")), None):
+                yield Problem(
+                    place, f"{key} is a part of {whole}, which is drawn too.", f"Write it within {whole}."
+                )
             elif common := next((each for each in OF_ALL_TRIALS if f"{key}.".startswith(f"{each}.")), None):
                 yield Problem(
                     place, f"{common} holds for all trials of a sweep.", "Set it outside sweep.space."
@@ -156,7 +171,7 @@ def _keys(space: Collection[Dimension]) -> Iterator[Problem]:
                 yield Problem(
                     place, f"{key}: {found.problem}" if each.kind == PAIRED else found.problem, found.hint
                 )
-            elif len(path) == 1 and path[0] != "deepspeed":
+            elif len(path) == 1 and path[0] not in _WHOLE:
                 yield Problem(
                     place, f"{key} is a whole section.", f"Write one of its keys, such as {key}.KEY."
                 )
@@ -247,6 +262,16 @@ def _metric(sweep: SweepSpec, jobs: Collection[JobSpec]) -> Iterator[Problem]:
                 f"{hint}It measures: {', '.join(metrics)}.",
             )
             return
+
+
+def _pack(sweep: SweepSpec, jobs: Collection[JobSpec]) -> Iterator[Problem]:
+    if sweep.pack not in ("auto", 1) and any(job.training.base_dropout for job in jobs):
+        yield Problem(
+            ("sweep", "pack"),
+            f"{sweep.pack}: training.base_dropout: true draws the base's own dropout for all rows of a forward, so "
+            "its trials are not packed.",
+            "Write pack: auto or 1, or base_dropout: false.",
+        )
 
 
 def _scheduler(sweep: SweepSpec, jobs: Collection[JobSpec]) -> Iterator[Problem]:

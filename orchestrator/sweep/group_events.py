@@ -59,7 +59,9 @@ class GroupEvents:
 def _with_less(event: Event) -> str | None:
     """How trials go on after a group whose memory ran out (`Groups.take`); None where nothing was to be done."""
     if "at_once" in event:
-        return f"the trials on a base did not fit into memory together: {event['at_once']} at once from now on"
+        return (
+            f"the trials on a base did not fit into memory together: {event['at_once']} at once from now on"
+        )
     if "rows" in event:
         return f"trial {event['trial_alone']} did not fit into memory: going on with {event['rows']} rows a forward"
     if "fails" in event:

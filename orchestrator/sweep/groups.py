@@ -12,6 +12,7 @@ from typing import Protocol
 from orchestrator.errors import LeaseError, RaypeftError
 from orchestrator.plan.sweep import Layout
 from orchestrator.runner import Event, TrainRequest
+from orchestrator.train.retries import FailureKind, Retries, smaller_micro_batch
 
 PUMP_S = 0.5
 """Seconds that a group's events are waited for at a time."""
@@ -51,7 +52,11 @@ class _Standing:
     group: WarmGroup
     workers: int
     opened: float
+    places: int
+    """Trials that stand on it at once."""
     trials: set[str] = field(default_factory=set)
+    inside: set[str] = field(default_factory=set)
+    """Those of them that were told to stand on the base, and do not wait in line for it."""
     is_ready: bool = False
     is_closed: bool = False
 
@@ -79,6 +84,7 @@ class Groups:
         self._requests: dict[str, TrainRequest] = {}
         self._events: queue.SimpleQueue[tuple[_Standing, Event]] = queue.SimpleQueue()
         self._left: list[Event] = []
+        self._retries: dict[str, Retries] = {}
         self._opened = 0
         self._worker_seconds = 0.0
 
@@ -106,18 +112,23 @@ class Groups:
             self._waiting[trial] = request
 
     def leave(self, trial: str, *, save: bool = True) -> None:
-        """Stops a trial; its place is free at once. One that waited for a place has left already: event `left`."""
+        """Stops a trial; its place is free at once. One that waited for a place, or for a base that is still loaded,
+        has left already: event `left`."""
         if self._waiting.pop(trial, None) is not None:
             self._left.append({"event": "left", "trial": trial})
         for each in self._standing:
             if trial in each.trials:
                 each.trials.discard(trial)
                 each.group.leave(trial, save=save)
+                if not each.is_ready:  # nobody there could answer, and it has taken no step
+                    self._left.append({"event": "left", "trial": trial})
         self._requests.pop(trial, None)
 
     def take(self) -> list[Event]:
         """What happened since the last call. A group that died is gone, and its trials wait for a place again, from
-        their checkpoints: event `group_failed` names them."""
+        their checkpoints: event `group_failed` names them. Where memory ran out, groups hold fewer trials from then on,
+        `at_once` of that event; a trial that was alone takes fewer rows a forward, as often as its `retry.oom` allows
+        (`rows` of that event), then fails."""
         found, self._left = self._left, []
         while True:
             try:
@@ -127,13 +138,25 @@ class Groups:
             kind = event["event"]
             if kind == "ready":
                 standing.is_ready = True
+            elif kind == "entered":
+                standing.inside.add(event["trial"])
             elif kind in ("finished", "failed", "left") and "trial" in event:
                 standing.trials.discard(event["trial"])
+                standing.inside.discard(event["trial"])
                 if kind != "left":
                     self._requests.pop(event["trial"], None)
             elif kind == "group_failed":
+                if event["kind"] == FailureKind.OUT_OF_MEMORY:
+                    event = self._with_less_memory(standing, event)
+                gone = [trial for trial in event.get("trials", ()) if trial not in standing.trials]
+                found += [{"event": "left", "trial": trial} for trial in gone]  # as it was asked to
                 self._lose(standing)
             found.append(event)
+            if alone := event.get("fails"):
+                self._waiting.pop(alone, None)
+                self._requests.pop(alone, None)
+                cause = f"memory ran out with this trial alone on the base: {event['cause']}"
+                found.append({"event": "failed", "trial": alone, "kind": "out_of_memory", "cause": cause})
         self._fill()
         return found
 
@@ -150,9 +173,7 @@ class Groups:
         key = self._key_of(request) or f"alone {trial}"
         alike = [each for each in self._standing if each.key == key and each.group.is_alive]
         least = min(alike, key=lambda each: len(each.trials), default=None)
-        if least is None or (
-            len(least.trials) >= self._layout.pack and len(self._standing) < self._layout.groups
-        ):
+        if least is None or (len(least.trials) >= least.places and len(self._standing) < self._layout.groups):
             fresh = self._start(key, request) if self._may_start(bool(alike)) else None
             least = fresh or least
         if least is None:
@@ -181,9 +202,11 @@ class Groups:
 
     def _start(self, key: str, request: TrainRequest) -> _Standing:
         self._opened += 1
+        layout = replace(self._layout, pack=1) if request.plan.alone else self._layout
         # a trial's fence is the trial's: a group that begins would raise it
-        group = self._open_group(replace(request, fence=None), self._layout)
-        standing = _Standing(self._opened, key, group, request.plan.num_workers, time.monotonic())
+        group = self._open_group(replace(request, fence=None), layout)
+        workers = request.plan.num_workers
+        standing = _Standing(self._opened, key, group, workers, time.monotonic(), layout.pack)
         self._standing.append(standing)
         threading.Thread(
             target=self._pump, args=(standing,), name=f"sweep-group-{self._opened}", daemon=True
@@ -206,6 +229,26 @@ class Groups:
         standing.group.close(0.0)
         for trial in lost:
             self._waiting[trial] = self._requests[trial]
+
+    def _with_less_memory(self, standing: _Standing, event: Event) -> Event:
+        """What is done about a group whose memory ran out, in its event."""
+        inside = [trial for trial in sorted(standing.inside) if trial in self._requests]
+        if len(inside) > 1:
+            pack = len(inside) // 2
+            joined = self._layout.joined
+            self._layout = replace(self._layout, pack=pack, joined=joined and min(joined, pack))
+            return {**event, "at_once": pack}
+        if not inside:  # the base itself, or the rows
+            return event
+        (trial,) = inside
+        request = self._requests[trial]
+        rows = smaller_micro_batch(request.plan.micro_batch_size)
+        retries = self._retries.setdefault(trial, Retries(request.spec.retry))
+        if rows < request.plan.micro_batch_size and retries.allow(FailureKind.OUT_OF_MEMORY):
+            plan = request.plan.at(request.plan.num_workers, rows)
+            self._requests[trial] = replace(request, plan=plan)
+            return {**event, "trial_alone": trial, "rows": rows}
+        return {**event, "fails": trial}
 
     def _fill(self) -> None:
         for trial, request in list(self._waiting.items()):

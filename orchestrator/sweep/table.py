@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from orchestrator.spec.sweep import SweepSpec
+from orchestrator.spec.trials import shown
 
 from .trials import Trial, ranked
 
@@ -43,6 +44,8 @@ def differing(trials: Sequence[Trial]) -> list[str]:
 def _cell(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
+    if isinstance(value, dict):
+        return shown(value)
     return f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)
 
 

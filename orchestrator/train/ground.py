@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from orchestrator.chat_template import NO_TEMPLATE
 from orchestrator.errors import SpecError
 from orchestrator.runner import TrainRequest
 from orchestrator.spec.job import JobSpec
+from orchestrator.spec.sharing import BATCH_NORM, changes_base, looks_ahead, mixes_rows, unshareable
 from peft_dist.loading import load_config
 from peft_dist.optim import AdapterOptimizer
 
@@ -19,7 +20,6 @@ from .data import Examples, load_examples
 from .group import Group
 from .inspection import max_positions
 from .model import load_frozen_base
-from .sharing import changes_base, unshareable, unshareable_model
 from .task_ids import task_numbers
 from .tasks import task_class
 from .tasks.task import pad_id
@@ -37,7 +37,8 @@ class Ground:
     Attributes:
         base: frozen, without adapters as it comes. model: the base with the adapters of all runs that share it, once
             there is one. optimizer: of all adapters on the base. bare: what was measured of the bare base, by what
-            was asked for. taken: why no run can enter any more; empty where one can.
+            was asked for. taken: why no run can enter any more; empty where one can. alone: why runs stand on it one
+            after the other; None where they may at once. statistics: of batch norm, and as they were loaded.
     """
 
     def __init__(self, request: TrainRequest, group: Group, precision: str, emit: Emit) -> None:
@@ -65,6 +66,10 @@ class Ground:
             pad_token_id=pad_id(self.tokenizer),
             shards=request.plan.deepspeed if self.is_sharded else None,
         )
+        norms = list(_batch_norms(self.base))
+        mixes = BATCH_NORM if norms else mixes_rows(config)
+        self.alone = unshareable(self.spec) or mixes
+        self.statistics = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers()]
         self.model: nn.Module | None = None
         self.optimizer = AdapterOptimizer(stage=request.plan.zero_stage)  # type: ignore[arg-type]
         self.taken = ""
@@ -81,7 +86,8 @@ class Ground:
         return self._examples[key]
 
     def check(self, spec: JobSpec, others: int) -> None:
-        """Whether a run may stand on this base now.
+        """Whether a run may stand on this base now. What rows of runs before have changed of the base is as it was
+        loaded again.
 
         Args:
             others: how many runs stand on it.
@@ -92,9 +98,16 @@ class Ground:
         """
         if self.taken:
             raise SpecError(f"a run before has changed the base: {self.taken}.", hint="Start another group.")
-        why = unshareable(spec) or unshareable(self.spec) or self._mixes_rows()
+        why = unshareable(spec) or self.alone
         if why and (others or (changes_base(spec) and self.model is not None)):
             raise SpecError(f"no other run may stand on the same base: {why}.", hint="Set sweep.pack: 1.")
+        if looks_ahead(spec.adapter.type) != looks_ahead(self.spec.adapter.type):
+            kinds = sorted({spec.adapter.type, self.spec.adapter.type}, key=looks_ahead)
+            raise SpecError(
+                f"{kinds[1]} weighs its adapters by a run over all tokens, on a base that keeps no cache; {kinds[0]} "
+                "stands on one that does.",
+                where="adapter.type",
+            )
         if spec.training.base_dropout != self.spec.training.base_dropout:
             raise SpecError(
                 "the base was loaded with its own dropout as another run asks for it.",
@@ -112,14 +125,15 @@ class Ground:
                 "has another base.",
                 where="training.seed",
             )
-
-    def _mixes_rows(self) -> str | None:
-        """Why rows of one run would reach those of another on this base."""
-        if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in self.base.modules()):
-            return "the base has batch norm, whose statistics are of all rows"
-        return unshareable_model(self._config)
+        with torch.no_grad():
+            for buffer, loaded in self.statistics:
+                buffer.copy_(loaded)
 
     def release_memory(self) -> None:
         """Gives back what the device's allocator keeps of a forward that did not fit."""
         if self.group.device != "cpu":
             torch.cuda.empty_cache()
+
+
+def _batch_norms(base: nn.Module) -> Iterator[nn.Module]:
+    return (module for module in base.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm))

@@ -17,10 +17,10 @@ from orchestrator.runner import TrainRequest
 from orchestrator.spec.adapter import peft_config
 from orchestrator.spec.job import JobSpec
 from orchestrator.spec.quantization import Quantization, quantization_of
+from orchestrator.spec.sharing import looks_ahead
 from orchestrator.spec.tasks import task_type
 from peft_dist.base_layer.quantised import num_elements
 from peft_dist.catalog import config_class
-from peft_dist.contract import Method
 from peft_dist.errors import PeftDistError
 from peft_dist.loading import load_base
 from peft_dist.model import TASK_CLASSES
@@ -85,13 +85,6 @@ def _bitsandbytes(wanted: Quantization) -> BitsAndBytesConfig:
         bnb_4bit_compute_dtype=getattr(torch, wanted.compute_dtype),
         bnb_4bit_quant_storage=getattr(torch, wanted.storage),
     )
-
-
-def looks_ahead(kind: str) -> bool:
-    """Whether a method is made of adapters that it weighs by a first run over all tokens, so that none of them may
-    come from a cache."""
-    config = config_class(kind.upper())
-    return issubclass(config, Method) and config.assemble is not Method.assemble
 
 
 def silence_dropout(base: nn.Module) -> None:

@@ -18,6 +18,7 @@ import torch
 
 from orchestrator.errors import NotFiniteError
 from orchestrator.runner import TrainRequest
+from orchestrator.spec.sharing import changes_base
 
 from . import joint
 from .evaluate import Stopped
@@ -26,7 +27,6 @@ from .ground import Ground
 from .loop import Ready
 from .pace import Kind, Mode, Pace
 from .run import Run, RunEnd
-from .sharing import changes_base
 from .trial import LeavesAlone, Trial
 
 Way = Literal["auto", "together", "turns"]

@@ -315,6 +315,8 @@ class Run:
     def _of_the_base(self) -> dict[str, float]:
         """What an earlier run has measured of the bare base over the same rows is not measured again."""
         used = self.evaluation
+        if self.ground.statistics:  # which this run has changed
+            return measure_base(used, self.seat.model)
         key = (tuple(row.row_hash for row in used.used), used.batch_size, used.spec, used.metrics)
         if key not in self.ground.bare:
             self.ground.bare[key] = measure_base(used, self.seat.model)

@@ -195,6 +195,9 @@ def serve(
         raise TrainingError(str(error), where=f"run {request.run_id}") from error
     message = f"{request.spec.model.base_model} is loaded"
     emit("ready", seconds=time.monotonic() - began, device=device, precision=precision, message=message)
+    if ground.alone and max_trials != 1:
+        emit("warning", message=f"runs stand on the base one after the other: {ground.alone}")
+        max_trials = 1
     pack = Pack(ground, way, emit, most_joined=most_joined)
     Serving(pack, group, reporter, max_trials, lambda s: ray.get(mailbox.orders.remote(s))).run()
     if dist.is_initialized():

@@ -11,11 +11,11 @@ from orchestrator.plan import make_plan
 from orchestrator.plan.sweep import lay_out
 from orchestrator.runner import TrainRequest
 from orchestrator.spec.load import load_job_text
+from orchestrator.spec.sharing import base_key
 from orchestrator.sweep.runner import SweepRunner
 from orchestrator.sweep.trials import FINISHED, read_trials
 from orchestrator.train.nodes import RayCluster
 from orchestrator.train.placement import places_in_all, places_now
-from orchestrator.train.sharing import base_key
 from orchestrator.train.warm import WarmGroup
 
 # minutes: three nodes, and workers that load a base

@@ -13,6 +13,7 @@ import torch
 
 from orchestrator.plan import Plan
 from orchestrator.runner import TrainRequest
+from orchestrator.spec.sharing import base_key
 from orchestrator.train import joint
 from orchestrator.train.checkpoint import steps_in
 from orchestrator.train.ground import Ground
@@ -25,16 +26,10 @@ from .packs import Heard, alone, apart, packed, tensors_of
 from .test_methods import METHOD_NAMES, SMALL
 from .tiny import job, plan, request, save_base
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CHEAP = ["lora", "adalora", "osf", "prefix_tuning"]
 """Of each way in which a method stands on a base one: pairs on weights, controlled, in a layer's place, before rows."""
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def unlike(folder: Path, *adapters: dict[str, Any], **more: Any) -> dict[str, TrainRequest]:
@@ -289,3 +284,76 @@ def test_auto_measures_both_ways_and_keeps_to_the_law(tmp_path):
     lone = alone(request(tmp_path, spec, micro(1), run="alone"))
     check(heard, dict.fromkeys(requests, lone), 1e-4)
     assert tensors_of(lone).keys() == tensors_of(heard["run0"]).keys()
+
+
+def mixtures(folder: Path, kind: str = "xlora") -> list[dict[str, Any]]:
+    """Adapters that weigh two that are there."""
+    from orchestrator.train.run import train
+
+    parts = {
+        name: train(
+            request(folder, job(folder, rows=9, adapter={"r": 2}, training={"seed": seed}), run=name)
+        ).adapter_dir
+        for seed, name in enumerate("ab")
+    }
+    return [
+        {"type": kind, "adapters": parts, "xlora_size": 8, "xlora_depth": 2, "xlora_dropout_p": 0.2},
+        {"type": kind, "adapters": {"b": parts["b"]}, "xlora_size": 4, "use_trainable_adapters": True},
+        {"type": kind, "adapters": parts, "xlora_size": 8, "layerwise_scalings": True},
+    ]
+
+
+@pytest.mark.parametrize("way", ["turns", "together"])
+def test_mixtures_of_adapters_share_a_base_among_themselves(way, tmp_path):
+    requests = unlike(tmp_path, *mixtures(tmp_path), eval={"metrics": ["contains"], "max_new_tokens": 3})
+    told: list[dict[str, Any]] = []
+    heard = packed(requests, way, tell=lambda kind, **fields: told.append(fields))
+    assert all(each["mode"] == way and not each["reason"] for each in told)
+    check(heard, the_same_alone(requests), 0.0 if way == "turns" else 5e-5)
+
+
+def test_a_mixture_does_not_stand_beside_what_keeps_a_cache(tmp_path):
+    requests = unlike(tmp_path, of("lora"), mixtures(tmp_path)[0])
+    heard = packed(requests)
+    assert heard["run0"].of("finished") and "keeps no cache" in heard["run1"].of("failed")[0]["cause"]
+    assert base_key(requests["run0"].spec) != base_key(requests["run1"].spec)
+
+
+class Normed(torch.nn.Embedding):
+    """With statistics of all rows behind it."""
+
+    def __init__(self, *given: Any, **named: Any) -> None:
+        super().__init__(*given, **named)
+        self.norm = torch.nn.BatchNorm1d(self.embedding_dim)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.norm(super().forward(ids).transpose(1, 2)).transpose(1, 2)
+
+
+def test_runs_on_a_base_with_batch_norm_come_after_one_another(tmp_path, monkeypatch):
+    """Each begins with the statistics that were loaded, and measures the bare base with its own."""
+    from orchestrator.train import ground
+
+    real = ground.load_frozen_base
+
+    def loaded(*given: Any, **named: Any) -> Any:
+        base = real(*given, **named)
+        table = base.get_input_embeddings()
+        normed = Normed(table.num_embeddings, table.embedding_dim, _weight=table.weight)
+        base.set_input_embeddings(normed.requires_grad_(False))
+        return base
+
+    monkeypatch.setattr(ground, "load_frozen_base", loaded)
+    requests = unlike(tmp_path, of("lora"), of("ia3"))
+    pack, heard = started(requests)
+    assert pack.ground.alone and "batch norm" in pack.ground.alone
+    assert pack.enter("run0", requests["run0"], heard["run0"])
+    beside = Heard()
+    assert not pack.enter("run1", requests["run1"], beside)
+    assert "batch norm" in beside.of("failed")[0]["cause"]
+    while pack.trials:
+        pack.round()
+    assert pack.enter("run1", requests["run1"], heard["run1"])
+    while pack.trials:
+        pack.round()
+    check(heard, the_same_alone(requests))
