@@ -61,7 +61,7 @@ from .spec.tasks import TASKS
 from .spec.unknown import unknown_key
 from .spec.words import explain
 from .spending import Spending
-from .store import RunRecord
+from .store import RunRecord, RunStore
 from .sweep.result import SweepResult, read_sweep
 
 if TYPE_CHECKING:
@@ -192,6 +192,8 @@ def run(
                 on_event=on_event,
                 stop=stop,
             )
+        if loaded.spec.sweep is not None:
+            result = replace(result, sweep=read_sweep(environment.runs.get(result.job)).to_dict())
         result = _with_answers(result, environment.registry)
     finally:
         stays = was_up or _leave(where)
@@ -278,28 +280,31 @@ def jobs(*, cluster: str | None = None) -> list[RunRecord]:
 
 
 def status(id: str, *, cluster: str | None = None) -> RunRecord:
-    """One stored run by its id, a part of it, or the job's name. Needs no cluster."""
-    return _environment(load_cluster(cluster)).runs.get(id)
+    """One stored run by its id, a part of it, or the job's name; by its folder's URL where a job's `storage.path` has
+    it elsewhere. Needs no cluster."""
+    runs, name = _stored_run(id, cluster)
+    return runs.get(name)
 
 
 def sweep(id: str, *, cluster: str | None = None) -> SweepResult:
-    """A sweep's trials as they stand, under way or ended. Needs no cluster.
+    """A sweep's trials as they stand, under way or ended, by what `status` takes. Needs no cluster.
 
     Raises:
         RunError: there is no such run, or its job has no sweep.
     """
-    record = _environment(load_cluster(cluster)).runs.get(id)
-    return read_sweep(record)
+    return read_sweep(status(id, cluster=cluster))
 
 
 def logs(id: str, *, follow: bool = False, cluster: str | None = None) -> Iterator[Event]:
     """A run's events; with `follow` until it has ended."""
-    return _environment(load_cluster(cluster)).runs.events(id, follow=follow)
+    runs, name = _stored_run(id, cluster)
+    return runs.events(name, follow=follow)
 
 
 def worker_log(id: str, worker: int, *, follow: bool = False, cluster: str | None = None) -> Iterator[str]:
     """What one worker printed."""
-    return _environment(load_cluster(cluster)).runs.log(id, worker, follow=follow)
+    runs, name = _stored_run(id, cluster)
+    return runs.log(name, worker, follow=follow)
 
 
 def cancel(id: str, *, address: str | None = None, cluster: str | None = None) -> str:
@@ -313,8 +318,8 @@ def cancel(id: str, *, address: str | None = None, cluster: str | None = None) -
     """
     if address:
         return wiring.jobs_api().cancel(id, address).status
-    runs = _environment(load_cluster(cluster)).runs
-    record = runs.get(id)
+    runs, name = _stored_run(id, cluster)
+    record = runs.get(name)
     if record.has_ended or record.holder is None:
         raise RunError(f"run '{record.id}' is not going on: {record.state}.")
     driver = record.holder.process
@@ -940,6 +945,12 @@ def _cluster(cluster: str | None, job: LoadedJob) -> Cluster:
 
 def _environment(cluster: Cluster, job: LoadedJob | None = None) -> service.Environment:
     return wiring.environment(cluster, storage=job.spec.storage.path if job else None)
+
+
+def _stored_run(id: str, cluster: str | None) -> tuple[RunStore, str]:
+    """Where a run is stored, and its id there."""
+    folder, slash, name = id.rstrip("/").rpartition("/")
+    return (RunStore(folder or "/"), name) if slash else (_environment(load_cluster(cluster)).runs, id)
 
 
 def _registry(cluster: str | None) -> Registry:

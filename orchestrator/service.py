@@ -139,6 +139,8 @@ class RunResult:
     comparison: Comparison | None = None
     notes: tuple[str, ...] = ()
     """What a user should know now, such as that Ray stays up."""
+    sweep: dict[str, Any] | None = None
+    """Of a sweep: its trials, as `raypeft sweep show --json` prints them."""
 
     def to_dict(self) -> dict[str, Any]:
         """The last JSON object of `raypeft run --json`."""

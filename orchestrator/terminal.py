@@ -169,7 +169,8 @@ def describe(event: Event) -> str:
             share = 100 * event["bytes"] / max(event["total_bytes"], 1)
             return f"merged {event['bytes'] / 1e9:.2f} of {event['total_bytes'] / 1e9:.2f} GB ({share:.0f} %)"
         case "eval":
-            return f"step {event['step']}  " + describe_metrics(event["metrics"])
+            whose = f"trial {event['trial']}  " if "trial" in event else ""
+            return f"{whose}step {event['step']}  " + describe_metrics(event["metrics"])
         case "checkpoint":
             return f"step {event['step']}  checkpoint saved"
         case "state":

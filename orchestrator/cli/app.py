@@ -60,7 +60,7 @@ AdapterArgument = Annotated[
     typer.Argument(metavar="NAME@V", help="NAME@VERSION or NAME@ALIAS.", autocompletion=complete_adapters),
 ]
 RunArgument = Annotated[
-    str, typer.Argument(metavar="ID", help="A run's id or name.", autocompletion=complete_runs)
+    str, typer.Argument(metavar="ID", help="A run's id, name or folder.", autocompletion=complete_runs)
 ]
 
 UNWRAPPED = 100_000

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from .. import api
 from ..service import Comparison, RunResult
+from ..sweep.result import SweepResult
 from ..terminal import JsonView, describe, describe_metrics, view_for
 from .app import (
     RUNS,
@@ -57,8 +58,6 @@ def run(
         JsonView()({"event": "result", **result.to_dict()})
     elif not quiet:
         show_result(result)
-        if api.load(file, set_ or ()).spec.sweep is not None:
-            show_sweep(api.sweep(result.job, cluster=cluster))
 
 
 def show_result(result: RunResult) -> None:
@@ -75,6 +74,8 @@ def show_result(result: RunResult) -> None:
         show_comparison(result.comparison, str(result.adapter))
     for note in result.notes:
         console.print(note, highlight=False)
+    if result.sweep:
+        show_sweep(SweepResult.from_dict(result.sweep))
 
 
 def show_comparison(comparison: Comparison, adapter: str) -> None:

@@ -27,6 +27,7 @@ from ..errors import ClusterError, ModelError, RunError, closest
 from ..identity import data_hash
 from ..model_folder import model_folder
 from ..plan import make_plan
+from ..plan.sweep import make_sweep_plan
 from ..spec.canonical import canonical_hash
 from ..spec.job import JobSpec
 from ..store import run_identity
@@ -133,14 +134,14 @@ def submit(
     facts = facts_at(dashboard)
     check_versions(facts)
     check_storage(spec, cluster, facts)
-    make_plan(spec, facts, None)
+    _check_room(spec, facts)
     payload = pack(pinned(spec), cluster)
     content = payload.zip()
     run = run_id(payload.spec)
     known = _known(dashboard)
     _refuse_second(known, run, dashboard.address)
     found = ask_environment(dashboard)
-    make_plan(spec, with_limits(facts, found["max"]), None)
+    _check_room(spec, with_limits(facts, found["max"]))
     missing = to_install(found, dashboard.address, install=install or cluster.install)
     envelope = close_envelope(secrets) if secrets else None
     attempt = _next_attempt(known, run)
@@ -438,6 +439,14 @@ def address_of(cluster: Cluster) -> str:
         where=cluster.path,
         hint=how.get(cluster.kind, "Give --address http://HOST:8265, or run it here: raypeft run FILE"),
     )
+
+
+def _check_room(spec: JobSpec, facts: ClusterFacts) -> None:
+    """Raises PlacementError where the cluster can never give what the job, or a trial of its sweep, asks."""
+    if spec.sweep is not None:
+        make_sweep_plan(spec, facts, None)
+    else:
+        make_plan(spec, facts, None)
 
 
 def _known(dashboard: Dashboard) -> list[JobState]:

@@ -43,7 +43,7 @@ class SweepResult:
 
     def to_dict(self) -> dict[str, Any]:
         """As `--json` prints it."""
-        return {
+        said = {
             "id": self.id,
             "state": self.state,
             "metric": self.sweep.metric,
@@ -55,6 +55,22 @@ class SweepResult:
             "report": self.page,
             "importance": dict(self.importance) if self.importance is not None else None,
         }
+        return stored.finite(said)
+
+    @classmethod
+    def from_dict(cls, printed: Mapping[str, Any]) -> SweepResult:
+        """What another process printed; of its `sweep` the metric and the mode."""
+        shares = printed["importance"]
+        return cls(
+            printed["id"],
+            printed["state"],
+            SweepSpec(metric=printed["metric"], mode=printed["mode"], space={}),
+            tuple(Trial.from_dict(each) for each in printed["trials"]),
+            printed["wanted"],
+            printed["adapter"],
+            printed["report"],
+            stored.numbers(shares) if shares is not None else None,
+        )
 
 
 def read_sweep(record: RunRecord) -> SweepResult:

@@ -64,6 +64,7 @@ class Trial:
         """As `--json` prints it."""
         return {
             "trial": self.number,
+            "id": self.id,
             "state": self.state,
             "parameters": self.parameters,
             "metrics": self.reports[-1].metrics if self.reports else {},
@@ -74,6 +75,19 @@ class Trial:
             "has_adapter": self.has_adapter,
             "reports": [{"step": each.step, "t": each.t, "metrics": each.metrics} for each in self.reports],
         }
+
+    @classmethod
+    def from_dict(cls, printed: dict[str, Any]) -> Trial:
+        """What another process printed."""
+        reports = (Report(each["step"], numbers(each["metrics"]), each["t"]) for each in printed["reports"])
+        kept = {name: printed[name] for name in ("id", "url", "state", "parameters", "steps", "seconds")}
+        return cls(
+            printed["trial"],
+            **kept,
+            reports=tuple(reports),
+            cause=printed["cause"],
+            has_adapter=printed["has_adapter"],
+        )
 
     def train_outcome(self) -> TrainOutcome:
         """Of a finished trial."""

@@ -27,6 +27,7 @@ class Story:
         spec: the job; its keys, every default filled in, are the parameters.
         facts: what else is known when it begins, such as the hash of its data.
         parent: the run that it is nested in.
+        name: as it is shown; the run's id where not given.
     """
 
     def __init__(
@@ -36,9 +37,12 @@ class Story:
         spec: JobSpec,
         facts: Mapping[str, str] | None = None,
         parent: TrackedRun | None = None,
+        *,
+        name: str | None = None,
     ) -> None:
         self.tracking, self._step = tracking, 0
-        self._run_id, self._spec, self._facts, self._parent = run_id, spec, facts, parent
+        self._run_id, self._spec, self._facts = run_id, spec, facts
+        self._parent, self._name = parent, name
         self.run: TrackedRun | None = None
         self._trials: dict[int, Story] = {}
 
@@ -47,7 +51,9 @@ class Story:
         if not self.tracking.targets or self.run is not None:
             return
         params = resolved_values(self._spec)
-        self.run = self.tracking.run(self._run_id, params=params, tags=self._facts, parent=self._parent)
+        self.run = self.tracking.run(
+            self._run_id, name=self._name, params=params, tags=self._facts, parent=self._parent
+        )
         self.run.text("job.yaml", resolved_yaml(self._spec))
 
     def take(self, event: Event) -> None:
@@ -82,7 +88,7 @@ class Story:
             job = trial_job(self._spec, event["parameters"])
             facts = {"raypeft.sweep": self._run_id, "raypeft.trial": str(number)}
             self._trials[number] = Story(
-                self.tracking, f"{self._run_id}/{event['id']}", job, facts, parent=self.run
+                self.tracking, f"{self._run_id}/{event['id']}", job, facts, self.run, name=event["id"]
             )
             self._trials[number].begin()
         elif event["event"] == "trial" and event["state"] in _ENDED:
@@ -109,5 +115,6 @@ def _named(lineage: Mapping[str, Any]) -> dict[str, str]:
         "data_hash": lineage.get("data_hash"),
         "spec_hash": lineage.get("spec_hash"),
         "gate_passed": lineage.get("gate_passed"),
+        "best_trial": (lineage.get("sweep") or {}).get("trial"),
     }
     return {name: str(value) for name, value in found.items() if value is not None}

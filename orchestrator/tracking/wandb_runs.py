@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any
 import wandb
 
 from .sink import Sink
+
+_LONGEST_ID = 64
 
 
 class WandbRuns(Sink):
@@ -33,7 +36,7 @@ class WandbRuns(Sink):
             project=self._project,
             entity=self._entity,
             name=message["name"],
-            id=re.sub(r"[^A-Za-z0-9_-]", "-", key)[:64],
+            id=_id(key),
             group=message["parent"],
             config={**message["params"], "raypeft": message["tags"]},
             resume="allow",
@@ -68,3 +71,12 @@ class WandbRuns(Sink):
     def close(self) -> None:
         for key in list(self._runs):
             self.end(key, {"status": "killed"})
+
+
+def _id(key: str) -> str:
+    """W&B's name of a run: at most 64 letters, digits and dashes. Of trials the beginnings are alike."""
+    plain = re.sub(r"[^A-Za-z0-9_-]", "-", key)
+    if len(plain) <= _LONGEST_ID:
+        return plain
+    mark = hashlib.sha256(key.encode()).hexdigest()[:16]
+    return f"{plain[: _LONGEST_ID - len(mark) - 1]}-{mark}"

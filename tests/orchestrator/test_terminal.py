@@ -17,6 +17,10 @@ PROGRESS = {
     [
         (PROGRESS, "step 3/10  loss 2.5000  lr 1.0e-03  1,204 tokens/s  1:05 left"),
         ({"event": "eval", "step": 5, "metrics": {"eval_loss": 2.0}}, "step 5  eval_loss 2.0000"),
+        (
+            {"event": "eval", "trial": 3, "step": 5, "metrics": {"eval_loss": 2.0}},
+            "trial 3  step 5  eval_loss 2.0000",
+        ),
         ({"event": "checkpoint", "step": 5, "path": "x"}, "step 5  checkpoint saved"),
         ({"event": "warning", "message": "slow"}, "warning: slow"),
         ({"event": "state", "state": "done", "message": "done: a@1"}, "done: a@1"),

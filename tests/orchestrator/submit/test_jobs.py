@@ -78,6 +78,13 @@ def test_more_workers_than_there_can_ever_be_are_refused(folder):
     assert "64" in said
 
 
+def test_a_sweep_is_refused_by_the_trial_that_the_cluster_can_never_give(folder):
+    space = {"space": {"deepspeed": {"choice": ["zero2", "zero3"]}}}
+    with dashboard(cluster(RAY, PYTHON)) as stub:
+        said = refused(stub, PlacementError, resources={"num_workers": 64, "gpus_per_worker": 0}, sweep=space)
+    assert "64" in said
+
+
 def test_the_autoscalers_limits_count_where_only_the_cluster_knows_them():
     open_ended = ClusterFacts((NodeFacts(4, 1),), math.inf, math.inf, max_nodes=2)
     known = jobs.with_limits(open_ended, {"CPU": 64, "GPU": 8})

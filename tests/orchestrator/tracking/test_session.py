@@ -95,6 +95,17 @@ def test_wandb_keeps_files_offline(tmp_path):
     assert (run / "files" / "job.yaml").read_text() == "name: docs\n"
 
 
+def test_trials_of_a_long_name_have_ids_of_their_own():
+    runs = pytest.importorskip(
+        "orchestrator.tracking.wandb_runs",
+        reason='the extra raypeft[wandb] is not installed: pip install "raypeft[wandb]"',
+    )
+    sweep = "a-sweep-of-sixty-letters-and-more-" + "x" * 40
+    ids = {runs._id(f"{sweep}/trial-{number:03d}") for number in range(20)}
+    assert len(ids) == 20 and all(len(each) == 64 for each in ids)
+    assert runs._id("sweep-1/trial-003-ab") == "sweep-1-trial-003-ab"
+
+
 def test_a_server_that_is_down_is_told_of_once_and_not_waited_for(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

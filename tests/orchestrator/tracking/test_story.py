@@ -5,11 +5,19 @@ import dataclasses
 import pytest
 
 from orchestrator.errors import Interrupted, TrainingError
+from orchestrator.spec.load import load_job_text
 from orchestrator.tracking.session import Tracking
+from orchestrator.tracking.story import Story
 from tests.orchestrator import test_service
 from tests.orchestrator.test_service import job
 
 house = test_service.house
+
+SWEEP = """
+model: {base_model: b}
+data: {datasets: [{path: a.jsonl}]}
+sweep: {space: {training.learning_rate: {choice: [1e-4, 5e-4]}}}
+"""
 
 
 class Told(Tracking):
@@ -88,3 +96,29 @@ def test_warnings_of_trackers_are_events_of_the_run(house, told):
     house.run(job())
     kept = [each for each in house.environment.runs.events("docs") if each["event"] == "warning"]
     assert [each["message"] for each in kept] == ["tracking.mlflow: down."]
+
+
+def test_a_trial_is_a_run_within_the_sweeps():
+    tracking = Told()
+    spec = load_job_text(SWEEP, "jobs/x.yaml").spec
+    story = Story(tracking, "x-12", spec)
+    story.begin()
+    rate = {"training.learning_rate": 5e-4}
+    story.take({"event": "trial", "trial": 3, "id": "trial-003-ab", "state": "started", "parameters": rate})
+    story.take({"event": "progress", "trial": 3, "step": 1, "loss": 2.0})
+    story.take({"event": "eval", "trial": 3, "step": 1, "metrics": {"eval_loss": 1.5}})
+    story.take({"event": "trial", "trial": 3, "id": "trial-003-ab", "state": "stopped"})
+    story.end("finished")
+    whole, trial = tracking.of("start")
+    assert (whole["key"], whole["parent"]) == ("x-12", None)
+    assert (trial["key"], trial["name"], trial["parent"]) == ("x-12/trial-003-ab", "trial-003-ab", "x-12")
+    params = trial["params"]
+    assert params["training"]["learning_rate"] == 5e-4 and params["sweep"] is None
+    assert [(each["key"], each["values"]) for each in tracking.of("metrics")] == [
+        ("x-12/trial-003-ab", {"loss": 2.0}),
+        ("x-12/trial-003-ab", {"eval_loss": 1.5}),
+    ]
+    assert [(each["key"], each["status"]) for each in tracking.of("end")] == [
+        ("x-12/trial-003-ab", "finished"),
+        ("x-12", "finished"),
+    ]
