@@ -19,6 +19,9 @@ from .ends import adapter_of
 from .test_run import Recorder
 from .tiny import job, plan, request
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
 # Sizes that fit a base of 2 layers x 32, whose keys and values are 16 wide.
 SMALL: dict[str, dict] = {
     **NEEDED,
@@ -40,14 +43,6 @@ SMALL: dict[str, dict] = {
     "adaption_prompt": {"adapter_len": 4, "adapter_layers": 2},
 }
 OWN_ROWS = {"xlora": "it joins adapters that are there already"}
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 METHOD_NAMES = [

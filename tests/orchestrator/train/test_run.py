@@ -27,6 +27,8 @@ from peft_dist.loading import load_base
 from .ends import adapter_of
 from .tiny import job, plan, request, save_base
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 class Recorder:
     """A reporter that keeps events, and asks to stop after `stop_after` steps."""
@@ -44,14 +46,6 @@ class Recorder:
 
     def of(self, kind: str) -> list[dict]:
         return [event for event in self.events if event["event"] == kind]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:

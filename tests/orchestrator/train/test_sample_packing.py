@@ -48,13 +48,7 @@ from .test_methods import OWN_ROWS, SMALL
 from .test_run import Recorder
 from .tiny import job, plan, request
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # --- which rows share a sequence

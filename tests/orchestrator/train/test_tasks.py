@@ -40,13 +40,7 @@ from .tasks import KINDS, row, task_job
 from .test_run import Recorder
 from .tiny import plan, request
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def parts(folder, kind, **sections):
