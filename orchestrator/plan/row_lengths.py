@@ -18,6 +18,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from ..spec.job import DATASET_FIELDS, DatasetSpec, JobSpec
+from ..spec.row_files import READ
 
 _LONGEST_READ = 64
 """Rows that are tokenized: those with most bytes."""
@@ -41,7 +42,6 @@ _COLUMNS = {
 }
 _SEPARATE = ("seq2seq", "embedding")
 """Types whose texts are sequences of their own."""
-_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 _LABELS = {"classification": "label", "token-classification": "tags"}
 
 
@@ -116,7 +116,7 @@ def _longest_lines(dataset: DatasetSpec) -> list[bytes]:
 
 def _is_local_file(path: str) -> bool:
     """A name without an ending may be a dataset's of the hub."""
-    is_file = path.startswith(("/", "~", "./", "../")) or path.endswith(_SUFFIXES)
+    is_file = path.startswith(("/", "~", "./", "../")) or path.endswith(READ)
     return is_file and "://" not in path
 
 

@@ -12,10 +12,11 @@ from peft_dist.contract import PastMethod, PromptMethod
 
 from ..errors import closest
 from .conditions import parse_comparison
-from .job import DeploySpec, GateSpec, JobSpec, ModelSpec
+from .job import DatasetSpec, DeploySpec, GateSpec, JobSpec, ModelSpec
 from .live_metrics import OF_SHADOW, live_metrics
 from .names import ADAPTER
 from .places import Path, Problem
+from .row_files import COMPRESSED, PLAIN, READ, unread
 from .tasks import TASKS, evaluated_types, measured_metrics, task_type
 from .words import show
 from .workers import GroupSize, forwards, group_sizes
@@ -32,6 +33,7 @@ def check_rules(spec: JobSpec, written: Collection[Path], warnings: list[str]) -
         *_evaluation(spec),
         *_secrets(spec),
         *_task(spec),
+        *_row_files(spec),
         *_packing(spec),
     ]
     warnings += _warnings(spec, written)
@@ -310,15 +312,32 @@ def _task(spec: JobSpec) -> Iterator[Problem]:
             f"{spec.adapter.type} does not train {task}, which rows of type '{spec.data.datasets[0].type}' need.",
             f"It trains: {', '.join(entry.task_types)}.",
         )
-    rows = [("data", index, each) for index, each in enumerate(spec.data.datasets)]
-    rows += [("eval", index, each) for index, each in enumerate(spec.eval.datasets)]
-    for section, index, dataset in rows:
+    for section, index, dataset in _datasets(spec):
         if TASKS[dataset.type].task != task:
             yield Problem(
                 (section, "datasets", index, "type"),
                 f"rows of type '{dataset.type}' train {TASKS[dataset.type].task}, those of the first dataset {task}.",
                 "One job trains one task.",
             )
+
+
+def _row_files(spec: JobSpec) -> Iterator[Problem]:
+    """What a path's ending says already; what a file holds, whoever reads it."""
+    for section, index, dataset in _datasets(spec):
+        if (found := unread(dataset.path)) is not None:
+            how = 'Write its texts as JSON lines, {"text": "..."} each, with type: text.'
+            yield Problem(
+                (section, "datasets", index, "path"),
+                f"{show(dataset.path)}: rows are not read from {found} files.",
+                f"They are from {', '.join(READ)}, also compressed ({', '.join(COMPRESSED)})."
+                + (f" {how}" if found in PLAIN else ""),
+            )
+
+
+def _datasets(spec: JobSpec) -> Iterator[tuple[str, int, DatasetSpec]]:
+    for section, datasets in (("data", spec.data.datasets), ("eval", spec.eval.datasets)):
+        for index, dataset in enumerate(datasets):
+            yield section, index, dataset
 
 
 def _packing(spec: JobSpec) -> Iterator[Problem]:

@@ -22,6 +22,7 @@ from fsspec.core import url_to_fs
 
 from orchestrator.errors import DataError, closest, first_line
 from orchestrator.spec.job import DatasetSpec
+from orchestrator.spec.row_files import ending
 from peft_dist.lazy import lazy
 
 datasets = lazy("datasets")
@@ -162,7 +163,7 @@ def _is_saved_dataset(folder: str) -> bool:
 
 
 def _may_be_hub_id(path: str) -> bool:
-    if _suffix(path) in READERS or path.endswith(".txt"):
+    if ending(path) in READERS or path.endswith(".txt"):
         return False
     return re.fullmatch(r"[\w][\w.-]*(/[\w][\w.-]*)?", path) is not None
 
@@ -170,17 +171,13 @@ def _may_be_hub_id(path: str) -> bool:
 # ---- reading files
 
 
-def _suffix(name: str) -> str:
-    return os.path.splitext(re.sub(r"\.(gz|bz2|xz|zst)$", "", name.split("?")[0]))[1].lower()
-
-
 def _known(name: str) -> bool:
-    return _suffix(name) in READERS and os.path.basename(name) not in ("dataset_info.json", "state.json")
+    return ending(name) in READERS and os.path.basename(name) not in ("dataset_info.json", "state.json")
 
 
 def _reader(name: str) -> Callable[[str], Iterator[SourceRow]]:
     try:
-        return READERS[_suffix(name)]
+        return READERS[ending(name)]
     except KeyError:
         kinds = ", ".join(sorted(READERS))
         raise DataError(

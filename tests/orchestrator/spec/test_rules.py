@@ -8,7 +8,7 @@ from orchestrator.spec.rules import accumulation, produced_metrics
 from orchestrator.spec.tasks import task_type
 from peft_dist.catalog import METHODS
 
-from .jobs import MINIMAL, refused_after_minimal, spec_of
+from .jobs import MINIMAL, refused, refused_after_minimal, spec_of
 
 BATCH = "training: {{micro_batch_size: 4, global_batch_size: {size}{more}}}\nresources: {{num_workers: 2}}\n"
 
@@ -62,6 +62,25 @@ def test_generated_metrics_need_answers():
     text = "model: {base_model: b}\ndata: {datasets: [{path: a, type: text}]}\neval: {metrics: [contains]}\n"
     with pytest.raises(Exception, match=r"x.yaml:2 data.datasets.0.type: rows of type 'text' have no answer"):
         load_job_text(text, "x.yaml")
+
+
+@pytest.mark.parametrize(
+    ("path", "found"),
+    [
+        ("notes.txt", ".txt"), ("s3://bucket/a.TXT.gz?v=1", ".txt"), ("/data/*.xlsx", ".xlsx"), ("a.md", ".md"),
+        ("a.jsonl", None), ("a.csv.zst", None), ("owner/corpus-v1.5", None), ("/data/v2.1", None), ("a.txt/", None),
+    ],
+)  # fmt: skip
+def test_files_that_hold_no_rows_are_refused_by_their_names(path, found):
+    text = f"model: {{base_model: b}}\ndata: {{datasets: [{{path: a}}]}}\neval: {{datasets: [{{path: '{path}'}}]}}\n"
+    if found is None:
+        assert load_job_text(text, "x.yaml").spec
+        return
+    message = refused(text, source="x.yaml")
+    assert message.startswith(
+        f"x.yaml:3 eval.datasets.0.path: '{path}': rows are not read from {found} files."
+    )
+    assert ".jsonl" in message and ("with type: text" in message) == (found in (".txt", ".md"))
 
 
 SECRET = "hf_aVeryPlainToken"

@@ -14,6 +14,7 @@ import pytest
 
 from orchestrator.errors import DataError
 from orchestrator.spec.job import DatasetSpec
+from orchestrator.spec.row_files import READ
 from orchestrator.train import sources
 from orchestrator.train.sources import read_rows
 from tests.orchestrator.s3 import Bucket, s3_bucket, s3_endpoint  # noqa: F401
@@ -208,6 +209,10 @@ def test_csv_with_a_short_row_is_named(tmp_path):
     )
     path.write_text('text,n\na,"1\n')
     assert failure(path).startswith(f"{path}:2: is not CSV: unexpected end of data")
+
+
+def test_what_a_job_may_name_is_what_is_read():
+    assert set(READ) == set(sources.READERS)
 
 
 def test_file_of_another_kind_or_damaged(tmp_path):
