@@ -45,6 +45,7 @@ from .processes import is_alive
 from .registry import AdapterRow, AdapterVersion, Registry, check_name
 from .runner import Event
 from .serve import promotion, traffic
+from .serve.askable import check_askable
 from .service import Deployment, OnEvent, RunResult
 from .spec import canonical
 from .spec import methods as method_rows
@@ -874,6 +875,7 @@ def create_key(
     limits: Mapping[str, Any] | None = None,
     *,
     expires_s: float | None = None,
+    force: bool = False,
     cluster: str | None = None,
 ) -> NewKey:
     """Makes a key for a tenant of the registry's endpoints; its `secret` is seen this once.
@@ -881,9 +883,16 @@ def create_key(
     Args:
         limits: fields of `keys.Limits` to change for the tenant, all its keys included.
         expires_s: seconds after which it opens nothing.
+        force: take models of the limits that are not there yet.
+
+    Raises:
+        RegistryError: the name cannot be a tenant's, or nothing is called like one of the models.
     """
     wiring.check_registry(load_cluster(cluster))
-    return KeyBook(_registry(cluster).url).create(tenant, dict(limits or {}), expires_s=expires_s)
+    registry = _registry(cluster)
+    if models := (limits or {}).get("models"):
+        check_askable(registry, models, force=force)
+    return KeyBook(registry.url).create(tenant, dict(limits or {}), expires_s=expires_s)
 
 
 def keys(*, cluster: str | None = None) -> list[KeyRow]:

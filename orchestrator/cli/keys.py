@@ -41,6 +41,7 @@ def create(
         typer.Option(help="An adapter or base that it may ask; again for more. All where not given."),
     ] = None,
     expires: Annotated[str | None, typer.Option(help="When it ends: 90d, 12h.")] = None,
+    force: Annotated[bool, typer.Option(help="Take a --model that is not there yet.")] = False,
     cluster: ClusterOption = None,
     as_json: AsJson = False,
 ) -> None:
@@ -64,6 +65,7 @@ def create(
         tenant,
         {name: value for name, value in asked.items() if value is not None},
         expires_s=_seconds(expires),
+        force=force,
         cluster=cluster,
     )
     if as_json:

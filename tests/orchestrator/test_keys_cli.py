@@ -8,8 +8,13 @@ import pytest
 
 from orchestrator import api
 from orchestrator.cli import app, run_guarded
+from orchestrator.identity import BaseIdentity
 from orchestrator.keys import KeyBook
+from orchestrator.lineage import Lineage
 from orchestrator.registry import Registry
+from orchestrator.serve.desired import Desired
+
+from .adapters import BASE, make_adapter
 
 
 @pytest.fixture
@@ -28,7 +33,9 @@ def raypeft(tmp_path, monkeypatch, capsys):
 
 
 def test_a_key_is_made_shown_once_listed_and_revoked(raypeft, tmp_path):
-    code, secret, told = raypeft("keys", "create", "acme", "--requests-per-minute", "5", "--model", "docs")
+    code, secret, told = raypeft(
+        "keys", "create", "acme", "--requests-per-minute", "5", "--model", "docs", "--force"
+    )
     assert code == 0 and "It is not shown again" in told and "5 requests/min, models docs" in told
     book = KeyBook(str(tmp_path / "registry"))
     key = book.read().find(secret.strip())
@@ -55,6 +62,14 @@ def test_scripts_read_the_secret_from_json(raypeft, tmp_path):
         (("create", "a b"), "cannot be a tenant's name"),
         (("create", "x", "--expires", "soon"), "--expires: 'soon' is not a duration"),
         (("create", "x", "--budget-period", "week"), "One of: day, month, total."),
+        (
+            ("create", "x", "--model", "docs"),
+            "no adapter and no base is called 'docs'. The registry is empty.",
+        ),
+        (
+            ("create", "x", "--model", "docs@3", "--force"),
+            "is for a name with all its versions. Write 'docs'.",
+        ),
         (("revoke", "nobody"), "there is no key or tenant 'nobody'"),
     ],
 )
@@ -62,6 +77,21 @@ def test_mistakes_are_explained_and_change_nothing(raypeft, tmp_path, arguments,
     code, _, told = raypeft("keys", *arguments)
     assert code != 0 and said in told.replace("\n", " ")
     assert KeyBook(str(tmp_path / "registry")).read().is_empty
+
+
+def test_a_key_is_for_models_that_are_there(raypeft, tmp_path):
+    registry = Registry(tmp_path / "registry")
+    registry.register("docs", make_adapter(tmp_path / "docs"), Lineage(BASE))
+    state = Desired("up", BaseIdentity("other", None, "c" * 64)).to_dict()
+    registry.update_endpoint("up", lambda now: state)
+    for model, said in {"dcos": "Closest: 'docs'.", "x1": "There is docs, other, tiny."}.items():
+        code, _, told = raypeft("keys", "create", "acme", "--model", "docs", "--model", model)
+        assert code != 0 and f"no adapter and no base is called '{model}'. {said}" in told.replace("\n", " ")
+    assert KeyBook(registry.url).read().is_empty
+    code, _, told = raypeft(
+        "keys", "create", "acme", "--model", "docs", "--model", "tiny", "--model", "other"
+    )
+    assert code == 0 and "models docs, tiny, other" in told
 
 
 def test_asking_needs_no_key_where_none_is_asked_for_and_lends_itself_one_elsewhere(
