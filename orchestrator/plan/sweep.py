@@ -176,7 +176,7 @@ def make_sweep_plan(
         memory,
         trial.fits,
         steps,
-        _seconds(spec, trial, layout, trials, steps, sizes, rows),
+        _seconds(spec, trial, layout, trials, steps, sizes, rows, _loads(jobs, trials, layout.groups)),
         (*notes, *trial.notes),
     )
 
@@ -326,6 +326,7 @@ def _seconds(
     steps: int | None,
     sizes: ModelSizes | None,
     rows: RowFacts,
+    loads: int,
 ) -> float | None:
     """Twice two operations for each parameter and token (forward, and backward through a frozen base), over what the
     workers can do; rows are taken for half as long as the longest."""
@@ -335,7 +336,14 @@ def _seconds(
     one = CORE_FLOPS * plan.bundle.get("CPU", 1)
     speed = (GPU_FLOPS * plan.bundle["GPU"] if plan.use_gpu else one) * plan.num_workers
     share = _share(spec, spec.sweep.scheduler.type if spec.sweep else "none")
-    return START_S + trials * share * 4 * sizes.parameters * tokens / speed / layout.groups
+    return loads * START_S + trials * share * 4 * sizes.parameters * tokens / speed / layout.groups
+
+
+def _loads(jobs: Sequence[JobSpec], trials: int, groups: int) -> int:
+    """Times that a group of workers begins with a base, one after the other."""
+    kinds = {base_key(job) for job in jobs if not changes_base(job)}
+    changing = sum(changes_base(job) is not None for job in jobs) / len(jobs)
+    return math.ceil((len(kinds) + round(trials * changing)) / groups)
 
 
 def _share(spec: JobSpec, scheduler: str) -> float:

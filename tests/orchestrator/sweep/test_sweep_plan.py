@@ -5,7 +5,7 @@ import pytest
 from orchestrator.cluster import ClusterFacts, NodeFacts
 from orchestrator.errors import SpecError
 from orchestrator.plan.model_sizes import sizes_of
-from orchestrator.plan.sweep import Layout, SweepPlan, make_sweep_plan, trial_plan
+from orchestrator.plan.sweep import START_S, Layout, SweepPlan, make_sweep_plan, trial_plan
 from orchestrator.spec.load import load_job_text
 from orchestrator.spec.sharing import base_key
 from orchestrator.spec.trials import trial_job
@@ -79,6 +79,7 @@ def test_some_of_the_trials_have_bases_of_their_own():
 def test_trials_of_another_kind_of_base_are_counted():
     plan = planned(space="training.precision: {choice: [fp32, bf16]}")
     assert "2 different bases" in " ".join(plan.notes)
+    assert plan.seconds == pytest.approx(planned().seconds + START_S)
     plan = planned(space="adapter: {choice: [{type: lora, r: 4}, {type: ia3}]}")
     assert not any("bases" in note for note in plan.notes)
     plan = planned(space="adapter: {choice: [{type: lora, r: 4}, {type: xlora, adapters: {a: /a}}]}")
