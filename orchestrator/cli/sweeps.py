@@ -31,6 +31,8 @@ def show_sweep(result: SweepResult) -> None:
         table.columns(result.sweep, trials),
         table.rows(result.sweep, trials),
     )
+    for line in table.failures(trials):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     if result.importance:
         shares = "  ".join(f"{name} {share:.0%}" for name, share in result.importance.items())
         console.print(f"importance: {shares}", highlight=False)

@@ -69,6 +69,7 @@ def _page(name: str, sweep: SweepSpec, trials: Sequence[Trial], images: dict[str
         f'<img alt="{title}" src="data:image/png;base64,{base64.b64encode(image).decode()}">'
         for title, image in images.items()
     )
+    failed = "".join(f"<p>{html.escape(each)}</p>" for each in table.failures(trials))
     said = f"{len(trials)} trials by {html.escape(sweep.metric)} ({sweep.direction})"
     if chosen is not None:
         said += f"; the best is trial {chosen.number}: {chosen.value(sweep.metric):.4f}"
@@ -77,7 +78,8 @@ def _page(name: str, sweep: SweepSpec, trials: Sequence[Trial], images: dict[str
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(name)}</title>'
         f"<style>{_STYLE}</style><h1>{html.escape(name)}</h1><p>{said}.</p>"
-        f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{pictures}<script>{_SORT}</script></html>\n"
+        f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{failed}{pictures}"
+        f"<script>{_SORT}</script></html>\n"
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from orchestrator.spec.sweep import SweepSpec
 from orchestrator.spec.trials import shown
 
-from .trials import Trial, ranked
+from .trials import FAILED, Trial, ranked
 
 
 def columns(sweep: SweepSpec, trials: Sequence[Trial]) -> list[str]:
@@ -31,6 +31,12 @@ def rows(sweep: SweepSpec, trials: Sequence[Trial]) -> list[list[str]]:
         ]
         for trial in ranked(list(trials), sweep)
     ]
+
+
+def failures(trials: Sequence[Trial]) -> list[str]:
+    """One line for each trial that failed: why."""
+    failed = sorted((each for each in trials if each.state == FAILED), key=lambda each: each.number)
+    return [f"trial {each.number} failed: {each.cause}" for each in failed]
 
 
 def differing(trials: Sequence[Trial]) -> list[str]:
