@@ -11,6 +11,7 @@ from orchestrator.serve.desired import Desired, EngineOptions
 from orchestrator.serve.engine import Generation
 from orchestrator.serve.engine_choice import engine_for
 from orchestrator.serve.prompts import Prompts
+from orchestrator.serve.steps import Steps
 from orchestrator.spec.job import ModelSpec
 from tests.orchestrator.serve import tiny
 from tests.orchestrator.serve.counting_engine import BASE
@@ -47,13 +48,13 @@ def test_the_context_is_the_smaller_one(tiny_base):
 
 def test_a_forward_has_so_many_tokens_at_most(tiny_base, monkeypatch):
     seen = []
-    forward = BatchingEngine._forward
+    run = Steps.run
 
-    def noted(self, step, sequences):
+    def noted(self, step):
         seen.append(sum(part.length for part in step.parts))
-        return forward(self, step, sequences)
+        run(self, step)
 
-    monkeypatch.setattr(BatchingEngine, "_forward", noted)
+    monkeypatch.setattr(Steps, "run", noted)
 
     async def longest(text):
         seen.clear()
