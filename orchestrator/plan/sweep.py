@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -20,7 +21,7 @@ from ..spec.rules import accumulation
 from ..spec.sharing import base_key, changes_base, unshareable
 from ..spec.space import combinations, dimensions
 from ..spec.sweep import SweepSpec
-from ..spec.trials import count_trials, evaluations, trial_job
+from ..spec.trials import count_trials, evaluations, shown, trial_job
 from ..spec.workers import forwards
 from . import Plan, make_plan
 from .memory import Memory
@@ -134,19 +135,22 @@ def make_sweep_plan(
     """The plan of a job with a sweep.
 
     Raises:
-        SpecError, PlacementError: of the first trial that the plan of a job refuses, with its parameters; a trial that
-            does not fit.
+        SpecError, PlacementError: of the first trial that the plan of a job refuses; a trial that does not fit, with
+            its parameters; a scheduler that never sees a trial before its end.
     """
     assert spec.sweep is not None
     sweep, notes = spec.sweep, list[str]()
-    jobs = _jobs(spec)
+    tried = list(itertools.islice(combinations(dimensions(sweep.space)), TRIED))
+    jobs = [trial_job(spec, parameters) for parameters in tried]
     plans = [make_plan(job, cluster, sizes, rows) for job in jobs]
     worst = max(range(len(plans)), key=lambda at: _total(plans[at]))
     trial, job = plans[worst], jobs[worst]
     if any(plan.fits is False for plan in plans):
         at = next(at for at, plan in enumerate(plans) if plan.fits is False)
         said = [note for note in plans[at].notes if " of a " in note] or list(plans[at].notes)
-        raise PlacementError(f"a trial does not fit: {said[0]}", where="sweep.space")
+        raise PlacementError(
+            f"the trial with {shown(tried[at])} does not fit: {said[0]}", where="sweep.space"
+        )
     most = most_workers(job, trial.bundle, cluster) if cluster else None
     if trial.sizes:
         trial = _with_a_number(trial, most)
@@ -206,16 +210,6 @@ def _with_a_number(plan: Plan, most: int | None) -> Plan:
 
 def _total(plan: Plan) -> int:
     return plan.memory.total if plan.memory else 0
-
-
-def _jobs(spec: JobSpec) -> list[JobSpec]:
-    assert spec.sweep is not None
-    found = []
-    for number, parameters in enumerate(combinations(dimensions(spec.sweep.space))):
-        if number == TRIED:
-            break
-        found.append(trial_job(spec, parameters))
-    return found
 
 
 def trial_plan(plan: Plan, job: JobSpec) -> Plan:

@@ -36,6 +36,12 @@ def _apply(tree: Tree, override: str, errors: list[SpecError]) -> Tree:
         )
     value, places = parse_value(text, key, "--set")
     path = _path(tree, key)
+    if value == {} and tree.get(path):
+        raise SpecError(
+            "an empty mapping changes nothing: what is written is merged key by key.",
+            where=f"--set {key}",
+            hint=f"Name the key below it, or remove it whole: --set {key}=null.",
+        )
     if any(isinstance(part, int) for part in path):
         changed = _in_list(tree, path, key, value, places)
         errors += changed.errors(resolve_aliases(changed))

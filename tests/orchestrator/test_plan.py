@@ -9,6 +9,7 @@ from orchestrator.errors import PlacementError, SpecError
 from orchestrator.plan import make_plan
 from orchestrator.plan.memory import LEFT_OVER
 from orchestrator.plan.model_sizes import sizes_of
+from orchestrator.plan.sweep import make_sweep_plan
 from orchestrator.plan.view import plan_dict, plan_view
 
 from .spec.jobs import spec_of
@@ -148,6 +149,14 @@ def test_memory_that_does_not_fit_is_said():
     assert make_plan(spec_of(text), gpu, llama(2048, 16, 16, 8, 8192, 32000)).fits is False
     assert make_plan(spec_of(), gpu, llama()).fits is True
     assert make_plan(spec_of(), cluster(NodeFacts(8, 1, gpu_type="X9")), llama()).fits is None
+
+
+def test_the_trial_of_a_sweep_that_does_not_fit_is_named():
+    space = "sweep: {space: {training.micro_batch_size: {choice: [1, 1000000]}}}\n"
+    with pytest.raises(
+        PlacementError, match=r"the trial with training.micro_batch_size 1000000 does not fit: A worker needs"
+    ):
+        make_sweep_plan(spec_of(space), ONE, llama())
 
 
 def test_parts_of_memory():

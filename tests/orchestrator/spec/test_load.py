@@ -156,6 +156,8 @@ def test_overrides():
         ("data.datasets.0.type=foo",
          "--set data.datasets.0.type: 'foo' is not one of chat, prompt_completion, alpaca, text, classification, "
          "token-classification, qa, seq2seq, embedding."),
+        ("data={}", "--set data: an empty mapping changes nothing: what is written is merged key by key. "
+                    "Name the key below it, or remove it whole: --set data=null."),
         ("extends=x", "--set extends: a file extends; an override cannot. Write it in the file."),
     ],
 )  # fmt: skip
