@@ -27,6 +27,7 @@ from .ground import Ground
 from .loop import Ready
 from .pace import Kind, Mode, Pace
 from .run import Run, RunEnd
+from .tasks import Task
 from .trial import LeavesAlone, Trial
 
 Way = Literal["auto", "together", "turns"]
@@ -312,12 +313,19 @@ class Pack:
                 on_it.delete_adapter(adapter)
             on_it.set_requires_grad(list(on_it.peft_config), True)
 
+    @property
+    def _gathers(self) -> bool:
+        """Whether ranks wait for each other within a forward or backward: of a partitioned base, or by the task."""
+        tasks = (type(trial.run.task) for trial in self.trials.values())
+        apart = any(task.backward is not Task.backward for task in tasks)
+        return self.ground.is_sharded or (apart and self.group.size > 1)
+
     def _agreed(self, act: Callable[[], object]) -> Failed | None:
         """Does it on this rank; what went wrong on any of them, the same on all.
 
         Raises:
             Stopped: as `act`, on every rank.
-            Exception: the other ranks were lost.
+            Exception: the other ranks were lost, or wait where they cannot be told.
         """
         own: Failed | None = None
         try:
@@ -327,6 +335,8 @@ class Pack:
         except Exception as error:
             if is_broken_link(error) and self.group.size > 1:
                 raise
+            if is_out_of_memory(error) and self._gathers:
+                raise  # of one rank: the others wait for it amid the model, and no word of it would reach them
             own = _failed(error)
         if not self.group.any(own is not None):
             return None

@@ -213,6 +213,21 @@ def test_memory_that_runs_out_splits_the_pack_then_the_forward(tmp_path, monkeyp
     assert tried[0] == 4 and set(tried[1:]) == {2}
 
 
+def test_memory_that_runs_out_on_a_rank_that_others_wait_for_ends_the_group(tmp_path, monkeypatch):
+    """Ranks of a partitioned base wait for each other in every layer: nothing can be agreed there."""
+    pack, heard = started(unlike(tmp_path, of("lora"), of("ia3")), "together")
+    for name, each in unlike(tmp_path, of("lora"), of("ia3")).items():
+        assert pack.enter(name, each, heard[name])
+
+    def tight(model: Any, parts: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(joint, "backward", tight)
+    pack.ground.is_sharded = True
+    with pytest.raises(torch.OutOfMemoryError):
+        pack.round()
+
+
 @pytest.mark.parametrize("most", [1, 2])
 def test_no_more_runs_share_a_forward_than_memory_was_planned_for(most, tmp_path, monkeypatch):
     requests = unlike(tmp_path, of("lora"), of("lora"), of("lora"), of("ia3"))
