@@ -350,6 +350,17 @@ class WeightMethod(SiteMethod):
         None where there is no such path and each adapter is to be run by itself."""
         return None
 
+    @classmethod
+    def adds_in_place(cls, p: Params, base: BaseLayer) -> bool:
+        """Whether `add_mixed` is there, and cheaper than the sum."""
+        return False
+
+    @classmethod
+    def add_mixed(cls, methods: Sequence[Any], p: Params, base: BaseLayer, x: Tensor, y: Tensor) -> None:
+        """Adds `mixed` to y (k, rows, ..., out), contiguous and of x's dtype, in place; where no gradients are
+        wanted."""
+        raise NotImplementedError
+
 
 class ActivationMethod(SiteMethod):
     """Changes what the layer takes (`before`) or gives (`after`), both linear in their argument."""

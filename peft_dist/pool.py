@@ -23,6 +23,8 @@ from peft_dist.errors import AdapterError
 from peft_dist.lanes import Lanes
 from peft_dist.pauses import pause
 
+# Rows of a part from which calls of its own cost less than a copy of its tensors.
+_SHORT = 4
 # On a Parameter that hangs on no module any more.
 _GONE = "_peft_dist_gone"
 
@@ -99,27 +101,43 @@ class Bucket:
         slots = [self.owners.index(adapter) for adapter in adapters]
         return {name: self._stack(name, slots) for name in self.arrays}
 
-    def by_row(self, adapters: Sequence[str | None]) -> dict[str, Tensor] | None:
-        """As `stacked`, for names that come more than once; None where one is not here, or its Parameters are
-        elsewhere by now."""
+    def by_row(self, adapters: Sequence[str | None]) -> list[tuple[slice, dict[str, Tensor]]] | None:
+        """As `stacked`, for names that come more than once: the rows in parts, one after the other, each with its
+        tensors (rows, ...). Rows whose adapters stand side by side here read the arrays as they are; where nothing of
+        that saves anything, all rows are one part. None where an adapter is not here, or its Parameters are elsewhere
+        by now."""
         names = tuple(adapters)
         if names != self._asked[0]:
             self._asked = (names, self._slots_of(names))
         slots = self._asked[1]
         if slots is None:
             return None
-        made, distinct, has_grad = {}, dict.fromkeys(slots), torch.is_grad_enabled()
+        distinct, has_grad, trained = dict.fromkeys(slots), torch.is_grad_enabled(), set()
         for name, array in self.arrays.items():
             begin, step = array.data_ptr(), array.stride(0) * array.element_size()
-            held, trains = self.held, False
             for slot in distinct:
-                parameter = held[slot][name]
+                parameter = self.held[slot][name]
                 if parameter.data_ptr() != begin + slot * step:
                     return None
-                trains = trains or (has_grad and parameter.requires_grad)
+                if has_grad and parameter.requires_grad:
+                    trained.add(name)
+        if not trained and (runs := _runs(slots)) is not None:
+            return [
+                (
+                    rows,
+                    {
+                        name: array[first : first + rows.stop - rows.start]
+                        for name, array in self.arrays.items()
+                    },
+                )
+                for rows, first in runs
+            ]
+        made = {}
+        for name, array in self.arrays.items():
             values = array.index_select(0, _index(slots, array.device))
-            made[name] = _Stack.apply(values, *(held[slot][name] for slot in slots)) if trains else values
-        return made
+            parameters = (self.held[slot][name] for slot in slots)
+            made[name] = _Stack.apply(values, *parameters) if name in trained else values
+        return [(slice(0, len(slots)), made)]
 
     def _slots_of(self, adapters: tuple[str | None, ...]) -> tuple[int, ...] | None:
         slot_of = {owner: slot for slot, owner in enumerate(self.owners) if owner is not None}
@@ -166,6 +184,16 @@ class Bucket:
 @functools.lru_cache(maxsize=64)
 def _index(slots: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor(slots, device=device)
+
+
+@functools.lru_cache(maxsize=64)
+def _runs(slots: tuple[int, ...]) -> list[tuple[slice, int]] | None:
+    """(rows, the first one's slot) of rows whose slots are neighbours; None where such parts are short."""
+    starts = [i for i, slot in enumerate(slots) if i == 0 or slot != slots[i - 1] + 1]
+    if _SHORT * len(starts) > len(slots):
+        return None
+    stops = [*starts[1:], len(slots)]
+    return [(slice(start, stop), slots[start]) for start, stop in zip(starts, stops, strict=True)]
 
 
 class _Stack(torch.autograd.Function):

@@ -266,9 +266,23 @@ def test_rows_are_asked_again_after_a_slot_changed_hands():
     base, shared = model()
     bucket = shared.pool.bucket("one", "a")
     before = bucket.by_row(("a", "b", "a"))
-    assert before is not None and len(before["A"]) == 3
+    assert before is not None and [len(p["A"]) for _, p in before] == [3]
     inject.delete(base, "b")
     assert bucket.by_row(("a", "b", "a")) is None
     wrapper = next(inject.adapter_modules(base))[1]
     wrapper.tensors("a")["A"].data = wrapper.tensors("a")["A"].data.clone()
     assert bucket.by_row(("a", "c", "a")) is None
+
+
+def test_rows_whose_adapters_are_neighbours_read_the_arrays_as_they_are():
+    base, shared = model()
+    bucket = shared.pool.bucket("one", "a")
+    names = (*NAMES[:4], *NAMES[:4], *NAMES[1:5])
+    with torch.no_grad():
+        parts = bucket.by_row(names)
+        assert [rows for rows, _ in parts] == [slice(0, 4), slice(4, 8), slice(8, 12)]
+        first = bucket.arrays["A"]
+        assert [p["A"].data_ptr() for _, p in parts] == [first.data_ptr()] * 2 + [first[1].data_ptr()]
+        mixed_and_alone(base, names)
+        assert len(bucket.by_row(NAMES[::-1])) == 1
+    assert len(bucket.by_row(names)) == 1, "of adapters that are trained gradients are gathered at once"

@@ -170,6 +170,10 @@ class AdaLoraConfig(LoraConfig):
     def mixed(cls, methods: Any, p: Params, base: BaseLayer, x: Tensor) -> Tensor | None:
         return super().mixed(methods, cls._as_lora(p), base, x)
 
+    @classmethod
+    def add_mixed(cls, methods: Any, p: Params, base: BaseLayer, x: Tensor, y: Tensor) -> None:
+        super().add_mixed(methods, cls._as_lora(p), base, x, y)
+
     @staticmethod
     def _as_lora(p: Params) -> dict[str, Tensor]:
         # LoRA's functions call each other, so p may have been folded already.

@@ -354,15 +354,31 @@ class LoraConfig(TargetedConfig, WeightMethod):
     def mixed(cls, methods: Sequence[LoraConfig], p: Params, base: BaseLayer, x: Tensor) -> Tensor | None:
         if base.site.kind != "linear" or "bias" in p:
             return None
-        rows, distinct = x.flatten(1, -2), {id(m): m for m in methods}
-        scales = {key: m.scaling(base.site) for key, m in distinct.items()}
-        h = torch.bmm(rows, p["A"].mT)
-        if len(set(scales.values())) == 1:
-            h = h * scales[id(methods[0])]
-        else:
-            each = torch.tensor([scales[id(m)] for m in methods], dtype=x.dtype, device=x.device)
-            h = h * each[:, None, None]
+        h = torch.bmm(x.flatten(1, -2), p["A"].mT) * cls._scales(methods, base, x)
         return torch.bmm(h, p["B"].mT).view(*x.shape[:-1], -1)
+
+    @classmethod
+    def adds_in_place(cls, p: Params, base: BaseLayer) -> bool:
+        return base.site.kind == "linear" and "bias" not in p
+
+    @classmethod
+    def add_mixed(
+        cls, methods: Sequence[LoraConfig], p: Params, base: BaseLayer, x: Tensor, y: Tensor
+    ) -> None:
+        h, scale = torch.bmm(x.flatten(1, -2), p["A"].mT), cls._scales(methods, base, x)
+        if isinstance(scale, torch.Tensor):
+            h, scale = h * scale, 1.0
+        y.view(*h.shape[:2], -1).baddbmm_(h, p["B"].mT, alpha=scale)
+
+    @staticmethod
+    def _scales(methods: Sequence[LoraConfig], base: BaseLayer, x: Tensor) -> float | Tensor:
+        """Their scalings: one where it is that of all, else (k, 1, 1)."""
+        distinct = {id(m): m for m in methods}
+        scales = {key: m.scaling(base.site) for key, m in distinct.items()}
+        if len(set(scales.values())) == 1:
+            return scales[id(methods[0])]
+        each = torch.tensor([scales[id(m)] for m in methods], dtype=x.dtype, device=x.device)
+        return each[:, None, None]
 
 
 def per_channel(v: Tensor, site: Site) -> Tensor:
