@@ -5,6 +5,7 @@ By turns to the bit, in one forward up to the rounding of sums in another order.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +54,6 @@ def unlike(folder: Path, *adapters: dict[str, Any], **more: Any) -> dict[str, Tr
 
 
 def the_same_alone(requests: dict[str, TrainRequest]) -> dict[str, Heard]:
-    from dataclasses import replace
-
     return {
         name: alone(replace(each, run_dir=each.run_dir.replace("pack", "alone")))
         for name, each in requests.items()
@@ -176,8 +175,6 @@ def test_a_run_that_turns_nan_leaves_alone(tmp_path):
     wanted = the_same_alone(requests)
     spec = requests["run1"].spec
     mad = spec.model_copy(update={"training": spec.training.model_copy(update={"learning_rate": 1e30})})
-    from dataclasses import replace
-
     requests["run1"] = replace(requests["run1"], spec=mad)
     for way in ("turns", "together"):
         here = {name: replace(each, run_dir=f"{each.run_dir}-{way}") for name, each in requests.items()}
@@ -284,6 +281,20 @@ def test_what_cannot_share_a_base_may_stand_on_one_of_its_own(adapter, training,
     lone = alone(request(tmp_path, spec, run="alone"))
     check(heard, {"own": lone})
     assert heard["late"].of("failed")[0]["error"] == "SpecError"
+
+
+def test_runs_with_the_bases_own_dropout_come_after_one_another(tmp_path):
+    save_base(tmp_path / "base", dropout=0.2)
+    requests = unlike(tmp_path, of("lora"), of("ia3"))
+    for name, each in requests.items():
+        training = each.spec.training.model_copy(update={"base_dropout": True})
+        requests[name] = replace(each, spec=each.spec.model_copy(update={"training": training}))
+    pack, heard = started(requests)
+    for name, each in requests.items():
+        assert pack.ground.alone and pack.enter(name, each, heard[name])
+        while pack.trials:
+            pack.round()
+    check(heard, the_same_alone(requests))
 
 
 def micro(rows: int) -> Plan:
