@@ -323,21 +323,20 @@ class Adapted(AdapterModule):
             return None
         each = [self.methods[name] for name in names]  # type: ignore[index]
         method, given = type(first), x.to(dtype_of(parts[0][1])).unsqueeze(1)
-        in_place = not torch.is_grad_enabled() and method.adds_in_place(parts[0][1], self.base)
-        if in_place and given.dtype == x.dtype and (y := self.base(x)).is_contiguous() and y.dtype == x.dtype:
-            for part, p in parts:
-                method.add_mixed(each[part], p, self.base, given[part], y[part].unsqueeze(1))
-            return y
-        additions = []
+        y, additions = None, []
+        if not torch.is_grad_enabled() and method.adds_in_place(parts[0][1], self.base):
+            y = self.base(x)
+            if y.is_contiguous() and x.dtype == y.dtype == given.dtype:
+                for part, p in parts:
+                    method.add_mixed(each[part], p, self.base, given[part], y[part].unsqueeze(1))
+                return y
         for part, p in parts:
             added = method.mixed(each[part], p, self.base, given[part])
             if added is None:
                 return None
             additions.append(added.squeeze(1))
-        y = self.base(x)
-        return (
-            torch.cat(additions).add_(y).to(y.dtype) if len(parts) > 1 else additions[0].add_(y).to(y.dtype)
-        )
+        y = self.base(x) if y is None else y
+        return (torch.cat(additions) if len(parts) > 1 else additions[0]).add_(y).to(y.dtype)
 
     def _mixed_weights(self, x: Tensor, split: Split, parts: list[tuple[list[Level], int, int]]) -> Tensor:
         """Rows name different adapters, all of which add to W: the layer runs once, the additions part by

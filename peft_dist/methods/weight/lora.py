@@ -365,10 +365,8 @@ class LoraConfig(TargetedConfig, WeightMethod):
     def add_mixed(
         cls, methods: Sequence[LoraConfig], p: Params, base: BaseLayer, x: Tensor, y: Tensor
     ) -> None:
-        h, scale = torch.bmm(x.flatten(1, -2), p["A"].mT), cls._scales(methods, base, x)
-        if isinstance(scale, torch.Tensor):
-            h, scale = h * scale, 1.0
-        y.view(*h.shape[:2], -1).baddbmm_(h, p["B"].mT, alpha=scale)
+        h = torch.bmm(x.flatten(1, -2), p["A"].mT).mul_(cls._scales(methods, base, x))
+        y.view(*h.shape[:2], -1).baddbmm_(h, p["B"].mT)
 
     @staticmethod
     def _scales(methods: Sequence[LoraConfig], base: BaseLayer, x: Tensor) -> float | Tensor:
