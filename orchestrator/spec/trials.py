@@ -233,9 +233,8 @@ def _placed(problem: Problem, space: Collection[Dimension], parameters: Paramete
         for key in each.keys:
             if name == key or name.startswith(f"{key}."):
                 value = parameters[key]
-                says = (
-                    problem.problem if show(value) in problem.problem else f"{show(value)}: {problem.problem}"
-                )
+                what = name if isinstance(value, dict) else show(value)
+                says = problem.problem if what in problem.problem else f"{what}: {problem.problem}"
                 says = f"{key}: {says}" if each.kind == PAIRED else says
                 return Problem(_place(each, key), says + _drawn_from(each, value, problem), problem.hint)
     return Problem(SPACE, f"the trial with {shown(parameters)}: {name}: {problem.problem}", problem.hint)

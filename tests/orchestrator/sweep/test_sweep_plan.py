@@ -91,6 +91,11 @@ def test_a_whole_section_and_a_part_of_it_are_not_both_drawn():
         planned(space="adapter: {choice: [{type: lora, r: 4}]}, adapter.r: {choice: [8]}")
 
 
+def test_what_is_wrong_within_a_whole_section_is_named():
+    with pytest.raises(SpecError, match=r"sweep.space.adapter: adapter.rnk: lora has no such field"):
+        planned(space="adapter: {choice: [{type: ia3}, {type: lora, rnk: 4}]}")
+
+
 def test_an_elastic_job_has_groups_of_a_fixed_size():
     spec = load_job_text(JOB.format(training="", pack="auto", space=SEEDS), "jobs/x.yaml").spec
     elastic = spec.model_copy(update={"resources": spec.resources.model_copy(update={"num_workers": (1, 4)})})
