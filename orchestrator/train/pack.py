@@ -195,9 +195,17 @@ class Pack:
             self._tell("warning", message=f"{len(trials)} runs did not fit in one forward; now {self._most}")
         else:
             self._apart[kind] = failed.cause
-        for part in _cut(trials, self._most if failed.kind == "out_of_memory" else 1):
-            self._step(part, kind, is_timed=False)
+        self._apart_from_now(trials, kind, self._most if failed.kind == "out_of_memory" else 1)
         return 0.0, 0.0
+
+    def _apart_from_now(self, trials: Sequence[Trial], kind: Kind, most: int) -> None:
+        """The step of runs that could not take it together, in smaller groups; a group before may have shown that
+        they must be smaller yet."""
+        for part in _cut(trials, most):
+            if len(part) > self._most:
+                self._apart_from_now(part, kind, self._most)
+            else:
+                self._step(part, kind, is_timed=False)
 
     def _alone(self, trial: Trial, is_timed: bool) -> tuple[float, float]:
         training = trial.training

@@ -194,20 +194,28 @@ def test_one_that_cannot_enter_fails_alone(tmp_path):
     assert heard["run0"].of("finished") and heard["run2"].of("finished")
 
 
-def test_memory_that_runs_out_splits_the_pack_then_the_forward(tmp_path, monkeypatch):
+@pytest.mark.parametrize("most", [2, pytest.param(1, marks=pytest.mark.matrix)])
+def test_memory_that_runs_out_splits_the_pack_then_the_forward(most, tmp_path, monkeypatch):
     requests = unlike(tmp_path, of("lora"), of("lora"), of("lora"), of("ia3"))
     wanted = the_same_alone(requests)
     real, tried = joint.backward, []
 
     def tight(model: Any, parts: Any) -> Any:
         tried.append(len(parts))
-        if len(parts) > 2:
+        if len(parts) > most:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return real(model, parts)
 
     monkeypatch.setattr(joint, "backward", tight)
-    check(packed(requests, "together"), wanted, 5e-5)
+    said: list[str] = []
+
+    def tell(kind: str, **fields: Any) -> None:
+        if kind == "warning":
+            said.append(fields["message"])
+
+    check(packed(requests, "together", tell), wanted, 5e-5)
     assert tried[0] == 4 and set(tried[1:]) == {2}
+    assert said == [f"{n} runs did not fit in one forward; now {n // 2}" for n in (4, 2) if n > most]
 
 
 def test_memory_that_runs_out_on_a_rank_that_others_wait_for_ends_the_group(tmp_path, monkeypatch):
