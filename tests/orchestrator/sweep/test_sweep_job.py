@@ -61,15 +61,26 @@ def test_the_sweep_of_the_readme_beats_the_quickstart(environment, repository, m
     assert Path(shown["report"]).read_text().count("data:image/png") == 3
 
 
-def test_a_trial_of_a_pack_ends_as_it_does_alone(environment, repository, tmp_path):
+@pytest.mark.parametrize(
+    "on",
+    [
+        (),
+        ("deepspeed=zero2", "resources.num_workers=2"),
+        ("deepspeed=zero3", "resources.num_workers=2"),
+        ("model.load_in_8bit=true",),
+        ("model.load_in_4bit=true",),
+    ],
+    ids=["plain", "zero2", "zero3", "int8", "nf4"],
+)
+def test_a_trial_of_a_pack_ends_as_it_does_alone(on, environment, repository, tmp_path):
     job = tmp_path / "small.yaml"
     job.write_text(SMALL.format(root=repository).replace("{type: asha, reduction_factor: 2}", "none"))
-    raypeft(environment, "run", str(job))
+    base = [f"--set={each}" for each in on]
+    raypeft(environment, "run", str(job), "--new", *base)
     shown = json.loads(raypeft(environment, "sweep", "show", "small", "--json"))
     trial = shown["trials"][0]
     settings = [f"--set={key}={value}" for key, value in trial["parameters"].items()]
-    said = raypeft(
-        environment, "run", str(job), "--set", "sweep=null", "--set", "name=alone", *settings, "--json"
-    )
+    alone_too = ("--set=sweep=null", "--set=name=alone", *base, *settings)
+    said = raypeft(environment, "run", str(job), "--new", *alone_too, "--json")
     alone = json.loads(said.splitlines()[-1])["metrics"]["eval_loss"]
     assert alone == pytest.approx(trial["metrics"]["eval_loss"], abs=1e-3)
