@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
+import gc
 import json
 import os
 import platform
@@ -325,6 +326,8 @@ def main() -> int:
     lines = []
     print(HEADER)
     for name in arguments.only or [*METHODS, *OTHERS]:
+        gc.collect()
+        gc.freeze()  # else each part pays, on both sides, for walking what those before it left
         line = (
             OTHERS[name](place, arguments.rounds)
             if name in OTHERS
