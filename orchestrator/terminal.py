@@ -206,7 +206,11 @@ def _describe_trial(event: Event) -> str:
 
 def _parameters(parameters: dict[str, Any]) -> str:
     return "  ".join(
-        f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}"
+        f"{key} ({_parameters(value)})"
+        if isinstance(value, dict)
+        else f"{key} {value:.3g}"
+        if isinstance(value, float)
+        else f"{key} {value}"
         for key, value in parameters.items()
     )
 
