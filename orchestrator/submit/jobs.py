@@ -137,7 +137,7 @@ def submit(
     _check_room(spec, facts)
     payload = pack(pinned(spec), cluster)
     content = payload.zip()
-    run = run_id(payload.spec)
+    run = run_id(payload.spec, data_hash(spec))
     known = _known(dashboard)
     _refuse_second(known, run, dashboard.address)
     found = ask_environment(dashboard)
@@ -215,7 +215,7 @@ def describe(spec: JobSpec, cluster: Cluster, *, install: bool = False, argument
     """
     payload = pack(pinned(spec), cluster)
     content = payload.zip()
-    run = run_id(payload.spec)
+    run = run_id(payload.spec, data_hash(spec))
     envelope = Envelope("raypeft_NAME.zip", b"", "KEY") if spec.secrets else None
     pip = requirements() if install or cluster.install else ()
     request = run_request(content, run, 1, pip, envelope, arguments)
@@ -294,9 +294,14 @@ def cancel(id: str, address: str) -> JobState:
     )
 
 
-def run_id(spec: JobSpec) -> str:
-    """The id that the run gets in the cluster's storage: its name and the first digits of its identity."""
-    return f"{spec.name}-{run_identity(canonical_hash(spec), data_hash(spec))[:8]}"
+def run_id(spec: JobSpec, data: str | None = None) -> str:
+    """The id that the run gets in the cluster's storage: its name and the first digits of its identity.
+
+    Args:
+        spec: as it travels.
+        data: the hash of its data, where its files do not yet lie where they travel to.
+    """
+    return f"{spec.name}-{run_identity(canonical_hash(spec), data or data_hash(spec))[:8]}"
 
 
 def pinned(spec: JobSpec) -> JobSpec:

@@ -114,6 +114,18 @@ def test_the_id_is_the_runs_and_the_attempts(folder):
     assert jobs._next_attempt([], run) == 1
 
 
+def test_data_outside_the_working_directory_is_sent_from_where_it_is(folder, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    write_inputs(elsewhere)
+    spec = make_job(data=str(elsewhere / "rows.jsonl"))
+    said = json.loads(jobs.describe(spec, cluster_at("http://head:8265")))
+    assert "files/1/rows.jsonl" in said["spec"]
+    sent = pack(spec, cluster_at("http://head:8265")).spec
+    (folder / "files" / "1").mkdir(parents=True)
+    (folder / "files" / "1" / "rows.jsonl").write_bytes((elsewhere / "rows.jsonl").read_bytes())
+    assert said["body"]["metadata"]["raypeft.run"] == jobs.run_id(sent)  # what the cluster makes of it
+
+
 def request(arguments=(), **keywords):
     packed = pack(make_job(), cluster_at("http://head:8265"))
     return jobs.run_request(packed.zip(), "small-12345678", 2, arguments=arguments, **keywords)
