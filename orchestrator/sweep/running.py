@@ -43,7 +43,7 @@ class Running:
         self._groups, self._tell, self._judge = groups, tell, judge
         self._total, self._ended = total, ended
         self._trials: dict[int, TrialRun] = {}
-        self._leaving: dict[str, Callable[[Event], None]] = {}
+        self._leaving: dict[str, tuple[TrialRun, Callable[[TrialRun, Event], None]]] = {}
 
     def __len__(self) -> int:
         return len(self._trials)
@@ -84,19 +84,20 @@ class Running:
         deadline = time.monotonic() + LEAVE_S
         while self._leaving and time.monotonic() < deadline:
             for event in self._groups.take():
-                if event.get("trial") in self._leaving and event["event"] in _ENDS:
-                    self._leaving.pop(event["trial"])(event)
+                if event.get("trial") in self._leaving:
+                    self._of_leaving(event)
                 if event["event"] == "group_failed":
                     deadline = min(deadline, time.monotonic() + 1)
             time.sleep(0.02)
         for name in list(self._leaving):
-            self._leaving.pop(name)({})
+            trial, end = self._leaving.pop(name)
+            end(trial, {})
 
     def take(self, event: Event) -> None:
         """What a group says of a trial."""
         kind, name = event["event"], event["trial"]
-        if kind in _ENDS and name in self._leaving:
-            self._leaving.pop(name)(event)
+        if name in self._leaving:
+            self._of_leaving(event)
             return
         trial = self._trials.get(int(name))
         if trial is None:
@@ -133,8 +134,18 @@ class Running:
 
     def _leave(self, number: int, end: Callable[[TrialRun, Event], None]) -> None:
         trial = self._trials.pop(number)
-        self._leaving[str(number)] = lambda event: end(trial, event)
+        self._leaving[str(number)] = (trial, end)
         self._groups.leave(str(number))
+
+    def _of_leaving(self, event: Event) -> None:
+        """What a trial that was asked to leave still does: what it measures is kept, and nobody judges it by that."""
+        trial, end = self._leaving[event["trial"]]
+        if event["event"] in _ENDS:
+            del self._leaving[event["trial"]]
+            end(trial, event)
+        elif event["event"] in ("progress", "eval"):
+            trial.step = event["step"]
+            self._keep(trial, {**event, "trial": trial.number})
 
     def _leave_all(self, end: Callable[[TrialRun, Event], None]) -> None:
         for number in list(self._trials):

@@ -164,6 +164,10 @@ def test_a_stop_saves_every_trial(tmp_path):
         for each in sweep.trials
     ]
     assert len(saved) == 3 and all(each["step"] for each in saved)
+    for each, checkpoint in zip(sweep.trials, saved, strict=True):  # what it measured on its way out is kept
+        lines = (tmp_path / "sweep-1" / "trials" / each.id / "metrics.jsonl").read_text().splitlines()
+        told = [line["step"] for line in map(json.loads, lines) if line["event"] == "progress"]
+        assert told == list(range(1, checkpoint["step"] + 1))
     assert "3 trials by eval_loss (min); 3 have not ended" in report_of(sweep)
 
 
