@@ -152,6 +152,8 @@ class RunStore:
                 continue  # a folder without run.json is no run
             except StorageError as error:
                 url = join(self.url, id)
+                if objects.is_local(url) and objects.local_path(url).is_file():
+                    continue  # a tracker's database
                 records.append(RunRecord(id, id, 0, url, "unreadable", cause=str(error)))
         return sorted(records, key=lambda record: record.created)
 

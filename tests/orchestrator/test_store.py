@@ -396,6 +396,7 @@ def test_newer_and_damaged_runs_are_listed_as_such(tmp_path: Path) -> None:
     broken.mkdir()
     (broken / "run.json").write_text('{"for')
     (tmp_path / "no-run").mkdir()
+    (tmp_path / "mlflow.db").write_text("a tracker's")
     states = {record.id: (record.state, record.cause) for record in store.list()}
     assert set(states) == {run.id, newer.name, broken.name}
     assert states[newer.name] == (
