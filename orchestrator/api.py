@@ -197,9 +197,14 @@ def run(
             result = replace(result, sweep=read_sweep(environment.runs.get(result.job)).to_dict())
         result = _with_answers(result, environment.registry)
     finally:
-        stays = was_up or _leave(where)
+        stays = _stays_up(where, was_up) or _leave(where)
         wiring.disconnect()
-    notes = ("Ray stays up for the endpoint; end both with: raypeft down",) if stays and not was_up else ()
+    why = (
+        "another command, which ends it"
+        if local_ray.is_left()
+        else "the endpoint; end both with: raypeft down"
+    )
+    notes = (f"Ray stays up for {why}",) if stays and not was_up else ()
     return replace(result, notes=(*result.notes, *notes))
 
 
@@ -227,16 +232,21 @@ def _is_up(cluster: Cluster) -> bool:
     return cluster.kind != "local" or local_ray.current() is not None
 
 
+def _stays_up(cluster: Cluster, was_up: bool) -> bool:
+    """Whether this command is not to end the cluster's Ray: it was up before, and not left to it by another."""
+    return was_up and not (cluster.kind == "local" and local_ray.is_left())
+
+
 def _leave(cluster: Cluster) -> bool:
-    """Ends the Ray that this command started; returns True where it stays, because an endpoint lives on it."""
+    """Ends the Ray that this command started; returns True where it stays, because an endpoint lives on it or another
+    command uses it."""
     if local_ray.current() is None:
         return False
     with contextlib.suppress(RaypeftError):  # it must end also where the registry cannot be read
         if any(row.state != "down" for row in wiring.endpoint_rows(cluster)):
             return True
     wiring.disconnect()
-    local_ray.down()
-    return False
+    return not local_ray.leave()
 
 
 def _with_answers(result: RunResult, registry: Registry) -> RunResult:
@@ -550,7 +560,7 @@ def merge(
                 on_event=on_event,
             )
         finally:
-            if not was_up:
+            if not _stays_up(ours, was_up):
                 _leave(ours)
             wiring.disconnect()
 

@@ -149,6 +149,7 @@ def ensure_up(
                 object_store_bytes or (200_000_000 if memory_bytes() <= 32 * GIB else GIB),
                 timeout_s,
             )
+        _use(ray)
     ray.attach()
     return ray
 
@@ -170,6 +171,57 @@ def down() -> bool:
         ray = _read_state()
         _clean_up(ray)
         return ray is not None
+
+
+def release() -> None:
+    """Says that this process uses the local Ray no more."""
+    while _users:
+        os.close(_users.popitem()[1])
+
+
+def leave() -> bool:
+    """As `down`, unless other processes use it: the last of them then ends it (`is_left`). Returns whether it is gone.
+
+    Raises:
+        ClusterError: as `down`.
+    """
+    release()
+    with _lock():
+        ray = _read_state()
+        if ray is not None and _is_used(ray):
+            (Path(ray.temp_dir) / _LEFT).touch()
+            return False
+        _clean_up(ray)
+        return True
+
+
+def is_left() -> bool:
+    """Whether the command that started the local Ray has ended before others that use it."""
+    ray = _read_state()
+    return ray is not None and (Path(ray.temp_dir) / _LEFT).exists()
+
+
+_USERS, _LEFT = "users", "left"
+"""Files in its folder: which its users hold a shared lock on, and which says that its last user is to end it."""
+_users: dict[str, int] = {}
+"""The descriptor of that lock, by the Ray's id."""
+
+
+def _use(ray: LocalRay) -> None:
+    if ray.id not in _users and Path(ray.temp_dir).is_dir():
+        _users[ray.id] = os.open(Path(ray.temp_dir) / _USERS, os.O_RDWR | os.O_CREAT, 0o600)
+        fcntl.flock(_users[ray.id], fcntl.LOCK_SH)
+
+
+def _is_used(ray: LocalRay) -> bool:
+    try:
+        with open(Path(ray.temp_dir) / _USERS, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 def visible_cpus() -> int:

@@ -122,6 +122,7 @@ def disconnect() -> None:
 
     if "ray" in sys.modules:
         sys.modules["ray"].shutdown()
+    local_ray.release()
 
 
 def check_registry(cluster: Cluster) -> None:

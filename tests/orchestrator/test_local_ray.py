@@ -1,6 +1,7 @@
 """The local Ray: one per home, found again, on loopback, for this user alone; ended whole, and nothing
 else is."""
 
+import fcntl
 import json
 import os
 import signal
@@ -314,3 +315,17 @@ def test_the_state_file_has_a_format(home):
     home.mkdir()
     local_ray._write_state(local_ray.LocalRay("x", "a:1", "u", "t", None, 1, 0, 1, 1))
     assert json.loads((home / "local-ray.json").read_text())["format"] == 1
+
+
+def test_a_ray_that_another_command_uses_is_left_to_it(home, tmp_path, monkeypatch):
+    """A run that waited on it for room ended with it, without a word."""
+    ray = local_ray.LocalRay("rp-x", "127.0.0.1:1", "", str(tmp_path), None, 1, 0, 1, 1)
+    ended = []
+    monkeypatch.setattr(local_ray, "_read_state", lambda: ray)
+    monkeypatch.setattr(local_ray, "_clean_up", ended.append)
+    local_ray._use(ray)
+    with open(tmp_path / "users") as other:  # as another process has it
+        fcntl.flock(other, fcntl.LOCK_SH)
+        assert not local_ray.leave() and local_ray.is_left() and not ended
+    local_ray._use(ray)
+    assert local_ray.leave() and ended == [ray]
