@@ -40,6 +40,7 @@ TRIES_AGAIN_S = 15.0
 GATHERS_S = 0.3
 """How long metrics are gathered, to be sent together."""
 _AT_ONCE, _TRIES = 500, 3
+_LONGEST_REASON = 300
 LEAVES_AFTER_S = 60.0
 """How long after the driver's end a tracker may take for what still waits."""
 
@@ -121,7 +122,8 @@ class Feed(threading.Thread):
 
     def _warn(self, error: Exception) -> None:
         if not self._warned:
-            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            reason = " ".join(str(error).split()) or type(error).__name__
+            reason = reason if len(reason) <= _LONGEST_REASON else f"{reason[:_LONGEST_REASON]}..."
             say(
                 {
                     "warning": f"tracking.{self.target['kind']}: {reason} The run goes on, untracked until it answers."
