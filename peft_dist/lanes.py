@@ -160,21 +160,21 @@ def add(lanes: Lanes, where: Where, run: Run, x: Tensor, y: Tensor) -> None:
 
 def _masked(lanes: Lanes, where: Where, run: Run, x: Tensor, y: Tensor) -> None:
     """Two products over all lanes; a mask between them leaves each position its own."""
-    num, rank, in_ = lanes.A.shape
     siblings = lanes.siblings
     if siblings is None:
-        h = F.linear(x.view(-1, in_), lanes.A.view(-1, in_)).mul_(_mask(lanes, where, run, x))
+        h = F.linear(x.view(-1, x.shape[-1]), lanes.A.flatten(0, 1)).mul_(_mask(lanes, where, run, x))
     else:
-        x_then, where_then, whole = run.made.get(siblings, (None, None, None))
+        x_then, where_then, each = run.made.get(siblings, (None, None, None))
         if x_then is not x or where_then is not where:
-            product = F.linear(x.view(-1, in_), siblings.A.view(-1, in_))
+            product = F.linear(x.view(-1, x.shape[-1]), siblings.A.flatten(0, 2))
             product = product.view(run.num, len(siblings.members), -1).transpose(0, 1)
             # Each member's own rows side by side: the second product is much slower over rows that are apart.
             whole = torch.empty(product.shape, dtype=x.dtype, device=x.device)
             torch.mul(product, _mask(lanes, where, run, x), out=whole)
-            run.made[siblings] = x, where, whole
-        h = whole[siblings.members.index(lanes)]  # type: ignore[index]
-    torch.addmm(y, h, lanes.B.view(num * rank, -1), out=y)
+            each = dict(zip(siblings.members, whole.unbind(), strict=True))
+            run.made[siblings] = x, where, each
+        h = each[lanes]  # type: ignore[index]
+    y.addmm_(h, lanes.B.flatten(0, 1))
 
 
 def _mask(lanes: Lanes, where: Where, run: Run, x: Tensor) -> Tensor:

@@ -83,8 +83,12 @@ def _add(module: Any, plan: Plan, run: Run, x: Tensor, y: Tensor) -> None:
     """Adds to y, in place, what adapters add to it."""
     for stacked, where in plan.side_by_side:
         lanes.add(stacked, where, run, x, y)
-    if not plan.apart:
-        return
+    if plan.apart:
+        _add_apart(module, plan, run, x, y)
+
+
+def _add_apart(module: Any, plan: Plan, run: Run, x: Tensor, y: Tensor) -> None:
+    """Adds what adapters add that serve their stretches by themselves."""
     dim = run.dim(x)
     assert dim is not None
     entrance = Entrance(module)
@@ -141,14 +145,23 @@ def chosen(module: Any, choice: str | Blend | None) -> Blend:
 
 
 def _plan(module: Any, x: Tensor, run: Run, alone: bool) -> Plan:
-    plans = module._pool.plans.setdefault(module._site_name, {})
-    few = not alone and lanes.is_few(run.num, x.dtype, x.device)
-    key = (run.choices, few, x.dtype)
+    key = run.made.get(x.dtype)
+    if key is None:  # once for a row, not for a layer
+        few = not alone and lanes.is_few(run.num, x.dtype, x.device)
+        key = run.made[x.dtype] = (run.choices, few, x.dtype)
+    plans = module._pool.plans.get(module._site_name)
+    if plans is None:
+        plans = module._pool.plans[module._site_name] = {}
     plan = plans.get(key)
-    if plan is None or any(stacked.order is not order for stacked, order in plan.orders):
-        if len(plans) >= _PLANS:
-            plans.clear()
-        plan = plans[key] = _made(module, x, run, few)
+    if plan is not None:
+        for stacked, order in plan.orders:
+            if stacked.order is not order:
+                break
+        else:
+            return plan
+    if len(plans) >= _PLANS:
+        plans.clear()
+    plan = plans[key] = _made(module, x, run, key[1])
     return plan
 
 
