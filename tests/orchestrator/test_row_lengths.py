@@ -60,7 +60,7 @@ def test_labels_are_counted_for_the_head(tmp_path):
     assert num_labels(spec_of()) is None
 
 
-@pytest.mark.parametrize("path", ["nowhere.jsonl", "s3://bucket/x.jsonl", "jobs/quickstart.yaml"])
+@pytest.mark.parametrize("path", ["nowhere.jsonl", "s3://bucket/x.jsonl", "someone/rows"])
 def test_what_is_not_at_hand_is_not_known(path):
     assert longest_row(spec_of(overrides=[BASE, f"data.datasets.0.path={path}"])) is None
 
