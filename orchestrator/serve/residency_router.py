@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import random
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from typing import Any
 
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
@@ -24,18 +24,23 @@ SPARE_REQUESTS = 16
 """A holder with so many requests more than the least loaded replica is overloaded."""
 REMEMBERED_S = 5.0
 """How long a replica counts as a holder because it was given a request: until it says so itself."""
+LATELY_S = 60.0
+"""How long a model counts as one that a replica is asked for."""
 MOST_REMEMBERED = 1024
 
 
 class ResidencyRouter(RequestRouter):
     """A request goes to the least loaded replica that holds its model; where none does, or those are overloaded, to the
-    least loaded of all, which then loads it. Among equals one with room for an adapter, and then always the same one
-    for the same model, so that replicas come to hold different ones; any of them where no model is known."""
+    least loaded of all, which then loads it. Among equals one with room for an adapter, or else the one that was asked
+    for the fewest of late, whatever else it holds, and then always the same one for the same model, so that replicas
+    come to hold different ones; any of them where no model is known."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self._given: OrderedDict[str, tuple[ReplicaID, float]] = OrderedDict()
         """Model -> the replica that was last given a request for it while none held it, and when."""
+        self._last: OrderedDict[str, tuple[ReplicaID, float]] = OrderedDict()
+        """Model -> the replica that was last given a request for it, and when."""
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
@@ -49,15 +54,19 @@ class ResidencyRouter(RequestRouter):
         parts = parts_of(model)
         held = {each.replica_id: self._num_held(each, model, parts) for each in candidate_replicas}
         free = {each for each in load if load[each] <= least + SPARE_REQUESTS}
+        # Of two that hold a model one may never be asked for it, and would keep its place for nothing.
+        asked = Counter() if any(held.values()) else self._asked_lately(model)
 
         def rank(replica: RunningReplica) -> tuple[Any, ...]:
             id = replica.replica_id
             has_room = bool(replica.routing_stats.get(HAS_ROOM, True))
-            return (-held[id] if id in free else 0, load[id], not has_room, _order(model, id))
+            return (-held[id] if id in free else 0, load[id], not has_room, asked[id], _order(model, id))
 
         ranked = sorted(candidate_replicas, key=rank)
-        if ranked and model and held[ranked[0].replica_id] < len(parts):
-            self._remember(model, ranked[0].replica_id)
+        if ranked and model:
+            _remember(self._last, model, ranked[0].replica_id)
+            if held[ranked[0].replica_id] < len(parts):
+                _remember(self._given, model, ranked[0].replica_id)
         return [[each] for each in ranked]
 
     def _load(self, replica: RunningReplica) -> int:
@@ -75,11 +84,22 @@ class ResidencyRouter(RequestRouter):
             return len(parts)
         return len(parts.intersection(replica.routing_stats.get(MODELS, ())))
 
-    def _remember(self, model: str, replica: ReplicaID) -> None:
-        self._given[model] = (replica, time.monotonic())
-        self._given.move_to_end(model)
-        while len(self._given) > MOST_REMEMBERED:
-            self._given.popitem(last=False)
+    def _asked_lately(self, model: str) -> Counter[ReplicaID]:
+        """How many other adapters each replica was asked for of late, whatever version of them."""
+        since = time.monotonic() - LATELY_S
+        recent = {(id, _name(each)) for each, (id, when) in self._last.items() if when > since}
+        return Counter(id for id, name in recent if name != _name(model))
+
+
+def _name(model: str) -> str:
+    return model.partition("@")[0]
+
+
+def _remember(where: OrderedDict[str, tuple[ReplicaID, float]], model: str, replica: ReplicaID) -> None:
+    where[model] = (replica, time.monotonic())
+    where.move_to_end(model)
+    while len(where) > MOST_REMEMBERED:
+        where.popitem(last=False)
 
 
 def parts_of(model: str) -> frozenset[str]:

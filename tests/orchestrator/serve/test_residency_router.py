@@ -71,6 +71,17 @@ def test_an_overloaded_holder_is_helped_by_the_least_loaded():
     assert scene.ranked("a")[0] == "one"
 
 
+@pytest.mark.parametrize("first", ["one", "two"])
+def test_a_copy_that_nobody_asks_for_makes_room_for_what_none_holds(first):
+    """One replica answers for three adapters in two places, the other for one, and holds a copy of one of the three."""
+    scene = Scene(replica("one", "b", "c"), replica("two", "b", "c"))
+    scene.load(**{first: 0, "two" if first == "one" else "one": 1})
+    for model in ("b", "c@1", "c", "c@production"):
+        assert scene.ranked(model)[0] == first
+    scene.load(one=0, two=0)
+    assert {scene.ranked(model)[0] for model in ("a", "a", "a@1")} == {"two" if first == "one" else "one"}
+
+
 def test_of_two_holders_the_less_loaded_gets_it():
     scene = Scene(replica("one", "a"), replica("two", "a"), replica("three"))
     scene.load(one=3, two=2, three=0)
