@@ -6,9 +6,8 @@ task is run twice, first to hear what it asks of the model, then to be answered.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
@@ -83,31 +82,26 @@ def _losses(model: nn.Module, parts: Sequence[Part], number: int) -> list[Tensor
         streams={part.adapter: (part.ready.step.seed, part.ready.step.number) for part in parts},
         bins=Bins(lengths) if shared else None,
     )
-    with model.using(rows), _for_targets(model, parts, batches):  # type: ignore[operator]
+    # else a task of its own reads more of what the model gives than its targets
+    picks = all(isinstance(part.task, CausalLM) for part in parts)
+    with model.using(rows), _for_targets(model, batches) if picks else nullcontext():  # type: ignore[operator]
         given = model(**_together(asked, counts))
     losses, at, target = [], 0, 0
     for part, batch, count in zip(parts, batches, counts, strict=True):
         own = _cut(given, at, at + count, sum(counts))
-        if given.get("logits") is not None and _is_of_targets(part, given.logits):
+        if picks and given.logits.ndim == 2:
             own.logits = given.logits[target : target + batch.targets]
         losses.append(part.task.loss(_Answer(model, own), batch))  # type: ignore[arg-type]
         at, target = at + count, target + batch.targets
     return losses
 
 
-def _for_targets(
-    model: nn.Module, parts: Sequence[Part], batches: Sequence[Batch]
-) -> AbstractContextManager[None]:
-    if not all(isinstance(part.task, CausalLM) for part in parts):
-        return contextlib.nullcontext()
+def _for_targets(model: nn.Module, batches: Sequence[Batch]) -> AbstractContextManager[None]:
+    """`for_targets` of batches side by side, of which each may have virtual tokens of its own among its labels."""
     labels = [batch.labels["labels"][:, 1:] for batch in batches]  # a row's first token is no target
     widest = max(each.shape[1] for each in labels) + 1
     together = torch.cat([F.pad(each, (widest - each.shape[1], 0), value=IGNORED) for each in labels])
     return for_targets(model, together, next((batch.bins for batch in batches if batch.bins), None))
-
-
-def _is_of_targets(part: Part, logits: Tensor) -> bool:
-    return isinstance(part.task, CausalLM) and logits.ndim == 2
 
 
 def _widened(tasks: Sequence[Task], batches: Sequence[Batch]) -> list[Batch]:
