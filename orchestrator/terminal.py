@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import sys
 import time
 from contextlib import AbstractContextManager
-from typing import Any, TextIO
+from typing import IO, Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn
@@ -21,12 +23,25 @@ PLAIN_INTERVAL_S = 5.0
 WIDE = 80
 """Columns from which the bar leaves room for all facts of a step."""
 
+_UNREAD = (errno.EPIPE, errno.EIO)
+"""A pipe whose reader has ended; a terminal that was closed."""
+
 
 class View(AbstractContextManager["View"]):
-    """Shows nothing: `--quiet`, and the base of the others."""
+    """Shows nothing: `--quiet`, and the base of the others. Who reads may go away: what is shown goes on unseen."""
+
+    out: IO[str]
 
     def __call__(self, event: Event) -> None:
         """Takes one event."""
+        try:
+            self.show(event)
+        except OSError as error:
+            if error.errno in _UNREAD:
+                discard(self.out)
+
+    def show(self, event: Event) -> None:
+        """Writes what an event comes to."""
 
     def __exit__(self, *exc: object) -> None:
         return None
@@ -38,7 +53,7 @@ class JsonView(View):
     def __init__(self, out: TextIO | None = None) -> None:
         self.out = out or sys.stdout
 
-    def __call__(self, event: Event) -> None:
+    def show(self, event: Event) -> None:
         print(json.dumps(event), file=self.out, flush=True)
 
 
@@ -49,7 +64,7 @@ class PlainView(View):
         self.out = out or sys.stderr
         self.last = 0.0
 
-    def __call__(self, event: Event) -> None:
+    def show(self, event: Event) -> None:
         if is_of_trial(event):
             return
         if event["event"] in ("progress", "merging"):
@@ -68,7 +83,7 @@ class LiveView(View):
     """A bar with step, loss, learning rate, tokens a second and the time left, above it what happened."""
 
     def __init__(self, console: Console) -> None:
-        self.console = console
+        self.console, self.out = console, console.file
         self.bar = Progress(
             SpinnerColumn(),
             TextColumn("{task.description}"),
@@ -88,7 +103,7 @@ class LiveView(View):
     def __exit__(self, *exc: object) -> None:
         self.bar.stop()
 
-    def __call__(self, event: Event) -> None:
+    def show(self, event: Event) -> None:
         assert self.task is not None
         kind = event["event"]
         if is_of_trial(event):
@@ -119,6 +134,13 @@ class LiveView(View):
             if not is_last_word(event) and (line := describe(event)):
                 style = {"failure": "red", "warning": "yellow"}.get(kind)
                 self.console.print(line, style=style, highlight=False, markup=False)
+
+
+def discard(out: IO[str]) -> None:
+    """Sends whatever else is written there nowhere, what is still in its buffer too."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, out.fileno())
+    os.close(nowhere)
 
 
 def view_for(*, as_json: bool, quiet: bool, console: Console) -> View:

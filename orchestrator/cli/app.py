@@ -16,6 +16,7 @@ from rich.text import Text
 from .. import api
 from ..errors import RaypeftError
 from ..processes import hear_interrupts
+from ..terminal import JsonView, discard
 
 app = typer.Typer(
     name="raypeft",
@@ -66,13 +67,21 @@ RunArgument = Annotated[
 UNWRAPPED = 100_000
 """Columns where there is no terminal to wrap for."""
 
-console = Console()
-errors = Console(stderr=True)
+
+class _Console(Console):
+    """Goes on unseen where its reader has gone: what a command did is done, and its exit code says so."""
+
+    def on_broken_pipe(self) -> None:
+        discard(self.file)
+
+
+console = _Console()
+errors = _Console(stderr=True)
 
 
 def print_json(value: Any) -> None:
     """One JSON document on standard output."""
-    print(json.dumps(value, indent=2, default=str))
+    print(json.dumps(value, indent=2, default=str), flush=True)
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
@@ -83,7 +92,7 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]
         table.add_column(column, no_wrap=number == 0, overflow="fold")
     for row in rows:
         table.add_row(*map(Text, map(cell_text, row)))
-    wide = console if console.is_terminal else Console(width=UNWRAPPED)
+    wide = console if console.is_terminal else _Console(width=UNWRAPPED)
     wide.print(Text(title, "italic"), soft_wrap=True)
     wide.print(table)
 
@@ -146,7 +155,7 @@ def run_guarded(command: Callable[..., Any], arguments: Sequence[str] | None = N
         return end.code if isinstance(end.code, int) else 1
     except RaypeftError as error:
         if "--json" in given:
-            print(json.dumps({"error": error.to_dict()}), flush=True)
+            JsonView()({"error": error.to_dict()})
         errors.print(f"error: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
         return error.exit_code
     except KeyboardInterrupt:

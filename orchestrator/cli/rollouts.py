@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from typing import Annotated
 
@@ -136,7 +137,7 @@ def top(
         return
     if as_json:
         while True:
-            JsonView()({"event": "traffic", "rows": [row.to_dict() for row in rows]})
+            print(json.dumps({"event": "traffic", "rows": [row.to_dict() for row in rows]}), flush=True)
             time.sleep(interval)
             rows = next(looks)
     with Live(_table(rows), console=console, auto_refresh=False) as live:

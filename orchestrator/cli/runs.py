@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -182,11 +183,8 @@ def logs(
         for text in api.worker_log(id, worker, follow=follow, cluster=cluster):
             print(text, end="", flush=True)
         return
-    view = JsonView()
     for event in api.logs(id, follow=follow, cluster=cluster):
-        if as_json:
-            view(event)
-        elif line := describe(event):
+        if line := json.dumps(event) if as_json else describe(event):
             print(line, flush=True)
 
 

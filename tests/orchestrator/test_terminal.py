@@ -1,5 +1,6 @@
 import io
 import json
+import os
 
 import pytest
 from rich.console import Console
@@ -103,3 +104,14 @@ def test_the_failure_that_ends_a_command_is_left_to_its_error():
             live(event)
     for shown in (plain.getvalue(), console.file.getvalue()):
         assert shown.count("no room") == 1 and "going on from the last checkpoint" in shown
+
+
+@pytest.mark.parametrize("view", [JsonView, PlainView])
+def test_what_is_shown_to_a_reader_that_has_gone_ends_nothing(view):
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as out:
+        with view(out) as shown:
+            shown({"event": "warning", "message": "first"})
+            shown({"event": "warning", "message": "second"})
+        print("said afterwards", file=out, flush=True)
