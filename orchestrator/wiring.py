@@ -27,7 +27,7 @@ from .tracking.targets import open_tracking
 
 if TYPE_CHECKING:
     from .merging.merge import WriteFiles
-    from .plan.sweep import Layout
+    from .plan.layout import Layout
     from .serve.endpoints import EndpointInfo, RayEndpoints
     from .train.inspection import Inspection
 
@@ -206,7 +206,7 @@ def _runner(cluster: Cluster) -> Runner:
 
 def _sweep_runner(cluster: Cluster) -> Runner:
     _runner(cluster)  # joins its Ray
-    from .plan.sweep import lay_out, worker_room
+    from .plan.layout import lay_out, worker_room
     from .sweep.runner import SweepRunner
     from .train.nodes import RayCluster
     from .train.placement import places_in_all, places_now

@@ -9,7 +9,8 @@ import typer
 
 from .. import api
 from ..errors import RaypeftError
-from ..plan.sweep import SweepPlan, sweep_view
+from ..plan.sweep import SweepPlan
+from ..plan.sweep_view import sweep_view
 from ..plan.view import plan_dict, print_plan
 from ..spec.words import show
 from .app import (

@@ -3,59 +3,33 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from rich.console import Group, RenderableType
-from rich.table import Table
-from rich.text import Text
-
 from ..cluster import ClusterFacts
 from ..deepspeed_config import deepspeed_config
-from ..errors import PlacementError, SpecError
+from ..errors import PlacementError
 from ..spec.deepspeed_keys import zero_stage
 from ..spec.job import JobSpec
 from ..spec.rules import accumulation
 from ..spec.sharing import base_key, changes_base, unshareable
 from ..spec.space import combinations, dimensions
 from ..spec.sweep import SweepSpec
-from ..spec.trials import count_trials, evaluations, shown, trial_job
+from ..spec.trials import count_trials, shown, trial_job
 from ..spec.workers import forwards
 from . import Plan, make_plan
+from .layout import Layout, lay_out, packed_memory, worker_room
 from .memory import Memory
 from .model_sizes import ModelSizes
-from .placement import gpu_memory, has_labels, most_workers, show_bytes
+from .placement import most_workers
 from .row_lengths import RowFacts
-from .view import plan_dict, plan_view
+from .sweep_time import loads_of, seconds_of
+from .trial_steps import check_evaluations, steps_of
+from .view import plan_dict
 
-AT_ONCE = 8
-"""Trials that train at once in a group of workers, where nobody says."""
-WORTH_A_GROUP = 4
-"""Trials at once from which another group, which loads the base once more, is worth its start."""
-START_S = 20.0
-"""Seconds until a group of workers steps, a small base assumed."""
-CORE_FLOPS = 3e10
-"""Multiplications and additions in a second of one CPU core in float32, as training reaches them."""
-GPU_FLOPS = 1e14
-"""Of one GPU in bfloat16, likewise."""
 TRIED = 200
 """Trials of a space that are planned at most."""
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Where trials train."""
-
-    groups: int
-    """Groups of workers at once, each with one base."""
-    pack: int
-    """Trials on each base."""
-    concurrent: int
-    """Trials in all that train at once."""
-    joined: int | None = None
-    """Trials of a pack in one forward, as far as a worker has memory for them; None where that is not known."""
 
 
 @dataclass(frozen=True)
@@ -89,44 +63,6 @@ class SweepPlan:
             "notes": list(self.notes),
             "trial": plan_dict(self.trial),
         }
-
-
-def lay_out(
-    sweep: SweepSpec,
-    trials: int,
-    room: int,
-    memory: Memory | None = None,
-    worker: float | None = None,
-    *,
-    is_alone: bool = False,
-) -> Layout:
-    """Where so many trials train.
-
-    Args:
-        room: groups of workers that the cluster can hold at once.
-        memory: of a trial alone, the one that needs most; None where that is not known.
-        worker: bytes that a worker may use; None where that is not known.
-        is_alone: whether no two trials may share a base.
-    """
-    room, most = max(1, room), 10**9
-    if memory is not None and worker is not None:
-        resting = memory.adapter + memory.optimizer
-        most = max(1, int((worker - (memory.total - resting)) // max(1, resting)))
-    asked = 1 if is_alone else sweep.pack
-    if asked != "auto":
-        pack = min(asked, trials)
-        wanted = min(trials, sweep.max_concurrent or pack * room, pack * room)
-        groups = min(room, math.ceil(wanted / pack))
-        layout = Layout(groups, min(pack, wanted), wanted)
-    else:
-        wanted = min(trials, sweep.max_concurrent or AT_ONCE * room, most * room)
-        groups = min(room, max(1, wanted // WORTH_A_GROUP, math.ceil(wanted / most)))
-        layout = Layout(groups, math.ceil(wanted / groups), wanted)
-    if memory is None or worker is None:
-        return layout
-    moving = memory.gradients + memory.activations
-    left = worker - (packed_memory(memory, layout).total - moving)
-    return replace(layout, joined=min(layout.pack, max(1, int(left // max(1, moving)))))
 
 
 def make_sweep_plan(
@@ -169,9 +105,9 @@ def make_sweep_plan(
     if trial.alone is None and layout.concurrent < min(sweep.max_concurrent or 0, trials):
         number = f"{layout.concurrent} trial{'s' * (layout.concurrent > 1)}"
         notes.append(f"{number} at once, not {sweep.max_concurrent}: there is no more room.")
-    steps = _steps(job, rows)
+    steps = steps_of(job, rows)
     if sweep.scheduler.type != "none":
-        _check_evaluations(sweep, jobs, rows)
+        check_evaluations(sweep, jobs, rows)
     return SweepPlan(
         sweep,
         trial,
@@ -180,7 +116,7 @@ def make_sweep_plan(
         memory,
         trial.fits,
         steps,
-        _seconds(spec, trial, layout, trials, steps, sizes, rows, _loads(jobs, trials, layout.groups)),
+        seconds_of(spec, trial, layout, trials, steps, sizes, rows, loads_of(jobs, trials, layout.groups)),
         (*notes, *trial.notes),
     )
 
@@ -237,176 +173,3 @@ def trial_plan(plan: Plan, job: JobSpec) -> Plan:
         serving=None,
         alone=unshareable(job) or plan.alone,
     )
-
-
-def packed_memory(memory: Memory, layout: Layout) -> Memory:
-    """One base, what each trial of a pack keeps from step to step, and what one forward and backward of as many as run
-    joined takes; by turns, of one of them."""
-    joined = layout.joined or 1
-    return replace(
-        memory,
-        adapter=memory.adapter * layout.pack,
-        optimizer=memory.optimizer * layout.pack,
-        gradients=memory.gradients * joined,
-        activations=memory.activations * joined,
-    )
-
-
-def worker_room(plan: Plan, job: JobSpec, cluster: ClusterFacts | None) -> float | None:
-    """Bytes that a worker of this plan may use, a tenth left free; None where that is not known."""
-    if cluster is None:
-        return None
-    nodes = [node for node in cluster.nodes if has_labels(node.labels, job.resources.labels)]
-    if plan.use_gpu:
-        rooms = [gpu_memory(node) for node in nodes if gpu_memory(node)]
-    else:
-        rooms = [int(node.memory // max(1, node.cpus // plan.bundle["CPU"])) for node in nodes if node.memory]
-    return 0.9 * min(rooms) if rooms else None
-
-
-def _steps(job: JobSpec, rows: RowFacts) -> int | None:
-    training = job.training
-    if rows.count is None:
-        return training.max_steps
-    steps = training.num_epochs * _epoch(job, rows.count)
-    return min(steps, training.max_steps or steps)
-
-
-def _epoch(job: JobSpec, rows: int) -> int:
-    """Steps over so many rows, those held out included."""
-    held_out = job.data.val_set_size
-    count = rows - (held_out if isinstance(held_out, int) else round(rows * held_out))
-    return math.ceil(max(1, count) / accumulation(job)[1])
-
-
-def _evaluations(job: JobSpec, rows: RowFacts) -> int | None:
-    """How often a trial that nobody stops is evaluated, as `train.schedule.evaluates_at` says and once at its end; None
-    where its steps are not known."""
-    training, steps = job.training, _steps(job, rows)
-    if steps is None or (training.eval_steps is None and rows.count is None):
-        return None
-    if training.eval_steps is not None:
-        return math.ceil(steps / training.eval_steps)
-    epoch = max(1, _epoch(job, rows.count or 0))
-    times = min(training.evals_per_epoch or 1, epoch)
-    due, before = steps * times // epoch, (steps - 1) * times // epoch
-    return due + (due == before)
-
-
-def _check_evaluations(sweep: SweepSpec, jobs: Sequence[JobSpec], rows: RowFacts) -> None:
-    """Raises SpecError where the rows are so few, or evaluated so seldom, that a scheduler never sees a trial before
-    its end: known only here, by the number of rows."""
-    counts = [_evaluations(job, rows) for job in jobs]
-    known = [count for count in counts if count is not None]
-    grace = sweep.scheduler.grace_period
-    if len(known) < len(jobs) or max(known) > grace:
-        return
-    job = jobs[counts.index(max(known))]
-    steps, count = _steps(job, rows) or 1, max(known)
-    often = "once, at its end" if count == 1 else f"{count} times, the last at its end"
-    raise SpecError(
-        f"{sweep.scheduler.type} has nothing to compare: it looks at trials from evaluation {grace} on, before their "
-        f"end, and a trial of {steps} steps is evaluated {often}.",
-        where="sweep.scheduler",
-        hint=f"Write training.eval_steps: {max(1, steps // (4 * grace))}, or scheduler: none.",
-    )
-
-
-def _seconds(
-    spec: JobSpec,
-    plan: Plan,
-    layout: Layout,
-    trials: int,
-    steps: int | None,
-    sizes: ModelSizes | None,
-    rows: RowFacts,
-    loads: int,
-) -> float | None:
-    """Twice two operations for each parameter and token (forward, and backward through a frozen base), over what the
-    workers can do; rows are taken for half as long as the longest."""
-    if steps is None or sizes is None:
-        return None
-    tokens = steps * plan.global_batch_size * (rows.longest or plan.sequence_len) / 2
-    one = CORE_FLOPS * plan.bundle.get("CPU", 1)
-    speed = (GPU_FLOPS * plan.bundle["GPU"] if plan.use_gpu else one) * plan.num_workers
-    share = _share(spec, spec.sweep.scheduler.type if spec.sweep else "none")
-    return loads * START_S + trials * share * 4 * sizes.parameters * tokens / speed / layout.groups
-
-
-def _loads(jobs: Sequence[JobSpec], trials: int, groups: int) -> int:
-    """Times that a group of workers begins with a base, one after the other."""
-    kinds = {base_key(job) for job in jobs if not changes_base(job)}
-    changing = sum(changes_base(job) is not None for job in jobs) / len(jobs)
-    return math.ceil((len(kinds) + round(trials * changing)) / groups)
-
-
-def _share(spec: JobSpec, scheduler: str) -> float:
-    """The share of all steps that are taken where a scheduler stops trials."""
-    count = evaluations(spec) or 8
-    if scheduler == "none" or spec.sweep is None:
-        return 1.0
-    if scheduler == "median":
-        return (1 + spec.sweep.scheduler.grace_period / count) / 2
-    factor, at, alive, done = spec.sweep.scheduler.reduction_factor, 0.0, 1.0, 0.0
-    rung = float(spec.sweep.scheduler.grace_period)
-    while rung < count:
-        done, at, alive, rung = done + alive * (rung - at), rung, alive / factor, rung * factor
-    return min(1.0, (done + alive * (count - at)) / count)
-
-
-def sweep_view(plan: SweepPlan, name: str = "") -> RenderableType:
-    """The plan as a rich table, then that of one trial."""
-    table = Table(title=f"Sweep {name}", show_header=False, title_justify="left", box=None)
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column()
-    sweep, layout = plan.sweep, plan.layout
-    rows: Sequence[tuple[str, str]] = (
-        ("trials", f"{plan.trials}, {sweep.searcher} over {', '.join(_keys(sweep))}"),
-        ("compares", f"{sweep.metric}, {'less' if sweep.direction == 'min' else 'more'} is better"),
-        ("stops", _stops(sweep)),
-        (
-            "packs",
-            f"{layout.groups} group{'s' * (layout.groups > 1)} of {plan.trial.num_workers} "
-            f"worker{'s' * (plan.trial.num_workers > 1)}, {layout.pack} trial{'s' * (layout.pack > 1)} on each base, "
-            f"{layout.concurrent} at once{_joined(layout)}",
-        ),
-        (
-            "memory",
-            f"{show_bytes(plan.memory.total)} a worker of a full pack" if plan.memory else "not known",
-        ),
-        ("steps", f"{plan.steps} a trial" if plan.steps is not None else "not known: the rows are elsewhere"),
-        ("time", f"about {_clock(plan.seconds)}" if plan.seconds is not None else "not known"),
-    )
-    for key, text in rows:
-        table.add_row(key, text)
-    return Group(
-        table, Text(""), plan_view(replace(plan.trial, notes=plan.notes), "the trial that needs most")
-    )
-
-
-def _joined(layout: Layout) -> str:
-    if layout.joined is None or layout.pack == 1:
-        return ""
-    return (
-        f", at most {layout.joined} of a base in one forward" if layout.joined > 1 else ", one forward each"
-    )
-
-
-def _keys(sweep: SweepSpec) -> list[str]:
-    return [key for each in dimensions(sweep.space) for key in each.keys]
-
-
-def _stops(sweep: SweepSpec) -> str:
-    how = sweep.scheduler
-    if how.type == "none":
-        return "no trial before its end"
-    every = f"from evaluation {how.grace_period} on"
-    if how.type == "median":
-        return f"what is worse than the median, {every}"
-    return f"all but one of {how.reduction_factor:g} at each rung (asha), {every}"
-
-
-def _clock(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} seconds"
-    return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"

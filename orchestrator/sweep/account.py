@@ -9,7 +9,7 @@ from dataclasses import asdict
 from orchestrator import objects, stored
 from orchestrator.errors import RaypeftError
 from orchestrator.objects import NotFound, join
-from orchestrator.plan.sweep import Layout
+from orchestrator.plan.layout import Layout
 from orchestrator.runner import TrainRequest
 
 from .groups import Groups

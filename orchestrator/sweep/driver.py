@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from orchestrator.errors import Interrupted, OutOfTimeError, RaypeftError, TrainingError
-from orchestrator.plan.sweep import Layout
+from orchestrator.plan.layout import Layout
 from orchestrator.runner import Event, TrainOutcome, TrainRequest
 from orchestrator.spec.space import dimensions
 from orchestrator.spec.trials import count_trials, trial_job

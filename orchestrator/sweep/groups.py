@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from orchestrator.errors import LeaseError, RaypeftError
-from orchestrator.plan.sweep import Layout
+from orchestrator.plan.layout import Layout
 from orchestrator.runner import Event, TrainRequest
 from orchestrator.train.retries import FailureKind, Retries, smaller_micro_batch
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from orchestrator.errors import LeaseError, RaypeftError, TrainingError
-from orchestrator.plan.sweep import Layout
+from orchestrator.plan.layout import Layout
 from orchestrator.runner import Event, TrainOutcome, TrainRequest
 from orchestrator.spec.trials import count_trials
 

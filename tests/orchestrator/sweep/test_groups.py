@@ -6,9 +6,10 @@ from dataclasses import replace
 import pytest
 
 from orchestrator.errors import SpecError
+from orchestrator.plan.layout import Layout, lay_out, packed_memory
 from orchestrator.plan.memory import Memory
 from orchestrator.plan.row_lengths import RowFacts
-from orchestrator.plan.sweep import Layout, lay_out, make_sweep_plan, packed_memory
+from orchestrator.plan.sweep import make_sweep_plan
 from orchestrator.spec.load import load_job_text
 from orchestrator.sweep.groups import Groups
 

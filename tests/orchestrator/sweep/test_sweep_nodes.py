@@ -8,7 +8,7 @@ import ray
 from ray.cluster_utils import Cluster
 
 from orchestrator.plan import make_plan
-from orchestrator.plan.sweep import lay_out
+from orchestrator.plan.layout import lay_out
 from orchestrator.runner import TrainRequest
 from orchestrator.spec.load import load_job_text
 from orchestrator.spec.sharing import base_key

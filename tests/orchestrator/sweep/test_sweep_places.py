@@ -8,7 +8,7 @@ import ray
 from ray.cluster_utils import Cluster
 
 from orchestrator.plan import make_plan
-from orchestrator.plan.sweep import Layout
+from orchestrator.plan.layout import Layout
 from orchestrator.runner import TrainRequest
 from orchestrator.spec.load import load_job_text
 from orchestrator.spec.sharing import base_key

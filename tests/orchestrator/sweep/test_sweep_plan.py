@@ -4,8 +4,10 @@ import pytest
 
 from orchestrator.cluster import ClusterFacts, NodeFacts
 from orchestrator.errors import SpecError
+from orchestrator.plan.layout import Layout
 from orchestrator.plan.model_sizes import sizes_of
-from orchestrator.plan.sweep import START_S, Layout, SweepPlan, make_sweep_plan, trial_plan
+from orchestrator.plan.sweep import SweepPlan, make_sweep_plan, trial_plan
+from orchestrator.plan.sweep_time import START_S
 from orchestrator.spec.load import load_job_text
 from orchestrator.spec.sharing import base_key
 from orchestrator.spec.trials import trial_job

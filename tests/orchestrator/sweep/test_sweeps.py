@@ -7,7 +7,7 @@ import pytest
 import ray
 
 from orchestrator.errors import Interrupted, LeaseError, OutOfTimeError, TrainingError
-from orchestrator.plan.sweep import Layout
+from orchestrator.plan.layout import Layout
 from orchestrator.sweep.account import Account
 from orchestrator.sweep.driver import Driver
 from orchestrator.sweep.runner import SweepRunner
