@@ -94,7 +94,7 @@ class Service:
             async def start(self) -> None: ...
             async def stop(self) -> None: ...
             @asynccontextmanager
-            async def acquire(self, model: str, sticky: Any) -> Any:
+            async def acquire(self, model: str, sticky: Any, may_know: Any) -> Any:
                 yield Target("base", None)
 
         catalogue: Any = Catalogue()

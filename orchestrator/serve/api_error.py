@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 _KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
@@ -46,6 +47,21 @@ class ApiError(Exception):
         if self.retry_after_s is not None:
             headers["retry-after"] = str(max(1, math.ceil(self.retry_after_s)))
         return headers
+
+
+_NAMED = 20
+"""Models that an error names; `/v1/models` lists them all."""
+
+
+def no_such_model(model: str, why: str, there: Sequence[str]) -> ApiError:
+    """A 404 that says which models there are."""
+    more = f" and {len(there) - _NAMED} more (GET /v1/models)" if len(there) > _NAMED else ""
+    return ApiError(
+        f"The model '{model}' {why}. Here are: {', '.join(there[:_NAMED])}{more}.",
+        status=404,
+        param="model",
+        code="model_not_found",
+    )
 
 
 def engine_stopped() -> ApiError:

@@ -16,7 +16,7 @@ from starlette.types import ASGIApp
 
 from ..errors import RaypeftError, closest
 from .admission import Admission
-from .api_error import ApiError, engine_stopped
+from .api_error import ApiError, engine_stopped, no_such_model
 from .catalogue import Catalogue
 from .completions import ANSWERED_BY, Completions
 from .engine import Engine, EngineDead
@@ -96,6 +96,8 @@ def build_app(
             Exception: _unexpected,
         },
     )
+    # A redirect would name a path without the endpoint's name, which Serve may have for another one.
+    app.router.redirect_slashes = False
     return Mount(endpoint, Measured(app, metrics, frozenset(paths)), others)
 
 
@@ -159,13 +161,7 @@ class _Facts:
         cards = await self._cards(request)
         found = next((card for card in cards if card["id"] == name), None)
         if found is None:
-            there = [card["id"] for card in cards]
-            raise ApiError(
-                f"The model '{name}' does not exist. Here are: {', '.join(there)}.",
-                status=404,
-                param="model",
-                code="model_not_found",
-            )
+            raise no_such_model(name, "does not exist", [card["id"] for card in cards])
         return JSONResponse(found)
 
     async def _cards(self, request: Request) -> list[dict[str, Any]]:

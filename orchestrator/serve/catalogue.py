@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from ..errors import RaypeftError, closest
 from ..identity import BaseIdentity
 from ..registry import DEFAULT_ALIAS, AdapterVersion
-from .api_error import ApiError
+from .api_error import ApiError, no_such_model
 from .desired import Desired, Served
 from .engine import Engine
 from .ensemble import ensemble_name, parse_ensemble
@@ -217,12 +217,15 @@ class Catalogue:
     # requests
 
     @asynccontextmanager
-    async def acquire(self, model: str, sticky: Sticky = ANYONE) -> AsyncIterator[Target]:
+    async def acquire(
+        self, model: str, sticky: Sticky = ANYONE, may_know: Callable[[str], bool] = lambda name: True
+    ) -> AsyncIterator[Target]:
         """The target of a request's `model`, loaded and kept loaded within the context: it was decided when the
         request came, and stays what it is whatever happens meanwhile.
 
         Args:
             sticky: what tells the request apart, where a rollout shares an alias out.
+            may_know: whether an error may tell whoever asks of a model.
 
         Raises:
             ApiError: 404 where nothing here has that name, 400 where the version cannot be served.
@@ -233,7 +236,7 @@ class Catalogue:
         await self.refresh()
         parts = parse_ensemble(model)
         if parts is None:
-            entry, rollout = await self._entry(model, sticky)
+            entry, rollout = await self._entry(model, sticky, may_know)
             version = await self._version(entry.ref)
             async with self.residency.held(version) as key:
                 if entry.alias_when_live:
@@ -242,7 +245,7 @@ class Catalogue:
             return
         versions = []
         for name, weight in parts:
-            entry, _ = await self._entry(name, sticky)
+            entry, _ = await self._entry(name, sticky, may_know)
             versions.append((await self._version(entry.ref), weight))
         async with self.residency.held_sum(versions) as key:
             yield Target(ensemble_name([(version.ref, weight) for version, weight in versions]), key)
@@ -327,7 +330,9 @@ class Catalogue:
     def _alias(self, name: str, alias: str) -> int | None:
         return self._books[name].aliases.get(alias) if name in self._books else None
 
-    async def _entry(self, model: str, sticky: Sticky) -> tuple[Served, Rollout | None]:
+    async def _entry(
+        self, model: str, sticky: Sticky, may_know: Callable[[str], bool]
+    ) -> tuple[Served, Rollout | None]:
         name, _, selector = model.partition("@")
         for is_second in (False, True):  # what is not known here may have come this instant
             if is_second:
@@ -335,7 +340,7 @@ class Catalogue:
             number, rollout = await self._number(name, selector or DEFAULT_ALIAS, sticky)
             if number is not None and (entry := self._served.get(f"{name}@{number}")) is not None:
                 return entry, rollout
-        raise await self._not_found(model, name, number)
+        raise await self._not_found(model, name, number, may_know)
 
     async def _number(self, name: str, selector: str, sticky: Sticky) -> tuple[int | None, Rollout | None]:
         if selector.isascii() and selector.isdigit():
@@ -372,8 +377,10 @@ class Catalogue:
             return None
         return candidate.content_hash if rollout.shadows(sticky.value(rollout.sticky_key)) else None
 
-    async def _not_found(self, model: str, name: str, number: int | None) -> ApiError:
-        there = [card["id"] for card in await self.cards()]
+    async def _not_found(
+        self, model: str, name: str, number: int | None, may_know: Callable[[str], bool]
+    ) -> ApiError:
+        there = [card["id"] for card in await self.cards() if may_know(card["id"])]
         served = name in self._names
         if served and number is not None and "@" + str(number) not in model:
             why = f"names version {number}, which is not deployed here"
@@ -382,12 +389,7 @@ class Catalogue:
         else:
             near = closest(model, there)
             why = "does not exist" + (f" (closest: '{near[0]}')" if near else "")
-        return ApiError(
-            f"The model '{model}' {why}. Here are: {', '.join(there)}.",
-            status=404,
-            param="model",
-            code="model_not_found",
-        )
+        return no_such_model(model, why, there)
 
     async def _version(self, ref: str) -> AdapterVersion:
         """The version, whose base has been compared with this one. Versions never change: read once."""

@@ -103,7 +103,8 @@ class Completions:
         timing.tenant = tenant.name
         tenant.check_model(wanted.model)
         async with AsyncExitStack() as held:
-            target = await held.enter_async_context(self._catalogue.acquire(wanted.model, read.sticky))
+            acquired = self._catalogue.acquire(wanted.model, read.sticky, tenant.may_use)
+            target = await held.enter_async_context(acquired)
             generations = self._generations(wanted, prompts, target)
             most = sum(len(each.prompt_ids) + each.max_tokens for each in generations)
             await self._admission.know(tenant)

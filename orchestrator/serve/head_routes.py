@@ -113,7 +113,7 @@ class HeadRoutes:
         tenant.check_model(model)
         await self._admission.know(tenant)
         num_tokens = sum(map(_guess, inputs))
-        async with self._catalogue.acquire(model, read.sticky) as target:
+        async with self._catalogue.acquire(model, read.sticky, tenant.may_use) as target:
             task = task_of(read.wanted.task_id, self._heads.num_tasks(target.adapter), target.name)
             with self._admission.admitted(tenant, target.name, 1, num_tokens, timing.usage):
                 self._metrics.begin(timing, target.name)

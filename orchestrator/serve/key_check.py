@@ -106,6 +106,8 @@ class KeyCheck:
     async def _refresh(self, since: float) -> None:
         """Reads the keys unless they were read after `since`, at most once a second; a storage that does not answer
         leaves those known in force."""
+        if self._read_at >= since:
+            return  # also while somebody else waits with a key that nobody knows
         async with self._reading:
             if self._read_at >= since:
                 return

@@ -1,4 +1,4 @@
-"""Has each request timed, whatever becomes of it."""
+"""Has each request timed, whatever becomes of it, and its answer say which replica gave it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .metrics import Metrics, Timing
 
+REPLICA = "x-raypeft-replica"
+"""The response header that names the replica which answered, as its series and its log file do."""
 _KEY = "raypeft.timing"
 _UNMEASURED = ("/metrics", "/healthz")
 
@@ -29,6 +31,7 @@ class Measured:
 
     def __init__(self, app: ASGIApp, metrics: Metrics, paths: Collection[str]) -> None:
         self._app, self._metrics, self._paths = app, metrics, paths
+        self._named = [(REPLICA.encode(), metrics.replica.encode())] if metrics.replica else []
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
@@ -40,6 +43,8 @@ class Measured:
 
         async def noted(message: Message) -> None:
             nonlocal status, whole
+            if message["type"] == "http.response.start" and self._named:
+                message = {**message, "headers": [*message.get("headers", ()), *self._named]}
             await send(message)
             if message["type"] == "http.response.start":
                 status = message["status"]

@@ -132,6 +132,11 @@ class Metrics:
         )
         self.registry.register(_EngineFigures(replica, figures))
 
+    @property
+    def replica(self) -> str:
+        """Its id; "" where it has none."""
+        return self._replica
+
     def begin(self, timing: Timing, adapter: str) -> None:
         """An adapter answers from now on, until `end`."""
         timing.label = self._label(adapter)

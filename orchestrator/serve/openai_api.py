@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -163,10 +164,23 @@ class TextPart(Strict):
     text: str
 
 
+_OF_ANSWERS = frozenset({"annotations", "audio", "function_call", "refusal", "tool_call_id", "tool_calls"})
+"""Keys that a message has which was an answer; empty ones say nothing."""
+
+
 class Message(BaseModel):
-    """One turn of a conversation."""
+    """One turn of a conversation; an answer's own message, as clients put it among the next ones, is taken as it is."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _said(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        return {
+            key: value for key, value in data.items() if key not in _OF_ANSWERS or value not in (None, [])
+        }
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[TextPart]
@@ -221,12 +235,19 @@ def parse(kind: type[Kind], body: bytes) -> Kind:
         raise ApiError(f"The body cannot be read: {error}.") from error
 
 
-_UNION_TAG = re.compile(r"str|list\[.*|constrained-.*|function-.*")
+_UNION_TAG = re.compile(r"str|list\[.*|constrained-.*|function-.*|Pair")
 """What pydantic puts into a place to say which member of a union it tried."""
 
 
+def _most_telling(errors: Sequence[Any]) -> Any:
+    """Of what is wrong with the first key: each member of a union says that the value is not its own, and the one that
+    was meant says what is wrong with it, or finds a part that is."""
+    same = [each for each in errors if each["loc"][:1] == errors[0]["loc"][:1]]
+    return min(same, key=lambda each: (each["type"].endswith("_type"), -len(each["loc"])))
+
+
 def _bad_request(error: ValidationError) -> ApiError:
-    first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+    first = _most_telling(error.errors(include_url=False, include_input=False, include_context=False))
     if first["type"] == "json_invalid":
         return ApiError(f"The body is not JSON: {first['msg'].removeprefix('Invalid JSON: ')}.")
     first_key, *rest = (str(part) for part in first["loc"] or ("",))

@@ -10,7 +10,7 @@ import json
 import logging
 import shutil
 from collections import Counter, OrderedDict
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -143,7 +143,8 @@ class Residency:
             if key in self._leaving:
                 await asyncio.shield(self._leaving[key])
             if not self.has(key):
-                await self._once(self._loads, key, self._combine(key, weighted))
+                names = {version.content_hash: version.ref for version, _ in parts}
+                await self._once(self._loads, key, self._combine(key, weighted, names))
             self._sums[key] = tuple(dict.fromkeys(keys))
             self._sums.move_to_end(key)
             yield key
@@ -215,19 +216,21 @@ class Residency:
         try:
             await self._engine.load(key, directory)
         except AdapterRefused as error:
-            self.refused[key] = str(error)
-            raise _refused(version.ref, str(error)) from error
+            self.refused[key] = _said(error, {key: version.ref})
+            raise _refused(version.ref, self.refused[key]) from error
         finally:
             if key not in self._engine.loaded():
                 self._in_slots.pop(key, None)
                 self._rested.set()
 
-    async def _combine(self, key: str, parts: Sequence[tuple[str, float]]) -> None:
+    async def _combine(self, key: str, parts: Sequence[tuple[str, float]], names: Mapping[str, str]) -> None:
         try:
             await self._engine.combine(key, parts)
         except AdapterRefused as error:
             raise ApiError(
-                f"These adapters cannot answer together: {error}", param="model", code="adapter_refused"
+                f"These adapters cannot answer together: {_said(error, names)}",
+                param="model",
+                code="adapter_refused",
             ) from error
 
     async def _pulled(self, version: AdapterVersion) -> Path:
@@ -300,6 +303,15 @@ def _forget(running: dict[str, Any], key: str, task: asyncio.Task[Any]) -> None:
     running.pop(key, None)
     if not task.cancelled():
         task.exception()  # seen: whoever waited has been told
+
+
+def _said(error: AdapterRefused, names: Mapping[str, str]) -> str:
+    """Why the engine refuses adapters, whose keys it knows alone, by the names that their users know. Keys in the names
+    of tensors stand in none of an adapter's files."""
+    said = str(error)
+    for key, name in names.items():
+        said = said.replace(f"adapter '{key}': ", "").replace(f".{key}.", ".").replace(key, name)
+    return said
 
 
 def _refused(ref: str, why: str) -> ApiError:

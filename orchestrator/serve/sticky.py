@@ -33,4 +33,6 @@ def _field(body: bytes, key: str) -> str | None:
         if not isinstance(found, dict) or part not in found:
             return None
         found = found[part]
+    if found is None:  # as some clients write what is not given; it tells nobody from anybody
+        return None
     return found if isinstance(found, str) else json.dumps(found, sort_keys=True)

@@ -238,7 +238,7 @@ class FixedCatalogue:
         return [model_card(name, created=1) for name in self.served()]
 
     @asynccontextmanager
-    async def acquire(self, model: str, sticky: Any = None) -> AsyncIterator[Target]:
+    async def acquire(self, model: str, sticky: Any = None, may_know: Any = None) -> AsyncIterator[Target]:
         name = model if "@" in model or model == self.base_name else f"{model}@1"
         if name not in self.served():
             raise ApiError(

@@ -399,6 +399,24 @@ def test_guessing_keys_reads_the_storage_once_a_second_at_most():
     assert asyncio.run(guess()) <= 1
 
 
+def test_whoever_guesses_keys_keeps_nobody_else_waiting(tmp_path):
+    keys = KeyBook(str(tmp_path))
+    secret = keys.create("acme").secret
+
+    async def ask() -> None:
+        check = KeyCheck(keys, required=True)
+        await check.start()
+        guess = asyncio.create_task(check.tenant("Bearer x"))  # waits until the keys may be read again
+        await asyncio.sleep(0)
+        began = time.monotonic()
+        assert (await check.tenant(f"Bearer {secret}")).name == "acme"
+        assert not guess.done() and time.monotonic() - began < 0.5
+        with pytest.raises(ApiError):
+            await guess
+
+    asyncio.run(ask())
+
+
 def test_keys_are_never_logged(guarded, caplog):
     served, keys = guarded
     secret = keys.create("acme").secret

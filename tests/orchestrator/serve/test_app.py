@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from orchestrator.serve.api_error import no_such_model
 from tests.orchestrator.serve import tiny
 
 CHAT = [{"role": "user", "content": "What is a list?"}]
@@ -376,7 +377,7 @@ BAD = [
     ({"prompt": None}, "prompt"),
     ({"prompt": {}}, "prompt"),
     ({"prompt": []}, "prompt"),
-    ({"prompt": ["a", 5]}, "prompt"),
+    ({"prompt": ["a", 5]}, "prompt.1"),
     ({"prompt": [-1]}, "prompt"),
     ({"prompt": [10**9]}, "prompt"),
     ({"prompt": ""}, "prompt"),
@@ -402,6 +403,21 @@ def test_a_bad_parameter_is_a_400_that_names_it(served, change, param):
     if param:
         assert error["param"] == param
     assert served.text("tiny")  # the endpoint goes on
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"stop": ["a"] * 99}, "Invalid 'stop': List should have at most 16 items"),
+        ({"stop": "a" * 999}, "Invalid 'stop': String should have at most 256 characters"),
+        ({"prompt": []}, "Invalid 'prompt': List should have at least 1 item"),
+        ({"prompt": [[1], []]}, "Invalid 'prompt.1': List should have at least 1 item"),
+        ({"prompt": 5}, "Invalid 'prompt': Input should be a valid string"),
+    ],
+    ids=str,
+)
+def test_what_may_be_of_several_types_is_refused_for_what_is_wrong_with_it(served, change, said):
+    assert said in served.complete("tiny", **change).json()["error"]["message"]
 
 
 @pytest.mark.parametrize(
@@ -444,6 +460,13 @@ def test_bad_messages_are_a_400(served, messages):
     answer = served.client.post("/v1/chat/completions", json={"model": "tiny", "messages": messages})
     assert answer.status_code == 400
     assert answer.json()["error"]["param"].startswith("messages")
+
+
+def test_a_part_that_is_no_text_is_named(served):
+    parts = [{"type": "text", "text": "a"}, {"type": "image_url", "image_url": {"url": "x"}}]
+    messages = [{"role": "user", "content": parts}]
+    answer = served.client.post("/v1/chat/completions", json={"model": "tiny", "messages": messages})
+    assert answer.json()["error"]["message"] == "Invalid 'messages.0.content.1.type': Input should be 'text'."
 
 
 def test_text_parts_are_joined(served):
@@ -502,6 +525,17 @@ def test_unknown_paths_and_methods_are_errors_in_openais_form(served):
     assert (missing.status_code, wrong.status_code) == (404, 405)
     assert "Closest: /v1/models." in missing.json()["error"]["message"]
     assert "does not take GET" in wrong.json()["error"]["message"]
+    # a redirect would lose the endpoint's name
+    slash = served.client.post("/tiny/v1/completions/", json={}, follow_redirects=False)
+    assert slash.status_code == 404 and "Closest: /v1/completions." in slash.json()["error"]["message"]
+
+
+def test_an_error_names_no_more_models_than_one_reads():
+    few, many = (
+        no_such_model("x", "does not exist", [f"a@{number}" for number in range(size)]) for size in (20, 512)
+    )
+    assert few.message.endswith("a@18, a@19.")
+    assert many.message.endswith("a@18, a@19 and 492 more (GET /v1/models).")
 
 
 # paths

@@ -297,6 +297,23 @@ def test_half_of_the_requests_have_a_shadow_and_the_canarys_own_have_none(tmp_pa
     asyncio.run(run())
 
 
+def test_an_error_tells_of_no_model_that_whoever_asks_may_not_know(tmp_path):
+    async def run():
+        async with running(Site(tmp_path)) as site:
+            for model in ("docs@9", "tiny@9", "docs:0.5+docs@9:0.5"):
+                with pytest.raises(ApiError) as raised:
+                    async with site.catalogue.acquire(
+                        model, may_know=lambda name: not name.startswith("docs")
+                    ):
+                        pass
+                assert "does not exist" in raised.value.message and "docs@1" not in raised.value.message
+            with pytest.raises(ApiError, match="docs@1"):
+                async with site.catalogue.acquire("docs@9"):
+                    pass
+
+    asyncio.run(run())
+
+
 def test_an_ensemble_of_served_adapters_answers_under_its_name(tmp_path):
     async def run():
         async with running(Site(tmp_path)) as site:

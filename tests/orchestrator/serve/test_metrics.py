@@ -42,6 +42,16 @@ def scrape(served) -> dict:
     return series(answer.text)
 
 
+def test_each_answer_names_the_replica_as_its_series_do():
+    metrics = Metrics("t7j7w627")
+    with listening(metrics=metrics) as served:
+        asked = {"model": "docs", "prompt": "a", "max_tokens": 2}
+        for body in (asked, {**asked, "stream": True}, {**asked, "n": 0}):
+            answer = requests.post(f"{served.url}/v1/completions", json=body, timeout=30)
+            assert answer.headers["x-raypeft-replica"] == "t7j7w627"
+        assert 'replica="t7j7w627"' in requests.get(f"{served.url}/metrics", timeout=30).text
+
+
 def test_requests_tokens_and_times_are_counted_by_adapter():
     with (
         listening(ScriptedEngine(step_s=0.002)) as served,

@@ -55,6 +55,22 @@ def test_a_chat_completion(client):
     assert answer.object == "chat.completion"
 
 
+def test_an_answers_own_message_goes_back_among_the_next_ones(client):
+    """As clients keep a conversation: with the keys that an answer has and that say nothing."""
+    asked = {"model": "docs", "max_tokens": 7, "seed": 1}
+    said = client.chat.completions.create(**asked, messages=CHAT).choices[0].message
+    more = {"role": "user", "content": "And a dict?"}
+    plain = {"role": "assistant", "content": said.content}
+    expected = client.chat.completions.create(**asked, messages=[*CHAT, plain, more]).choices[0].message
+    for kept in (said, said.model_dump(), {**plain, "tool_calls": [], "annotations": []}):
+        answer = client.chat.completions.create(**asked, messages=[*CHAT, kept, more])
+        assert answer.choices[0].message.content == expected.content
+    with pytest.raises(openai.BadRequestError, match=r"messages\.1\.tool_calls"):
+        client.chat.completions.create(
+            **asked, messages=[*CHAT, {**plain, "tool_calls": [{"id": "1"}]}, more]
+        )
+
+
 def test_the_fingerprint_tells_versions_apart(client):
     prints = [
         client.completions.create(model=model, prompt="a", max_tokens=1).system_fingerprint

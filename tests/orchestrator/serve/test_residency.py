@@ -6,6 +6,7 @@ import pytest
 
 from orchestrator.errors import StorageError
 from orchestrator.serve.api_error import ApiError
+from orchestrator.serve.engine import AdapterRefused
 from orchestrator.serve.ensemble import ensemble_name, parse_ensemble
 from orchestrator.serve.residency import Residency, sum_key
 from tests.orchestrator.serve.counting_engine import CountingEngine, Shelf
@@ -112,6 +113,29 @@ def test_what_the_engine_refuses_is_said_to_each_and_tried_once(tmp_path):
             assert raised.value.code == "adapter_refused"
         assert site.engine.loads["a-1"] == 1 and site.residency.state("a-1") == "refused"
         await site.use("b")  # its slot is free again
+
+    asyncio.run(run())
+
+
+def test_a_refusal_names_adapters_as_their_users_do(tmp_path):
+    """The engine knows them by their keys, which stand in its tensors' names too."""
+
+    async def run():
+        site = Site(tmp_path)
+        site.engine.refuses["a-1"] = "adapter 'a-1': the checkpoint lacks 'q_proj.lora_A.a-1.weight'."
+        with pytest.raises(
+            ApiError, match=r"'a@1' does not load: the checkpoint lacks 'q_proj\.lora_A\.weight'"
+        ):
+            await site.use("a")
+
+        async def no_sum(key, parts):
+            raise AdapterRefused("'c-1' has no weighted sum with others.")
+
+        site.engine.combine = no_sum
+        parts = [(site.versions[name], 0.5) for name in "bc"]
+        with pytest.raises(ApiError, match="answer together: 'c@1' has no weighted sum"):
+            async with site.residency.held_sum(parts):
+                pass
 
     asyncio.run(run())
 

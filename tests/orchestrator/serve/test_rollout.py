@@ -88,6 +88,13 @@ def test_a_request_is_told_by_a_field_a_header_or_itself(key, value):
     assert Sticky({"x-session": "s1"}, body).value(key) == value
 
 
+def test_a_key_that_says_nothing_puts_nobody_together():
+    """Some clients write what is not given as null."""
+    one, two = (Sticky({}, b'{"user": null, "prompt": "%s"}' % said).value("user") for said in (b"a", b"b"))
+    assert one != two
+    assert Sticky({"user": "ann"}, b'{"user": null}').value("user") == "ann"
+
+
 # decisions
 
 
