@@ -11,11 +11,14 @@ ROOT = Path(__file__).parent.parent
 
 LAYERS = {
     "peft_dist": [
-        {"contract", "catalog", "errors", "lazy", "linalg", "starts", "config", "folder", "aside", "pauses"},
+        {
+            "contract", "catalog", "errors", "lazy", "linalg", "starts", "config", "folder", "aside", "pauses",
+            "compiled",
+        },
         {
             "foreign_engine", "base_layer", "fused", "packed", "targets", "sharding", "resting", "ranks", "pool",
-            "rows", "bins", "packed_rows", "lanes", "replicate", "siblings", "made", "layer_api", "loss",
-            "recompute",
+            "rows", "bins", "packed_rows", "lanes", "lane_products", "replicate", "siblings", "made", "layer_api",
+            "loss", "recompute",
         },
         {"methods"},
         {"adapted", "tuner_layer"},

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peft_dist import lanes
+from peft_dist import lane_products, lanes
 from peft_dist.adapted.entrance import Entrance, as_given
 from peft_dist.adapted.levels import Level, down, up
 from peft_dist.contract import ActivationMethod, WeightMethod
@@ -82,7 +82,7 @@ def _turned(module: Any, plan: Plan, run: Run, x: Tensor) -> Tensor:
 def _add(module: Any, plan: Plan, run: Run, x: Tensor, y: Tensor) -> None:
     """Adds to y, in place, what adapters add to it."""
     for stacked, where in plan.side_by_side:
-        lanes.add(stacked, where, run, x, y)
+        lane_products.add(stacked, where, run, x, y)
     if plan.apart:
         _add_apart(module, plan, run, x, y)
 
@@ -147,7 +147,7 @@ def chosen(module: Any, choice: str | Blend | None) -> Blend:
 def _plan(module: Any, x: Tensor, run: Run, alone: bool) -> Plan:
     key = run.made.get(x.dtype)
     if key is None:  # once for a row, not for a layer
-        few = not alone and lanes.is_few(run.num, x.dtype, x.device)
+        few = not alone and lane_products.is_few(run.num, x.dtype, x.device)
         key = run.made[x.dtype] = (run.choices, few, x.dtype)
     plans = module._pool.plans.get(module._site_name)
     if plans is None:
