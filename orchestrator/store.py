@@ -20,7 +20,7 @@ import secrets
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -124,7 +124,7 @@ class RunStore:
         spec_hash = canonical_hash(spec)
         identity = run_identity(spec_hash, data_hash)
         objects.require_exclusive(self.url)
-        runs = sorted((run for run in self.list() if run.name == name), key=lambda run: run.number)
+        runs = sorted(self.named(name), key=lambda run: run.number)
         same = [run for run in runs if run.identity == identity]
         if new or not runs:
             return self._create(name, spec, data_hash, runs[-1].number + 1 if runs else 1, say)
@@ -142,10 +142,14 @@ class RunStore:
         run._adopt(spec, data_hash, changed)
         return run
 
-    def list(self) -> list[RunRecord]:
-        """All runs, oldest first. One that cannot be read is listed as such, with the reason as its cause."""
+    def named(self, name: str) -> list[RunRecord]:
+        """The runs of a job's name, oldest first; no other's document is read."""
+        ids = [id for id in objects.list_(self.url) if id.startswith(f"{name}-")]
+        return [record for record in self._records(ids) if record.name == name]
+
+    def _records(self, ids: Iterable[str]) -> list[RunRecord]:
         records = []
-        for id in objects.list_(self.url):
+        for id in ids:
             try:
                 records.append(self._record(id))
             except NotFound:
@@ -156,6 +160,10 @@ class RunStore:
                     continue  # a tracker's database
                 records.append(RunRecord(id, id, 0, url, "unreadable", cause=str(error)))
         return sorted(records, key=lambda record: record.created)
+
+    def list(self) -> list[RunRecord]:
+        """All runs, oldest first. One that cannot be read is listed as such, with the reason as its cause."""
+        return self._records(objects.list_(self.url))
 
     def get(self, id: str) -> RunRecord:
         """A run by its id, the beginning of one, or a job's name (its latest run).
@@ -277,7 +285,7 @@ class Run:
         """What commits of this run carry; a group of workers takes an advanced one."""
         try:
             if not objects.exists(join(self.url, "spec.yaml")):
-                objects.write(join(self.url, "spec.yaml"), resolved_yaml(spec).encode())
+                objects.write(join(self.url, "spec.yaml"), self._document["spec"].encode())
         except StorageError:
             with contextlib.suppress(RaypeftError):
                 self.close()

@@ -6,6 +6,7 @@ A method's config is a dataclass of `peft_dist`, which imports no torch: it is t
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import itertools
 import json
@@ -82,6 +83,7 @@ _BESIDE = re.compile(rf"(?<=[.]) (?=({_NAMES}): )")
 """Several on one line: `init_r: rank of every layer. tinit: steps before ...`."""
 
 
+@functools.cache
 def _described(config: type) -> dict[str, str]:
     """What the docstrings of a config and of its parents say of each field, under `Args:`."""
     found: dict[str, str] = {}
@@ -100,6 +102,7 @@ def _separate(text: str) -> list[str]:
     return [text[start:end].strip() for start, end in itertools.pairwise(cuts)]
 
 
+@functools.cache
 def _hints(config: type) -> dict[str, Any]:
     try:
         return typing.get_type_hints(config)

@@ -165,10 +165,10 @@ class Driver:
         self._tuning.tell(number, {**told, "done": True} if is_last else told)
 
     def _take(self, event: Event) -> None:
-        if event["event"] == "finished":
-            self._ending.prepare()
         if event.get("trial") is not None:
             self._running.take(event)
+            if self._running.all_step:
+                self._ending.prepare()
             return
         try:
             self._group_events.take(event)

@@ -51,7 +51,8 @@ class Ending:
         self._is_prepared = False
 
     def prepare(self) -> None:
-        """Imports what the report takes, beside all else: a second that the last trial would be waited for with."""
+        """Imports what the report takes, beside all else: seconds of this process's time, which neither a trial's place
+        nor the end of the last one waits for."""
         if not self._is_prepared:
             self._is_prepared = True
             threading.Thread(target=getattr, args=(report, "write_report"), daemon=True).start()

@@ -43,6 +43,8 @@ class Running:
         self._groups, self._tell, self._judge = groups, tell, judge
         self._total, self._ended = total, ended
         self._trials: dict[int, TrialRun] = {}
+        self._waits: set[int] = set()
+        """Those that have not taken a step here."""
         self._leaving: dict[str, tuple[TrialRun, Callable[[TrialRun, Event], None]]] = {}
 
     def __len__(self) -> int:
@@ -50,6 +52,11 @@ class Running:
 
     def __contains__(self, number: int) -> bool:
         return number in self._trials
+
+    @property
+    def all_step(self) -> bool:
+        """Whether every trial of the sweep has begun and none waits for its first step here."""
+        return self._ended + len(self._trials) + len(self._leaving) >= self._total and not self._waits
 
     def told(self, number: int) -> tuple[Report, ...]:
         """What the judge knows of a trial."""
@@ -62,6 +69,7 @@ class Running:
             how: started | resumed, as it is told.
         """
         self._trials[trial.number] = trial
+        self._waits.add(trial.number)
         trial.begin()
         self._tell_trial(trial, how, parameters=trial.parameters)
         self._groups.enter(str(trial.number), request)
@@ -105,6 +113,7 @@ class Running:
         event = {**event, "trial": trial.number}
         if kind == "progress":
             trial.step, trial.total_steps = event["step"], event["total_steps"]
+            self._waits.discard(trial.number)
             self._keep(trial, event)
         elif kind == "eval":
             self._keep(trial, event)
@@ -180,6 +189,7 @@ class Running:
     def _tell_trial(self, trial: TrialRun, state: str, **fields: Any) -> None:
         if state in (FINISHED, STOPPED, FAILED):
             self._ended += 1
+            self._waits.discard(trial.number)
         counts = {"ended": self._ended, "trials": self._total}
         self._tell(
             "trial", trial=trial.number, id=trial.run.id, state=state, step=trial.step, **counts, **fields

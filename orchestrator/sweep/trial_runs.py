@@ -39,9 +39,8 @@ class TrialRuns:
         """
         name = f"trial-{number:03d}"
         if not is_known:
-            for record in self._store.list():
-                if record.name == name:
-                    objects.delete_tree(record.url)
+            for record in self._store.named(name):
+                objects.delete_tree(record.url)
         return self._store.open(name, job, self._request.data_hash)
 
     def request(self, run: Run, job: JobSpec) -> TrainRequest:

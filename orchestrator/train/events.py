@@ -21,6 +21,9 @@ from .output import without_secrets
 PUSH_INTERVAL_S = 0.3
 """Least time between two pushes of one worker."""
 
+AT_ONCE = ("eval", "finished", "failed", "left")
+"""What the driver decides by, and a trial's place may wait for: pushed without that pause."""
+
 HEARTBEAT_S = 1.0
 """A worker without news still asks this often whether it should stop."""
 
@@ -125,7 +128,7 @@ class Reporter:
         self._push, self._interval_s = push, interval_s
         self._buffer: list[Event] = []
         self._lock = threading.Lock()
-        self._wake, self._closed = threading.Event(), False
+        self._wake, self._hurry, self._closed = threading.Event(), threading.Event(), False
         self.stop_requested = False
         self._thread = threading.Thread(target=self._run, name="reporter", daemon=True)
         self._thread.start()
@@ -134,6 +137,8 @@ class Reporter:
         """Reports `{"event": kind, "t": now, **fields}` soon."""
         with self._lock:
             self._buffer.append({"event": kind, "t": time.time(), **fields})
+        if kind in AT_ONCE:
+            self._hurry.set()
         self._wake.set()
 
     def request_stop(self) -> None:
@@ -143,6 +148,7 @@ class Reporter:
     def close(self) -> None:
         """Sends what is left and ends the thread; waits for at most five seconds."""
         self._closed = True
+        self._hurry.set()
         self._wake.set()
         self._thread.join(timeout=5)
 
@@ -150,11 +156,13 @@ class Reporter:
         while True:
             self._wake.wait(HEARTBEAT_S)
             self._wake.clear()
+            self._hurry.clear()
             closing = self._closed
             self._send()
             if closing:
                 return
-            time.sleep(0 if self._closed else self._interval_s)
+            if not self._closed:
+                self._hurry.wait(self._interval_s)
 
     def _send(self) -> None:
         with self._lock:

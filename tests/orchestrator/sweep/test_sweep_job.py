@@ -35,6 +35,7 @@ def environment() -> Iterator[dict[str, str]]:
     """A home of their own, ended with its Ray."""
     with tempfile.TemporaryDirectory(prefix="rps-") as home:
         found = {**os.environ, "RAYPEFT_HOME": home, "OMP_NUM_THREADS": "1"}
+        raypeft(found, "up", "--num-cpus", "2")  # two workers have a place on any machine
         yield found
         subprocess.run([sys.executable, "-m", "orchestrator", "down"], env=found, check=True)
 
