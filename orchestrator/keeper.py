@@ -26,8 +26,9 @@ MARKER = "RAYPEFT_LOCAL_RAY"
 """Environment variable that every process of one local Ray inherits; its value names that Ray."""
 GRACE_S = 3.0
 """Between SIGTERM and SIGKILL. Nothing of Ray's own needs longer; a run saves before Ray is taken down."""
-DAEMONS = ("gcs_server", "raylet", "ray::RuntimeEnv")
-"""Ray's own, as the kernel names them: they have nothing to save, and on SIGTERM wait for each other."""
+DAEMONS = ("gcs_server", "raylet", "ray::RuntimeEnv", "ray::ServeContr", "ray::ProxyActor")
+"""Ray's own, as the kernel names them: they have nothing to save, and on SIGTERM wait for each other; Serve's for the
+end of their long polls. What endpoints shall serve stands in the registry."""
 
 
 def start_ticks(pid: int) -> int | None:

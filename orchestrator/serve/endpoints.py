@@ -143,7 +143,7 @@ class RayEndpoints:
         if rollout is not None:
             pass  # the replicas see to it
         elif live:
-            self._give_alias(endpoint, version, deploy.alias)
+            self._give_alias(endpoint, version, deploy.alias, forced=entry.forced)
             _await_alias(
                 f"{door.url}/{endpoint}", f"{version.name}@{deploy.alias}", version.ref, deploy.bounds[1]
             )
@@ -346,7 +346,7 @@ class RayEndpoints:
         change(self._registry, endpoint, lambda now: replace(now, code=code))
         return code
 
-    def _give_alias(self, endpoint: str, version: AdapterVersion, alias: str) -> None:
+    def _give_alias(self, endpoint: str, version: AdapterVersion, alias: str, *, forced: bool) -> None:
         before = self._registry.alias(version.name, alias)
         self._registry.set_alias(version.name, version.version, alias)
         change(
@@ -356,6 +356,9 @@ class RayEndpoints:
                 version.name, alias, before, version.version
             ),
         )
+        why = ["against its gate"] if forced else []
+        facts = {"adapter": version.ref, "alias": alias, "before": before, "reasons": why}
+        Reports(self._registry.url, endpoint).note("deployed", **facts, by="deploy")
 
     def _restore(self, endpoint: str, before: Desired | None, ref: str) -> None:
         """Takes a failed deployment back."""
@@ -414,6 +417,7 @@ class RayEndpoints:
         for entry in entries:
             change(self._registry, endpoint, _without(entry.ref))
             self._registry.release(entry.ref, endpoint)
+            Reports(self._registry.url, endpoint).note("undeployed", adapter=entry.ref, by="user")
         door = serve_cluster.find_door()
         if is_up and door is not None:
             _await_gone(

@@ -24,6 +24,8 @@ _log = logging.getLogger("ray.serve")
 
 OTHER = "other"
 """The label of adapters beyond the bound, and of names that nothing here has."""
+ENSEMBLE = "ensemble"
+"""The label of all weighted sums of adapters: whoever asks makes up as many as he likes."""
 MAX_ADAPTERS = 100
 """Adapters with series of their own."""
 
@@ -209,6 +211,8 @@ class Metrics:
                 self._files.remove()
 
     def _label(self, adapter: str) -> str:
+        if ":" in adapter:
+            return ENSEMBLE
         if adapter not in self._labels:
             if len(self._labels) >= self._max_adapters:
                 self._forget()

@@ -73,9 +73,9 @@ class Replica:
             if self._has_heads
             else Observed(engine_choice.engine_for(base, self._prompts, desired.engine, desired.task))
         )
-        name = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
-        reports = Reports(registry_url, endpoint)
-        reporter = Reporter(name, self._engine, reports, Arbiter(self._registry, endpoint, name))
+        name = self._name = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
+        self._reports = Reports(registry_url, endpoint)
+        reporter = Reporter(name, self._engine, self._reports, Arbiter(self._registry, endpoint, name))
         self._catalogue = Catalogue(
             desired.base,
             self._engine,
@@ -127,6 +127,8 @@ class Replica:
             return now.with_adapter(replace(entry, alias_when_live=None)) if now.served(entry.ref) else now
 
         change(self._registry, self._endpoint, settle)
+        facts = {"adapter": entry.ref, "alias": entry.alias_when_live, "reasons": ["it had waited for room"]}
+        self._reports.note("deployed", **facts, by=self._name)
 
     async def _other_endpoints(self) -> Sequence[str]:
         read_at, names = self._others

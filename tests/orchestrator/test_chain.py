@@ -109,8 +109,10 @@ def test_train_gate_canary_promote_and_what_is_refused_or_taken_back(tmp_path, l
             second = api.run(job, better, new=True)
             assert (second.adapter, second.endpoint.state) == ("chained@2", "canary"), second
             assert api.show("chained@production").version == 1  # not before it has baked
-            steps = settled(4)
-            assert [step["event"] for step in steps] == ["rollout", "began", "promoting", "promoted"], steps
+            steps = settled(5)
+            assert [step["event"] for step in steps] == [
+                "deployed", "rollout", "began", "promoting", "promoted",
+            ], steps  # fmt: skip
             assert api.show("chained@production").version == 2
 
             third = api.run(job, worse, new=True)
@@ -119,9 +121,9 @@ def test_train_gate_canary_promote_and_what_is_refused_or_taken_back(tmp_path, l
 
             fourth = api.run(job, [*worse, "deploy.gate={all: [eval_loss < 100]}"], new=True)
             assert (fourth.adapter, fourth.endpoint.state) == ("chained@4", "canary"), fourth
-            steps = settled(8)
+            steps = settled(9)
             last = ["rollout", "began", "rolling back", "rolled back"]
-            assert [step["event"] for step in steps[4:]] == last, steps
+            assert [step["event"] for step in steps[5:]] == last, steps
             assert any("shadow.agreement < 0.6: holds" in reason for reason in steps[-1]["reasons"])
             assert api.show("chained@production").version == 2
             assert api.show("chained@4").endpoints == ()

@@ -311,6 +311,23 @@ def test_what_ignores_sigterm_is_killed(tmp_path):
     assert process.wait(5) == -signal.SIGKILL
 
 
+def test_what_only_waits_for_others_is_not_waited_for():
+    """Serve's controller and its proxies sit out the grace, in long polls that nobody will end."""
+    names = [name.encode() for name in ("ray::ServeController", "ray::ProxyActor")]
+    stubborn = "import signal, sys; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+    stubborn += "open('/proc/self/comm', 'wb').write(sys.argv[1].encode()); print(flush=True); signal.pause()"
+    processes = [
+        subprocess.Popen([sys.executable, "-S", "-c", stubborn, name], stdout=subprocess.PIPE)
+        for name in names
+    ]
+    for process in processes:
+        process.stdout.readline()  # its name and its signals are set
+    began = time.monotonic()
+    left = keeper.end(lambda: [each.pid for each in processes if each.poll() is None], grace_s=60)
+    assert left == [] and time.monotonic() - began < 30
+    assert {each.wait(5) for each in processes} == {-signal.SIGKILL}
+
+
 def test_the_state_file_has_a_format(home):
     home.mkdir()
     local_ray._write_state(local_ray.LocalRay("x", "a:1", "u", "t", None, 1, 0, 1, 1))

@@ -27,6 +27,7 @@ from orchestrator.identity import base_identity
 from orchestrator.registry import Registry
 from orchestrator.serve import serve_cluster
 from orchestrator.serve.endpoints import RayEndpoints, rows_over_http
+from orchestrator.serve.reports import Reports
 from orchestrator.service import Deployment
 from orchestrator.spec.job import DeploySpec
 from tests.orchestrator.serve import tiny
@@ -234,6 +235,11 @@ def test_one_adapter_is_taken_away_and_the_others_stay(site, live):
     assert complete(live.url, "away@2").status_code == 404
     assert complete(live.url, "tiny").status_code == 200
     assert replica_pids("tiny") == pids
+    audit = Reports(site.registry.url, "tiny").audit()
+    steps = [(step["event"], step["adapter"]) for step in audit if step["adapter"].startswith("away")]
+    assert steps == [
+        ("deployed", "away@1"), ("deployed", "away@2"), ("undeployed", "away@1"), ("undeployed", "away@2"),
+    ]  # fmt: skip
     with pytest.raises(ServeError, match=r"there is no endpoint 'tinny'\. Closest: 'tiny'\."):
         site.endpoints.undeploy("tinny")
 

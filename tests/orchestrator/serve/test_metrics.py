@@ -42,6 +42,22 @@ def scrape(served) -> dict:
     return series(answer.text)
 
 
+def test_sums_of_adapters_count_as_one_and_take_no_adapters_place():
+    metrics = Metrics(served=lambda: ["docs@1"], max_adapters=2)
+    for look in (1, 2):
+        for number in range(5):
+            timing = Timing("/v1/completions")
+            metrics.begin(timing, f"docs@1:0.{number}+cats@1:{look}")
+            metrics.end(timing, 200)
+        timing = Timing("/v1/completions")
+        metrics.begin(timing, "docs@1")
+        metrics.end(timing, 200)
+        found = series(metrics.text())
+        asked = {"route": "/v1/completions", "status": "200"}
+        assert value(found, "requests_total", adapter="ensemble", **asked) == 5 * look
+        assert value(found, "requests_total", adapter="docs@1", **asked) == look
+
+
 def test_each_answer_names_the_replica_as_its_series_do():
     metrics = Metrics("t7j7w627")
     with listening(metrics=metrics) as served:

@@ -126,7 +126,7 @@ def test_a_canary_answers_its_share_is_promoted_and_taken_back_with_no_request_l
         user = _user(answer)
         assert answer.headers["x-raypeft-adapter"] == ("docs@2" if rollout.answers(user) else "docs@1")
     assert {answer.headers["x-raypeft-adapter"] for answer in first} == {"docs@1", "docs@2"}
-    assert [line["event"] for line in site.reports.audit()] == [
+    assert [line["event"] for line in site.reports.audit() if line["event"] != "deployed"] == [
         "rollout", "began", "promoting", "promoted", "rollout", "began", "rolling back", "rolled back",
     ]  # fmt: skip
     last = site.reports.audit()[-1]
