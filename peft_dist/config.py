@@ -203,8 +203,8 @@ class TargetedConfig(PeftConfig):
 
     Args:
         target_modules: names or suffixes of layers, one regular expression over whole names, `"all-linear"`,
-            or None for the architecture's usual ones.
-        exclude_modules: names or suffixes, or one regular expression, of layers to leave out.
+            or None for the architecture's usual ones. Names become a set.
+        exclude_modules: names or suffixes, or one regular expression, of layers to leave out. Names become a set.
         modules_to_save: names of modules that are trained whole beside the adapter.
     """
 
@@ -214,14 +214,15 @@ class TargetedConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("target_modules", "exclude_modules", "modules_to_save"):
-            value = getattr(self, name)
-            if isinstance(value, (list, tuple, set, frozenset)):
-                setattr(
-                    self,
-                    name,
-                    list(dict.fromkeys(sorted(value) if isinstance(value, (set, frozenset)) else value)),
-                )
+        for name in ("target_modules", "exclude_modules", "feedforward_modules"):
+            value = getattr(self, name, None)
+            if isinstance(value, (list, tuple, frozenset)):
+                setattr(self, name, set(value))
+        saved = self.modules_to_save
+        if isinstance(saved, (list, tuple, set, frozenset)):
+            self.modules_to_save = list(
+                dict.fromkeys(sorted(saved) if isinstance(saved, (set, frozenset)) else saved)
+            )
 
     def check_layers(self, *, of_str: bool = True, alone: bool = True) -> None:
         """Refuses `layers_to_transform` and `layers_pattern` where they contradict.

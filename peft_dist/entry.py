@@ -109,7 +109,7 @@ def inject_adapter_in_model(
         names = hooked_names(state_dict, prefix_of(str(peft_config.peft_type)))
         if not names:
             raise ConfigError(f"{name}: no name of the state_dict is of a tensor of {peft_config.peft_type}.")
-        placed.target_modules, placed.exclude_modules = sorted(names), None
+        placed.target_modules, placed.exclude_modules = set(names), None
     with as_it_was(model):
         inject.inject(model, placed, adapter_name, shared, low_cpu_mem_usage=low_cpu_mem_usage)
     inject.activate(model, [adapter_name])

@@ -219,7 +219,7 @@ def resolve(config: Any, facts: BaseFacts) -> list[str]:
             raise TargetError(
                 f"targets: 'all-linear' matched none: {facts.name} has no linear layer that is left in."
             )
-        config.target_modules = _shortest(chosen, facts)
+        config.target_modules = set(_shortest(chosen, facts))
         return chosen
     matched = [name for name in facts.layers if name and is_target(config, name)]
     if not matched:
@@ -237,7 +237,7 @@ def resolve(config: Any, facts: BaseFacts) -> list[str]:
             )
     if not isinstance(config.target_modules, str):
         layers = [n for n, kind in facts.layers.items() if kind != "module" or "module" in config.layers]
-        absent = [target for target in config.target_modules if not any(ends_in([target], n) for n in layers)]
+        absent = [t for t in sorted(config.target_modules) if not any(ends_in([t], n) for n in layers)]
         _warn_of_unmatched(absent, f"layer of {facts.name}", layers, "target_modules")
     patterns = {n: v for n, v in vars(config).items() if n.endswith("_pattern") and isinstance(v, dict)}
     for field_name, pattern in patterns.items():
@@ -363,9 +363,9 @@ def _fill_defaults(config: Any, facts: BaseFacts) -> None:
             "the layers, or say 'all-linear'."
         )
     usual = known[facts.architecture]
-    config.target_modules = usual if isinstance(usual, str) else list(usual)
+    config.target_modules = usual if isinstance(usual, str) else set(usual)
     if config.peft_type == "IA3" and config.feedforward_modules is None:
-        config.feedforward_modules = list(DEFAULT_FEEDFORWARD[facts.architecture])
+        config.feedforward_modules = set(DEFAULT_FEEDFORWARD[facts.architecture])
 
 
 def _is_left_out(config: Any, name: str) -> bool:
@@ -412,6 +412,7 @@ def _shortest(chosen: list[str], facts: BaseFacts) -> list[str]:
 
 def _nothing_matched(config: Any, facts: BaseFacts) -> str:
     targets = config.target_modules
+    targets = targets if isinstance(targets, str) else sorted(targets)
     linear = [name for name, kind in facts.layers.items() if kind == "linear"]
     of_what = f"{len(linear)} linear layers of {facts.name}"
     if not isinstance(targets, str) and not targets:

@@ -362,7 +362,7 @@ def _union(field: str, given: Sequence[Any]) -> Any:
         return given[0] if len(set(given)) == 1 else "|".join(f"({each})" for each in given)
     if given[0] is None:
         return None
-    return list(dict.fromkeys(name for each in given for name in each))
+    return {name for each in given for name in each}
 
 
 def _saved_names(configs: Sequence[Any]) -> list[str] | None:

@@ -10,7 +10,7 @@ import pytest
 
 import peft_dist
 from peft_dist.catalog import METHODS, config_class, entry
-from peft_dist.config import PeftConfig
+from peft_dist.config import PeftConfig, TargetedConfig
 from peft_dist.errors import ConfigError, TargetError
 from tests.contract.test_fields import base_values
 
@@ -230,7 +230,22 @@ def test_names_compare_to_strings_and_serialise() -> None:
     assert [task.value for task in peft_dist.TaskType] == [task.value for task in peft.TaskType]
     assert set(METHODS) <= set(peft_dist.PeftType.__members__)
     config = peft_dist.LoraConfig(task_type=peft_dist.TaskType.SEQ_CLS, target_modules={"b", "a"})
-    assert config.to_dict()["task_type"] == "SEQ_CLS" and config.target_modules == ["a", "b"]
+    assert config.to_dict()["task_type"] == "SEQ_CLS" and config.to_dict()["target_modules"] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    "name", [n for n in THEIRS if issubclass(config_class(n), TargetedConfig) and n != "XLORA"]
+)
+def test_names_of_layers_are_a_set_as_theirs(name) -> None:
+    """Programs compare them with a set; a file has them sorted."""
+    given = {"target_modules", "exclude_modules", "feedforward_modules"} & {
+        f.name for f in dataclasses.fields(theirs(name))
+    }
+    values = {field: ["b", "a"] for field in given} | ({"total_step": 10} if name == "ADALORA" else {})
+    mine, wanted = config_class(name)(**values), theirs(name)(**values)
+    for field in given:
+        assert getattr(mine, field) == set(getattr(wanted, field)) == {"a", "b"}
+        assert mine.to_dict()[field] == ["a", "b"]
 
 
 def test_auto_loading_names_the_base(tmp_path) -> None:

@@ -47,18 +47,14 @@ class IA3Config(TargetedConfig, ActivationMethod):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = "IA3"
-        forward = self.feedforward_modules
-        if isinstance(forward, (list, tuple, set, frozenset)):
-            self.feedforward_modules = forward = sorted(forward)
-        outside = [n for n in forward if n not in self.target_modules] if self._both_lists() else []  # type: ignore[operator, union-attr]
+        names = (self.feedforward_modules, self.target_modules)
+        forward, targets = (None if isinstance(each, str) or each is None else set(each) for each in names)
+        outside = sorted(forward - targets) if forward is not None and targets is not None else []
         if outside:
             raise ConfigError(
                 f"IA3Config.feedforward_modules: {outside[0]!r} is not in target_modules; it must be a "
                 "subset of them."
             )
-
-    def _both_lists(self) -> bool:
-        return isinstance(self.feedforward_modules, list) and isinstance(self.target_modules, list)
 
     def is_feedforward(self, site: Site) -> bool:
         """Whether `site` is scaled at its input."""

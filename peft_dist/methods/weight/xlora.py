@@ -114,7 +114,7 @@ class XLoraConfig(TargetedConfig, WeightMethod):
             )
         if not 0 <= self.xlora_dropout_p < 1:
             raise ConfigError(f"XLoraConfig.xlora_dropout_p: {self.xlora_dropout_p!r}; it lies in [0, 1).")
-        self.target_modules, self.exclude_modules, self.modules_to_save = [], None, None
+        self.target_modules, self.exclude_modules, self.modules_to_save = set(), None, None
         self._experts: list[Expert] = []
         self._order: dict[str, int] = {}
 
@@ -159,7 +159,7 @@ class XLoraConfig(TargetedConfig, WeightMethod):
             for factor in _FACTORS
             if key.endswith(f".{factor}")
         ]
-        self.target_modules = list(dict.fromkeys(names))
+        self.target_modules = set(names)
 
     def _read(self, name: str, path: str, read: Callable[[str], Any]) -> Expert:
         saved, home = None, self.__dict__.get("home")
