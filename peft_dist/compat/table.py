@@ -171,16 +171,29 @@ PUBLIC: dict[str, str] = {
         "torch_load transpose decompose_weight_matrix project_gradient_to_orthogonal_space replicate_layers "
         "build_peft_weight_mapping find_kappa_target_modules dequantize_module_weight prepare_config",
     ),
+    **_at(
+        "peft_dist.compat.submodules",
+        "_freeze_adapter _get_batch_size _get_input_embeddings_name _get_submodules "
+        "_get_submodules_with_grandparent _is_valid_match _prepare_prompt_learning_config _set_adapter "
+        "_set_trainable check_adapters_to_merge get_embedding_layer_name has_valid_embedding_base_layer "
+        "id_tensor_storage map_cache_to_layer_device_map",
+    ),
 }
 _LATER = "this package does not have it. Leave it out, or train with HF PEFT and convert the adapter to LoRA there."
-# Names that programs import and that say so when they are used.
-REFUSED = dict.fromkeys(
-    _words(
-        "ArrowConfig BdLoraConfig KasaConfig LoraGAConfig MontecloraConfig VeloraConfig create_arrow_model "
-        "preprocess_loraga create_riemannian_optimizer"
-    ),
-    _LATER,
+_LATER_ABOVE = _words(
+    "ArrowConfig BdLoraConfig KasaConfig LoraGAConfig MontecloraConfig VeloraConfig create_arrow_model "
+    "preprocess_loraga"
 )
+# Names that programs import and that say so when they are used.
+REFUSED = {
+    **dict.fromkeys([*_LATER_ABOVE, "create_riemannian_optimizer"], _LATER),
+    **dict.fromkeys(
+        _words(
+            "get_gptqmodel_quant_linear get_quantization_kwargs quantization_extra_repr resolve_quantization_backend"
+        ),
+        "quantised layers are bitsandbytes' here. Load the base in 8 or 4 bits.",
+    ),
+}
 # Of those, the names that `import peft` has itself.
 TOP = frozenset(
     [
@@ -190,6 +203,6 @@ TOP = frozenset(
             "set_base_model_state_dict shift_tokens_right TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING"
         ),
         *_MODELS,
-        *(name for name in REFUSED if not name.endswith("_optimizer")),
+        *_LATER_ABOVE,
     ]
 )

@@ -43,7 +43,7 @@ def test_the_list_holds_all_that_they_make_public() -> None:
     folders = later.split()
     foreign = {n for f in folders for n in importlib.import_module(f"peft.tuners.{f}").__all__}
     listed = {(line[0], line[1]) for line in LINES if len(line) == 2}
-    for path in (".", "tuners", "tuners.lora", "functional"):
+    for path in (".", "tuners", "tuners.lora", "functional", "utils"):
         theirs = importlib.import_module("peft" if path == "." else f"peft.{path}")
         for name in theirs.__all__:
             mapped = name.startswith("TRANSFORMERS_MODELS_TO_") and name.split("_")[3].lower() in folders
@@ -227,6 +227,28 @@ def test_functions_give_what_theirs_give(tmp_path) -> None:
     model.save_pretrained(tmp_path)
     mine, other = (library.load_peft_weights(tmp_path, device="cpu") for library in (peft_dist, peft))
     torch.testing.assert_close(mine, other)
+
+
+@pytest.mark.parametrize("name", ["lm_head", "model.layers.1.self_attn.q_proj"])
+def test_modules_are_found_by_name(name) -> None:
+    """The private functions of `peft.utils` that programs which merge by hand import."""
+    model = peft_dist.get_peft_model(
+        bases.llama(), peft_dist.LoraConfig(target_modules=["q_proj"])
+    ).get_base_model()
+    for function in ("_get_submodules", "_get_submodules_with_grandparent"):
+        ours, theirs = of_both("utils.other", function)
+        assert ours(model, name) == theirs(model, name)
+    for function, arguments in (
+        ("_is_valid_match", ("a.b", "b")),
+        ("_is_valid_match", ("ab", "b")),
+        ("_get_input_embeddings_name", (model,)),
+        ("_get_batch_size", (torch.zeros(3, 2), None)),
+    ):
+        ours, theirs = of_both("utils.other", function)
+        assert ours(*arguments) == theirs(*arguments)
+    freeze, _ = of_both("utils", "_freeze_adapter")
+    freeze(model, "default")
+    assert not any(p.requires_grad for p in model.parameters())
 
 
 def test_projected_gradients_are_theirs() -> None:
