@@ -45,7 +45,7 @@ class SweepPlan:
     """Of a worker of a full pack: one base, and as many adapters with their states as a pack has trials."""
     fits: bool | None
     steps: int | None
-    """Optimizer steps of a trial that nobody stops."""
+    """Optimizer steps of a trial that nobody stops, the longest of them."""
     seconds: float | None
     """From the start to the last trial's end, estimated; None where rows or base are not known."""
     notes: tuple[str, ...] = ()
@@ -105,7 +105,9 @@ def make_sweep_plan(
     if trial.alone is None and layout.concurrent < min(sweep.max_concurrent or 0, trials):
         number = f"{layout.concurrent} trial{'s' * (layout.concurrent > 1)}"
         notes.append(f"{number} at once, not {sweep.max_concurrent}: there is no more room.")
-    steps = steps_of(job, rows)
+    steps = [steps_of(job, rows) for job in jobs]
+    if len(set(steps)) > 1 and None not in steps:
+        notes.append(f"Trials take {min(filter(None, steps))} to {max(filter(None, steps))} steps.")
     if sweep.scheduler.type != "none":
         check_evaluations(sweep, jobs, rows)
     return SweepPlan(
@@ -115,8 +117,17 @@ def make_sweep_plan(
         layout,
         memory,
         trial.fits,
-        steps,
-        seconds_of(spec, trial, layout, trials, steps, sizes, rows, loads_of(jobs, trials, layout.groups)),
+        None if None in steps else max(filter(None, steps)),
+        seconds_of(
+            spec,
+            trial,
+            layout,
+            trials,
+            _read(steps, plans),
+            sizes,
+            rows,
+            loads_of(jobs, trials, layout.groups),
+        ),
         (*notes, *trial.notes),
     )
 
@@ -142,6 +153,12 @@ def _with_a_number(plan: Plan, most: int | None) -> Plan:
     count = max(count for count in plan.counts if most is None or count <= most)
     notes = tuple(note for note in plan.notes if not note.startswith(("Elastic:", "Not used:")))
     return replace(plan.at(count), sizes=(), notes=notes)
+
+
+def _read(steps: Sequence[int | None], plans: Sequence[Plan]) -> float | None:
+    """Rows that a trial reads, on average over those that were planned; None where that is not known."""
+    known = [count * plan.global_batch_size for count, plan in zip(steps, plans, strict=True) if count]
+    return sum(known) / len(known) if len(known) == len(steps) else None
 
 
 def _total(plan: Plan) -> int:

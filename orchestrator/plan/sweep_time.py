@@ -26,16 +26,20 @@ def seconds_of(
     plan: Plan,
     layout: Layout,
     trials: int,
-    steps: int | None,
+    read: float | None,
     sizes: ModelSizes | None,
     rows: RowFacts,
     loads: int,
 ) -> float | None:
     """Twice two operations for each parameter and token (forward, and backward through a frozen base), over what the
-    workers can do; rows are taken for half as long as the longest."""
-    if steps is None or sizes is None:
+    workers can do; rows are taken for half as long as the longest.
+
+    Args:
+        read: rows that a trial reads; None where that is not known.
+    """
+    if read is None or sizes is None:
         return None
-    tokens = steps * plan.global_batch_size * (rows.longest or plan.sequence_len) / 2
+    tokens = read * (rows.longest or plan.sequence_len) / 2
     one = CORE_FLOPS * plan.bundle.get("CPU", 1)
     speed = (GPU_FLOPS * plan.bundle["GPU"] if plan.use_gpu else one) * plan.num_workers
     share = _share(spec, spec.sweep.scheduler.type if spec.sweep else "none")

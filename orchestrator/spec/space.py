@@ -8,6 +8,7 @@ paired: [{training.warmup_ratio: 0.0, training.lr_scheduler: linear}, {training.
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
@@ -47,6 +48,18 @@ class Dimension:
     def is_list(self) -> bool:
         """Whether it has a number of values that can be gone through."""
         return self.kind in (*LISTS, PAIRED)
+
+    @property
+    def count(self) -> int | None:
+        """How many values it has; None where there is no end of them."""
+        if self.is_list:
+            return len(self.values)
+        if self.kind == "randint":
+            return int(self.values[1] - self.values[0])
+        if self.kind == "quniform":
+            low, high, step = self.values
+            return round((high - low) / step) + 1
+        return None
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -91,9 +104,10 @@ def dimensions(space: Mapping[str, Any]) -> list[Dimension]:
     return found
 
 
-def grid_size(space: Sequence[Dimension]) -> int:
-    """How many combinations the lists of a space have."""
-    return math.prod(len(each.values) for each in space if each.is_list)
+def size_of(space: Sequence[Dimension]) -> int | None:
+    """How many combinations a space has; None where there is no end of them."""
+    counts = [each.count for each in space]
+    return None if None in counts else math.prod(count or 0 for count in counts)
 
 
 def combinations(space: Sequence[Dimension]) -> Iterator[Parameters]:
@@ -203,6 +217,8 @@ def _check_distribution(path: Path, key: str, said: Any) -> Iterator[Problem]:
             )
         elif None in values:
             yield Problem((*path, kind), "holds an empty value.", "Write a value, or leave it out.")
+        else:
+            yield from _check_twice((*path, kind), values)
     else:
         yield from _check_range((*path, kind), kind, values)
 
@@ -228,6 +244,31 @@ def _check_range(path: Path, kind: str, values: Any) -> Iterator[Problem]:
         yield Problem(
             path, f"a step of {values[2]} does not fit between {low} and {high}.", "Write a smaller one."
         )
+    elif kind == "quniform" and (
+        uneven := [each for each in (low, high) if not _is_multiple(each, values[2])]
+    ):
+        step = values[2]
+        ends = [whole(round(math.floor(each / step + 1e-9) * step, 12)) for each in (low, high)]
+        yield Problem(
+            path,
+            f"draws multiples of {step}, and {uneven[0]} is none.",
+            f"Write such as {{quniform: [{ends[0]}, {ends[1]}, {step}]}}.",
+        )
+
+
+def _is_multiple(value: float, step: float) -> bool:
+    return math.isclose(value / step, round(value / step))
+
+
+def _check_twice(path: Path, values: Sequence[Any]) -> Iterator[Problem]:
+    """What stands in a list more than once would be tried more than once."""
+    seen: set[str] = set()
+    for value in values:
+        said = json.dumps(value, sort_keys=True, default=str)
+        if said in seen:
+            yield Problem(path, f"holds {show(value)} twice: the same trial would run twice.", "Remove one.")
+            return
+        seen.add(said)
 
 
 def _check_paired(path: Path, said: Any) -> Iterator[Problem]:
@@ -243,6 +284,8 @@ def _check_paired(path: Path, said: Any) -> Iterator[Problem]:
         elif len({frozenset(each) for each in entries}) > 1:
             keys = sorted({key for each in entries for key in each})
             yield Problem(path, "its mappings set different keys.", f"Set all of {', '.join(keys)} in each.")
+        else:
+            yield from _check_twice(path, entries)
 
 
 def _paired_lists(said: Any) -> list[Any]:

@@ -16,7 +16,7 @@ from .deepspeed_keys import check_deepspeed
 from .job import JobSpec
 from .places import Path, Problem, Tree, dotted
 from .rules import check_rules, has_evaluation, produced_metrics
-from .space import PAIRED, SPACE, Dimension, Parameters, check_space, combinations, dimensions, grid_size
+from .space import PAIRED, SPACE, Dimension, Parameters, check_space, combinations, dimensions, size_of
 from .strict import strict_job
 from .sweep import SweepSpec
 from .unknown import unknown_key
@@ -105,11 +105,9 @@ def _put(values: dict[str, Any], key: str, value: Any) -> None:
 
 def count_trials(sweep: SweepSpec) -> int:
     """How many trials a sweep begins at most."""
-    space = dimensions(sweep.space)
-    count = sweep.num_trials or (grid_size(space) if sweep.searcher == "grid" else DEFAULT_TRIALS)
-    if all(each.is_list for each in space):
-        count = min(count, grid_size(space))
-    return min(count, sweep.budget.trials or count)
+    size = size_of(dimensions(sweep.space))
+    count = sweep.num_trials or (size if sweep.searcher == "grid" else None) or DEFAULT_TRIALS
+    return min(count, size or count, sweep.budget.trials or count)
 
 
 def evaluations(spec: JobSpec, num_rows: int | None = None) -> int | None:
@@ -202,14 +200,13 @@ def _searcher(sweep: SweepSpec, space: Collection[Dimension]) -> Iterator[Proble
                 "grid asks for every value, and searcher: optuna chooses.",
                 "Write choice, or searcher: grid.",
             )
-    if sweep.num_trials is not None and all(each.is_list for each in space):
-        size = grid_size(list(space))
-        if sweep.num_trials > size:
-            yield Problem(
-                ("sweep", "num_trials"),
-                f"{sweep.num_trials}, and the space has {size} combination{'s' * (size != 1)}: some would run twice.",
-                f"Write {size} or less, or remove it.",
-            )
+    size = size_of(list(space))
+    if size is not None and (sweep.num_trials or 0) > size:
+        yield Problem(
+            ("sweep", "num_trials"),
+            f"{sweep.num_trials}, and the space has {size} combination{'s' * (size != 1)}: some would run twice.",
+            f"Write {size} or less, or remove it.",
+        )
 
 
 def _trials(space: list[Dimension], values: Mapping[str, Any]) -> tuple[list[Problem], list[JobSpec]]:

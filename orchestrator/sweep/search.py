@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
@@ -28,7 +29,9 @@ EVALUATIONS = "evaluations"
 """Evaluations of a trial until now, by which schedulers count."""
 
 _MISSES = 1000
-"""Draws in a row that were there before, after which a finite space counts as gone through."""
+"""Draws in a row that were there before, after which the rest of a finite space is gone through in order."""
+_ASKS = 20
+"""How often Optuna is asked again where it says what was there before, until one is drawn."""
 
 Drawn = dict[str, Any]
 """Dimension -> what was drawn: a number, or the place in a list."""
@@ -58,13 +61,14 @@ class Suggestions(Searcher):
         self._recalled = list(recalled)
         self._next = max((each.number for each in recalled), default=-1) + 1
         self._old: dict[str, Drawn] = {}
+        """Trials that the searcher did not choose, by Tune's names."""
         self._inner: OptunaSearch | None = None
-        self._points: Iterator[Drawn] = iter(())
+        self._chosen: dict[str, str] = {}
+        """Those that it chose -> its own names of them."""
+        self._seen = {_key(self._space, each.drawn) for each in recalled}
+        self._points = points(sweep, seed, self._seen)
         if sweep.searcher == "optuna":
             self._inner = _optuna(self._space, sweep, seed + len(recalled))
-        else:
-            known = {_key(each.drawn) for each in recalled}
-            self._points = (each for each in points(sweep, seed) if _key(each) not in known)
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         """The next trial, or that there are no more."""
@@ -75,12 +79,30 @@ class Suggestions(Searcher):
             self._left -= 1
             self._old[trial_id] = old.drawn
             return {TRIAL: old.number, **old.drawn}
-        drawn = self._inner.suggest(trial_id) if self._inner else next(self._points, Searcher.FINISHED)
+        drawn = self._choice(trial_id) if self._inner else next(self._points, Searcher.FINISHED)
         if drawn is None or drawn == Searcher.FINISHED:
             return drawn
         self._left -= 1
         self._next += 1
         return {TRIAL: self._next - 1, **drawn}
+
+    def _choice(self, trial_id: str) -> Any:
+        """What Optuna says next, or another where it repeats itself."""
+        assert self._inner is not None
+        for number in range(_ASKS):
+            name = f"{trial_id}.{number}"
+            drawn = self._inner.suggest(name)
+            if not isinstance(drawn, dict):
+                return drawn
+            if (key := _key(self._space, drawn)) not in self._seen:
+                self._seen.add(key)
+                self._chosen[trial_id] = name
+                return drawn
+            self._inner.on_trial_complete(name, error=True)  # as if it had not been asked
+        drawn = next(self._points, Searcher.FINISHED)
+        if isinstance(drawn, dict):
+            self._old[trial_id] = drawn
+        return drawn
 
     def stop(self) -> None:
         """No trial is suggested any more."""
@@ -88,8 +110,8 @@ class Suggestions(Searcher):
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Passes on how a trial does."""
-        if self._inner and trial_id not in self._old:
-            self._inner.on_trial_result(trial_id, result)
+        if self._inner and trial_id in self._chosen:
+            self._inner.on_trial_result(self._chosen[trial_id], result)
 
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
@@ -98,8 +120,8 @@ class Suggestions(Searcher):
         if self._inner is None:
             return
         has_value = result is not None and result.get(VALUE, float("nan")) == result.get(VALUE)
-        if trial_id not in self._old:
-            self._inner.on_trial_complete(trial_id, result if has_value else None, error or not has_value)
+        if name := self._chosen.get(trial_id):
+            self._inner.on_trial_complete(name, result if has_value else None, error or not has_value)
         elif has_value and result is not None:
             self._inner.add_evaluated_point(self._old[trial_id], result[VALUE])
 
@@ -115,27 +137,42 @@ def parameters_of(space: Sequence[Dimension], drawn: Drawn) -> Parameters:
     return merged(space, [_value(each, drawn[each.name]) for each in space])
 
 
-def points(sweep: SweepSpec, seed: int) -> Iterator[Drawn]:
-    """All trials of a grid, or endlessly many drawn ones (of lists alone: each once), by Tune's variant generator."""
+def points(sweep: SweepSpec, seed: int, seen: set[str]) -> Iterator[Drawn]:
+    """All trials of a grid, or drawn ones, each once, by Tune's variant generator; none that was seen, which they then
+    are."""
     space = dimensions(sweep.space)
+
+    def is_new(drawn: Drawn) -> bool:
+        key = _key(space, drawn)
+        is_known = key in seen
+        seen.add(key)
+        return not is_known
+
     everything = {each.name: _domain(each, whole_list=sweep.searcher == "grid") for each in space}
     dice = np.random.RandomState(seed % 2**32)
     if sweep.searcher == "grid":
-        yield from (config for _, config in generate_variants(everything))
+        yield from (config for _, config in generate_variants(everything) if is_new(config))
         return
-    seen: set[tuple[Any, ...]] = set()
     misses = 0
-    is_finite = all(each.is_list for each in space)
-    for _ in itertools.count():
+    while misses < _MISSES:
         for _, config in generate_variants(everything, random_state=dice):
-            if is_finite and _key(config) in seen:
-                misses += 1
-                if misses > _MISSES:
-                    return
-                continue
-            misses = 0
-            seen.add(_key(config))
+            misses += 1
+            if is_new(config):
+                misses = 0
+                yield config
+    names = [each.name for each in space]
+    for values in itertools.product(*map(_all_of, space)):
+        if is_new(config := dict(zip(names, values, strict=True))):
             yield config
+
+
+def _all_of(dimension: Dimension) -> Iterator[Any]:
+    """Everything that may be drawn of a dimension that has an end."""
+    count = dimension.count or 0
+    if dimension.is_list:
+        return iter(range(count))
+    low, step = dimension.values[0], dimension.values[2] if dimension.kind == "quniform" else 1
+    return (low + step * number for number in range(count))
 
 
 def _value(dimension: Dimension, drawn: Any) -> Any:
@@ -166,5 +203,6 @@ def _optuna(space: Sequence[Dimension], sweep: SweepSpec, seed: int) -> OptunaSe
         )
 
 
-def _key(drawn: Drawn) -> tuple[Any, ...]:
-    return tuple(sorted(drawn.items()))
+def _key(space: Sequence[Dimension], drawn: Drawn) -> str:
+    """The same for the same trial."""
+    return json.dumps(parameters_of(space, drawn), sort_keys=True, default=str)

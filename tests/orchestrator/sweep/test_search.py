@@ -6,6 +6,7 @@ import pytest
 
 from orchestrator.spec.space import dimensions
 from orchestrator.spec.sweep import SweepSpec
+from orchestrator.spec.trials import count_trials
 from orchestrator.sweep.search import VALUE, Suggestion, Suggestions, parameters_of, points
 
 SPACE = {
@@ -45,13 +46,20 @@ def test_values_are_of_the_space_and_the_same_for_a_seed(searcher):
 def test_a_grid_is_every_combination_once():
     space = {name: SPACE[name] for name in ("adapter.target_modules", "paired")}
     sweep = SweepSpec(space=space, searcher="grid")
-    found = [parameters_of(dimensions(space), each) for each in points(sweep, 0)]
+    found = [parameters_of(dimensions(space), each) for each in points(sweep, 0, set())]
     assert len(found) == 4 == len({str(each) for each in found})
 
 
-def test_draws_from_lists_alone_do_not_repeat():
-    sweep = SweepSpec(space={"adapter.r": {"choice": [2, 4, 8]}}, num_trials=3)
-    assert sorted(each["adapter.r"] for each in drawn(sweep)) == [0, 1, 2]
+@pytest.mark.parametrize("searcher", ["random", "optuna"])
+def test_what_has_an_end_is_gone_through_and_nothing_is_drawn_twice(searcher):
+    space = {
+        "adapter.r": {"choice": [2, 4, 8]},
+        "training.seed": {"randint": [1, 4]},
+        "adapter.dropout": {"quniform": [0, 0.2, 0.1]},
+    }
+    sweep = SweepSpec(space=space, num_trials=100, searcher=searcher)
+    found = [str(parameters_of(dimensions(space), each)) for each in drawn(sweep)]
+    assert len(found) == 27 == len(set(found)) == count_trials(sweep)
 
 
 @pytest.mark.parametrize("searcher", ["random", "optuna"])
