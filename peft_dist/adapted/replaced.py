@@ -91,6 +91,8 @@ class Replaced(Around):
         run = rows.run_of(self._site_name, args[0])
         blends = [chosen(self, stretch.choice) for stretch in run.stretches]
         served = [tuple(name for name, _ in blend) for blend in blends]
+        if not served:  # a base's head, in a step in which nobody's prompt ends
+            return self.original_module(*args, **kwargs)
         if all(names == served[0] for names in served) and not (rows.alone and served[0]):
             return self._run(served[0], args, kwargs)
         # Adapters beneath know the whole row.

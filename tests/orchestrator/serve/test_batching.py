@@ -345,6 +345,29 @@ def test_in_bf16_scores_are_those_of_one_adapter_within_its_precision(tmp_path):
         assert note.logprob == pytest.approx(float(row[note.token]), abs=0.15)
 
 
+@pytest.mark.parametrize(
+    "values", [{"modules_to_save": ["lm_head"]}, {"target_modules": ["q_proj", "lm_head"]}]
+)
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_a_step_in_which_nobodys_prompt_ends_asks_nothing_of_the_head(tmp_path, values, deterministic):
+    """A prompt of several steps, where an adapter has a head of its own, or a part of it."""
+    prompt = zoo.prompt_of(3) * 3
+    folder = lora(tmp_path / "a", 1, **values)
+    engine = engine_of(max_batch_tokens=8, deterministic=deterministic)
+
+    async def run():
+        await engine.load("a", folder)
+        return [await said(engine, prompt, key) for key in (None, "a")]
+
+    try:
+        given = asyncio.run(run())
+    finally:
+        engine.close()
+    adapted = peft_dist.PeftModel.from_pretrained(zoo.base(), folder).eval()
+    assert given == [zoo.answer(model, prompt, ANSWER) for model in (zoo.base(), adapted)]
+    assert given[0] != given[1]
+
+
 def test_deterministic_log_probabilities_are_equal_to_the_bit(tmp_path):
     labels = (
         "lora",
