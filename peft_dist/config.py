@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import json
+import tempfile
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ from peft_dist.lazy import lazy
 if TYPE_CHECKING:
     from peft_dist.contract import BaseSizes
 
-huggingface_hub = lazy("huggingface_hub")
+huggingface_hub, folders = lazy("huggingface_hub"), lazy("peft_dist.folder")
 
 CONFIG_NAME = "adapter_config.json"
 # The version of HF PEFT whose files are written.
@@ -186,6 +187,16 @@ class PeftConfig:
         aside = folder / f".{CONFIG_NAME}.part"
         aside.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         aside.replace(folder / CONFIG_NAME)
+
+    def push_to_hub(self, repo_id: str, *, commit_message: str | None = None, **kwargs: Any) -> Any:
+        """Uploads `adapter_config.json` to a repository of the Hugging Face hub, which is made where it is absent.
+
+        Args:
+            kwargs: `private`, `token`, `revision`, `create_pr`, `commit_description`, as in `PeftModel.push_to_hub`.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return folders.upload_to_hub(Path(folder), repo_id, commit_message or "Upload config", **kwargs)
 
 
 def get_peft_config(config_dict: Mapping[str, Any]) -> PeftConfig:

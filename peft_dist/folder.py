@@ -153,6 +153,32 @@ def _is_same_file(path: Path, descriptor: int) -> bool:
         return False
 
 
+def upload_to_hub(
+    folder: Path,
+    repo_id: str,
+    commit_message: str,
+    *,
+    private: bool | None = None,
+    token: bool | str | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    commit_description: str | None = None,
+) -> Any:
+    """Uploads a folder to a repository of the hub, which is made where it is absent, as is the branch."""
+    api = huggingface_hub.HfApi(token=token)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if revision is not None and not revision.startswith("refs/pr"):
+        api.create_branch(repo_id=repo_id, branch=revision, exist_ok=True)
+    return api.upload_folder(
+        repo_id=repo_id,
+        folder_path=folder,
+        commit_message=commit_message,
+        commit_description=commit_description,
+        revision=revision,
+        create_pr=create_pr,
+    )
+
+
 @contextlib.contextmanager
 def _hub_lock(repository: str) -> Iterator[None]:
     """One process of the machine at a time fetches a repository; the next finds its files in the hub's cache."""

@@ -9,6 +9,7 @@ from peft_dist.lazy import lazy
 
 torch = lazy("torch")
 merging = lazy("peft_dist.merge")
+tuner_layer = lazy("peft_dist.tuner_layer")
 
 
 class LayerApi:
@@ -19,6 +20,36 @@ class LayerApi:
     merged_adapters: list[str]
     disabled: bool
     base_layer: Any
+    _holders: set[str]
+
+    def _get_name(self) -> str:
+        """Under which a printed model has this layer, as HF PEFT calls it: `lora.Linear`."""
+        return tuner_layer.layer_title(self)
+
+    @property
+    def adapter_layer_names(self) -> tuple[str, ...]:
+        """The attributes that hold adapters' tensors, also those that have none here."""
+        told = self._facts("adapter_layer_names").values()
+        return tuple(dict.fromkeys([*(name for names in told for name in names), *sorted(self._holders)]))
+
+    @property
+    def other_param_names(self) -> tuple[str, ...]:
+        """The attributes that are dictionaries, adapter -> a setting."""
+        told = (method.facts(self.base.site) for method in self.methods.values())  # type: ignore[attr-defined]
+        return tuple(dict.fromkeys(name for facts in told for name in facts if name != "adapter_layer_names"))
+
+    @property
+    def fan_in_fan_out(self) -> bool:
+        """Whether the layer stores its weight as (in, out)."""
+        return type(self.get_base_layer()).__name__ == "Conv1D"
+
+    @property
+    def _disable_adapters(self) -> bool:
+        return self.disabled
+
+    @property
+    def _active_adapter(self) -> list[str]:
+        return list(self.active_adapters)
 
     def get_base_layer(self) -> Any:
         """The layer underneath all wrappers."""

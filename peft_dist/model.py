@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from peft_dist.catalog import METHODS, prefix_of
 from peft_dist.config import PeftConfig
 from peft_dist.contract import Method, PromptMethod
 from peft_dist.errors import AdapterError, CheckpointError, ConfigError, MergeError
+from peft_dist.folder import upload_to_hub
 from peft_dist.foreign_engine import refuse_foreign_engine
 from peft_dist.hooks import without_hooked
 from peft_dist.lazy import lazy
@@ -25,6 +27,7 @@ from peft_dist.merge import is_dequantised, refuse_unmergeable
 from peft_dist.pool import outer_modules
 from peft_dist.prompts import PromptedModel
 from peft_dist.prompts.generation import rows_each
+from peft_dist.ranks import is_writer
 from peft_dist.rows import Rows, token_input
 from peft_dist.sharding import set_whole
 from peft_dist.tuner import BaseTuner, tuner_class
@@ -307,6 +310,50 @@ class PeftModel(PromptedModel):
             **kwargs,
         )
 
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: bool | str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        max_shard_size: int | str = "50GB",
+        tags: Sequence[str] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Uploads the adapters to the Hugging Face hub, as `save_pretrained` writes them, and nothing of the base. To
+        be called on all ranks; rank 0 uploads.
+
+        Args:
+            repo_id: NAME or ORGANISATION/NAME; made where it is absent, `private` or not.
+            revision: the branch. create_pr: open a pull request instead of committing.
+            max_shard_size: of a model's files; an adapter is one file, whatever it says.
+            tags: more of them for the card.
+            kwargs: of `save_pretrained`.
+
+        Returns:
+            what `huggingface_hub.HfApi.upload_folder` returns; None on ranks that do not upload.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, **kwargs)
+            if not is_writer(kwargs.get("is_main_process")):
+                return None
+            if tags:
+                checkpoint.tag_card(Path(folder), self.active_peft_config, tags)
+            return upload_to_hub(
+                Path(folder),
+                repo_id,
+                commit_message or "Upload model",
+                private=private,
+                token=token,
+                revision=revision,
+                create_pr=create_pr,
+                commit_description=commit_description,
+            )
+
     def save_merged(
         self,
         save_directory: str | Path,
@@ -392,14 +439,18 @@ class PeftModel(PromptedModel):
             config: in the place of the adapter's own.
             ephemeral_gpu_offload: as in `LoraRuntimeConfig`.
             key_mapping: regular expressions on names in the file, and what to put there.
-            kwargs: `revision`, `subfolder`, `token`, as in `checkpoint.read`; of X-LoRA also `adapters`, where
-                the adapters that it mixes are now.
+            kwargs: `revision`, `subfolder`, `token`, as in `checkpoint.read`; `torch_device`, as in `load_adapter`;
+                of X-LoRA also `adapters`, where the adapters that it mixes are now.
 
         Raises:
             ConfigError, CheckpointError: it holds no adapter that fits; names the tensor. The base is as it
                 was.
         """
         adapters = kwargs.pop("adapters", None)
+        # Where tensors are read to; they end on their layers' device.
+        kwargs.pop("torch_device", None)
+        if config is not None and not isinstance(config, PeftConfig):
+            raise ConfigError(f"The input config must be a PeftConfig, got {type(config)}.")
         saved = checkpoint.read(model_id, key_mapping=key_mapping, **kwargs)
         config = config or saved.config
         if adapters is not None:

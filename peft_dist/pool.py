@@ -280,7 +280,30 @@ class AdapterPool:
 
 
 class Tensors(nn.Module):
-    """A leaf that holds what hangs below an adapter's name: `lora_A.NAME` with its `.weight`."""
+    """A leaf that holds what hangs below an adapter's name: `lora_A.NAME` with its `.weight`.
+
+    Where that is a matrix, programs take it for the linear layer that HF PEFT has there.
+    """
+
+    @property
+    def out_features(self) -> int:
+        """The rows of its matrix."""
+        return self._matrix("out_features").shape[0]
+
+    @property
+    def in_features(self) -> int:
+        """The columns of its matrix."""
+        return self._matrix("in_features").shape[1]
+
+    def _matrix(self, wanted: str) -> Tensor:
+        weight = self._parameters.get("weight")
+        if weight is None or weight.ndim != 2:
+            raise AttributeError(f"{self.extra_repr()} is no matrix, so it has no {wanted}")
+        return weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in) by its matrix, and its bias: (..., out)."""
+        return nn.functional.linear(x, self._matrix("forward"), self._parameters.get("bias"))
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}{tuple(p.shape)}" for name, p in self._parameters.items() if p is not None)

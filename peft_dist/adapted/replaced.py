@@ -30,6 +30,11 @@ class Replaced(Around):
         # it.
         self.__dict__["_shell"] = _shell(module)
 
+    @property
+    def active_adapter(self) -> Any:
+        """The active adapter that has tensors here; without one, an empty list."""
+        return next((name for name in self.active_adapters if name in self.methods), [])
+
     def train(self, mode: bool = True) -> Replaced:
         self._shell.train(mode)
         return super().train(mode)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+
+import huggingface_hub
 
 from peft_dist.checkpoint.layout import CARD_NAME
 from peft_dist.config import PeftConfig
@@ -29,6 +32,15 @@ def card_of(config: PeftConfig) -> str:
         "",
     ]
     return "\n".join(head + tags + body)
+
+
+def tag_card(folder: Path, config: PeftConfig, tags: Sequence[str]) -> None:
+    """Adds tags to the card of an adapter's directory, which is written where it is absent."""
+    if not (folder / CARD_NAME).is_file():
+        write_card(folder, config)
+    card = huggingface_hub.ModelCard.load(folder / CARD_NAME)
+    card.data.tags = list(dict.fromkeys([*(card.data.tags or []), *tags]))
+    card.save(folder / CARD_NAME)
 
 
 def write_card(folder: Path, config: PeftConfig) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any, Literal
 
@@ -47,10 +48,19 @@ def embeddings_of(model: nn.Module, adapter_name: str, wish: bool | Literal["aut
     }
     targeted = {key: parameter for key, parameter in embeddings.items() if key in adapted}
     if targeted:
+        if wish == "auto":
+            _say("embedding layers found in `target_modules`.")
         return targeted
-    if wish is True or _is_resized(model, adapter_name):
+    if wish is True:
+        return embeddings
+    if _is_resized(model, adapter_name):
+        _say("the embedding layer has been resized during finetuning.")
         return embeddings
     return {}
+
+
+def _say(why: str) -> None:
+    warnings.warn(f"Setting `save_embedding_layers` to `True` as {why}", stacklevel=4)
 
 
 def _trains_rows(module: Any, adapter_name: str) -> bool:

@@ -63,8 +63,10 @@ def check_name(adapter: str, taken: Any) -> None:
     """Whether an adapter may be called so: it is part of Parameters' names, and a folder's when saved.
 
     Raises:
-        AdapterError: the name is empty, reserved, not a folder's, or taken.
+        AdapterError: the name is no text, empty, reserved, not a folder's, or taken.
     """
+    if not isinstance(adapter, str):
+        raise AdapterError(f"adapter {adapter!r}: a name is text, such as {str(adapter)!r}.")
     if not adapter.strip(".") or "/" in adapter or "\\" in adapter or adapter == BASE:
         raise AdapterError(
             f"adapter {adapter!r}: a name has no '/' or '\\', is more than dots, and is not '{BASE}'. "

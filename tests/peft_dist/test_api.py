@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
+import types
 import warnings
 
 import peft
@@ -529,3 +530,61 @@ def test_arguments_come_in_their_order(path) -> None:
         mine, other = getattr(mine, part), getattr(other, part)
     wanted = parameters(other)
     assert parameters(mine)[: len(wanted)] == wanted
+
+
+def test_what_goes_to_the_hub_is_the_adapter(tmp_path, monkeypatch) -> None:
+    """Not the base, whose own `push_to_hub` the model would lend."""
+    asked, sent = [], {}
+
+    class Hub:
+        def __init__(self, token=None) -> None:
+            asked.append(("token", token))
+
+        def create_repo(self, repo_id, private=None, exist_ok=False) -> types.SimpleNamespace:
+            asked.append(("repo", repo_id, private))
+            return types.SimpleNamespace(repo_id=f"me/{repo_id}")
+
+        def create_branch(self, repo_id, branch, exist_ok) -> None:
+            asked.append(("branch", repo_id, branch))
+
+        def upload_folder(self, repo_id, folder_path, **told) -> str:
+            sent.update({p.name: p.read_bytes() for p in folder_path.iterdir()})
+            asked.append(("upload", repo_id, told["commit_message"], told["revision"]))
+            return "done"
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    model = peft_dist.get_peft_model(bases.llama(), peft_dist.LoraConfig(r=2, target_modules=["q_proj"]))
+    told = model.push_to_hub(
+        "mine", private=True, revision="try", token="t", max_shard_size="1GB", tags=["new"]
+    )
+    assert told == "done" and set(sent) == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+    assert asked == [
+        ("token", "t"),
+        ("repo", "mine", True),
+        ("branch", "me/mine", "try"),
+        ("upload", "me/mine", "Upload model", "try"),
+    ]
+    assert b"- new" in sent["README.md"] and b"- lora" in sent["README.md"]
+    sent.clear()
+    model.peft_config["default"].push_to_hub("mine", commit_message="a config")
+    assert list(sent) == ["adapter_config.json"] and asked[-1] == ("upload", "me/mine", "a config", None)
+
+
+def test_what_is_said_of_a_load_and_of_embeddings(tmp_path) -> None:
+    config = peft_dist.LoraConfig(r=2, target_modules=["q_proj", "embed_tokens"])
+    model = peft_dist.get_peft_model(bases.llama(), config)
+    with pytest.warns(
+        UserWarning, match="^Setting `save_embedding_layers` to `True` as embedding layers found"
+    ):
+        model.save_pretrained(tmp_path)
+    result = model.load_adapter(tmp_path, "again", torch_device="cpu")
+    assert repr(result) == "<All keys matched successfully>" and result == ([], [])
+    assert (
+        peft_dist.PeftModel.from_pretrained(bases.llama(), tmp_path, torch_device="cpu").active_adapter
+        == "default"
+    )
+    with pytest.raises(ValueError, match="must be a PeftConfig, got <class 'int'>"):
+        peft_dist.PeftModel.from_pretrained(bases.llama(), tmp_path, config=3)
+    with pytest.raises(AdapterError, match="adapter 3: a name is text, such as '3'"):
+        model.add_adapter(3, config)
+    assert list(model.peft_config) == ["default", "again"]

@@ -125,6 +125,37 @@ def test_a_class_derived_from_a_layers_stands_for_itself() -> None:
     assert isinstance(layer, LoraLayer) and not isinstance(layer, Mine) and isinstance(Mine(), LoraLayer)
 
 
+def test_programs_ask_a_layer_where_its_tensors_are() -> None:
+    """Also for what it has none of: `if name in layer.lora_A` is asked of embeddings too."""
+    ours, theirs = both("LORA", r=3, target_modules=["q_proj", "embed_tokens"], modules_to_save=["lm_head"])
+    mine, other = (
+        (m.get_base_model().model.layers[0].self_attn.q_proj, m.get_base_model().model.embed_tokens)
+        for m in (ours, theirs)
+    )
+    for layer, same in zip(mine, other, strict=True):
+        assert set(layer.adapter_layer_names) == set(same.adapter_layer_names)
+        for name in same.adapter_layer_names:
+            assert list(getattr(layer, name)) == list(getattr(same, name)), name
+        for name in ("lora_bias", "fan_in_fan_out", "_disable_adapters", "_active_adapter"):
+            assert getattr(layer, name) == getattr(same, name), name
+        assert set(layer.other_param_names) <= {*same.other_param_names}
+        assert repr(layer).partition("(")[0] == repr(same).partition("(")[0]
+    a, b = mine[0].lora_A["default"], mine[0].lora_B["default"]
+    x = torch.randn(2, a.in_features)
+    torch.testing.assert_close(b(a(x)), x @ a.weight.T @ b.weight.T)
+    assert (a.out_features, b.out_features) == (3, 16) and not hasattr(mine[1].base_layer, "in_features")
+    with pytest.raises(AttributeError, match="no_such_thing"):
+        mine[0].no_such_thing  # noqa: B018
+    for model in (ours, theirs):
+        head = model.get_base_model().lm_head
+        assert (
+            head.active_adapter == "default"
+            and head.modules_to_save[head.active_adapter].weight.requires_grad
+        )
+        head.set_adapter([])
+        assert head.active_adapter == []
+
+
 def test_attributes_of_a_layer_are_theirs() -> None:
     values = {"r": 3, "lora_alpha": 6, "lora_dropout": 0.1, "target_modules": ["q_proj"], "rank_pattern": {}}
     ours, theirs = both("LORA", **values)

@@ -42,6 +42,8 @@ VARIANTS: tuple[tuple[Callable[[LoraConfig], bool], str], ...] = (
     (lambda c: c.use_dora, "peft_dist.methods.lora.dora:Dora"),
     (lambda c: bool(c.target_parameters), "peft_dist.methods.lora.experts:Experts"),
 )
+# Where programs look for an adapter's tensors on any layer with LoRA.
+HOLDERS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
 _STARTS = ("gaussian", "eva", "olora", "pissa", "corda", "loftq", "orthogonal")
 _NITER = re.compile(r"pissa_niter_\d+")
 # Fields of variants that are not here, with the values that leave them out.
@@ -260,6 +262,8 @@ class LoraConfig(TargetedConfig, WeightMethod):
             "lora_dropout": dropout,
             "use_rslora": self.use_rslora,
             "use_dora": self.use_dora,
+            "lora_bias": self.lora_bias,
+            "adapter_layer_names": HOLDERS,
         }
 
     def params(self, site: Site) -> dict[str, Param]:
