@@ -15,7 +15,7 @@ from peft_dist.errors import ConfigError
 from peft_dist.packed import without_gradients
 from peft_dist.packed_rows import Reads
 from peft_dist.rows import drop, token_input
-from peft_dist.sharding import is_partitioned_base, reach
+from peft_dist.sharding import is_partitioned, reach
 
 
 def looks_ahead(method: Any) -> bool:
@@ -81,9 +81,8 @@ class LookAhead:
         names = self.serving()
         current = self.tuner._adapters.current
         # On a partitioned base a rank whose rows name others gathers what its peers gather.
-        is_joint = (
-            current.rows is not None and current.rows.adapters is not None and is_partitioned_base(module)
-        )
+        names_others = current.rows is not None and current.rows.adapters is not None
+        is_joint = names_others and any(map(is_partitioned, module.parameters()))
         if not names and not is_joint:
             return
         sized = token_input(args, kwargs)
@@ -104,7 +103,7 @@ class LookAhead:
                 "could be decided what the layers do."
             )
         for name in names:
-            p = self.tuner.tensors(name)
+            p = current.run_with(self.tuner.tensors(name))
             reach(self.tuner, p.values())
             # As its layers are, whatever mode the base was left in.
             trains = any(layer.training for layer in self.tuner._adapters.sites[name].values())

@@ -3,10 +3,34 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import Parameter
 
 from peft_dist.errors import ShardingError
 from peft_dist.sharding import is_partitioned_base
+
+
+def trained_by_engine(around: Iterable[nn.Module], tensors: Iterable[Tensor]) -> list[Parameter]:
+    """Those of the tensors that a user's own engine trains, in their order.
+
+    Args:
+        around: what it may have been built around; asked at stage 0 alone, where no parameter tells.
+    """
+    if "deepspeed" not in sys.modules:
+        return []
+    trained = [t for t in tensors if isinstance(t, Parameter) and t.requires_grad]
+    if found := [p for p in trained if _is_in_engine(p)]:
+        return found
+    among_ranks = dist.is_initialized() and dist.get_world_size() > 1
+    return trained if among_ranks and stands_in_engine(around) else []
+
+
+def _is_in_engine(parameter: Any) -> bool:
+    return hasattr(parameter, "_z3_optimizer") or hasattr(parameter, "_hp_mapping")
 
 
 def refuse_foreign_engine(model: Any, wish: str) -> None:
@@ -18,11 +42,7 @@ def refuse_foreign_engine(model: Any, wish: str) -> None:
     # Such an engine cannot be where its library was never imported.
     if "deepspeed" not in sys.modules:
         return
-    trained = (
-        repr(name)
-        for name, parameter in model.named_parameters()
-        if hasattr(parameter, "_z3_optimizer") or hasattr(parameter, "_hp_mapping")
-    )
+    trained = (repr(name) for name, parameter in model.named_parameters() if _is_in_engine(parameter))
     what = next(trained, "the parameters" if _was_built_around(model) else None)
     if what is not None:
         raise ShardingError(
@@ -32,10 +52,14 @@ def refuse_foreign_engine(model: Any, wish: str) -> None:
         )
 
 
-def _was_built_around(model: Any) -> bool:
-    """Whether an engine other than our own partition was, of whatever stage: at 0 no parameter tells."""
-    if is_partitioned_base(model):
-        return False
-    around = (model, model.base_model, model.get_base_model())
-    hooks = (hook for module in around for hook in module._forward_pre_hooks.values())
+def stands_in_engine(modules: Iterable[nn.Module]) -> bool:
+    """Whether a user's own engine was built around one of these, of whatever stage: at 0 no parameter tells."""
+    hooks = (hook for module in modules for hook in module._forward_pre_hooks.values())
     return any(getattr(hook, "__module__", "") == "deepspeed.runtime.engine" for hook in hooks)
+
+
+def _was_built_around(model: Any) -> bool:
+    """Whether an engine other than our own partition was, of whatever stage."""
+    return not is_partitioned_base(model) and stands_in_engine(
+        (model, model.base_model, model.get_base_model())
+    )

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from peft_dist import checkpoint, inject
@@ -219,6 +220,8 @@ class PeftModel(PromptedModel):
         """The base's forward with its adapters. `adapter_names` names one per sequence, as `Rows.adapters`
         does."""
         with self._naming(adapter_names):
+            if self.adapters and torch.is_grad_enabled():
+                self._constrain()
             if self._prompting() or self._others_may_prompt():
                 return self._forward_prompted(args, kwargs)
             return self.base_model(*args, **kwargs)

@@ -21,6 +21,7 @@ from torch import Tensor
 from peft_dist.bins import Bins
 from peft_dist.contract import Site
 from peft_dist.errors import RowsError
+from peft_dist.joint import Joint
 from peft_dist.made import Made
 from peft_dist.siblings import Siblings
 
@@ -256,6 +257,7 @@ class Current:
         batch: arguments of the model's forward that methods read: name -> (B, ...).
         made: what adapters make for all their layers at once, while a whole model's forward runs.
         siblings: the layers that take one input.
+        joint: what adapters run with in the place of their Parameters, where a user's own engine trains them.
     """
 
     rows: Rows | None = None
@@ -264,11 +266,16 @@ class Current:
     batch: dict[str, Tensor] = field(default_factory=dict)
     made: Made | None = field(default=None, repr=False, compare=False)
     siblings: Siblings = field(default_factory=Siblings, repr=False, compare=False)
+    joint: Joint | None = field(default=None, repr=False, compare=False)
 
     def take(self, other: Current) -> None:
         """Says what `other` says."""
         self.rows, self.length, self.padding = other.rows, other.length, other.padding
-        self.batch = other.batch
+        self.batch, self.joint = other.batch, other.joint
+
+    def run_with(self, tensors: Mapping[str, Any]) -> dict[str, Any]:
+        """An adapter's tensors, as its layers are to compute with them now."""
+        return dict(tensors) if self.joint is None else self.joint.of(tensors)
 
     def padding_of(self, samples: Tensor, adapter: str | None = None) -> Tensor | None:
         """`padding` of the sequences with these indices in the global batch; in that of the adapter, where rows are of

@@ -201,6 +201,28 @@ def reach(module: nn.Module, parameters: Iterable[Weight]) -> None:
             parameter.all_gather()
 
 
+def whole_until_backward_ends(parameters: Iterable[Weight]) -> None:
+    """Gathers, in a running backward, those of the parameters that rest in pieces; a collective if any does. They are
+    let go when it ends."""
+    partitioned = [p for p in parameters if is_partitioned(p)]
+    if not partitioned:
+        return
+    states = deepspeed.runtime.zero.partition_parameters.ZeroParamStatus
+    for p in partitioned:
+        if p.ds_status == states.INFLIGHT:
+            _wait_for(p)
+    resting = [p for p in partitioned if p.ds_status == states.NOT_AVAILABLE]
+    if not resting:
+        return
+    resting[0].all_gather(param_list=resting)
+
+    def let_go_of_all() -> None:
+        for p in resting:
+            let_go(p)
+
+    torch.autograd.Variable._execution_engine.queue_callback(let_go_of_all)  # type: ignore[attr-defined]
+
+
 def layers_changed(base: nn.Module) -> None:
     """Lets the engine learn anew which parameters the layers of a partitioned base have, after some got others;
     also a user's own, while adapters that it trains are in the base.
@@ -591,9 +613,13 @@ def _let_first_layers_require_grad(base: nn.Module) -> None:
         if torch.is_grad_enabled() and output.is_floating_point():
             output.requires_grad_(True)
 
-    for module in base.modules():
-        if isinstance(module, _FIRST):
-            module.register_forward_hook(require)
+    for module in first_layers(base):
+        module.register_forward_hook(require)
+
+
+def first_layers(base: nn.Module) -> list[nn.Module]:
+    """The layers of a base that take its input: embeddings and convolutions."""
+    return [module for module in base.modules() if isinstance(module, _FIRST)]
 
 
 def _release_when_done(base: nn.Module, offload: Any) -> None:
@@ -658,5 +684,7 @@ def _wait_for(parameter: Any) -> None:
     """Ends the prefetch that is under way for a partitioned parameter; its hook would otherwise do so "
     "later."""
     registry = getattr(parameter, _REGISTRY, None)
+    if registry is None and (trains := getattr(parameter, "_z3_optimizer", None)) is not None:
+        registry = getattr(trains.parameter_offload.module, "ds_inflight_param_registry", None)
     if registry is not None and parameter in registry:
         registry.pop(parameter).wait()

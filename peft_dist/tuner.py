@@ -24,9 +24,10 @@ from peft_dist.config import PeftConfig
 from peft_dist.contract import Controller, Method, Params
 from peft_dist.errors import AdapterError, ConfigError, MergeError, suggest
 from peft_dist.gradients import Gradients
+from peft_dist.joint import Joint, joined
 from peft_dist.lazy import lazy
 from peft_dist.made import Made
-from peft_dist.pool import PooledModule
+from peft_dist.pool import PooledModule, outer_modules
 from peft_dist.targets import usual_targets
 from peft_dist.tuner_layer import hooked_layers, layer_class, merge_hooked, unmerge_hooked
 
@@ -273,6 +274,8 @@ class BaseTuner(hooks.Hooks, PooledModule):
             inject.check_started(self, [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)])
         with self.reading(kwargs):
             outputs = self.model(*args, **kwargs)
+            if (joint := self._adapters.current.joint) is not None:
+                outputs = joint.ends_in(outputs)
         loss: Any = getattr(outputs, "loss", None)
         extra = self.extra_loss() if isinstance(loss, Tensor) and torch.is_grad_enabled() else None
         if extra is not None:
@@ -292,16 +295,39 @@ class BaseTuner(hooks.Hooks, PooledModule):
         names = {name for config in self.peft_config.values() for name in getattr(config, "reads", ())}
         self._attend()
         current = self._adapters.current
-        before, made = current.batch, current.made
+        before, made, joint = current.batch, current.made, current.joint
         current.batch = {**before, **{name: kwargs.pop(name) for name in names if name in kwargs}}
         current.made = Made(self.sites)
         if current.batch or current.rows or self.look_ahead.serving():
             recompute.remember(self._layers_run_again(), current)
         try:
-            with self.look_ahead.watching():
+            with contextlib.ExitStack() as stack:
+                if joint is None and (begun := self._joined()) is not None:
+                    current.joint = begun
+                    stack.enter_context(begun.beginning_in(self.model))
+                stack.enter_context(self.look_ahead.watching())
                 yield
         finally:
-            current.batch, current.made = before, made
+            current.batch, current.made, current.joint = before, made, joint
+
+    def _joined(self) -> Joint | None:
+        """What adapters run with in this forward, where ranks may use different ones and an engine of a user's own
+        trains them."""
+        rows, serving = self._adapters.current.rows, set(self._serving())
+        names_others = rows is not None and rows.adapters is not None
+        if not names_others and serving >= set(self.peft_config):
+            return None
+        prompts = self._adapters.prompts
+        around = [self, self.model] if prompts is None else [prompts, self, self.model]
+        holders = [*around[:-2], *(module for _, module in outer_modules(self))]
+        tensors = (
+            tensor
+            for module in holders
+            if isinstance(module, PooledModule)
+            for name in module.adapters
+            for tensor in module.tensors(name).values()
+        )
+        return joined(around, self._layers_run_again(), tensors)
 
     def _attend(self) -> None:
         """Before a run, what controllers need of it."""

@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from peft_dist.adapted.around import Around
-from peft_dist.adapted.beside import beside
 from peft_dist.adapted.packed import chosen
+from peft_dist.beside import beside
 from peft_dist.contract import BlockMethod
 from peft_dist.packed_rows import PackedRows
 from peft_dist.rows import Cut, Rows, Segment

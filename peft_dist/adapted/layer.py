@@ -313,7 +313,9 @@ class Adapted(AdapterModule):
         names, num = rows.adapters, x.shape[0]
         assert names is not None
         first, bucket = self.methods.get(names[0]), self._pool.bucket(self._site_name, names[0])  # type: ignore[arg-type]
-        if bucket is None or not isinstance(first, WeightMethod) or num != len(names) or x.ndim < 3:
+        if self._current.joint is not None or bucket is None or not isinstance(first, WeightMethod):
+            return None
+        if num != len(names) or x.ndim < 3:
             return None
         # Many rows of few adapters with few positions each: then their tensors would be copied too often.
         if 2 * len(rows.segments) < num and x.numel() < num * bucket.size:
@@ -375,6 +377,8 @@ class Adapted(AdapterModule):
     def _stacked(self, xs: Tensor, parts: list, entrances: list[Entrance]) -> Tensor | None:
         """The additions of all parts by one product over stacked tensors, where the parts are alike; else
         None."""
+        if self._current.joint is not None:
+            return None
         num_rows = parts[0][2] - parts[0][1]
         if any(len(levels) != 1 or stop - start != num_rows for levels, start, stop in parts):
             return None

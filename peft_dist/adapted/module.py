@@ -127,7 +127,7 @@ class AdapterModule(LayerApi, PooledModule):
         rows = self._current.rows
         if rows is None or rows.adapters is None:
             for name in here:
-                reach(self, self.tensors(name).values())
+                reach(self, self._current.run_with(self.tensors(name)).values())
         else:
             # Ranks may name others: all gather alike.
             for name in self.methods:
@@ -162,12 +162,12 @@ class AdapterModule(LayerApi, PooledModule):
 
     def held(self, adapter: str) -> dict[str, Any]:
         """The adapter's tensors here and those that its layers share, by the method's names."""
-        return {**self.shared(adapter), **self.tensors(adapter)}
+        return {**self.shared(adapter), **self._current.run_with(self.tensors(adapter))}
 
     def shared(self, adapter: str) -> dict[str, Tensor]:
         """The tensors that the layers of an adapter share, or that are borrowed here from one of them, by the
         method's own names."""
-        tensors = self._shared(adapter)
+        tensors = self._current.run_with(self._shared(adapter))
         reach(self, tensors.values())
         return tensors
 

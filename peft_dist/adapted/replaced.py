@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from peft_dist.adapted.around import Around
-from peft_dist.adapted.beside import Beside
 from peft_dist.adapted.module import AdapterModule, bare
 from peft_dist.adapted.packed import chosen
+from peft_dist.beside import Beside
 from peft_dist.contract import Params
 from peft_dist.errors import RowsError
 from peft_dist.packed_rows import PackedRows

@@ -58,7 +58,9 @@ class EmbeddingLayer(Layer):
         super().__init__(layer, name)
 
     def _matrix_shape(self) -> tuple[int, int]:
-        in_, out = whole_shape(self.layer.weight)
+        # Not by its attribute: a forward may be running, in which that gathers a partitioned weight.
+        weight = self.parameter
+        in_, out = whole_shape(self.layer.weight if weight is None else weight)
         return out, in_
 
     def apply(self, W: Tensor, x: Tensor) -> Tensor:

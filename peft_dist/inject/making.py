@@ -50,12 +50,14 @@ class Adapters:
         pool: their tensors. current: what the model runs now.
         common: the module on which tensors hang that all layers of an adapter share; None where there is no
             model around the base to hold them.
+        prompts: the module on which tensors of prompt methods hang, where there is one.
         sites: adapter -> the wrapped layers on which its method sits, by their names in the bare base.
     """
 
     pool: AdapterPool = field(default_factory=AdapterPool)
     current: Current = field(default_factory=Current)
     common: PooledModule | None = None
+    prompts: PooledModule | None = None
     sites: dict[str, dict[str, AdapterModule]] = field(default_factory=dict)
 
 

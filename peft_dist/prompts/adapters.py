@@ -38,7 +38,7 @@ class PromptAdapters(PooledModule):
 
     def __init__(self, shared: inject.Adapters) -> None:
         super().__init__(shared.pool, PROMPTS)
-        self._adapters = shared
+        self._adapters, shared.prompts = shared, self
         self.peft_config: dict[str, PeftConfig] = {}
         self.disabled = False
         self.methods: dict[str, PromptMethod] = {}

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from peft_dist.contract import PromptMethod
 from peft_dist.errors import AdapterError
+from peft_dist.foreign_engine import trained_by_engine
 from peft_dist.optim import constrain_before_update
 from peft_dist.prompts.adapters import PromptAdapters
 from peft_dist.prompts.base import arguments, has_decoder
@@ -56,8 +59,6 @@ class PromptedModel(PromptAdapters):
         rows = PromptRows(self)
         with self.base_model.reading(kwargs):
             inputs = {**dict(zip(arguments(rows.base), args, strict=False)), **kwargs}
-            if torch.is_grad_enabled():
-                self._constrain()
             if (among := rows.current.rows) is not None and among.bins is not None:
                 return forward_between(rows, inputs, among.bins)
             losses = counted(rows, inputs)
@@ -71,12 +72,17 @@ class PromptedModel(PromptAdapters):
             return outputs if losses is None else with_loss(outputs, *losses, items)
 
     def _constrain(self) -> None:
-        serving = self.base_model._serving()
-        for name in self.adapters:
+        """Brings values back to where they may be, before a forward that trains; on every rank, whatever its rows
+        name."""
+        constrained = {
+            name: trained
+            for name in self.adapters
+            if type(self.methods[name]).constrain is not PromptMethod.constrain
+            if (trained := {key: t for key, t in self.tensors(name).items() if t.requires_grad})
+        }
+        serving = self._serving_anywhere(constrained)
+        for name, trained in constrained.items():
             method, tensors = self.methods[name], self.tensors(name)
-            trained = {key: t for key, t in tensors.items() if t.requires_grad}
-            if not trained or type(method).constrain is PromptMethod.constrain:
-                continue
             for key, tensor in trained.items():
                 constrain_before_update(tensor, functools.partial(_constrain_one, method, key))
             if name not in serving:
@@ -87,6 +93,20 @@ class PromptedModel(PromptAdapters):
                 method.constrain(p)
             for key, tensor in trained.items():
                 set_whole(tensor, p[key])
+
+    def _serving_anywhere(self, adapters: Mapping[str, Mapping[str, Tensor]]) -> set[str]:
+        """Those of the adapters that serve now; on any rank, where an engine of a user's own has their tensors and
+        ranks may name different ones: it keeps a piece of each tensor on every rank."""
+        serving, rows = set(self.base_model._serving()), self._adapters.current.rows
+        around = (self, self.base_model, self.base_model.model)
+        trained = trained_by_engine(around, (t for tensors in adapters.values() for t in tensors.values()))
+        if rows is None or rows.adapters is None or not trained:
+            return serving
+        flags = torch.tensor(
+            [name in serving for name in adapters], dtype=torch.int32, device=trained[0].device
+        )
+        dist.all_reduce(flags, dist.ReduceOp.MAX)
+        return {name for name, flag in zip(adapters, flags.tolist(), strict=True) if flag}
 
     def _generate_prompted(self, args: tuple, kwargs: dict[str, Any]) -> Any:
         return generate(PromptRows(self), args, kwargs)

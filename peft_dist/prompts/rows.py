@@ -61,7 +61,7 @@ class PromptRows:
         return (
             bool(self.model.adapters)
             and not self.model.disabled
-            and is_partitioned(self.model.base.layer.weight)
+            and is_partitioned(self.model.base.parameter)
         )
 
     def choose(self) -> bool:
@@ -84,7 +84,7 @@ class PromptRows:
     def given(self, name: str, names: Sequence[str | None]) -> dict[str, Tensor]:
         """All that the adapter's method finds in `p`: its tensors, and what it reads of its rows."""
         self.model.check_filled(name)
-        p: dict[str, Tensor] = dict(self.model.tensors(name))
+        p: dict[str, Tensor] = self.current.run_with(self.model.tensors(name))
         reach(self.model, p.values())
         mine = [row for row, other in enumerate(names) if other == name]
         for key in self.model.methods[name].reads:

@@ -50,5 +50,5 @@ def test_ranks_that_name_other_methods_equal_one_process() -> None:
 
 
 def test_a_rank_that_runs_the_base_once_more_than_its_peer_ends_both() -> None:
-    with mock.patch.object(ahead, "is_partitioned_base", lambda model: False), pytest.raises(RankFailed):
+    with mock.patch.object(ahead, "is_partitioned", lambda parameter: False), pytest.raises(RankFailed):
         run_on_ranks(pairs, 2, [("LORA", "XLORA")], timeout_s=40)
