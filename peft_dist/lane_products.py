@@ -23,13 +23,18 @@ from peft_dist.packed_rows import Run
 
 # Positions of a row up to which batched products pay in single precision.
 _FEW = 64
+# Positions of one adapter up to which the loop is cheaper than two products of its own.
+_FEW_OF_ONE = 32
 
 
-def is_few(num_positions: int, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether a row of so many positions is cheaper from lanes."""
-    if device.type != "cpu" or dtype != torch.float32 or num_positions <= _FEW:
-        return True
-    return lane_loop.suits(num_positions, dtype, device)
+def fewest(num_positions: int, dtype: torch.dtype, device: torch.device) -> int | None:
+    """How many adapters of a row there must be for lanes to be cheaper than each by itself; None where they never
+    are."""
+    loops = lane_loop.suits(num_positions, dtype, device)
+    if loops and num_positions <= _FEW_OF_ONE:
+        return 1
+    is_few = device.type != "cpu" or dtype != torch.float32 or num_positions <= _FEW
+    return 2 if loops or is_few else None
 
 
 def add(lanes: Lanes, where: Where, run: Run, x: Tensor, y: Tensor) -> None:

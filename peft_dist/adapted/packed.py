@@ -147,8 +147,8 @@ def chosen(module: Any, choice: str | Blend | None) -> Blend:
 def _plan(module: Any, x: Tensor, run: Run, alone: bool) -> Plan:
     key = run.made.get(x.dtype)
     if key is None:  # once for a row, not for a layer
-        few = not alone and lane_products.is_few(run.num, x.dtype, x.device)
-        key = run.made[x.dtype] = (run.choices, few, x.dtype)
+        fewest = None if alone else lane_products.fewest(run.num, x.dtype, x.device)
+        key = run.made[x.dtype] = (run.choices, fewest, x.dtype)
     plans = module._pool.plans.get(module._site_name)
     if plans is None:
         plans = module._pool.plans[module._site_name] = {}
@@ -165,10 +165,10 @@ def _plan(module: Any, x: Tensor, run: Run, alone: bool) -> Plan:
     return plan
 
 
-def _made(module: Any, x: Tensor, run: Run, few: bool) -> Plan:
+def _made(module: Any, x: Tensor, run: Run, fewest: int | None) -> Plan:
     choices = [chosen(module, choice) for choice in run.choices.values]
     names = dict.fromkeys(name for blend in choices for name, _ in blend)
-    stacked = _side_by_side(module, x, list(names)) if few and x.is_floating_point() else {}
+    stacked = _side_by_side(module, x, list(names), fewest) if fewest and x.is_floating_point() else {}
     side_by_side = tuple(
         (
             each,
@@ -205,8 +205,8 @@ def _join_siblings(x: Tensor, run: Run, here: tuple[tuple[lanes.Lanes, lanes.Whe
             lanes.join(first, second)
 
 
-def _side_by_side(module: Any, x: Tensor, names: Sequence[str]) -> dict[str, lanes.Lanes]:
-    """The adapters that are served from lanes, by name."""
+def _side_by_side(module: Any, x: Tensor, names: Sequence[str], fewest: int) -> dict[str, lanes.Lanes]:
+    """The adapters that are served from lanes, by name: where there are so many of a rank."""
     if module.base.site.kind != "linear":
         return {}
     kinds = module._pool.kinds.setdefault(module._site_name, {})
@@ -219,7 +219,7 @@ def _side_by_side(module: Any, x: Tensor, names: Sequence[str]) -> dict[str, lan
             ranked.setdefault(rank, []).append(name)
     made = {}
     for rank, here in ranked.items():
-        if len(here) > 1 and lanes.suits(rank, len(here)):
+        if len(here) >= fewest and lanes.suits(rank, len(here)):
             own = module._pool.lanes_at(module._site_name, rank, module.base.shape, x)
             own.place(here, lambda name: module.methods[name].low_rank(module.given(name), module.base))
             made.update(dict.fromkeys(here, own))

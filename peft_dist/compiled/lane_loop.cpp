@@ -120,6 +120,11 @@ void block(const Call<T>& c, int64_t at, const int32_t* lanes, const float* weig
     }
 }
 
+// Asks for what is read next: rows of A and B are too short for a processor to foresee.
+template <typename T> inline void fetch(const T* from, int64_t num) {
+    for (int64_t i = 0; i < num; i += 64 / (int64_t)sizeof(T)) __builtin_prefetch(from + i, 0, 2);
+}
+
 // A stretch is (its first position, the one behind its last, its first place in `lanes`, the one behind its last).
 template <typename T>
 void add(const Call<T>& c, const int32_t* stretches, int64_t num_stretches, const int32_t* lanes, const float* weights) {
@@ -127,6 +132,9 @@ void add(const Call<T>& c, const int32_t* stretches, int64_t num_stretches, cons
         const int32_t *stretch = stretches + 4 * s, *own = lanes + stretch[2];
         const float* w = weights + stretch[2];
         const int num = stretch[3] - stretch[2];
+        for (int k = 0; k < num; k++) fetch(c.B + own[k] * c.r * c.out, c.r * c.out);
+        if (s + 1 < num_stretches)
+            for (int k = stretch[6]; k < stretch[7]; k++) fetch(c.A + lanes[k] * c.r * c.in, c.r * c.in);
         int64_t at = stretch[0];
         for (; at + POSITIONS <= stretch[1]; at += POSITIONS) block<T, POSITIONS>(c, at, own, w, num);
         if (at + 2 <= stretch[1]) { block<T, 2>(c, at, own, w, num); at += 2; }

@@ -14,7 +14,7 @@ from peft_dist.compiled.library import library
 
 # Positions up to which one thread's loop is cheaper than a library's products, which share more of them out over
 # theirs; and how many are cheaper whatever there are of threads.
-_MOST = {torch.float32: 256, torch.bfloat16: 96}
+_MOST = {torch.float32: 256, torch.bfloat16: 256}
 _LEAST = 16
 
 

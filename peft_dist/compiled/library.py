@@ -30,7 +30,7 @@ def library(name: str) -> ctypes.CDLL | None:
         return None
     try:
         return ctypes.CDLL(str(_compiled(Path(__file__).with_name(f"{name}.cpp"))))
-    except (OSError, subprocess.SubprocessError) as error:
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         said = getattr(error, "stderr", None) or error
         _log.warning(
             "%s is slower than it could be: it could not be compiled (%s)", name, str(said).strip()[-500:]
