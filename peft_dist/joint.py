@@ -20,7 +20,7 @@ from torch.nn import Parameter
 
 from peft_dist.beside import beside
 from peft_dist.errors import ShardingError
-from peft_dist.foreign_engine import trained_by_engine
+from peft_dist.foreign_engine import can_be, trained_by_engine
 from peft_dist.sharding import first_layers, gathered, is_partitioned, whole_until_backward_ends
 
 
@@ -78,7 +78,7 @@ class Joint:
 
 
 def joined(
-    around: Iterable[nn.Module], modules: Iterable[nn.Module], tensors: Iterable[Tensor]
+    around: Sequence[nn.Module], modules: Iterable[nn.Module], tensors: Iterable[Tensor]
 ) -> Joint | None:
     """What adapters run with in the forward that begins now; None where no engine of a user's own trains any of
     `tensors`.
@@ -91,7 +91,7 @@ def joined(
     Raises:
         ShardingError: gradient checkpointing is of the kind that runs a backward for each layer by itself.
     """
-    if not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() or not can_be():
         return None
     parameters = {id(t): t for t in tensors if isinstance(t, Parameter)}.values()
     trained = trained_by_engine(around, parameters)

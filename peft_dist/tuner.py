@@ -10,6 +10,7 @@ import contextlib
 import copy
 import functools
 import importlib
+import itertools
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
@@ -319,7 +320,7 @@ class BaseTuner(hooks.Hooks, PooledModule):
             return None
         prompts = self._adapters.prompts
         around = [self, self.model] if prompts is None else [prompts, self, self.model]
-        holders = [*around[:-2], *(module for _, module in outer_modules(self))]
+        holders = itertools.chain(around[:-2], (module for _, module in outer_modules(self)))
         tensors = (
             tensor
             for module in holders
