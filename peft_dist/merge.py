@@ -157,14 +157,15 @@ def merge_and_unload(
     wrappers = [module for _, module in adapter_modules(base)]
     merged = _merged(wrappers)
     names = [*merged, *_names(wrappers, adapter_names)]
+    replaced = [module for module in wrappers if isinstance(module, Replaced)]
+    apart = _apart(base, replaced, names)
     if dequantize and merged and not is_dequantised(base):
         unmerge(base)
         merged, adapter_names = [], names
     if set(names) - set(merged):
         names = merge(base, adapter_names, safe_merge, keep=False, dequantize=dequantize)
-    for _, module in adapter_modules(base):
-        if isinstance(module, Replaced):
-            _take_over(module, names)
+    for module in replaced:
+        _take_over(module, names, apart)
     remove_wrappers(base)
     if any(_OWN_WEIGHT in module.__dict__ for module in base.modules()):
         _say_untied(base)
@@ -379,8 +380,36 @@ def _own(dW: Tensor, module: Adapted, names: Sequence[str]) -> Tensor:
     return dW if is_whole and dW.untyped_storage().data_ptr() not in taken else dW.clone()
 
 
-def _take_over(module: Replaced, names: Sequence[str]) -> None:
+def _apart(base: nn.Module, replaced: Sequence[Replaced], names: Sequence[str]) -> set[int]:
+    """Ids of the Parameters of modules trained whole that other layers share and do not replace alike."""
+    users, sources = _users(base), dict[int, list[int]]()
+    for module in replaced:
+        name = next((name for name in reversed(names) if name in module.methods), None)
+        if name is None:
+            continue
+        source = module._lenders.get(name, module).tensors(name)
+        for key, parameter in module.original_module.named_parameters():
+            if key in source:
+                sources.setdefault(id(parameter), []).append(id(source[key]))
+    apart = {key for key, used in sources.items() if users.get(key, 0) > len(used) or len(set(used)) > 1}
+    for module in replaced:
+        for parameter in module.original_module.parameters():
+            if id(parameter) in apart and is_partitioned(parameter):
+                raise MergeError(
+                    f"{module._site_name}: its weight is tied to another layer's and partitioned by ZeRO-3; taking it "
+                    "over would change both layers. Unload on an unpartitioned base, or set ensure_weight_tying."
+                )
+    return apart
+
+
+def _take_over(module: Replaced, names: Sequence[str], apart: set[int]) -> None:
     chosen = [name for name in names if name in module.methods]
     if chosen:
         for key, value in module.tensors(chosen[-1]).items():
+            shared = module.original_module.get_parameter(key)
+            if id(shared) in apart:
+                above, _, last = key.rpartition(".")
+                layer = module.original_module.get_submodule(above)
+                layer.__dict__[_OWN_WEIGHT] = (shared,)
+                setattr(layer, last, copy.deepcopy(shared).requires_grad_(False))
             set_whole(module.original_module.get_parameter(key), whole(value))

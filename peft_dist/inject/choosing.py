@@ -238,6 +238,18 @@ def on_token_rows(
 
 def _say_untied(config: Any, facts: BaseFacts, others: list[str], taken: list[Chosen], rows: Any) -> None:
     if not getattr(config, "ensure_weight_tying", False):
+        tied = [name for name in (facts.embedding, *others) if any(each.place.name == name for each in taken)]
+        if others and tied:
+            instead = (
+                " Set ensure_weight_tying for one adapter on all of them."
+                if hasattr(config, "ensure_weight_tying")
+                else ""
+            )
+            warnings.warn(
+                f"{', '.join(map(repr, tied))} of {facts.name}: {facts.embedding!r} and {', '.join(map(repr, others))} "
+                f"share one weight, and the adapter changes what it sits on alone: merging it unties them.{instead}",
+                stacklevel=4,
+            )
         return
     if not others:
         warnings.warn(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -177,6 +178,33 @@ def test_a_tied_weight_is_untied_by_a_merge_and_tied_again(target: str) -> None:
     plain = merge.merge_and_unload(base)
     assert not plain.config.tie_word_embeddings
     torch.testing.assert_close(logits(plain), expected, rtol=0, atol=1e-12)
+
+
+WHOLE = {
+    "the embedding": {"modules_to_save": ["embed_tokens"]},
+    "the head": {"modules_to_save": ["lm_head"]},
+    "each by itself": {"modules_to_save": ["embed_tokens", "lm_head"]},
+    "one for both": {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+}
+
+
+@pytest.mark.parametrize("which", WHOLE)
+def test_a_tied_module_that_is_trained_whole_leaves_the_other_as_it_was(which: str, tmp_path) -> None:
+    base = llama(torch.float64, tie_word_embeddings=True)
+    together = which == "one for both"
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        model = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], **WHOLE[which])).eval()
+    assert ["merging it unties them" in str(each.message) for each in said] == [True] * (not together)
+    disturb(model)
+    expected = logits(model)
+    plain = model.merge_and_unload()
+    torch.testing.assert_close(logits(plain), expected, rtol=0, atol=1e-12)
+    assert plain.config.tie_word_embeddings is together
+    assert (plain.get_input_embeddings().weight is plain.get_output_embeddings().weight) is together
+    plain.save_pretrained(tmp_path)
+    again = type(plain).from_pretrained(tmp_path, dtype=torch.float64)
+    torch.testing.assert_close(logits(again), expected, rtol=0, atol=1e-12)
 
 
 def test_safe_merge_refuses_a_broken_adapter_and_changes_nothing() -> None:
