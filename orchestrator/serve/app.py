@@ -44,12 +44,14 @@ def build_app(
     admission: Admission | None = None,
     metrics: Metrics | None = None,
     heads: Heads | None = None,
+    kept_as: str = "",
 ) -> ASGIApp:
     """The application; answers below `/ENDPOINT` and, while there is no other endpoint, below `/`.
 
     It loads the endpoint's adapters when it starts and closes the engine when it ends. `registry` is what
     /healthz says that it follows. Without `admission` it takes all that its queues hold, from anybody. An endpoint of a
-    base with a task's head has `heads` in place of an engine.
+    base with a task's head has `heads` in place of an engine. `kept_as` says how the base is kept and run: answers of
+    the same fingerprint are of the same.
     """
     works = engine if engine is not None else heads
     if works is None:
@@ -60,7 +62,7 @@ def build_app(
     routes = [
         Route("/v1/models", facts.models, methods=["GET"]),
         Route("/v1/models/{model:path}", facts.model, methods=["GET"]),
-        *_task_routes(engine, heads, prompts, catalogue, admission, metrics),
+        *_task_routes(engine, heads, prompts, catalogue, admission, metrics, kept_as),
         Route("/healthz", facts.health, methods=["GET"]),
         Route("/metrics", facts.metrics, methods=["GET"]),
     ]
@@ -108,11 +110,12 @@ def _task_routes(
     catalogue: Catalogue,
     admission: Admission,
     metrics: Metrics,
+    kept_as: str,
 ) -> list[Route]:
     """What the base's task answers, and for every other task's route where to ask instead."""
     answering: dict[str, Callable[[Request], Awaitable[Response]]] = {}
     if engine is not None:
-        completions = Completions(engine, prompts, catalogue, admission, metrics)
+        completions = Completions(engine, prompts, catalogue, admission, metrics, kept_as)
         answering[GENERATION] = completions.complete
         answering["/v1/chat/completions"] = completions.chat
         own = GENERATION

@@ -40,11 +40,22 @@ _PROGRAM = version("raypeft")
 
 
 class Completions:
-    """The routes that generate."""
+    """The routes that generate.
+
+    Args:
+        kept_as: how the base is kept and run, for the answers' fingerprint.
+    """
 
     def __init__(
-        self, engine: Engine, prompts: Prompts, catalogue: Catalogue, admission: Admission, metrics: Metrics
+        self,
+        engine: Engine,
+        prompts: Prompts,
+        catalogue: Catalogue,
+        admission: Admission,
+        metrics: Metrics,
+        kept_as: str = "",
     ) -> None:
+        self._kept_as = kept_as
         self._engine, self._prompts, self._catalogue = engine, prompts, catalogue
         self._admission, self._metrics = admission, metrics
 
@@ -188,8 +199,8 @@ class Completions:
         return limit
 
     def _fingerprint(self, target: Target) -> str:
-        """What an answer depends on beside the request: the base, the version, this program."""
-        said = f"{self._catalogue.base.content_hash} {target.adapter} {_PROGRAM}"
+        """What an answer depends on beside the request: the base and how it is kept, the version, this program."""
+        said = f"{self._catalogue.base.content_hash} {self._kept_as} {target.adapter} {_PROGRAM}"
         return "fp_" + hashlib.sha256(said.encode()).hexdigest()[:10]
 
 

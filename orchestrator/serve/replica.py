@@ -64,6 +64,7 @@ class Replica:
             raise ServeError(f"endpoint '{endpoint}' is not in the registry {registry_url}.")
         self._admission = admission(registry_url)
         self._slots = desired.engine.max_adapters
+        self._kept_as = f"{desired.engine.quantization} {desired.engine.deterministic}"
         base = base_model.load(desired.model, desired.threads, desired.engine, desired.task)
         writes_from_source = desired.task == "SEQ_2_SEQ_LM"
         self._prompts = SourcePrompts(base.tokenizer) if writes_from_source else Prompts(base.tokenizer)
@@ -102,6 +103,7 @@ class Replica:
             admission=self._admission,
             heads=self._engine if self._has_heads else None,
             metrics=self._metrics(),
+            kept_as=self._kept_as,
         )
 
     async def check_health(self) -> None:

@@ -239,6 +239,8 @@ def _run(
 
 def _autoscaling(bounds: tuple[int, int], idle_s: float) -> dict[str, Any]:
     low, most = bounds
+    # Demand is a mean over this time: longer than what replicas stay for, it would keep them.
+    looked_back_s = min(30.0, max(2.0, idle_s / 2))
     return {
         "min_replicas": low,
         "max_replicas": most,
@@ -247,8 +249,9 @@ def _autoscaling(bounds: tuple[int, int], idle_s: float) -> dict[str, Any]:
         "target_ongoing_requests": _REQUESTS_A_REPLICA,
         "upscale_delay_s": _UPSCALE_S,
         "downscale_delay_s": idle_s,
-        # Demand is a mean over this time: longer than what replicas stay for, it would keep them.
-        "look_back_period_s": min(30.0, max(2.0, idle_s / 2)),
+        "look_back_period_s": looked_back_s,
+        # what is averaged has to come more than once in that time
+        "metrics_interval_s": min(10.0, looked_back_s / 2),
     }
 
 

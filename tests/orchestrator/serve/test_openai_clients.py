@@ -9,6 +9,7 @@ import subprocess
 
 import openai
 import pytest
+import requests
 
 from tests.orchestrator.serve.scripted import (
     ScriptedEngine,
@@ -77,6 +78,16 @@ def test_the_fingerprint_tells_versions_apart(client):
         for model in ("tiny", "docs@1", "docs", "tiny")
     ]
     assert prints[0] == prints[3] and prints[1] == prints[2] and prints[0] != prints[1]
+
+
+def test_the_fingerprint_tells_how_the_base_is_kept():
+    prints = set()
+    for kept_as in ("None False", "nf4 False", "None True", "None False"):
+        with listening(kept_as=kept_as) as served:
+            asked = {"model": "docs", "prompt": "a", "max_tokens": 1}
+            answer = requests.post(f"{served.url}/v1/completions", json=asked, timeout=30).json()
+            prints.add(answer["system_fingerprint"])
+    assert len(prints) == 3
 
 
 def test_the_version_that_answered_is_in_a_header(client):
