@@ -200,7 +200,13 @@ class PeftConfig:
 
 
 def get_peft_config(config_dict: Mapping[str, Any]) -> PeftConfig:
-    """The config that a dictionary describes, of the class that its `peft_type` names."""
+    """The config that a dictionary describes, of the class that its `peft_type` names.
+
+    Raises:
+        ConfigError: it names none, or one that is no method.
+    """
+    if config_dict.get("peft_type") is None:
+        raise ConfigError("get_peft_config: peft_type is missing; it names the method, such as 'LORA'.")
     return PeftConfig.from_dict(config_dict)
 
 

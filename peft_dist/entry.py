@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from peft_dist import checkpoint, inject
 from peft_dist.catalog import prefix_of
 from peft_dist.config import PeftConfig
-from peft_dist.errors import ConfigError
+from peft_dist.errors import ConfigError, TargetError
 from peft_dist.hooks import hooked_names
 from peft_dist.model import MIXED, TASK_CLASSES, PeftModel, as_it_was, has_hooks
+from peft_dist.targets import resolve
 from peft_dist.tuner import tuner_class
 from peft_dist.tuner_layer import BaseTunerLayer
 
@@ -109,12 +110,30 @@ def inject_adapter_in_model(
         names = hooked_names(state_dict, prefix_of(str(peft_config.peft_type)))
         if not names:
             raise ConfigError(f"{name}: no name of the state_dict is of a tensor of {peft_config.peft_type}.")
+        _say_other_layers(model, peft_config, set(names))
         placed.target_modules, placed.exclude_modules = set(names), None
     with as_it_was(model):
         inject.inject(model, placed, adapter_name, shared, low_cpu_mem_usage=low_cpu_mem_usage)
     inject.activate(model, [adapter_name])
     model.peft_config = {**getattr(model, "peft_config", {}), adapter_name: peft_config}  # type: ignore[assignment]
     return model
+
+
+def _say_other_layers(model: nn.Module, peft_config: PeftConfig, names: set[str]) -> None:
+    """Where a config means other layers than a state_dict has tensors of."""
+    facts = inject.facts_of(model, inject.places(model))
+    try:
+        meant = set(resolve(copy.copy(peft_config), facts))
+    except TargetError:
+        meant = set()
+    for what, others in (("config means", meant - names), ("state_dict has tensors of", names - meant)):
+        if others:
+            warnings.warn(
+                f"inject_adapter_in_model: the {what} {len(others)} more layers, the first {min(others)!r}. The "
+                "state_dict says which layers get an adapter.",
+                RuntimeWarning,
+                stacklevel=3,
+            )
 
 
 def get_peft_model_state_dict(

@@ -172,7 +172,7 @@ DEFAULT_FEEDFORWARD: dict[str, Sequence[str]] = {
 }
 
 
-class UnmatchedWarning(UserWarning):
+class UnmatchedWarning(UserWarning, RuntimeWarning):
     """`FIELD: NAMES matched no layer`: some targets or patterns match, these do not."""
 
 
@@ -240,8 +240,11 @@ def resolve(config: Any, facts: BaseFacts) -> list[str]:
         absent = [t for t in sorted(config.target_modules) if not any(ends_in([t], n) for n in layers)]
         _warn_of_unmatched(absent, f"layer of {facts.name}", layers, "target_modules")
     patterns = {n: v for n, v in vars(config).items() if n.endswith("_pattern") and isinstance(v, dict)}
+    raw = [
+        name for name in facts.parameters if ends_in(getattr(config, "target_parameters", None) or [], name)
+    ]
     for field_name, pattern in patterns.items():
-        absent = [key for key in pattern if not any(by_pattern({key: True}, n, False) for n in matched)]
+        absent = [key for key in pattern if not any(by_pattern({key: True}, n, False) for n in matched + raw)]
         _warn_of_unmatched(absent, f"adapted layer of {facts.name}", matched, field_name)
     return matched
 

@@ -308,8 +308,13 @@ def test_injecting_where_a_state_dict_says(tmp_path) -> None:
         key.removeprefix("base_model.model."): value
         for key, value in peft.get_peft_model_state_dict(theirs).items()
     }
-    model = peft_dist.inject_adapter_in_model(
-        peft_dist.LoraConfig(r=4, target_modules=["v_proj"]), bases.llama(), state_dict=tensors
+    with pytest.warns(RuntimeWarning) as said:
+        model = peft_dist.inject_adapter_in_model(
+            peft_dist.LoraConfig(r=4, target_modules=["v_proj"]), bases.llama(), state_dict=tensors
+        )
+    said = [str(each.message) for each in said if "more layers" in str(each.message)]
+    assert (
+        len(said) == 2 and "the config means 2 more layers" in said[0] and "has tensors of 4 more" in said[1]
     )
     result = peft_dist.set_peft_model_state_dict(model, tensors)
     assert not result.missing_keys and not result.unexpected_keys

@@ -248,6 +248,12 @@ def test_names_of_layers_are_a_set_as_theirs(name) -> None:
         assert mine.to_dict()[field] == ["a", "b"]
 
 
+def test_a_dictionary_without_a_method_is_no_config() -> None:
+    assert peft_dist.get_peft_config({"peft_type": "LORA", "r": 3}).r == 3
+    with pytest.raises(ConfigError, match="peft_type is missing"):
+        peft_dist.get_peft_config({"r": 3})
+
+
 def test_auto_loading_names_the_base(tmp_path) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
