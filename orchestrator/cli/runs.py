@@ -68,13 +68,13 @@ def show_result(result: RunResult) -> None:
     if result.metrics:
         console.print(describe_metrics(result.metrics), highlight=False, soft_wrap=True)
     for line in api.improvement(result.metrics):
-        console.print(line, highlight=False)
+        console.print(line, highlight=False, soft_wrap=True)
     for reason in result.reasons:
-        console.print(f"gate: {reason}", highlight=False)
+        console.print(f"gate: {reason}", highlight=False, soft_wrap=True)
     if result.comparison:
         show_comparison(result.comparison, str(result.adapter))
     for note in result.notes:
-        console.print(note, highlight=False)
+        console.print(note, highlight=False, soft_wrap=True)
     if result.sweep:
         show_sweep(SweepResult.from_dict(result.sweep))
 

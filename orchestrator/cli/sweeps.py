@@ -35,7 +35,7 @@ def show_sweep(result: SweepResult) -> None:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     if result.importance:
         shares = "  ".join(f"{name} {share:.0%}" for name, share in result.importance.items())
-        console.print(f"importance: {shares}", highlight=False)
+        console.print(f"importance: {shares}", highlight=False, soft_wrap=True)
     if result.adapter:
         console.print(f"registered: {result.adapter}", highlight=False)
     if result.page:

@@ -26,7 +26,7 @@ def rows(sweep: SweepSpec, trials: Sequence[Trial]) -> list[list[str]]:
             trial.state,
             *(_cell(trial.parameters.get(key)) for key in keys),
             _number(trial.value(sweep.metric)),
-            str(trial.steps or (trial.reports[-1].step if trial.reports else 0)),
+            str(trial.steps),
             f"{trial.seconds:.1f}",
         ]
         for trial in ranked(list(trials), sweep)

@@ -136,6 +136,7 @@ def _trial(record: RunRecord) -> Trial:
     state = facts.get("end") or RUNNING
     if record.state == "failed":
         state = FAILED
+    reports = tuple(_reports(record))
     return Trial(
         number=facts["trial"],
         id=record.id,
@@ -143,8 +144,8 @@ def _trial(record: RunRecord) -> Trial:
         state=state,
         parameters=facts["parameters"],
         drawn=facts.get("drawn", {}),
-        reports=tuple(_reports(record)),
-        steps=facts.get("steps", 0),
+        reports=reports,
+        steps=max(facts.get("steps", 0), reports[-1].step if reports else 0),
         seconds=record.spent.seconds,
         cause=record.cause,
         outcome=facts.get("outcome"),

@@ -12,11 +12,14 @@ from typing import Any
 
 from torch import nn
 
-from peft_dist.pool import adapter_of
+from peft_dist.pool import PooledModule, adapter_of
 from peft_dist.rows import Rows
 
 ADAPTER = "default"
 """The name of the adapter of a run that has a model for itself; under it checkpoints know every run's."""
+
+_WRAPPED = ("base_layer", "original_module")
+"""Where a wrapper keeps the module that it is around."""
 
 
 @dataclass(frozen=True)
@@ -94,4 +97,12 @@ class Seat:
         return owner == self.adapter if owner is not None else self.adapter in name.split(".")
 
     def _alone(self, name: str) -> str:
-        return ".".join(ADAPTER if part == self.adapter else part for part in name.split("."))
+        """A parameter's name in a model of this adapter alone: without the wrappers of others around its layer."""
+        module: Any = self.model
+        parts = []
+        for part in name.split("."):
+            is_of_others = isinstance(module, PooledModule) and self.adapter not in module.adapters
+            if not (is_of_others and part in _WRAPPED):
+                parts.append(ADAPTER if part == self.adapter else part)
+            module = getattr(module, "_modules", {}).get(part)
+        return ".".join(parts)

@@ -23,12 +23,13 @@ def all_embeddings(model: Any) -> dict[str, Parameter]:
     found = {}
     for getter in ("get_input_embeddings", "get_output_embeddings"):
         layer = asked(base, getter)
-        layer = getattr(layer, "base_layer", layer)
+        while (inner := getattr(layer, "base_layer", None)) is not None:
+            layer = inner
         weight = getattr(layer, "weight", None)
         if isinstance(weight, Parameter):
             path = next((path for path, module in outer_modules(model) if module is layer), None)
             if path is not None:
-                found[f"{path}.weight"] = weight
+                found[f"{_unreplaced(path)}.weight"] = weight
     return found
 
 
@@ -38,11 +39,11 @@ def embeddings_of(model: nn.Module, adapter_name: str, wish: bool | Literal["aut
         return {}
     embeddings = all_embeddings(model)
     adapted = {
-        f"{path}.base_layer.weight"
+        f"{_unreplaced(path)}.base_layer.weight"
         for path, module in outer_modules(model)
         if isinstance(module, PooledModule)
         and adapter_name in module.adapters
-        and path.rpartition(".")[2] in _EMBEDDING_NAMES
+        and _unreplaced(path).rpartition(".")[2] in _EMBEDDING_NAMES
         and not _trains_rows(module, adapter_name)
         and not _is_made_elsewhere(module, adapter_name)
     }
@@ -57,6 +58,11 @@ def embeddings_of(model: nn.Module, adapter_name: str, wish: bool | Literal["aut
         _say("the embedding layer has been resized during finetuning.")
         return embeddings
     return {}
+
+
+def _unreplaced(path: str) -> str:
+    """A layer's name as if no adapter put a module of its own in its place."""
+    return path.replace(".original_module", "")
 
 
 def _say(why: str) -> None:

@@ -170,6 +170,27 @@ def test_runs_enter_and_leave_and_go_on_alone(way, tmp_path):
     assert not model.peft_config and not pack.ground.optimizer.names and not model._adapters.pool.homes
 
 
+def test_wrappers_of_others_around_a_layer_are_in_no_name(tmp_path):
+    """Runs whose layers are within what others replace or surround: adapter and checkpoint are those of a run alone."""
+    requests = unlike(
+        tmp_path,
+        of("adaption_prompt"),
+        of("lora", modules_to_save=["lm_head", "embed_tokens"]),
+        of("lora", target_modules=["lm_head", "embed_tokens", "q_proj"]),
+    )
+    wanted = the_same_alone(requests)
+    pack, heard = started(requests)
+    heard["run2"].stop_after = 1
+    for name in requests:
+        assert pack.enter(name, requests[name], heard[name])
+    while pack.trials:
+        pack.round()
+    rest = alone(requests["run2"])
+    assert [*heard["run2"].steps, *rest.steps] == wanted["run2"].steps
+    assert apart(rest, wanted["run2"]) == 0.0
+    check({n: heard[n] for n in ("run0", "run1")}, {n: wanted[n] for n in ("run0", "run1")})
+
+
 def test_a_run_that_turns_nan_leaves_alone(tmp_path):
     requests = unlike(tmp_path, of("lora"), of("lora"), of("ia3"))
     wanted = the_same_alone(requests)
