@@ -9,10 +9,12 @@ rank, in one order, zero where no row used it.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
@@ -21,6 +23,7 @@ from torch.nn import Parameter
 from peft_dist.beside import beside
 from peft_dist.errors import ShardingError
 from peft_dist.foreign_engine import can_be, trained_by_engine
+from peft_dist.idle import Idle
 from peft_dist.sharding import first_layers, gathered, is_partitioned, whole_until_backward_ends
 
 
@@ -30,13 +33,18 @@ class Joint:
     Making one is a collective where the engine has them in pieces: they are whole from here to the backward.
 
     Args:
-        trained: all that an engine trains of adapters, in one order on every rank; not empty.
+        trained: all that an engine trains of adapters, each with its adapter, in one order on every rank; not empty.
         frozen: what it only keeps of them in pieces.
+        used: the adapters that this rank's rows name. idle: is told in the backward which any rank's do.
     """
 
-    def __init__(self, trained: Sequence[Parameter], frozen: Sequence[Parameter]) -> None:
+    def __init__(
+        self, trained: Mapping[Parameter, str], frozen: Sequence[Parameter], used: Collection[str], idle: Idle
+    ) -> None:
+        idle.watch(trained)
+        used = _on_any_rank(used, trained)
         with gathered([*trained, *frozen]):
-            self._token, *views = _Joined.apply(*trained)
+            self._token, *views = _Joined.apply(functools.partial(idle.use, used), *trained)
             views += [parameter.detach() for parameter in frozen]
         whole = zip([*trained, *frozen], views, strict=True)
         self._views = {id(parameter): view for parameter, view in whole}
@@ -78,7 +86,11 @@ class Joint:
 
 
 def joined(
-    around: Sequence[nn.Module], modules: Iterable[nn.Module], tensors: Iterable[Tensor]
+    around: Sequence[nn.Module],
+    modules: Iterable[nn.Module],
+    tensors: Iterable[tuple[str, Tensor]],
+    used: Collection[str],
+    idle: Idle,
 ) -> Joint | None:
     """What adapters run with in the forward that begins now; None where no engine of a user's own trains any of
     `tensors`.
@@ -86,14 +98,15 @@ def joined(
     Args:
         around: what an engine may have been built around.
         modules: those of the base that gradient checkpointing may run again.
-        tensors: of all adapters, in one order on every rank.
+        tensors: of all adapters, each after its adapter, in one order on every rank.
+        used, idle: as `Joint` has them.
 
     Raises:
         ShardingError: gradient checkpointing is of the kind that runs a backward for each layer by itself.
     """
     if not torch.is_grad_enabled() or not can_be():
         return None
-    parameters = {id(t): t for t in tensors if isinstance(t, Parameter)}.values()
+    parameters = {t: adapter for adapter, t in tensors if isinstance(t, Parameter)}
     trained = trained_by_engine(around, parameters)
     if not trained:
         return None
@@ -106,20 +119,35 @@ def joined(
                 "use_reentrant=True, which gives each layer's gradients by themselves: ranks would reduce different "
                 "ones with one another. Enable it with gradient_checkpointing_kwargs={'use_reentrant': False}."
             )
-    return Joint(trained, [p for p in parameters if is_partitioned(p) and not p.requires_grad])
+    return Joint(
+        {p: parameters[p] for p in trained},
+        [p for p in parameters if is_partitioned(p) and not p.requires_grad],
+        used,
+        idle,
+    )
+
+
+def _on_any_rank(used: Collection[str], trained: Mapping[Parameter, str]) -> set[str]:
+    """The adapters of `trained` that any rank uses; a collective where there are several."""
+    names, device = list(dict.fromkeys(trained.values())), next(iter(trained)).device
+    flags = torch.tensor([name in used for name in names], dtype=torch.int32, device=device)
+    if dist.is_initialized():
+        dist.all_reduce(flags, dist.ReduceOp.MAX)
+    return {name for name, flag in zip(names, flags.tolist(), strict=True) if flag}
 
 
 class _Joined(Function):
     """A zero, and each Parameter's own values; hands every Parameter its gradient at once."""
 
     @staticmethod
-    def forward(ctx: Any, *parameters: Tensor) -> tuple[Tensor, ...]:
-        ctx.parameters = parameters
+    def forward(ctx: Any, told: Callable[[], None], *parameters: Tensor) -> tuple[Tensor, ...]:
+        ctx.parameters, ctx.told = parameters, told
         return parameters[0].new_zeros(()), *(parameter.view_as(parameter) for parameter in parameters)
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, _: Tensor, *gradients: Tensor) -> tuple[Tensor, ...]:
+    def backward(ctx: Any, _: Tensor, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.told()
         # A gradient is put on a tensor of its own shape.
         whole_until_backward_ends(ctx.parameters)
-        return gradients
+        return None, *gradients

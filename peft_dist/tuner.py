@@ -25,10 +25,12 @@ from peft_dist.config import PeftConfig
 from peft_dist.contract import Controller, Method, Params
 from peft_dist.errors import AdapterError, ConfigError, MergeError, suggest
 from peft_dist.gradients import Gradients
+from peft_dist.idle import Idle
 from peft_dist.joint import Joint, joined
 from peft_dist.lazy import lazy
 from peft_dist.made import Made
 from peft_dist.pool import PooledModule, outer_modules
+from peft_dist.sharding import is_partitioned_base
 from peft_dist.targets import usual_targets
 from peft_dist.tuner_layer import hooked_layers, layer_class, merge_hooked, unmerge_hooked
 
@@ -96,6 +98,7 @@ class BaseTuner(hooks.Hooks, PooledModule):
         # Whose controller acted where the optimizer's step may have come after it.
         self._unsettled: set[str] = set()
         self.look_ahead = LookAhead(self)
+        self._idle = Idle()
 
     @classmethod
     def _check_arguments(cls, model: Any, config: Any, adapter_name: Any) -> None:
@@ -316,19 +319,21 @@ class BaseTuner(hooks.Hooks, PooledModule):
         trains them."""
         rows, serving = self._adapters.current.rows, set(self._serving())
         names_others = rows is not None and rows.adapters is not None
-        if not names_others and serving >= set(self.peft_config):
+        if is_partitioned_base(self.model):
+            return None
+        if not names_others and serving >= set(self.peft_config) and not self._idle.watches:
             return None
         prompts = self._adapters.prompts
         around = [self, self.model] if prompts is None else [prompts, self, self.model]
         holders = itertools.chain(around[:-2], (module for _, module in outer_modules(self)))
         tensors = (
-            tensor
+            (name, tensor)
             for module in holders
             if isinstance(module, PooledModule)
             for name in module.adapters
             for tensor in module.tensors(name).values()
         )
-        return joined(around, self._layers_run_again(), tensors)
+        return joined(around, self._layers_run_again(), tensors, serving, self._idle)
 
     def _attend(self) -> None:
         """Before a run, what controllers need of it."""

@@ -1,7 +1,8 @@
 """Under a user's own DeepSpeed engine each rank names adapters of its own, row by row, disjoint on purpose.
 
 Such an engine reduces each tensor's gradient when it comes, so that every rank must have the same tensors, in one
-order. Losses and values are those of one process; what no row names stays as it is.
+order. Losses and values are those of one process; what no row names stays as it is, and what its optimizer knows of
+it too: a momentum is there, and weights decay.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from peft_dist import Rows, get_peft_model, get_peft_model_state_dict, sharding, tuner
+from peft_dist.idle import Idle
 from peft_dist.model import PeftModel
 from tests.distributed import one_process as run
 from tests.distributed.own_engine import own_engine
@@ -73,7 +75,9 @@ def trained(methods: Sequence[str], stage: int) -> dict[str, Any]:
     with mock.patch.object(run, "PER_MICRO_BATCH", ROWS):
         model = model_of(methods)
         before = states(model)
-        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=RATE)
+        optimizer = torch.optim.SGD(
+            [p for p in model.parameters() if p.requires_grad], lr=RATE, momentum=0.9, weight_decay=0.1
+        )
         engine = None
         if dist.is_initialized():
             zero = {"stage": stage, "stage3_param_persistence_threshold": 0}
@@ -131,5 +135,14 @@ def test_every_method_at_every_stage(stage: int) -> None:
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_gradients_that_come_by_themselves_are_reduced_with_others(stage: int) -> None:
-    with mock.patch.object(tuner, "joined", lambda *_: None), pytest.raises(RankFailed):
+    with mock.patch.object(tuner, "joined", mock.Mock(return_value=None)), pytest.raises(RankFailed):
         run_on_ranks(groups, 2, GROUPS[:1], stage, timeout_s=20.0)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_an_engine_steps_over_what_nobody_used(stage: int) -> None:
+    with mock.patch.object(Idle, "watch", mock.Mock()):
+        for rank in run_on_ranks(groups, 2, GROUPS[:1], stage, timeout_s=60.0):
+            idle = [key for key in rank[0]["before"] if key.startswith("idle/")]
+            assert not all(torch.equal(rank[0]["after"][key], rank[0]["before"][key]) for key in idle)
+            assert rank[0]["losses"] != pytest.approx(alone(0)["losses"], abs=5e-6)
