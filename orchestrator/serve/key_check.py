@@ -12,6 +12,7 @@ from typing import Protocol
 from ..errors import RaypeftError, ServeError
 from ..keys import KeyRing, Limits
 from .api_error import ApiError
+from .ensemble import part_texts
 
 _log = logging.getLogger("ray.serve")
 
@@ -46,12 +47,12 @@ class Tenant:
     def may_use(self, model: str) -> bool:
         """Whether all adapters that `model` names are among the tenant's."""
         allowed = self.limits.models
-        return allowed is None or all(_name(part) in allowed for part in model.split("+"))
+        return allowed is None or all(_name(part) in allowed for part in part_texts(model))
 
 
 def _name(part: str) -> str:
     """`docs` of `docs@3:0.7`."""
-    return part.partition("@")[0].partition(":")[0]
+    return part.partition("@")[0].partition(":")[0].strip()
 
 
 class KeyCheck:

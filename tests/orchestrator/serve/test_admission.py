@@ -15,6 +15,7 @@ from orchestrator.errors import ServeError, StorageError
 from orchestrator.keys import KeyBook, KeyRing, Limits
 from orchestrator.serve.admission import Admission
 from orchestrator.serve.api_error import ApiError
+from orchestrator.serve.ensemble import parse_ensemble
 from orchestrator.serve.key_check import KeyCheck, Tenant, is_loopback, require_keys
 from orchestrator.serve.replies import Usage
 from orchestrator.serve.token_bucket import TokenBucket
@@ -229,6 +230,16 @@ def test_models_that_a_key_may_use():
             tenant.check_model(model)
         assert error.value.status == 403
     Tenant("free").check_model("anything")
+
+
+def test_a_key_is_held_to_the_adapters_that_an_ensemble_is_of():
+    """Read as whoever answers reads it: no other name comes of two that are allowed."""
+    tenant = Tenant("acme", Limits(models=("code", "docs", "a")))
+    for model in ("code+docs", "a:1e+2+code", "a + docs : 0.5"):
+        assert tenant.may_use(model) and {name for name, _ in parse_ensemble(model)} <= {
+            *tenant.limits.models
+        }
+    assert not tenant.may_use("codedocs") and not tenant.may_use("a:1e+2+cats")
 
 
 @pytest.mark.parametrize(

@@ -187,6 +187,8 @@ def test_what_has_no_slot_is_brought_to_disk(tmp_path):
         ("a@2:0.5 + b@production:-1", [("a@2", 0.5), ("b@production", -1.0)]),
         ("a+b", [("a", 1.0), ("b", 1.0)]),
         ("a:2", [("a", 2.0)]),
+        ("code+docs@stable+tone:0.5", [("code", 1.0), ("docs@stable", 1.0), ("tone", 0.5)]),
+        ("a:1e+2+b:-2.5e-1+code:1E+0", [("a", 100.0), ("b", -0.25), ("code", 1.0)]),
         ("a@production", None),
         ("docs-1.2_x", None),
     ],
