@@ -71,6 +71,10 @@ def merge(
             warnings.warn("All adapters are already merged, nothing to do.", stacklevel=2)
         return merged_before
     if merged_before:
+        warnings.warn(
+            f"{', '.join(merged_before)} were merged already; {', '.join(new)} are now merged with them.",
+            stacklevel=2,
+        )
         unmerge(base)
     names = [*merged_before, *new]
     check_together(base, names)
