@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from orchestrator import objects, stored
@@ -14,7 +14,7 @@ from orchestrator.spec.sweep import SweepSpec
 from orchestrator.spec.trials import count_trials
 from orchestrator.store import RunRecord
 
-from .trials import Trial, best, ranked, read_trials
+from .trials import INTERRUPTED, RUNNING, Trial, best, ranked, read_trials
 
 PAGE, IMPORTANCE = "report.html", "importance.json"
 
@@ -90,12 +90,19 @@ def read_sweep(record: RunRecord) -> SweepResult:
         record.id,
         record.state,
         spec.sweep,
-        tuple(ranked(read_trials(record.url), spec.sweep)),
+        tuple(ranked(_shown(read_trials(record.url), record), spec.sweep)),
         count_trials(spec.sweep),
         record.adapter,
         page if has_page else None,
         _importance(record.url) if has_page else None,
     )
+
+
+def _shown(trials: list[Trial], record: RunRecord) -> list[Trial]:
+    """The trials as they stand: none runs where nobody is at work on the sweep."""
+    if not record.has_ended:
+        return trials
+    return [replace(each, state=INTERRUPTED) if each.state == RUNNING else each for each in trials]
 
 
 def _importance(run_dir: str) -> dict[str, float] | None:

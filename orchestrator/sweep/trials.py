@@ -22,6 +22,8 @@ from orchestrator.store import RunRecord, RunStore
 from orchestrator.stored import numbers
 
 FINISHED, STOPPED, FAILED, RUNNING = "finished", "stopped", "failed", "running"
+INTERRUPTED = "interrupted"
+"""What is shown of a running trial where its sweep is not under way; the same command goes on with it."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Trial:
     id: str
     url: str
     state: str
-    """finished | stopped (by the scheduler or at the end of the budget) | failed | running"""
+    """finished | stopped (by the scheduler or at the end of the budget) | failed | running | interrupted"""
     parameters: Parameters
     drawn: dict[str, Any] = field(default_factory=dict)
     reports: tuple[Report, ...] = ()

@@ -58,3 +58,11 @@ def test_what_is_printed_is_read_back(store):
         "steps",
         "seconds",
     ]
+
+
+def test_no_trial_runs_where_nobody_is_at_work_on_the_sweep(store):
+    with store.open("x", load_job_text(JOB, "jobs/x.yaml").spec, "data") as run:
+        run.set_state("starting")
+        assert {trial.state for trial in read_sweep(store.get("x")).trials} == {"running"}
+        run.set_state("interrupted")
+    assert {trial.state for trial in read_sweep(store.get("x")).trials} == {"interrupted"}
