@@ -132,13 +132,17 @@ def test_whoever_hides_what_it_asks_for_is_sent_anywhere(two):
 
 def test_a_flood_of_one_adapter_is_helped_with_by_the_other_replica(two):
     settle(two)
-    before, num = two.answered(), 3 * SPARE_REQUESTS
-    threads = [
-        threading.Thread(target=complete, args=(two.url, "red"), kwargs={"max_tokens": 80})
-        for _ in range(num)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(two.since(before, num)["red@1"]) == 2
+
+    def is_helped_with() -> bool:
+        before, num = two.answered(), 3 * SPARE_REQUESTS
+        threads = [
+            threading.Thread(target=complete, args=(two.url, "red"), kwargs={"max_tokens": 80})
+            for _ in range(num)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return len(two.since(before, num)["red@1"]) == 2
+
+    wait_for(is_helped_with)  # on a busy machine so many are not asked for at once each time
