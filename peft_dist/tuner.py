@@ -280,10 +280,10 @@ class BaseTuner(hooks.Hooks, PooledModule):
             outputs = self.model(*args, **kwargs)
             if (joint := self._adapters.current.joint) is not None:
                 outputs = joint.ends_in(outputs)
-        loss: Any = getattr(outputs, "loss", None)
-        extra = self.extra_loss() if isinstance(loss, Tensor) and torch.is_grad_enabled() else None
-        if extra is not None:
-            outputs.loss = loss + extra
+            loss: Any = getattr(outputs, "loss", None)
+            extra = self.extra_loss() if isinstance(loss, Tensor) and torch.is_grad_enabled() else None
+            if extra is not None:
+                outputs.loss = loss + extra
         return outputs
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
@@ -315,13 +315,14 @@ class BaseTuner(hooks.Hooks, PooledModule):
             current.batch, current.made, current.joint = before, made, joint
 
     def _joined(self) -> Joint | None:
-        """What adapters run with in this forward, where ranks may use different ones and an engine of a user's own
-        trains them."""
+        """What adapters run with in this forward, where an engine of a user's own trains them, and ranks may use
+        different ones or an adapter is looked at as a whole."""
         rows, serving = self._adapters.current.rows, set(self._serving())
         names_others = rows is not None and rows.adapters is not None
         if is_partitioned_base(self.model):
             return None
-        if not names_others and serving >= set(self.peft_config) and not self._idle.watches:
+        all_serve = not names_others and serving >= set(self.peft_config)
+        if all_serve and not self._idle.watches and not any(map(_adds_to_loss, self.peft_config.values())):
             return None
         prompts = self._adapters.prompts
         around = [self, self.model] if prompts is None else [prompts, self, self.model]
@@ -362,7 +363,7 @@ class BaseTuner(hooks.Hooks, PooledModule):
         terms = []
         for name in self._serving():
             config: Any = self.peft_config[name]
-            if isinstance(config, Method) and type(config).extra_loss is not Method.extra_loss:
+            if _adds_to_loss(config):
                 term = config.extra_loss(self.sites(name))
                 terms += [] if term is None else [term]
         return torch.stack(terms).sum() if terms else None
@@ -560,3 +561,7 @@ def __getattr__(name: str) -> Any:
         if name.endswith("Model") and class_name(peft_type) == name:
             return tuner_class(peft_type)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _adds_to_loss(config: Any) -> bool:
+    return isinstance(config, Method) and type(config).extra_loss is not Method.extra_loss

@@ -7,6 +7,7 @@ engine is built.
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -26,6 +27,7 @@ from peft_dist import (
     prompts,
     set_peft_model_state_dict,
     sharding,
+    tuner,
 )
 from peft_dist.config import PeftConfig
 from peft_dist.errors import ShardingError
@@ -33,7 +35,7 @@ from peft_dist.gradients import Gradients
 from peft_dist.model import PeftModel
 from tests.distributed import one_process as run
 from tests.distributed.own_engine import config_of, own_engine
-from tests.ranks import run_on_ranks
+from tests.ranks import RankFailed, run_on_ranks
 
 STEPS, RATE = 3, 0.05
 # What a checkpoint holds of them are tokens, which cannot take the place of the network that an engine trains.
@@ -218,6 +220,45 @@ def test_adaloras_budget_falls_as_in_one_process(stage: int, budgets_alone: dict
 def test_a_budget_needs_the_gradients_that_the_engine_takes(budgets_alone: dict) -> None:
     for rank in run_on_ranks(budgets, 2, 3, False):
         assert all(rank[place]["kept"] != one["kept"] for place, one in budgets_alone.items())
+
+
+def with_its_own_term(stage: int | None, together: bool = True) -> list[float]:
+    """The losses as a base counts them by its labels, to which AdaLoRA adds how far its factors are from orthogonal."""
+    model = model_of("ADALORA")
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=RATE)
+    sharding.disable_deepspeed_op_builds()
+    engine = None if stage is None else in_engine(model, stage, optimizer)
+    losses = []
+    with (
+        contextlib.nullcontext()
+        if together
+        else mock.patch.object(tuner, "joined", mock.Mock(return_value=None))
+    ):
+        for step in range(STEPS):
+            ids, _, indices = run.batch(step, 0)
+            with model.using(Rows(samples=indices, seed=run.SEED, step=step)):
+                loss = (engine or model)(input_ids=ids, labels=ids).loss
+            if engine is None:
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+            else:
+                engine.backward(loss)
+                engine.step()
+            losses.append(run.over_all_ranks(loss.detach()) / run.rank_and_world()[1])
+    return losses
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_what_adalora_adds_to_the_loss_is_one_process_s(stage: int) -> None:
+    one = with_its_own_term(None)
+    for rank in run_on_ranks(with_its_own_term, 2, stage):
+        assert rank == pytest.approx(one, abs=1e-5)
+
+
+def test_a_term_of_the_loss_needs_whole_factors() -> None:
+    with pytest.raises(RankFailed, match=r"mT is only supported|0D or 1D|size mismatch|must match"):
+        run_on_ranks(with_its_own_term, 2, 3, False, timeout_s=20.0)
 
 
 # Adapters on meta
