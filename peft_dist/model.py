@@ -19,7 +19,7 @@ from peft_dist.base_layer import num_elements
 from peft_dist.catalog import METHODS, prefix_of
 from peft_dist.config import PeftConfig
 from peft_dist.contract import Method, PromptMethod
-from peft_dist.errors import AdapterError, CheckpointError, ConfigError, MergeError
+from peft_dist.errors import AdapterError, CheckpointError, ConfigError, MergeError, RowsError
 from peft_dist.folder import upload_to_hub
 from peft_dist.foreign_engine import refuse_foreign_engine
 from peft_dist.hooks import without_hooked
@@ -29,7 +29,7 @@ from peft_dist.pool import outer_modules
 from peft_dist.prompts import PromptedModel
 from peft_dist.prompts.generation import rows_each
 from peft_dist.ranks import is_writer
-from peft_dist.rows import Rows, token_input
+from peft_dist.rows import BASE, Rows, token_input
 from peft_dist.sharding import set_whole
 from peft_dist.tuner import BaseTuner, tuner_class
 from peft_dist.tuner_layer import hooked_layers
@@ -219,6 +219,7 @@ class PeftModel(PromptedModel):
     def forward(self, *args: Any, adapter_names: Sequence[str | None] | None = None, **kwargs: Any) -> Any:
         """The base's forward with its adapters. `adapter_names` names one per sequence, as `Rows.adapters`
         does."""
+        self._check_names(adapter_names, args, kwargs)
         with self._naming(adapter_names):
             if self.adapters and torch.is_grad_enabled():
                 self._constrain()
@@ -228,6 +229,7 @@ class PeftModel(PromptedModel):
 
     def generate(self, *args: Any, adapter_names: Sequence[str | None] | None = None, **kwargs: Any) -> Any:
         """The base's generate with its adapters."""
+        self._check_names(adapter_names, args, kwargs)
         with self._naming(adapter_names), self.base_model.reading(kwargs):
             if self._prompting():
                 return self._generate_prompted(args, kwargs)
@@ -679,6 +681,21 @@ class PeftModel(PromptedModel):
         tuner._cast_adapter_dtype(name, autocast)
         self.base_model, self.peft_config, self._adapters = tuner, tuner.peft_config, tuner._adapters
 
+    def _check_names(
+        self, adapter_names: Sequence[str | None] | None, args: tuple, kwargs: Mapping[str, Any]
+    ) -> None:
+        """Refuses a number of names that is not that of the rows, of transformers' models, whose rows come first."""
+        main = getattr(self.get_base_model(), "main_input_name", None)
+        if adapter_names is None or main is None:
+            return
+        given = (args[0] if args else None, *(kwargs.get(key) for key in (main, *_INPUTS)))
+        rows = next((len(each) for each in given if isinstance(each, Tensor) and each.ndim), None)
+        if rows is not None and rows != len(adapter_names):
+            raise RowsError(
+                f"adapter_names: {len(adapter_names)} names for {rows} rows. Name one for "
+                f"each; '{BASE}' is the bare base."
+            )
+
     @contextlib.contextmanager
     def _naming(self, adapter_names: Sequence[str | None] | None) -> Iterator[None]:
         if adapter_names is None:
@@ -689,6 +706,8 @@ class PeftModel(PromptedModel):
             yield
 
 
+# What transformers' models are given to read, where it is not their main input.
+_INPUTS = ("inputs", "input_ids", "inputs_embeds")
 # What may differ between two adapters that are one: where they come from, and whether they are trained.
 _OF_NO_ACCOUNT = (
     "inference_mode",

@@ -61,8 +61,9 @@ def embeddings_of(model: nn.Module, adapter_name: str, wish: bool | Literal["aut
 
 
 def _unreplaced(path: str) -> str:
-    """A layer's name as if no adapter put a module of its own in its place."""
-    return path.replace(".original_module", "")
+    """A layer's name as if no adapter put a module of its own around it. The module itself in whose place one stands
+    keeps its own: the plain name is the trained copy's in a file."""
+    return path.replace(".original_module.", ".")
 
 
 def _say(why: str) -> None:

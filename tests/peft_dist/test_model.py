@@ -380,9 +380,7 @@ ERRORS = {
     ),
     "too few rows": (
         lambda m: m(IDS, adapter_names=["a", "b"]),
-        "model.layers.0.self_attn.q_proj: its input has 4 rows, but the batch has 2 sequences of 7 "
-        "positions. Rows "
-        "cannot tell which adapter serves which part of it; run one adapter at a time.",
+        "adapter_names: 2 names for 4 rows. Name one for each; '__base__' is the bare base.",
     ),
     "two prompts": (
         lambda m: (

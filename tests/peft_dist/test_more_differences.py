@@ -96,7 +96,14 @@ def test_an_error_in_a_forward_leaves_no_names_behind() -> None:
     for library in BOTH:
         model = two(library)
         before = model(IDS).logits
-        assert refuses(lambda m=model: m(IDS, adapter_names=["b", "b"]), ValueError)
+        for names in (["b", "b"], ["b", "default"], []):
+            for call in (model, partial(model.generate, max_new_tokens=1)):
+                assert refuses(partial(call, IDS, adapter_names=names), ValueError) or (library, names) == (
+                    peft,
+                    [],
+                )
+        with pytest.raises(ValueError):
+            model(inputs_embeds=torch.zeros(3, 2, 16), adapter_names=["b", "b"])
         if library is peft:
             assert refuses(lambda m=model: m(IDS), ValueError)
         else:
