@@ -30,7 +30,7 @@ from peft_dist.joint import Joint, joined
 from peft_dist.lazy import lazy
 from peft_dist.made import Made
 from peft_dist.pool import PooledModule, outer_modules
-from peft_dist.sharding import is_partitioned_base
+from peft_dist.sharding import is_partitioned_base, reach, rests_in_pieces
 from peft_dist.targets import usual_targets
 from peft_dist.tuner_layer import hooked_layers, layer_class, merge_hooked, unmerge_hooked
 
@@ -359,12 +359,16 @@ class BaseTuner(hooks.Hooks, PooledModule):
 
     def extra_loss(self) -> Tensor | None:
         """The sum of the terms that the adapters which serve now add to the loss, a scalar; None where there
-        is none."""
-        terms = []
-        for name in self._serving():
-            config: Any = self.peft_config[name]
-            if _adds_to_loss(config):
-                term = config.extra_loss(self.sites(name))
+        is none. A collective where their tensors rest in pieces."""
+        terms, serving = [], self._serving()
+        for name, config in self.peft_config.items():
+            if not _adds_to_loss(config):
+                continue
+            sites = self.sites(name)
+            # On every rank, whatever its rows name; until the end of the backward.
+            reach(self, (t for p in sites.values() for t in p.values() if rests_in_pieces(t)))
+            if name in serving:
+                term = config.extra_loss(sites)  # type: ignore[attr-defined]
                 terms += [] if term is None else [term]
         return torch.stack(terms).sum() if terms else None
 

@@ -5,18 +5,20 @@ Also where the ranks name different adapters, and from a state that another numb
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from peft_dist import get_peft_model_state_dict
+from peft_dist import get_peft_model_state_dict, tuner
 from peft_dist.optim import AdapterOptimizer
 from peft_dist.sharding import rests_in_pieces
 from tests.distributed import one_process as run
-from tests.ranks import run_on_ranks
+from tests.ranks import RankFailed, run_on_ranks
 
 # LoRA trains a whole head beside its factors; OSF's factors are as large as its layers.
 CASES = {"modules to save": ("LORA",), "OSF": ("OSF",), "two adapters, one a rank": ("LORA", "LORA")}
@@ -103,3 +105,32 @@ def _check(ranks: list[dict[str, Any]], one: dict[str, Any]) -> None:
         assert list(rank["state"]) == list(one["state"])
         torch.testing.assert_close(rank["state"], one["state"], **exact)
         torch.testing.assert_close(rank["saved"], one["saved"], **exact)
+
+
+def a_term_of_the_loss(gathers: bool = True) -> dict[str, Any]:
+    """AdaLoRA's, and its adapter after a step by that alone."""
+    with mock.patch.object(run, "AdapterOptimizer", lambda stage: AdapterOptimizer(stage, shard_from=FROM)):
+        stage = 3 if dist.is_initialized() else 0
+        configs = {"default": run.METHODS["ADALORA"]()}
+        model, optimizer = run.build(stage, configs, partition_first=True, checkpointing=False)
+    with contextlib.nullcontext() if gathers else mock.patch.object(tuner, "reach", mock.Mock()):
+        for _ in range(2):
+            optimizer.zero_grad()
+            term = model.base_model.extra_loss()
+            (term / run.rank_and_world()[1]).backward()
+            optimizer.reduce()
+            optimizer.step()
+    return {"term": term.item(), "state": get_peft_model_state_dict(model)}
+
+
+def test_a_term_of_the_loss_is_of_whole_tensors() -> None:
+    one = a_term_of_the_loss()
+    for rank in run_on_ranks(a_term_of_the_loss):
+        assert rank["term"] == pytest.approx(one["term"], rel=1e-12)
+        for key, value in one["state"].items():
+            torch.testing.assert_close(rank["state"][key], value)
+
+
+def test_a_term_of_the_loss_is_none_of_pieces() -> None:
+    with pytest.raises(RankFailed, match="mT is only supported"):
+        run_on_ranks(a_term_of_the_loss, 2, False, timeout_s=20.0)
