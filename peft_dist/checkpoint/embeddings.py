@@ -10,6 +10,7 @@ from typing import Any, Literal
 from torch import nn
 from torch.nn import Parameter
 
+from peft_dist.adapted.around import Around
 from peft_dist.inject import asked
 from peft_dist.methods.replace.trainable_tokens import TokenRows
 from peft_dist.pool import PooledModule, outer_modules
@@ -42,6 +43,7 @@ def embeddings_of(model: nn.Module, adapter_name: str, wish: bool | Literal["aut
         f"{_unreplaced(path)}.base_layer.weight"
         for path, module in outer_modules(model)
         if isinstance(module, PooledModule)
+        and not isinstance(module, Around)
         and adapter_name in module.adapters
         and _unreplaced(path).rpartition(".")[2] in _EMBEDDING_NAMES
         and not _trains_rows(module, adapter_name)

@@ -21,6 +21,7 @@ from orchestrator.train.ground import Ground
 from orchestrator.train.group import Group
 from orchestrator.train.loop import Training
 from orchestrator.train.pack import Pack
+from orchestrator.train.packing import Packing
 from peft_dist.rows import Rows
 
 from .packs import Heard, alone, apart, packed, tensors_of
@@ -126,7 +127,7 @@ def test_negative_control_a_seed_for_all_of_them(tmp_path, monkeypatch):
 
 def started(requests: dict[str, TrainRequest], way: Any = "turns") -> tuple[Pack, dict[str, Heard]]:
     first = next(iter(requests.values()))
-    pack = Pack(Ground(first, Group(), "fp32", lambda kind, **fields: None), way)
+    pack = Pack(Ground(first, Group(), "fp32", lambda kind, **fields: None), Packing(way))
     return pack, {name: Heard() for name in requests}
 
 
@@ -177,6 +178,7 @@ def test_wrappers_of_others_around_a_layer_are_in_no_name(tmp_path):
         of("adaption_prompt"),
         of("lora", modules_to_save=["lm_head", "embed_tokens"]),
         of("lora", target_modules=["lm_head", "embed_tokens", "q_proj"]),
+        of("lora", modules_to_save=["lm_head"]),
     )
     wanted = the_same_alone(requests)
     pack, heard = started(requests)
@@ -188,7 +190,8 @@ def test_wrappers_of_others_around_a_layer_are_in_no_name(tmp_path):
     rest = alone(requests["run2"])
     assert [*heard["run2"].steps, *rest.steps] == wanted["run2"].steps
     assert apart(rest, wanted["run2"]) == 0.0
-    check({n: heard[n] for n in ("run0", "run1")}, {n: wanted[n] for n in ("run0", "run1")})
+    others = ("run0", "run1", "run3")
+    check({name: heard[name] for name in others}, {name: wanted[name] for name in others})
 
 
 def test_a_run_that_turns_nan_leaves_alone(tmp_path):
