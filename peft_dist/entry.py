@@ -101,6 +101,12 @@ def inject_adapter_in_model(
         return model
     taken = {name for _, module in inject.adapter_modules(model) for name in module.adapters}
     inject.check_name(adapter_name, taken)
+    if taken:
+        warnings.warn(
+            f"The model has adapters already ({', '.join(sorted(taken))}): {adapter_name!r} is put beside them, and it "
+            "alone is active.",
+            stacklevel=2,
+        )
     shared = next(
         (inject.Adapters(m._pool, m._current) for _, m in inject.adapter_modules(model)), inject.Adapters()
     )

@@ -239,7 +239,12 @@ def resolve(config: Any, facts: BaseFacts) -> list[str]:
         layers = [n for n, kind in facts.layers.items() if kind != "module" or "module" in config.layers]
         absent = [t for t in sorted(config.target_modules) if not any(ends_in([t], n) for n in layers)]
         _warn_of_unmatched(absent, f"layer of {facts.name}", layers, "target_modules")
-    patterns = {n: v for n, v in vars(config).items() if n.endswith("_pattern") and isinstance(v, dict)}
+    # A value that is a list is what training found for a tensor, no setting for layers.
+    patterns = {
+        n: [key for key, value in v.items() if not isinstance(value, list)]
+        for n, v in vars(config).items()
+        if n.endswith("_pattern") and isinstance(v, dict)
+    }
     raw = [
         name for name in facts.parameters if ends_in(getattr(config, "target_parameters", None) or [], name)
     ]

@@ -321,6 +321,8 @@ def test_injecting_where_a_state_dict_says(tmp_path) -> None:
     assert peft_dist.get_peft_model_state_dict(model).keys() == tensors.keys()
     with pytest.raises(ConfigError, match="no name of the state_dict"):
         peft_dist.inject_adapter_in_model(lora(), bases.llama(), state_dict={"a.b": torch.zeros(1)})
+    with pytest.warns(UserWarning, match=r"has adapters already \(default\): 'b' is put beside them"):
+        peft_dist.inject_adapter_in_model(lora(), model, "b")
     with pytest.raises(ConfigError, match="cannot be injected"):
         prompt = peft_dist.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=1)
         peft_dist.inject_adapter_in_model(prompt, bases.llama())

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import warnings
+
 import peft
 import pytest
 import torch
@@ -239,3 +242,22 @@ def test_usual_targets_are_theirs() -> None:
     assert plain(usual_targets("IA3")) == plain(other.TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING)
     feedforward = other.TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING
     assert plain(DEFAULT_FEEDFORWARD) == plain(feedforward)
+
+
+def test_patterns_of_parameters_and_of_learned_ranks_are_no_mistakes() -> None:
+    """HF PEFT warns of both that they match no layer, though they have an effect."""
+    kinds = {
+        "a": torch.nn.Linear(2, 2),
+        "b": torch.nn.ParameterDict({"w": torch.nn.Parameter(torch.zeros(2, 4, 4))}),
+    }
+    model = torch.nn.ModuleDict(kinds)
+    facts = facts_of(model, places(model))
+    facts = dataclasses.replace(facts, parameters=["b.w"])
+    given = {"target_modules": ["a"], "target_parameters": ["b.w"], "rank_pattern": {"b.w": 3}}
+    ada = peft_dist.AdaLoraConfig(target_modules=["a"], total_step=10)
+    ada.rank_pattern = {"a.lora_E": [True, False]}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert resolve(peft_dist.LoraConfig(**given), facts) == resolve(ada, facts) == ["a"]
+    with pytest.warns(RuntimeWarning, match="rank_pattern: 'c' matched no adapted layer"):
+        resolve(peft_dist.LoraConfig(target_modules=["a"], rank_pattern={"c": 3}), facts)
