@@ -218,9 +218,10 @@ class Maker:
     def pack(self, way: Any, count: int) -> Any:
         """A pack of so many runs."""
         from orchestrator.train.pack import Pack
+        from orchestrator.train.packing import Packing
 
         clock = time.process_time if self.case["device"] == "cpu" else time.perf_counter
-        pack = Pack(self.ground(), way, clock=clock)
+        pack = Pack(self.ground(), Packing(way), clock=clock)
         for number in range(count):
             pack.enter(f"run{number}", self.request(f"{way}{number}", number), Silent())
         assert len(pack.trials) == count

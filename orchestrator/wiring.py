@@ -209,6 +209,7 @@ def _sweep_runner(cluster: Cluster) -> Runner:
     from .plan.layout import lay_out, worker_room
     from .sweep.runner import SweepRunner
     from .train.nodes import RayCluster
+    from .train.packing import Packing
     from .train.placement import places_in_all, places_now
     from .train.warm import WarmGroup
 
@@ -229,7 +230,7 @@ def _sweep_runner(cluster: Cluster) -> Runner:
         return places >= (starting + 1) * request.plan.num_workers
 
     return SweepRunner(
-        lambda request, layout: WarmGroup(request, max_trials=layout.pack, most_joined=layout.joined),
+        lambda request, layout: WarmGroup(request, Packing(places=layout.pack, joined=layout.joined)),
         key_of,
         layout,
         has_room,

@@ -26,11 +26,10 @@ from .faults import is_broken_link, is_out_of_memory
 from .ground import Ground
 from .loop import Ready
 from .pace import Kind, Mode, Pace
+from .packing import Packing
 from .run import Run, RunEnd
 from .tasks import Task
 from .trial import LeavesAlone, Trial
-
-Way = Literal["auto", "together", "turns"]
 
 
 @dataclass(frozen=True)
@@ -47,26 +46,23 @@ class Pack:
     """Runs on one base.
 
     Args:
-        way: `together`: one concatenated batch over all adapters, where the base and the tasks allow it; `turns`: the
-            adapters one after the other; `auto`: whichever was measured to be faster for the runs that are there.
+        packing: how rounds run; who enters, and when, the caller says.
         tell: events of the pack as a whole.
         clock: seconds that never go back.
-        most_joined: runs in one forward; None sets no bound. Where memory runs out all the same, half as many.
     """
 
     def __init__(
         self,
         ground: Ground,
-        way: Way = "auto",
+        packing: Packing = Packing(),
         tell: Callable[..., None] = lambda kind, **fields: None,
         clock: Callable[[], float] = time.perf_counter,
-        most_joined: int | None = None,
     ) -> None:
-        self.ground, self.group, self.way = ground, ground.group, way
+        self.ground, self.group, self.way = ground, ground.group, packing.way
         self.trials: dict[str, Trial] = {}
         self._tell, self._clock, self._pace = tell, clock, Pace()
         self._entered = 0
-        self._most = most_joined or 2**31
+        self._most = packing.joined or 2**31
         self._apart: dict[Kind, str] = {}
         """Kinds of rounds that cannot run together, and why."""
         self._said: tuple[str, ...] = ()

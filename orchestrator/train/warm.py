@@ -7,7 +7,7 @@ import functools
 import threading
 import time
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.exceptions import RayError
@@ -20,6 +20,7 @@ from peft_dist.lazy import lazy
 
 from .events import Mailbox
 from .nodes import RayCluster
+from .packing import Packing
 from .placement import what_is_missing, why_impossible
 from .worker import run_warm_worker
 
@@ -60,26 +61,15 @@ class WarmGroup:
 
     Args:
         request: as of a run: its base, data, workers and secrets are the group's. It starts no run.
-        pack: how runs step: `together`, in one batch; by `turns`; `auto`: what is measured to be faster.
-        max_trials: how many stand on the base at once; others wait in line, in their order.
-        most_joined: how many may share one forward; None sets no bound.
+        packing: how runs stand on the base.
 
     Raises:
         PlacementError: the cluster can never give the workers.
     """
 
-    def __init__(
-        self,
-        request: TrainRequest,
-        *,
-        pack: Literal["auto", "together", "turns"] = "auto",
-        max_trials: int | None = None,
-        most_joined: int | None = None,
-    ) -> None:
+    def __init__(self, request: TrainRequest, packing: Packing = Packing()) -> None:
         self._request = request
-        self._work = functools.partial(
-            run_warm_worker, way=pack, max_trials=max_trials, most_joined=most_joined
-        )
+        self._work = functools.partial(run_warm_worker, packing=packing)
         self._cluster = RayCluster()
         cluster = self._cluster
         if problem := why_impossible(request.plan, cluster.rooms(), cluster.grows_to(), cluster.kinds()):

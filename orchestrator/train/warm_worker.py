@@ -9,6 +9,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -23,6 +24,7 @@ from .events import Reporter
 from .ground import Ground
 from .group import Group
 from .pack import Pack
+from .packing import Packing
 from .run import telling
 
 IDLE_S = 5.0
@@ -91,10 +93,10 @@ class Serving:
         pack: Pack,
         group: Group,
         reporter: Reporter,
-        max_trials: int | None,
+        places: int | None,
         fetch: Callable[[float], list[dict[str, Any]]],
     ) -> None:
-        self._pack, self._group, self._reporter, self._max = pack, group, reporter, max_trials
+        self._pack, self._group, self._reporter, self._places = pack, group, reporter, places
         self._line: deque[dict[str, Any]] = deque()
         self._voices: dict[str, Voice] = {}
         self._ends = False
@@ -150,7 +152,7 @@ class Serving:
 
     def _fill(self) -> None:
         """Those in line enter, as far as there is room."""
-        while self._line and (self._max is None or len(self._pack.trials) < self._max):
+        while self._line and (self._places is None or len(self._pack.trials) < self._places):
             order = self._line.popleft()
             name = order["trial"]
             self._pack.enter(name, order["request"], self._voice(name), order["from_checkpoint"])
@@ -168,15 +170,12 @@ def serve(
     *,
     device: str,
     precision: str,
-    way: Any = "auto",
-    max_trials: int | None = None,
-    most_joined: int | None = None,
+    packing: Packing = Packing(),
 ) -> dict[str, Any]:
     """A worker's part of a warm group, from loading the base to its end.
 
     Args:
-        way, most_joined: as `pack.Pack`.
-        max_trials: how many runs may stand on the base at once; None sets no bound.
+        packing: how runs stand on the base.
 
     Returns:
         `is_asked`: whether it was the driver that ended it.
@@ -195,11 +194,11 @@ def serve(
         raise TrainingError(str(error), where=f"run {request.run_id}") from error
     message = f"{request.spec.model.base_model} is loaded"
     emit("ready", seconds=time.monotonic() - began, device=device, precision=precision, message=message)
-    if ground.alone and max_trials != 1:
+    if ground.alone and packing.places != 1:
         emit("warning", message=f"runs stand on the base one after the other: {ground.alone}")
-        max_trials = 1
-    pack = Pack(ground, way, emit, most_joined=most_joined)
-    Serving(pack, group, reporter, max_trials, lambda s: ray.get(mailbox.orders.remote(s))).run()
+        packing = replace(packing, places=1)
+    pack = Pack(ground, packing, emit)
+    Serving(pack, group, reporter, packing.places, lambda s: ray.get(mailbox.orders.remote(s))).run()
     if dist.is_initialized():
         dist.destroy_process_group()
     return {"is_asked": not reporter.stop_requested}

@@ -26,6 +26,7 @@ from .allocator import map_large_blocks
 from .backend import listening
 from .events import Reporter
 from .output import captured
+from .packing import Packing
 
 if TYPE_CHECKING:
     import torch
@@ -57,16 +58,13 @@ def run_warm_worker(
     request: TrainRequest,
     mailbox: Any,
     folder: str,
-    *,
-    way: str = "auto",
-    max_trials: int | None = None,
-    most_joined: int | None = None,
+    packing: Packing = Packing(),
 ) -> dict[str, Any]:
     """One worker of a group on whose base runs come and go, until it is told to end.
 
     Args:
         request: of whose spec and plan the base, the data and the workers are; it starts no run.
-        way, max_trials, most_joined: as `warm_worker.serve`.
+        packing: how runs stand on the base.
     """
 
     def work(reporter: Reporter) -> dict[str, Any]:
@@ -77,9 +75,7 @@ def run_warm_worker(
             reporter,
             device=device,
             precision=precision,
-            way=way,
-            max_trials=max_trials,
-            most_joined=most_joined,
+            packing=packing,
         )
 
     return _at_work(mailbox, folder, work)

@@ -15,6 +15,7 @@ from orchestrator.spec.sharing import base_key
 from orchestrator.sweep.runner import SweepRunner
 from orchestrator.sweep.trials import FINISHED, read_trials
 from orchestrator.train.nodes import RayCluster
+from orchestrator.train.packing import Packing
 from orchestrator.train.placement import places_in_all, places_now
 from orchestrator.train.warm import WarmGroup
 
@@ -60,7 +61,7 @@ def run_and_kill(text, folder: Path, node):
     groups = []
 
     def open_group(request, layout):
-        groups.append(WarmGroup(request, max_trials=layout.pack, most_joined=layout.joined))
+        groups.append(WarmGroup(request, Packing(places=layout.pack, joined=layout.joined)))
         return groups[-1]
 
     def layout(request, trials):

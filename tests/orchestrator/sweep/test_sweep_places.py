@@ -14,6 +14,7 @@ from orchestrator.spec.load import load_job_text
 from orchestrator.spec.sharing import base_key
 from orchestrator.sweep.runner import SweepRunner
 from orchestrator.sweep.trials import STOPPED, read_trials
+from orchestrator.train.packing import Packing
 from orchestrator.train.warm import WarmGroup
 from tests.patience import patience
 
@@ -56,7 +57,7 @@ def stopped_and_stepped(text, folder):
     request = TrainRequest(spec, make_plan(spec, None, None), str(folder / "places-1"), "places-1", "data")
     groups_before = set(ray.util.placement_group_table())
     runner = SweepRunner(
-        lambda request, layout: WarmGroup(request, max_trials=layout.pack, most_joined=layout.joined),
+        lambda request, layout: WarmGroup(request, Packing(places=layout.pack, joined=layout.joined)),
         lambda request: base_key(request.spec),
         lambda request, trials: Layout(1, 2, 2),
         lambda request, starting: True,

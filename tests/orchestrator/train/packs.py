@@ -14,6 +14,7 @@ from orchestrator.runner import TrainRequest
 from orchestrator.train.ground import Ground
 from orchestrator.train.group import Group
 from orchestrator.train.pack import Pack
+from orchestrator.train.packing import Packing
 from orchestrator.train.run import train
 
 
@@ -49,7 +50,7 @@ def packed(
     """Runs all of them to their ends on one base; what was heard of each."""
     first = next(iter(requests.values()))
     ground = Ground(first, Group(), "fp32", lambda kind, **fields: None)
-    pack = Pack(ground, way, tell or (lambda kind, **fields: None), most_joined=most_joined)
+    pack = Pack(ground, Packing(way, joined=most_joined), tell or (lambda kind, **fields: None))
     heard = {name: Heard() for name in requests}
     for name, request in requests.items():
         pack.enter(name, request, heard[name])

@@ -15,6 +15,7 @@ import ray
 
 from orchestrator.runner import TrainRequest
 from orchestrator.train.checkpoint import steps_in
+from orchestrator.train.packing import Packing
 from orchestrator.train.warm import GroupDied, WarmGroup
 
 from .packs import Heard, alone, apart
@@ -68,7 +69,7 @@ def run_of(folder: Path, name: str, seed: int = 1, **training: Any) -> TrainRequ
 
 def test_runs_come_and_go_on_a_warm_base(session, tmp_path):
     base = run_of(tmp_path, "group")
-    with WarmGroup(base, pack="turns", max_trials=2) as group:
+    with WarmGroup(base, Packing("turns", places=2)) as group:
         told = Listener(group)
         first, second = run_of(tmp_path, "first", num_epochs=2), run_of(tmp_path, "second", 2, **LONG)
         third = run_of(tmp_path, "third", 3)
@@ -107,7 +108,7 @@ def test_a_group_of_two_that_loses_a_worker_dies_and_its_runs_go_on_in_another(s
     two = plan(workers=2, micro=1, stage=2)
     asked = {name: run_of(tmp_path, name, seed, **LONG, max_steps=40) for seed, name in enumerate("ab")}
     runs = {name: replace(each, plan=two) for name, each in asked.items()}
-    group = WarmGroup(replace(run_of(tmp_path, "group"), plan=two), pack="together")
+    group = WarmGroup(replace(run_of(tmp_path, "group"), plan=two), Packing("together"))
     told = Listener(group)
     for name, each in runs.items():
         group.enter(name, each)
