@@ -126,8 +126,8 @@ def load_base(
             fill_pieces(model, base, keys, deepspeed or _PLAIN, ranks, base.dtype, at, advance)
         else:
             fill(base, keys, at, advance)
-            check_filled(base)
             packed.keep_4bit(base)
+        check_filled(base)
         place.finish(base)
         base.begun_anew = frozenset(keys.missing)
     if into is not None:

@@ -49,6 +49,7 @@ def fill_pieces(
         packed.make_partitionable(layer, dtype=stored.get(name, dtype))
     move_started(base, device)
     pieces = _Pieces(base, keys, ranks, device, advance)
+    pieces.read_buffers(base)
     partition_base(model, config, pieces=pieces)
     with ranks.failing_together():
         if pieces.failure is not None:
@@ -89,6 +90,22 @@ class _Pieces:
         self._try(lambda: self._value(group, target).read(start, out))
         self.advance(group)
         return out
+
+    @torch.no_grad()
+    def read_buffers(self, base: nn.Module) -> None:
+        """Reads the buffers that the files hold whole: small, and on every rank, since an engine partitions none."""
+        places = Places(base)
+        for name, buffer in base.named_buffers():
+            if id(buffer) not in self._groups:
+                continue
+            group, target = self._groups[id(buffer)]
+            out = torch.empty(buffer.shape, dtype=buffer.dtype, device=self.device)
+            self._try(functools.partial(self._read_whole, group, target, out))
+            places.put(name, out)
+            self.advance(group)
+
+    def _read_whole(self, group: Group, target: str, out: Tensor) -> None:
+        self._value(group, target).read(0, out.view(-1))
 
     def _value(self, group: Group, target: str) -> Pending:
         # What one conversion gives is asked for one after the other.

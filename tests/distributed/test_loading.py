@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ from peft_dist import sharding
 from peft_dist.loading import load_base, meta_base, pieces
 from peft_dist.loading.stored import File
 from tests import small_bases
-from tests.ranks import run_on_ranks
+from tests.ranks import RankFailed, run_on_ranks
 
 STAGE_3 = {"zero_optimization": {"stage": 3}}
 IDS = torch.randint(0, 97, (2, 9), generator=torch.Generator().manual_seed(1))
@@ -110,6 +112,45 @@ def test_pieces_are_those_of_the_whole(kind: str, world: int, dtype: torch.dtype
             assert values == expected
             assert torch.equal(logits, reference)
             assert held == theirs_held
+
+
+def with_buffers(folder: str, reads: bool = True) -> dict[str, Any]:
+    more = (
+        contextlib.nullcontext() if reads else mock.patch.object(pieces._Pieces, "read_buffers", mock.Mock())
+    )
+    with more:
+        base = load_base(folder, "SEQ_2_SEQ_LM", zero_stage=3)
+    with torch.no_grad():
+        logits = base(input_ids=IDS, decoder_input_ids=IDS).logits.clone()
+    return {"logits": logits, "bias": base.final_logits_bias}
+
+
+def bart(folder: Path) -> Any:
+    """A base whose files hold a buffer, which is no parameter that an engine would partition."""
+    sizes = {f"{half}_{what}": 2 for half in ("encoder", "decoder") for what in ("layers", "attention_heads")}
+    widths = {"encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "d_model": 16}
+    torch.manual_seed(0)
+    model = transformers.BartForConditionalGeneration(
+        transformers.BartConfig(vocab_size=97, **sizes, **widths)
+    ).eval()
+    model.final_logits_bias.normal_()
+    model.save_pretrained(folder)
+    return model
+
+
+def test_buffers_that_the_files_hold_are_whole_on_every_rank(tmp_path: Path) -> None:
+    base = bart(tmp_path)
+    with torch.no_grad():
+        expected = base(input_ids=IDS, decoder_input_ids=IDS).logits
+    for rank in run_on_ranks(with_buffers, 2, str(tmp_path)):
+        assert torch.equal(rank["bias"], base.final_logits_bias)
+        torch.testing.assert_close(rank["logits"], expected)
+
+
+def test_a_buffer_that_nobody_reads_is_no_base(tmp_path: Path) -> None:
+    bart(tmp_path)
+    with pytest.raises(RankFailed, match="final_logits_bias of BartForConditionalGeneration got no values"):
+        run_on_ranks(with_buffers, 2, str(tmp_path), False)
 
 
 def stored_in_pieces(folders: list[str]) -> list[Any]:
