@@ -10,6 +10,19 @@ from peft_dist.lazy import lazy
 torch = lazy("torch")
 merging = lazy("peft_dist.merge")
 tuner_layer = lazy("peft_dist.tuner_layer")
+settings = lazy("peft_dist.scaling")
+
+
+class Scaling(dict[str, Any]):
+    """Adapter -> its scaling at a layer; another value that is put in is the one that serves from then on."""
+
+    def __init__(self, layer: LayerApi, values: dict[str, Any]) -> None:
+        super().__init__(values)
+        self._layer = layer
+
+    def __setitem__(self, adapter: str, value: Any) -> None:
+        self._layer.take_scaling(adapter, float(value))
+        super().__setitem__(adapter, value)
 
 
 class LayerApi:
@@ -47,9 +60,63 @@ class LayerApi:
     def _disable_adapters(self) -> bool:
         return self.disabled
 
+    @_disable_adapters.setter
+    def _disable_adapters(self, disabled: bool) -> None:
+        self.disabled = disabled
+
     @property
     def _active_adapter(self) -> list[str]:
         return list(self.active_adapters)
+
+    @_active_adapter.setter
+    def _active_adapter(self, names: str | Sequence[str]) -> None:
+        self.active_adapters = [names] if isinstance(names, str) else list(names)
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Makes an adapter's scaling here `scale` times what its config says; nothing where it is not here."""
+        if adapter in self.methods:
+            self.take_scaling(adapter, scale * self._as_configured(adapter)["scaling"])
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiplies the scaling of the active adapters here."""
+        told = self._facts("scaling")
+        for adapter in self.active_adapters:
+            if adapter in told and scale != 1:
+                told[adapter] = told[adapter] * scale
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divides the scaling of the active adapters here; without `scale` it is what their configs say again."""
+        told = self._facts("scaling")
+        for adapter in self.active_adapters:
+            if adapter in told:
+                before = self._as_configured(adapter)["scaling"]
+                told[adapter] = before if scale is None else told[adapter] / scale
+
+    def take_scaling(self, adapter: str, value: float) -> None:
+        """Lets an adapter serve here with another scaling; its config, and what is saved, stay.
+
+        Raises:
+            AdapterError: its method has none that can be set so.
+        """
+        site = self.base.site  # type: ignore[attr-defined]
+        self._take(adapter, settings.with_scaling(self.methods[adapter], site, value))
+
+    def take_dropout(self, adapter: str, p: float) -> None:
+        """Lets an adapter be trained here with another dropout; its config stays."""
+        self._take(adapter, settings.with_dropout(self.methods[adapter], self.base.site, p))  # type: ignore[attr-defined]
+
+    def _take(self, adapter: str, method: Any) -> None:
+        before = self._as_configured(adapter)
+        self.methods = {**self.methods, adapter: method}
+        self.__dict__.setdefault("_set_here", {})[adapter] = (before, method)
+        self._pool.changed(self._site_name, adapter)  # type: ignore[attr-defined]
+
+    def _as_configured(self, adapter: str) -> dict[str, Any]:
+        """The facts of an adapter before a program set some of them here."""
+        before, method = self.__dict__.get("_set_here", {}).get(adapter, (None, None))
+        if before is not None and self.methods[adapter] is method:
+            return before
+        return self.methods[adapter].facts(self.base.site)  # type: ignore[attr-defined]
 
     def get_base_layer(self) -> Any:
         """The layer underneath all wrappers."""
@@ -114,5 +181,14 @@ class LayerApi:
     def _facts(self, attribute: str) -> dict[str, Any]:
         """adapter -> what its method says of itself here."""
         site = self.base.site  # type: ignore[attr-defined]
-        told = {name: method.facts(site) for name, method in self.methods.items()}
-        return {name: facts[attribute] for name, facts in told.items() if attribute in facts}
+        is_set = attribute in ("scaling", "lora_dropout")
+        told = {
+            name: method.facts(site) if is_set else self._as_configured(name)
+            for name, method in self.methods.items()
+        }
+        found = {name: facts[attribute] for name, facts in told.items() if attribute in facts}
+        if attribute == "lora_dropout":
+            for name, each in found.items():
+                if hasattr(each, "p") or name in self.__dict__.get("_set_here", {}):
+                    found[name] = settings.LayersDropout(self, name, getattr(each, "p", 0.0))
+        return Scaling(self, found) if attribute == "scaling" and found else found

@@ -309,6 +309,19 @@ class Tensors(nn.Module):
         return ", ".join(f"{name}{tuple(p.shape)}" for name, p in self._parameters.items() if p is not None)
 
 
+class Held(nn.ModuleDict):
+    """What hangs below one name of a layer: adapter -> its tensors. Modules of a program's own would not be called."""
+
+    def __setitem__(self, key: str, module: nn.Module) -> None:
+        raise AdapterError(
+            f"{key!r}: an adapter's tensors cannot be replaced by a module. Copy values into its weight, or set "
+            "the weight."
+        )
+
+    def _get_name(self) -> str:
+        return "ModuleDict"
+
+
 class PooledModule(nn.Module):
     """A module on which adapters' tensors hang under HF PEFT's names, and live in the pool.
 
@@ -534,7 +547,7 @@ def _hang(module: nn.Module, param: Param, adapter: str, tensor: Tensor) -> tupl
     first, _, rest = param.key.partition(".")
     if first not in module._modules:
         # Past `add_module`, which takes what hangs on a wrapper inside this one for this one's.
-        module._modules[first] = nn.ModuleDict() if rest else nn.ParameterDict()
+        module._modules[first] = Held() if rest else nn.ParameterDict()
     # Into the dictionaries themselves: an adapter may be called `v1.2` or `keys`, which their doors refuse.
     node: Any = module._modules[first]
     last = adapter

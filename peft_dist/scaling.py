@@ -27,6 +27,54 @@ def scaled(method: Any, site: Site, factor: float) -> Any:
     return changed.at(site)
 
 
+def with_scaling(method: Any, site: Site, value: float) -> Any:
+    """A low-rank method at a layer with another scaling there.
+
+    Raises:
+        AdapterError: it has no scaling, or cannot have this one.
+    """
+    plain = _plain(method)
+    alpha = next((name for name in ("lora_alpha", "alpha") if hasattr(plain, name)), None)
+    if alpha is None or not callable(getattr(plain, "scaling", None)):
+        raise AdapterError(f"{site.name}: the scaling of {type(plain).__name__} is not to be set.")
+    changed = copy.copy(plain)
+    changed.alpha_pattern = {}
+    setattr(changed, alpha, 1.0)
+    # Of a method that takes 0 for a default of its own.
+    setattr(changed, alpha, value / changed.scaling(site) or 1e-30)
+    if abs(changed.scaling(site) - value) > 1e-6 * max(1.0, abs(value)):
+        raise AdapterError(f"{site.name}: the scaling of {type(plain).__name__} cannot be {value}.")
+    return changed.at(site)
+
+
+def with_dropout(method: Any, site: Site, p: float) -> Any:
+    """LoRA, or a variant of it, at a layer with another share of its input left out while training."""
+    changed = copy.copy(_plain(method))
+    changed.lora_dropout = p
+    return changed.at(site)
+
+
+def _plain(method: Any) -> Any:
+    while hasattr(method, "lora"):
+        method = method.lora
+    return method
+
+
+class LayersDropout(nn.Dropout):
+    """The dropout of an adapter at a layer, as programs read and set it."""
+
+    def __init__(self, layer: Any, adapter: str, p: float) -> None:
+        super().__init__(p)
+        # No submodule: it stands for a setting of the layer's.
+        self.__dict__["_told"] = (layer, adapter)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "p" and "_told" in self.__dict__:
+            layer, adapter = self.__dict__["_told"]
+            layer.take_dropout(adapter, float(value))
+
+
 @contextlib.contextmanager
 def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]:
     """Within the context the change of every LoRA adapter is multiplied by `multiplier`.

@@ -14,7 +14,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer as TheirLayer
 import peft_dist
 from peft_dist.adapted import AdapterModule
 from peft_dist.catalog import METHODS, config_class
-from peft_dist.errors import ConfigError
+from peft_dist.errors import AdapterError, ConfigError
 from tests.contract import bases
 from tests.contract.test_fields import base_values
 
@@ -156,6 +156,58 @@ def test_programs_ask_a_layer_where_its_tensors_are() -> None:
         assert head.active_adapter == []
 
 
+def test_what_programs_set_of_a_layer_has_theirs_effect() -> None:
+    ids = torch.arange(1, 7).view(1, 6)
+    ours, theirs = both("LORA", r=3, lora_alpha=6, lora_dropout=0.5, target_modules=["q_proj", "up_proj"])
+    with torch.no_grad():
+        values = {
+            name: torch.randn(p.shape) * 0.3 for name, p in theirs.named_parameters() if p.requires_grad
+        }
+        for model in (ours, theirs):
+            model.eval()
+            for name, p in model.named_parameters():
+                if name in values:
+                    p.copy_(values[name])
+    steps = {
+        "written": lambda layer: layer.scaling.__setitem__("default", layer.scaling["default"] * 0.5),
+        "set": lambda layer: layer.set_scale("default", 3),
+        "of another": lambda layer: layer.set_scale("zz", 3),
+        "scaled": lambda layer: layer.scale_layer(0.7),
+        "divided": lambda layer: layer.unscale_layer(2),
+        "none": lambda layer: layer.set_scale("default", 0),
+        "as configured": lambda layer: layer.unscale_layer(),
+        "disabled": lambda layer: setattr(layer, "_disable_adapters", True),
+        "enabled": lambda layer: setattr(layer, "_disable_adapters", False),
+        "inactive": lambda layer: setattr(layer, "_active_adapter", []),
+    }
+    before = ours(ids).logits
+    for name, step in steps.items():
+        for model, library in ((ours, peft_dist), (theirs, peft)):
+            for layer in model.modules():
+                if isinstance(layer, library.tuners.lora.LoraLayer):
+                    step(layer)
+                    assert layer.lora_alpha == {"default": 6}
+        torch.testing.assert_close(ours(ids).logits, theirs(ids).logits, rtol=1e-4, atol=1e-4, msg=name)
+        assert torch.equal(ours(ids).logits, before) == (name in ("as configured", "enabled"))
+    layer = ours.get_base_model().model.layers[0].self_attn.q_proj
+    layer._active_adapter = "default"
+    layer.train()
+    x = torch.randn(2, 16)
+    assert not torch.equal(layer(x), layer(x))
+    layer.lora_dropout["default"].p = 0.0
+    assert (
+        torch.equal(layer(x), layer(x))
+        and layer.lora_dropout["default"].p == 0
+        and layer.lora_alpha["default"] == 6
+    )
+    with pytest.raises(AdapterError, match="cannot be replaced by a module"):
+        layer.lora_A["default"] = torch.nn.Linear(16, 3)
+    ia3 = peft_dist.get_peft_model(bases.llama(), peft_dist.VBLoRAConfig(**base_values("VBLORA")))
+    other = next(m for m in ia3.modules() if isinstance(m, AdapterModule) and m.adapters)
+    with pytest.raises(AdapterError, match="is not to be set"):
+        other.take_scaling("default", 2.0)
+
+
 def test_attributes_of_a_layer_are_theirs() -> None:
     values = {"r": 3, "lora_alpha": 6, "lora_dropout": 0.1, "target_modules": ["q_proj"], "rank_pattern": {}}
     ours, theirs = both("LORA", **values)
@@ -168,7 +220,7 @@ def test_attributes_of_a_layer_are_theirs() -> None:
             assert getattr(mine, name) == getattr(other, name), name
         assert hasattr(mine, name)
     assert mine.use_dora == {"default": False} and mine.active_adapter == ["default"]
-    assert type(mine.lora_dropout["default"]) is type(other.lora_dropout["default"])
+    assert isinstance(mine.lora_dropout["default"], type(other.lora_dropout["default"]))
     assert torch.equal(mine.weight, other.weight) and torch.equal(mine.bias, other.bias)
     assert mine.lora_A["default"].weight.shape == other.lora_A["default"].weight.shape
     assert mine.get_base_layer() is mine.base_layer and type(mine.get_base_layer()) is torch.nn.Linear

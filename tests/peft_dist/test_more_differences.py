@@ -135,6 +135,23 @@ def test_classes_of_layers_and_of_what_holds_tensors() -> None:
         models[1].merge_and_unload()
 
 
+def test_what_is_no_module() -> None:
+    dropouts, scalings, ran = [], [], []
+    for library in BOTH:
+        model = adapted(library, lora_dropout=0.5, target_modules=["q_proj", "embed_tokens"])
+        dropouts.append(any(isinstance(m, torch.nn.Dropout) for n, m in model.named_modules() if "lora" in n))
+        base = model.get_base_model().model
+        base.embed_tokens.scale_layer(3)
+        scalings.append(base.embed_tokens.scaling["default"])
+        hooked = []
+        base.layers[0].self_attn.q_proj.lora_A["default"].register_forward_hook(
+            lambda *_, h=hooked: h.append(1)
+        )
+        model(IDS)
+        ran.append(bool(hooked))
+    assert dropouts == ran == [True, False] and scalings[1] == 3 * scalings[0]
+
+
 def test_mixed_models_are_saved(tmp_path) -> None:
     models = [lib.get_peft_model(bases.llama(), lib.LoraConfig(**LORA), mixed=True) for lib in BOTH]
     for call in ("save_pretrained", "get_model_status"):
