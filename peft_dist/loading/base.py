@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import transformers
+from torch import nn
 
 from peft_dist import packed
 from peft_dist.errors import BaseModelError, suggest
@@ -114,7 +115,7 @@ def load_base(
             model = place.empty(config, kept, wanted) if into is None else into
             base = base_of(model)
             opened.enter_context(bare(base))
-            _check_empty(base, wanted)
+            _check_empty(base, wanted, is_given=into is not None)
             keys = place.keys(base, files, labels, are_codes=stored is not None)
         tie(base, keys, (ranks.rank, ranks.world), ranks.agree)
         with ranks.failing_together():
@@ -307,19 +308,27 @@ def _check_stage(zero_stage: int, config: Mapping[str, Any] | None) -> None:
         check_partitionable(config or _PLAIN)
 
 
-def _check_empty(base: Any, wanted: Any) -> None:
-    """Refuses to fill a model that has values, or that is not quantised as it should be."""
+def _check_empty(base: Any, wanted: Any, *, is_given: bool) -> None:
+    """Refuses to fill a model that has values, or that is not quantised as it should be; `is_given`, not made here."""
     for name, parameter in base.named_parameters():
         if not parameter.is_meta:
             raise BaseModelError(
                 f"load_base: {name} of the model given as into is on {parameter.device}, not on the meta device. Give "
                 "what peft_dist.meta_base made, or leave into out."
             )
-    if wanted is not None and not quantised_weights(base):
+    if wanted is None or quantised_weights(base):
+        return
+    if not is_given:
+        kinds = {type(layer).__name__ for layer in base.modules() if isinstance(layer, nn.Linear)}
         raise BaseModelError(
-            "load_base: the model given as into has no quantised layers, quantization says that it should. Make it "
-            "with peft_dist.meta_base(..., quantization=...), before adapters are put on it."
+            f"load_base: no layer of {type(base).__name__} can be quantised: bitsandbytes takes torch's own nn.Linear "
+            f"and transformers' Conv1D alone, and not the head. Its linear layers are "
+            f"{', '.join(sorted(kinds)) or 'none'}. Leave quantization out."
         )
+    raise BaseModelError(
+        "load_base: the model given as into has no quantised layers, quantization says that it should. Make it "
+        "with peft_dist.meta_base(..., quantization=...), before adapters are put on it."
+    )
 
 
 def _stored(path: str, config: Any, wanted: Any) -> Any:

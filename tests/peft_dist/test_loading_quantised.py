@@ -11,7 +11,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import BitsAndBytesConfig
+from transformers import BitsAndBytesConfig, FalconConfig, FalconForCausalLM
 
 import peft_dist
 from peft_dist.errors import BaseModelError
@@ -144,6 +144,14 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
     full = load_base(folder)
     assert "is on cpu, not on the meta device" in refusal(folder, into=full)
     assert "has no quantised layers" in refusal(folder, quantization="nf4", into=meta_base(folder))
+
+
+def test_a_base_whose_linear_layers_are_its_own_is_refused(tmp_path: Path) -> None:
+    config = FalconConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=32)
+    FalconForCausalLM(config).save_pretrained(tmp_path)
+    said = refusal(str(tmp_path), quantization="nf4")
+    assert said.startswith("load_base: no layer of FalconForCausalLM can be quantised: ")
+    assert said.endswith(" Its linear layers are FalconLinear, Linear. Leave quantization out.")
 
 
 def stored(kind: str, quantised: str, folder: Path) -> str:
