@@ -136,7 +136,7 @@ class RayEndpoints:
                 self._change_running(endpoint, running, placement, deploy, on_event)
             live = self._await(endpoint, version.ref, task, door, on_event)
         except BaseException:
-            self._restore(endpoint, before, version.ref)
+            self._restore(endpoint, before, version.ref, rollout)
             if started:
                 serve_cluster.delete_application(endpoint)
             raise
@@ -360,13 +360,20 @@ class RayEndpoints:
         facts = {"adapter": version.ref, "alias": alias, "before": before, "reasons": why}
         Reports(self._registry.url, endpoint).note("deployed", **facts, by="deploy")
 
-    def _restore(self, endpoint: str, before: Desired | None, ref: str) -> None:
+    def _restore(
+        self, endpoint: str, before: Desired | None, ref: str, rollout: Rollout | None = None
+    ) -> None:
         """Takes a failed deployment back."""
         earlier = before.served(ref) if before else None
+
+        def as_before(now: Desired, entry: Served) -> Desired:
+            kept = tuple(each for each in now.rollouts if rollout is None or each.id != rollout.id)
+            return replace(now.with_adapter(entry), rollouts=kept)
+
         if before is None:
             self._registry.update_endpoint(endpoint, lambda stored: None)
         elif earlier is not None:
-            change(self._registry, endpoint, lambda now: now.with_adapter(earlier))
+            change(self._registry, endpoint, lambda now: as_before(now, earlier))
         else:
             change(self._registry, endpoint, lambda now: now.without(ref))
         if earlier is None:
