@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peft_dist.bins import Bins
+from peft_dist.contract import PromptMethod
 from peft_dist.errors import RowsError
 from peft_dist.rows import Rows
 
@@ -75,6 +76,9 @@ def _losses(model: nn.Module, parts: Sequence[Part], number: int) -> list[Tensor
     asked = [_asked(part.task, model, batch) for part, batch in zip(parts, batches, strict=True)]
     counts = [len(batch.inputs["input_ids"]) for batch in batches]
     shared = [batch.bins for batch in batches if batch.bins is not None]
+    if shared and len(parts) > 1 and any(isinstance(part.task.method, PromptMethod) for part in parts):
+        # they move what follows them in a sequence, and with it whose positions are whose
+        raise RowsError("virtual tokens between rows that share a sequence. Run one adapter at a time.")
     lengths = tuple(row for bins in shared for row in bins.lengths)
     rows = Rows(
         [part.adapter for part, batch in zip(parts, batches, strict=True) for _ in batch.samples],

@@ -468,11 +468,19 @@ def test_negative_control_a_convolution_reaches_two_tokens_back():
 
 @pytest.mark.parametrize("way", ["turns", "together"])
 def test_runs_in_a_pack_share_their_sequences_too(way, tmp_path):
-    adapters = {"a": {"r": 2, "lora_dropout": 0.3}, "b": {"r": 4}, "c": {"type": "vera", "r": 4}}
+    adapters = {
+        "a": {"r": 2, "lora_dropout": 0.3},
+        "b": {"r": 4},
+        "c": {"type": "vera", "r": 4},
+        "d": {
+            "type": "prompt_tuning",
+            "num_virtual_tokens": 3,
+        },  # whose rows are no wider than others' without
+    }
     training = {"max_steps": 2, "learning_rate": 1e-3}
-    made = plan(micro=1, accumulation=6)
     requests, lone = {}, {}
     for name, adapter in adapters.items():
+        made = plan(micro=1, accumulation=2 if name == "d" else 6)
         spec = sharing(job(tmp_path, adapter=adapter, training={**training, "seed": ord(name)}))
         requests[name] = request(tmp_path, spec, made, run=f"pack-{name}")
         lone[name] = alone(request(tmp_path, spec, made, run=f"alone-{name}"))
