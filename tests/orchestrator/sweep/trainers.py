@@ -109,8 +109,9 @@ class FakeGroup:
 
     def _step(self, trial):
         training = trial.request.spec.training
-        trial.step += trial.step < training.max_steps
-        self.story.append(("step", int(trial.name), trial.step))
+        if trial.step < training.max_steps:  # else it left after its last step, and has its end before it
+            trial.step += 1
+            self.story.append(("step", int(trial.name), trial.step))
         if int(trial.name) in self.fails and trial.step == 3:
             with self.lock:
                 self.line.remove(trial)
