@@ -225,8 +225,8 @@ class TargetedConfig(PeftConfig):
         modules_to_save: names of modules that are trained whole beside the adapter.
     """
 
-    target_modules: list[str] | str | None = None
-    exclude_modules: list[str] | str | None = None
+    target_modules: list[str] | set[str] | str | None = None
+    exclude_modules: list[str] | set[str] | str | None = None
     modules_to_save: list[str] | None = None
 
     def __post_init__(self) -> None:
