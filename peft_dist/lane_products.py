@@ -11,6 +11,7 @@ long rows are grouped.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -52,7 +53,8 @@ def _way(
     """The formulation for this row."""
     most = max(map(len, where.values))
     if most * lanes.rank <= MOST_COLUMNS and lane_loop.suits(run.num, x.dtype, x.device):
-        return _looped
+        spans = [(stretch.start, stretch.stop) for stretch in run.stretches]
+        return functools.partial(_looped, lane_loop.Served(spans, where.values))
     if most > 1:
         return _masked
     if x.dtype == torch.float32 and x.device.type == "cpu":
@@ -62,15 +64,12 @@ def _way(
     return _masked
 
 
-def _looped(lanes: Lanes, where: Where, run: Run, x: Tensor, y: Tensor) -> None:
+def _looped(served: lane_loop.Served, lanes: Lanes, where: Where, run: Run, x: Tensor, y: Tensor) -> None:
     """Each position by its own lanes alone."""
-    if not (x.is_contiguous() and y.is_contiguous() and y.dtype == x.dtype):
-        return _masked(lanes, where, run, x, y)
-    served = run.made.get(("served", where))
-    if served is None:
-        spans = [(stretch.start, stretch.stop) for stretch in run.stretches]
-        served = run.made["served", where] = lane_loop.Served(spans, where.values)
-    lane_loop.add(lanes.A, lanes.B, served, x, y)
+    if x.is_contiguous() and y.is_contiguous() and y.dtype == x.dtype:
+        lane_loop.add(lanes.A, lanes.B, lanes.sizes, served, x, y)
+    else:
+        _masked(lanes, where, run, x, y)
 
 
 def _masked(lanes: Lanes, where: Where, run: Run, x: Tensor, y: Tensor) -> None:

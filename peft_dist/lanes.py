@@ -38,13 +38,14 @@ class Lanes:
     """The lanes of one layer and one class of ranks.
 
     Attributes:
-        A: (lanes, rank, in). B: (lanes, rank, out), the scale in it. lane_of: adapter -> its lane.
+        A: (lanes, rank, in). B: (lanes, rank, out), the scale in it. sizes: (in, out, rank).
+        lane_of: adapter -> its lane.
         siblings: those of layers that take the same input, this one among them; None where it is alone.
         order: another object once a lane has another owner.
     """
 
     def __init__(self, rank: int, in_: int, out: int, like: Tensor) -> None:
-        self.rank = rank
+        self.rank, self.sizes = rank, (in_, out, rank)
         self.A, self.B = like.new_zeros(0, rank, in_), like.new_zeros(0, rank, out)
         self.lane_of: dict[str, int] = {}
         self.siblings: SiblingLanes | None = None

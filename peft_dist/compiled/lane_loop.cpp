@@ -16,6 +16,8 @@ constexpr int MOST = 256;     // ranks of all adapters of a position together; t
 typedef float Floats __attribute__((vector_size(4 * WIDTH)));
 typedef int32_t Signs __attribute__((vector_size(4 * WIDTH)));
 typedef uint32_t Words __attribute__((vector_size(4 * WIDTH)));
+typedef float Half __attribute__((vector_size(2 * WIDTH)));
+typedef float Quarter __attribute__((vector_size(WIDTH)));
 typedef uint16_t Halves __attribute__((vector_size(2 * WIDTH)));
 
 struct bfloat16 { uint16_t bits; };
@@ -56,11 +58,13 @@ template <typename T> inline void store_some(T* to, Floats v, int64_t num) {
 }
 
 inline float sum(Floats v) {
-    float each[WIDTH];
-    std::memcpy(each, &v, sizeof v);
-    for (int half = WIDTH / 2; half > 0; half /= 2)
-        for (int i = 0; i < half; i++) each[i] += each[i + half];
-    return each[0];
+    Half halves[2];
+    std::memcpy(halves, &v, sizeof v);
+    const Half half = halves[0] + halves[1];
+    Quarter quarters[2];
+    std::memcpy(quarters, &half, sizeof half);
+    const Quarter q = quarters[0] + quarters[1];
+    return (q[0] + q[2]) + (q[1] + q[3]);
 }
 
 // h[p][j] = w x[p] . A[j], for N positions and the r rows of one adapter's A.
@@ -93,30 +97,43 @@ template <typename T> struct Call {
     int64_t in, out, r;
 };
 
+// y += h B for N positions and U vectors of columns from i on.
+template <typename T, int N, int U>
+inline void up(const Call<T>& c, T* y, int64_t i, const int32_t* lanes, int num, const float (*h)[MOST]) {
+    Floats sums[N][U];
+    for (int p = 0; p < N; p++)
+        for (int u = 0; u < U; u++) sums[p][u] = load(y + p * c.out + i + u * WIDTH);
+    for (int k = 0; k < num; k++) {
+        const T* B = c.B + lanes[k] * c.r * c.out + i;
+        for (int64_t j = 0; j < c.r; j++)
+            for (int u = 0; u < U; u++) {
+                const Floats b = load(B + j * c.out + u * WIDTH);
+                for (int p = 0; p < N; p++) sums[p][u] += h[p][k * c.r + j] * b;
+            }
+    }
+    for (int p = 0; p < N; p++)
+        for (int u = 0; u < U; u++) store(y + p * c.out + i + u * WIDTH, sums[p][u]);
+}
+
 // N positions from `at` on, which `num` lanes serve.
 template <typename T, int N>
 void block(const Call<T>& c, int64_t at, const int32_t* lanes, const float* weights, int num) {
+    constexpr int AT_ONCE = 8 / N;  // so many sums are under way that none waits for itself
     float h[N][MOST];
     for (int k = 0; k < num; k++)
         down<T, N>(c.x + at * c.in, c.A + lanes[k] * c.r * c.in, weights[k], c.in, c.r,
                    (float (*)[MOST])(&h[0][k * c.r]));
     T* y = c.y + at * c.out;
-    for (int64_t i = 0; i < c.out; i += WIDTH) {
-        const int64_t here = c.out - i < WIDTH ? c.out - i : WIDTH;
-        Floats sums[N];
-        for (int p = 0; p < N; p++)
-            sums[p] = here == WIDTH ? load(y + p * c.out + i) : load_some(y + p * c.out + i, here);
-        for (int k = 0; k < num; k++) {
-            const T* B = c.B + lanes[k] * c.r * c.out + i;
-            for (int64_t j = 0; j < c.r; j++) {
-                const Floats b = here == WIDTH ? load(B + j * c.out) : load_some(B + j * c.out, here);
-                for (int p = 0; p < N; p++) sums[p] += h[p][k * c.r + j] * b;
-            }
-        }
-        for (int p = 0; p < N; p++) {
-            if (here == WIDTH) store(y + p * c.out + i, sums[p]);
-            else store_some(y + p * c.out + i, sums[p], here);
-        }
+    int64_t i = 0;
+    for (; i + AT_ONCE * WIDTH <= c.out; i += AT_ONCE * WIDTH) up<T, N, AT_ONCE>(c, y, i, lanes, num, h);
+    for (; i + WIDTH <= c.out; i += WIDTH) up<T, N, 1>(c, y, i, lanes, num, h);
+    if (i == c.out) return;
+    for (int p = 0; p < N; p++) {
+        Floats sums = load_some(y + p * c.out + i, c.out - i);
+        for (int k = 0; k < num; k++)
+            for (int64_t j = 0; j < c.r; j++)
+                sums += h[p][k * c.r + j] * load_some(c.B + (lanes[k] * c.r + j) * c.out + i, c.out - i);
+        store_some(y + p * c.out + i, sums, c.out - i);
     }
 }
 

@@ -35,10 +35,13 @@ class Served:
             if here:
                 stretches.append((*span, len(own), len(own) + len(here)))
                 own += here
-        self.num = len(stretches)
-        self.stretches = torch.tensor(stretches, dtype=torch.int32, device="cpu")
-        self.lanes = torch.tensor([lane for lane, _ in own], dtype=torch.int32, device="cpu")
-        self.weights = torch.tensor([weight for _, weight in own], dtype=torch.float32, device="cpu")
+        kept = (
+            torch.tensor(stretches, dtype=torch.int32, device="cpu"),
+            torch.tensor([lane for lane, _ in own], dtype=torch.int32, device="cpu"),
+            torch.tensor([weight for _, weight in own], dtype=torch.float32, device="cpu"),
+        )
+        self._kept = kept
+        self.arguments = kept[0].data_ptr(), len(stretches), kept[1].data_ptr(), kept[2].data_ptr()
 
 
 def suits(num_positions: int, dtype: torch.dtype, device: torch.device) -> bool:
@@ -49,14 +52,11 @@ def suits(num_positions: int, dtype: torch.dtype, device: torch.device) -> bool:
     return dtype in _loops()
 
 
-def add(A: Tensor, B: Tensor, served: Served, x: Tensor, y: Tensor) -> None:
-    """Adds to y (positions, out), in place, what lanes A (lanes, rank, in) and B (lanes, rank, out) make of
-    x (positions, in). All are contiguous and of one dtype; the ranks of a position's lanes are at most 256 together,
-    each a multiple of 4."""
-    _loops()[x.dtype](
-        x.data_ptr(), A.data_ptr(), B.data_ptr(), y.data_ptr(), A.shape[2], B.shape[2], A.shape[1],
-        served.stretches.data_ptr(), served.num, served.lanes.data_ptr(), served.weights.data_ptr(),
-    )  # fmt: skip
+def add(A: Tensor, B: Tensor, sizes: tuple[int, int, int], served: Served, x: Tensor, y: Tensor) -> None:
+    """Adds to y (positions, out), in place, what lanes A (lanes, rank, in) and B (lanes, rank, out) of the sizes
+    (in, out, rank) make of x (positions, in). All are contiguous and of one dtype; the ranks of a position's lanes are
+    at most 256 together, each a multiple of 4."""
+    _loops()[x.dtype](x.data_ptr(), A.data_ptr(), B.data_ptr(), y.data_ptr(), *sizes, *served.arguments)
 
 
 @functools.cache

@@ -19,6 +19,10 @@ def drawn(dtype, in_, out, rank=4, positions=15):
     return [torch.randn(shape, generator=generator).mul(0.3).to(dtype) for shape in shapes]
 
 
+def sizes(A, B):
+    return A.shape[2], B.shape[2], A.shape[1]
+
+
 def dense(A, B, x, y, spans=SPANS, served=SERVED):
     A, B, x, y = (t.double() for t in (A, B, x, y))
     for (start, stop), lanes in zip(spans, served, strict=True):
@@ -33,7 +37,7 @@ def dense(A, B, x, y, spans=SPANS, served=SERVED):
 def test_it_is_the_dense_formula(dtype, tolerance, in_, out, rank):
     A, B, x, y = drawn(dtype, in_, out, rank)
     want, was = dense(A, B, x, y), y.clone()
-    lane_loop.add(A, B, lane_loop.Served(SPANS, SERVED), x, y)
+    lane_loop.add(A, B, sizes(A, B), lane_loop.Served(SPANS, SERVED), x, y)
     torch.testing.assert_close(y.double(), want, rtol=tolerance, atol=tolerance)
     assert torch.equal(y[8:10], was[8:10])  # nobody serves these
     assert not torch.equal(y[0], was[0])
@@ -43,18 +47,18 @@ def test_it_is_the_dense_formula(dtype, tolerance, in_, out, rank):
 def test_a_position_has_the_same_bits_beside_others_and_alone(dtype):
     A, B, x, y = drawn(dtype, 70, 33)
     together, alone = y.clone(), y.clone()
-    lane_loop.add(A, B, lane_loop.Served(SPANS, SERVED), x, together)
+    lane_loop.add(A, B, sizes(A, B), lane_loop.Served(SPANS, SERVED), x, together)
     for (start, stop), lanes in zip(SPANS, SERVED, strict=True):
         for at in range(start, stop):
             one = alone[at : at + 1]
-            lane_loop.add(A, B, lane_loop.Served([(0, 1)], [lanes]), x[at : at + 1], one)
+            lane_loop.add(A, B, sizes(A, B), lane_loop.Served([(0, 1)], [lanes]), x[at : at + 1], one)
     assert torch.equal(together, alone)
 
 
 def test_what_is_no_number_stays_none():
     A, B, x, y = drawn(torch.bfloat16, 16, 20)
     y[3, 4], y[4, 5], x[12] = float("nan"), float("inf"), float("nan")
-    lane_loop.add(A, B, lane_loop.Served(SPANS, SERVED), x, y)
+    lane_loop.add(A, B, sizes(A, B), lane_loop.Served(SPANS, SERVED), x, y)
     assert y[3, 4].isnan() and y[4, 5].isinf() and y[12].isnan().all()
     assert y.isnan().sum() == 21
 
