@@ -199,6 +199,11 @@ class PeftConfig:
             return folders.upload_to_hub(Path(folder), repo_id, commit_message or "Upload config", **kwargs)
 
 
+def name_set(value: Any) -> Any:
+    """Names of layers as a set; what is no list of them as it is."""
+    return set(value) if isinstance(value, (list, tuple, frozenset)) else value
+
+
 def get_peft_config(config_dict: Mapping[str, Any]) -> PeftConfig:
     """The config that a dictionary describes, of the class that its `peft_type` names.
 
@@ -231,10 +236,8 @@ class TargetedConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("target_modules", "exclude_modules", "feedforward_modules"):
-            value = getattr(self, name, None)
-            if isinstance(value, (list, tuple, frozenset)):
-                setattr(self, name, set(value))
+        self.target_modules = name_set(self.target_modules)
+        self.exclude_modules = name_set(self.exclude_modules)
         saved = self.modules_to_save
         if isinstance(saved, (list, tuple, set, frozenset)):
             self.modules_to_save = list(

@@ -14,7 +14,6 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
@@ -24,6 +23,7 @@ from peft_dist.beside import beside
 from peft_dist.errors import ShardingError
 from peft_dist.foreign_engine import can_be, trained_by_engine
 from peft_dist.idle import Idle
+from peft_dist.ranks import on_any_rank
 from peft_dist.sharding import first_layers, gathered, is_partitioned, whole_until_backward_ends
 
 
@@ -42,7 +42,7 @@ class Joint:
         self, trained: Mapping[Parameter, str], frozen: Sequence[Parameter], used: Collection[str], idle: Idle
     ) -> None:
         idle.watch(trained)
-        used = _on_any_rank(used, trained)
+        used = on_any_rank(used, dict.fromkeys(trained.values()), next(iter(trained)).device)
         with gathered([*trained, *frozen]):
             self._token, *views = _Joined.apply(functools.partial(idle.use, used), *trained)
             views += [parameter.detach() for parameter in frozen]
@@ -125,15 +125,6 @@ def joined(
         used,
         idle,
     )
-
-
-def _on_any_rank(used: Collection[str], trained: Mapping[Parameter, str]) -> set[str]:
-    """The adapters of `trained` that any rank uses; a collective where there are several."""
-    names, device = list(dict.fromkeys(trained.values())), next(iter(trained)).device
-    flags = torch.tensor([name in used for name in names], dtype=torch.int32, device=device)
-    if dist.is_initialized():
-        dist.all_reduce(flags, dist.ReduceOp.MAX)
-    return {name for name, flag in zip(names, flags.tolist(), strict=True) if flag}
 
 
 class _Joined(Function):

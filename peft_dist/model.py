@@ -685,8 +685,10 @@ class PeftModel(PromptedModel):
         self, adapter_names: Sequence[str | None] | None, args: tuple, kwargs: Mapping[str, Any]
     ) -> None:
         """Refuses a number of names that is not that of the rows, of transformers' models, whose rows come first."""
+        if adapter_names is None:
+            return
         main = getattr(self.get_base_model(), "main_input_name", None)
-        if adapter_names is None or main is None:
+        if main is None:
             return
         given = (args[0] if args else None, *(kwargs.get(key) for key in (main, *_INPUTS)))
         rows = next((len(each) for each in given if isinstance(each, Tensor) and each.ndim), None)

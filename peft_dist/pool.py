@@ -536,6 +536,11 @@ def outer_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         ]
 
 
+def name_in(model: nn.Module, wanted: Any) -> str | None:
+    """What a model calls one of its `outer_modules`; None where it is none of them."""
+    return next((name for name, module in outer_modules(model) if module is wanted), None)
+
+
 def _room(param: Param, dtype: torch.dtype, device: Any) -> Tensor:
     room = torch.empty(param.shape, dtype=torch.int64 if param.is_index else dtype, device=device)
     is_parameter = param.trainable or param.counted

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -77,3 +78,12 @@ def is_writer(is_main_process: bool | None) -> bool:
     if is_main_process is not None:
         return is_main_process
     return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def on_any_rank(mine: Collection[str], names: Iterable[str], device: torch.device) -> set[str]:
+    """Those of the names, the same on every rank, that are any rank's own; a collective where there are several."""
+    names = list(names)
+    flags = torch.tensor([name in mine for name in names], dtype=torch.int32, device=device)
+    if dist.is_initialized():
+        dist.all_reduce(flags, dist.ReduceOp.MAX)
+    return {name for name, flag in zip(names, flags.tolist(), strict=True) if flag}

@@ -273,9 +273,9 @@ class Current:
         self.rows, self.length, self.padding = other.rows, other.length, other.padding
         self.batch, self.joint = other.batch, other.joint
 
-    def run_with(self, tensors: Mapping[str, Any]) -> dict[str, Any]:
+    def run_with(self, tensors: dict[str, Any]) -> dict[str, Any]:
         """An adapter's tensors, as its layers are to compute with them now."""
-        return dict(tensors) if self.joint is None else self.joint.of(tensors)
+        return tensors if self.joint is None else self.joint.of(tensors)
 
     def padding_of(self, samples: Tensor, adapter: str | None = None) -> Tensor | None:
         """`padding` of the sequences with these indices in the global batch; in that of the adapter, where rows are of

@@ -18,9 +18,7 @@ from peft_dist.tuner_layer import peft_types
 
 def scaled(method: Any, site: Site, factor: float) -> Any:
     """LoRA, or a variant of it, at a layer with its scaling multiplied."""
-    lora = method
-    while hasattr(lora, "lora"):
-        lora = lora.lora
+    lora = _plain(method)
     changed = copy.copy(lora)
     changed.lora_alpha = lora.lora_alpha * factor
     changed.alpha_pattern = {key: alpha * factor for key, alpha in (lora.alpha_pattern or {}).items()}

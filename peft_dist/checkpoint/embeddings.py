@@ -13,7 +13,7 @@ from torch.nn import Parameter
 from peft_dist.adapted.around import Around
 from peft_dist.inject import asked
 from peft_dist.methods.replace.trainable_tokens import TokenRows
-from peft_dist.pool import PooledModule, outer_modules
+from peft_dist.pool import PooledModule, name_in, outer_modules
 
 _EMBEDDING_NAMES = ("embed_tokens", "lm_head")
 
@@ -28,7 +28,7 @@ def all_embeddings(model: Any) -> dict[str, Parameter]:
             layer = inner
         weight = getattr(layer, "weight", None)
         if isinstance(weight, Parameter):
-            path = next((path for path, module in outer_modules(model) if module is layer), None)
+            path = name_in(model, layer)
             if path is not None:
                 found[f"{_unreplaced(path)}.weight"] = weight
     return found

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from peft_dist.compat.classes import AuxiliaryTrainingWrapper
 from peft_dist.errors import ConfigError
-from peft_dist.pool import outer_modules
+from peft_dist.pool import name_in, outer_modules
 
 
 def _get_submodules(model: nn.Module, key: str) -> tuple[nn.Module, nn.Module, str]:
@@ -29,8 +29,8 @@ def _get_input_embeddings_name(model: Any, default: str | None = None) -> str | 
     """What a model calls its input embeddings."""
     if not hasattr(model, "get_input_embeddings"):
         return default
-    wanted = model.get_input_embeddings()
-    return next((name for name, module in outer_modules(model) if module is wanted), default)
+    name = name_in(model, model.get_input_embeddings())
+    return default if name is None else name
 
 
 def _freeze_adapter(model: nn.Module, adapter_name: str) -> None:
@@ -64,7 +64,7 @@ def get_embedding_layer_name(
     model: nn.Module, layer: nn.Module, is_embedding_in_target_modules: bool
 ) -> str | None:
     """What a model calls a layer; None where it has it not."""
-    return next((name for name, module in outer_modules(model) if module is layer), None)
+    return name_in(model, layer)
 
 
 def has_valid_embedding_base_layer(layer: Any) -> bool:

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from peft_dist.compiled.library import library
 
+# The loops, by the numbers that they add up.
+_NAMES = {torch.float32: "add_float32", torch.bfloat16: "add_bfloat16"}
 # Positions up to which one thread's loop is cheaper than a library's products, which share more of them out over
 # theirs; and how many are cheaper whatever there are of threads.
-_MOST = {torch.float32: 256, torch.bfloat16: 256}
-_LEAST = 16
+_MOST, _LEAST = 256, 16
 
 
 class Served:
@@ -40,16 +41,15 @@ class Served:
             torch.tensor([lane for lane, _ in own], dtype=torch.int32, device="cpu"),
             torch.tensor([weight for _, weight in own], dtype=torch.float32, device="cpu"),
         )
-        self._kept = kept
+        self._kept = kept  # as long as their addresses
         self.arguments = kept[0].data_ptr(), len(stretches), kept[1].data_ptr(), kept[2].data_ptr()
 
 
 def suits(num_positions: int, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether there is a loop for so many positions, and nothing is cheaper."""
-    most = _MOST.get(dtype, 0)
-    if device.type != "cpu" or num_positions > (most and max(_LEAST, most // torch.get_num_threads())):
+    if device.type != "cpu" or dtype not in _NAMES:
         return False
-    return dtype in _loops()
+    return num_positions <= max(_LEAST, _MOST // torch.get_num_threads()) and dtype in _loops()
 
 
 def add(A: Tensor, B: Tensor, sizes: tuple[int, int, int], served: Served, x: Tensor, y: Tensor) -> None:
@@ -65,7 +65,7 @@ def _loops() -> dict[torch.dtype, Any]:
     compiled = library("lane_loop")
     if compiled is None:
         return {}
-    loops = {torch.float32: compiled.add_float32, torch.bfloat16: compiled.add_bfloat16}
+    loops = {dtype: getattr(compiled, name) for dtype, name in _NAMES.items()}
     pointer, size = ctypes.c_void_p, ctypes.c_int64
     for loop in loops.values():
         loop.argtypes, loop.restype = [*[pointer] * 4, *[size] * 3, pointer, size, pointer, pointer], None

@@ -66,7 +66,8 @@ def on_targets(config: PeftConfig, found: dict[str, Place], facts: BaseFacts) ->
     assert isinstance(config, Method)
     kind = _wrapper_of(config)
     if getattr(config, "target_parameters", None):
-        facts = dataclasses.replace(facts, parameters=_raw(found))
+        raw = [f"{name}.{key}" for name, place in found.items() for key in place.layer._parameters]
+        facts = dataclasses.replace(facts, parameters=raw)
     chosen = []
     blocks = (
         config.blocks(list(facts.layers), facts.architecture) if isinstance(config, BlockMethod) else None
@@ -113,11 +114,6 @@ def without_tied(
     return [each for each in chosen if each.place.name not in tied], list(tied.values())
 
 
-def _raw(found: dict[str, Place]) -> list[str]:
-    """Names of all Parameters that are layers' own."""
-    return [f"{name}.{key}" for name, place in found.items() for key in place.layer._parameters]
-
-
 def _parameters(
     config: PeftConfig, found: dict[str, Place], facts: BaseFacts, taken: set[str]
 ) -> list[Chosen]:
@@ -125,7 +121,7 @@ def _parameters(
     if not getattr(config, "target_parameters", None):
         return []
     chosen = []
-    for name in resolve_parameters(config, dataclasses.replace(facts, parameters=_raw(found)), bool(taken)):
+    for name in resolve_parameters(config, facts, bool(taken)):
         place = found[name.rpartition(".")[0]]
         key = name.rpartition(".")[2]
         if place.name in taken or any(parameter_of(w) is None for w in place.wrappers()):

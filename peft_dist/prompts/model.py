@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from peft_dist.contract import PromptMethod
@@ -25,6 +24,7 @@ from peft_dist.prompts.labels import counted, with_loss
 from peft_dist.prompts.past import filled, past
 from peft_dist.prompts.placing import place
 from peft_dist.prompts.rows import PromptRows
+from peft_dist.ranks import on_any_rank
 from peft_dist.sharding import set_whole, whole
 
 
@@ -98,15 +98,11 @@ class PromptedModel(PromptAdapters):
         """Those of the adapters that serve now; on any rank, where an engine of a user's own has their tensors and
         ranks may name different ones: it keeps a piece of each tensor on every rank."""
         serving, rows = set(self.base_model._serving()), self._adapters.current.rows
+        if rows is None or rows.adapters is None:
+            return serving
         around = (self, self.base_model, self.base_model.model)
         trained = trained_by_engine(around, (t for tensors in adapters.values() for t in tensors.values()))
-        if rows is None or rows.adapters is None or not trained:
-            return serving
-        flags = torch.tensor(
-            [name in serving for name in adapters], dtype=torch.int32, device=trained[0].device
-        )
-        dist.all_reduce(flags, dist.ReduceOp.MAX)
-        return {name for name, flag in zip(adapters, flags.tolist(), strict=True) if flag}
+        return on_any_rank(serving, adapters, trained[0].device) if trained else serving
 
     def _generate_prompted(self, args: tuple, kwargs: dict[str, Any]) -> Any:
         return generate(PromptRows(self), args, kwargs)

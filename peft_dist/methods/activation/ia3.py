@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from peft_dist import starts
-from peft_dist.config import TargetedConfig
+from peft_dist.config import TargetedConfig, name_set
 from peft_dist.contract import ActivationMethod, BaseLayer, Enter, Param, Params, Site
 from peft_dist.errors import ConfigError
 from peft_dist.lazy import lazy
@@ -47,6 +47,7 @@ class IA3Config(TargetedConfig, ActivationMethod):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = "IA3"
+        self.feedforward_modules = name_set(self.feedforward_modules)
         names = (self.feedforward_modules, self.target_modules)
         forward, targets = (None if isinstance(each, str) or each is None else set(each) for each in names)
         outside = sorted(forward - targets) if forward is not None and targets is not None else []
