@@ -13,7 +13,7 @@ import transformers
 from peft_dist import tasks
 from peft_dist.config import PeftConfig
 from peft_dist.errors import ConfigError
-from peft_dist.folder import is_hub_id, local_folder
+from peft_dist.folder import HUB_OPTIONS, is_hub_id, local_folder
 from peft_dist.loading import AUTO_CLASSES, load_base
 from peft_dist.model import PeftModel
 
@@ -116,13 +116,16 @@ class AutoPeftModel:
 
         Args:
             import_allowlist: packages from which `auto_mapping` may name the base's class.
-            kwargs: `subfolder` and `token` of the adapter; the rest goes to the base, such as `dtype`.
+            kwargs: `subfolder` of the adapter; `token`, `cache_dir`, `local_files_only` and other arguments of
+                the hub, for both; the rest goes to the base, such as `dtype`.
 
         Raises:
             ConfigError: the config names no base, or is of another task. BaseModelError: that base cannot be
                 loaded.
         """
-        where: dict[str, Any] = {key: kwargs.pop(key) for key in ("subfolder", "token") if key in kwargs}
+        where: dict[str, Any] = {key: kwargs[key] for key in ("token", *HUB_OPTIONS) if key in kwargs}
+        if "subfolder" in kwargs:
+            where["subfolder"] = kwargs.pop("subfolder")
         saved = PeftConfig.from_pretrained(pretrained_model_name_or_path, revision=revision, **where)
         if saved.task_type != cls.task_type and saved.task_type is not None:
             right = next(c.__name__ for c in _BY_TASK if c.task_type == saved.task_type)
@@ -151,13 +154,13 @@ def _fit_vocabulary(base: Any, path: str | Path, revision: str | None, where: di
     if where.get("subfolder") or not hasattr(base, "get_input_embeddings"):
         return
     if is_hub_id(path):
-        folder = local_folder(path, (TOKENIZER_CONFIG_NAME,), revision=revision, token=where.get("token"))
+        folder = local_folder(path, (TOKENIZER_CONFIG_NAME,), revision=revision, **where)
     else:
         folder = Path(path)
     if not (folder / TOKENIZER_CONFIG_NAME).is_file():
         return
     try:
-        size = len(transformers.AutoTokenizer.from_pretrained(str(path), revision=revision))
+        size = len(transformers.AutoTokenizer.from_pretrained(str(path), revision=revision, **where))
     except (OSError, ValueError) as error:
         warnings.warn(f"{path}: its tokenizer cannot be read: {error}", stacklevel=3)
         return

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from peft_dist.catalog import PeftType, TaskType, config_class
-from peft_dist.errors import ConfigError, suggest
+from peft_dist.errors import ConfigError, TypelessError, suggest
 from peft_dist.lazy import lazy
 
 if TYPE_CHECKING:
@@ -96,7 +96,8 @@ class PeftConfig:
             ConfigError: no such method, or a field that asks for what is not supported; names it.
         """
         name = values.get("peft_type")
-        chosen = cls if name is None or cls is not PeftConfig else config_class(name)
+        # A file's own type decides, whichever class is asked: what it holds is an adapter of that method.
+        chosen = cls if name is None else config_class(name)
         known = {f.name for f in dataclasses.fields(chosen) if f.init} - chosen.at_runtime
         kept, unknown = {}, {}
         for key, value in values.items():
@@ -165,7 +166,7 @@ class PeftConfig:
             path = _from_hub(str(pretrained_model_name_or_path), subfolder, kwargs, path)
         values = cls.from_json_file(path)
         if not values.keys() >= MIN_EXPECTED_CONFIG_KEYS:
-            raise ConfigError(f"{path}: has no peft_type, so it is no adapter's config.")
+            raise TypelessError(f"{path}: has no peft_type, so it is no adapter's config.")
         return cls.from_dict(values)
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:

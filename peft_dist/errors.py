@@ -14,6 +14,10 @@ class ConfigError(PeftDistError, ValueError):
     """A config that contradicts itself, or asks for what this version does not do."""
 
 
+class TypelessError(ConfigError, TypeError):
+    """A file that names no method."""
+
+
 class TaskError(ConfigError, KeyError):
     """A prompt method's config without a task, or with none of the six."""
 
@@ -56,6 +60,10 @@ class OptimizerError(PeftDistError, ValueError):
 
 class CheckpointError(PeftDistError, ValueError):
     """A saved adapter that is missing, damaged, of another form, or that does not fit the model."""
+
+
+class ShapeError(CheckpointError, RuntimeError):
+    """A saved tensor of another shape than the model's."""
 
 
 class MergeError(PeftDistError, ValueError):

@@ -49,10 +49,35 @@ def is_hub_id(path: str | os.PathLike[str]) -> bool:
     )
 
 
+# What else `huggingface_hub.snapshot_download` is told.
+HUB_OPTIONS = frozenset(
+    [
+        "cache_dir",
+        "endpoint",
+        "etag_timeout",
+        "force_download",
+        "headers",
+        "library_name",
+        "library_version",
+        "local_dir",
+        "local_files_only",
+        "user_agent",
+    ]
+)
+
+
 def local_folder(
-    path: str | os.PathLike[str], patterns: Sequence[str], *, revision: str | None = None, token: Any = None
+    path: str | os.PathLike[str],
+    patterns: Sequence[str],
+    *,
+    revision: str | None = None,
+    token: Any = None,
+    **hub: Any,
 ) -> Path:
     """A local directory with those files of `path` that match a pattern; fetched first where it is elsewhere.
+
+    Args:
+        hub: some of `HUB_OPTIONS`, such as `cache_dir`; nothing where it is on no hub.
 
     Raises:
         FolderError: it is nowhere, or cannot be reached or read.
@@ -62,7 +87,7 @@ def local_folder(
     if (here := Path(path).expanduser()).is_dir():
         return here
     if is_hub_id(path):
-        return _from_hub(os.fspath(path), patterns, revision, token)
+        return _from_hub(os.fspath(path), patterns, revision=revision, token=token, **hub)
     raise FolderError(f"{os.fspath(path)!r} is not a directory. {WHERE}")
 
 
@@ -191,14 +216,10 @@ def _hub_lock(repository: str) -> Iterator[None]:
         yield
 
 
-def _from_hub(repository: str, patterns: Sequence[str], revision: str | None, token: Any) -> Path:
+def _from_hub(repository: str, patterns: Sequence[str], **how: Any) -> Path:
     try:
         with _hub_lock(repository):
-            return Path(
-                huggingface_hub.snapshot_download(
-                    repository, revision=revision, allow_patterns=list(patterns), token=token
-                )
-            )
+            return Path(huggingface_hub.snapshot_download(repository, allow_patterns=list(patterns), **how))
     except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
         first_line = next(iter(str(error).splitlines()), type(error).__name__)
         raise FolderError(

@@ -87,6 +87,13 @@ class PeftModel(PromptedModel):
         return self.active_adapters[0]
 
     @property
+    def has_active_enabled_adapter(self) -> bool:
+        """Whether any adapter serves rows which name none: false within `disable_adapter`, and where none is active."""
+        modules = [module for _, module in inject.adapter_modules(self.get_base_model())]
+        all_disabled = bool(modules) and all(module.disabled for module in modules)
+        return bool(self.active_adapters) and not self.disabled and not all_disabled
+
+    @property
     def active_peft_config(self) -> PeftConfig:
         """The first active adapter's config."""
         return self.peft_config[self.active_adapter]
@@ -347,7 +354,7 @@ class PeftModel(PromptedModel):
             if not is_writer(kwargs.get("is_main_process")):
                 return None
             if tags:
-                checkpoint.tag_card(Path(folder), self.active_peft_config, tags)
+                checkpoint.write_card(Path(folder), self.active_peft_config, self.get_base_model(), tags)
             return upload_to_hub(
                 Path(folder),
                 repo_id,
@@ -444,19 +451,18 @@ class PeftModel(PromptedModel):
             config: in the place of the adapter's own.
             ephemeral_gpu_offload: as in `LoraRuntimeConfig`.
             key_mapping: regular expressions on names in the file, and what to put there.
-            kwargs: `revision`, `subfolder`, `token`, as in `checkpoint.read`; `torch_device`, as in `load_adapter`;
-                of X-LoRA also `adapters`, where the adapters that it mixes are now.
+            kwargs: as in `load_adapter`; of X-LoRA also `adapters`, where the adapters that it mixes are now.
 
         Raises:
             ConfigError, CheckpointError: it holds no adapter that fits; names the tensor. The base is as it
                 was.
         """
         adapters = kwargs.pop("adapters", None)
-        # Where tensors are read to; they end on their layers' device.
         kwargs.pop("torch_device", None)
+        ignore = kwargs.pop("ignore_mismatched_sizes", False)
         if config is not None and not isinstance(config, PeftConfig):
             raise ConfigError(f"The input config must be a PeftConfig, got {type(config)}.")
-        saved = checkpoint.read(model_id, key_mapping=key_mapping, **kwargs)
+        saved = checkpoint.read(model_id, key_mapping=key_mapping, **_where_it_is(kwargs))
         config = config or saved.config
         if adapters is not None:
             if not hasattr(config, "adapters"):
@@ -471,7 +477,13 @@ class PeftModel(PromptedModel):
         with as_it_was(model):
             peft_model = chosen(model, None)
             peft_model._load(
-                saved.tensors, config, adapter_name, is_trainable, autocast_adapter_dtype, low_cpu_mem_usage
+                saved.tensors,
+                config,
+                adapter_name,
+                is_trainable,
+                autocast_adapter_dtype,
+                low_cpu_mem_usage,
+                ignore,
             )
         return peft_model
 
@@ -485,6 +497,7 @@ class PeftModel(PromptedModel):
         ephemeral_gpu_offload: bool = False,
         low_cpu_mem_usage: bool = False,
         key_mapping: Mapping[str, str] | None = None,
+        ignore_mismatched_sizes: bool = False,
         **kwargs: Any,
     ) -> checkpoint.LoadResult:
         """Adds the adapter that a directory, an fsspec URL or a hub id holds; active if it is the first. Into an
@@ -495,7 +508,10 @@ class PeftModel(PromptedModel):
             torch_device: where the tensors are read to; they end on their layers' device.
             ephemeral_gpu_offload: as in `LoraRuntimeConfig`.
             key_mapping: regular expressions on names in the file, and what to put there.
-            kwargs: `revision`, `subfolder`, `token`, as in `checkpoint.read`.
+            ignore_mismatched_sizes: tensors of another shape keep the values that they start with; a warning
+                names them.
+            kwargs: `revision`, `subfolder`, `token`, `cache_dir` and so on, as in `checkpoint.read`. `device_map`
+                and what goes with it have no effect: an adapter's tensors are where their layers are.
 
         Raises:
             AdapterError: the model has another adapter of this name. ConfigError, TargetError, CheckpointError:
@@ -503,13 +519,19 @@ class PeftModel(PromptedModel):
         """
         saved = model_id if isinstance(model_id, checkpoint.SavedAdapter) else None
         if saved is None:
-            saved = checkpoint.read(model_id, key_mapping=key_mapping, **kwargs)  # type: ignore[arg-type]
+            saved = checkpoint.read(model_id, key_mapping=key_mapping, **_where_it_is(kwargs))  # type: ignore[arg-type]
         if ephemeral_gpu_offload and hasattr(saved.config, "runtime_config"):
             saved.config.runtime_config.ephemeral_gpu_offload = True
         if adapter_name in self.peft_config:
             return self._refill(saved.tensors, saved.config, adapter_name, is_trainable)
         return self._load(
-            saved.tensors, saved.config, adapter_name, is_trainable, autocast_adapter_dtype, low_cpu_mem_usage
+            saved.tensors,
+            saved.config,
+            adapter_name,
+            is_trainable,
+            autocast_adapter_dtype,
+            low_cpu_mem_usage,
+            ignore_mismatched_sizes,
         )
 
     def _refill(
@@ -551,20 +573,22 @@ class PeftModel(PromptedModel):
         is_trainable: bool,
         autocast_adapter_dtype: bool,
         low_cpu_mem_usage: bool,
+        ignore_mismatched_sizes: bool = False,
     ) -> checkpoint.LoadResult:
         config.inference_mode = not is_trainable
         self._told_by(tensors, config)
         self._add(name, config, autocast_adapter_dtype, low_cpu_mem_usage, start=False)
         try:
-            result = checkpoint.load_state_dict(self, tensors, name)
-            _check_all_met(name, result)
+            result = checkpoint.load_state_dict(self, tensors, name, ignore_mismatched_sizes)
+            if not ignore_mismatched_sizes:
+                _check_all_met(name, result)
         except BaseException:
             self.delete_adapter(name)
             raise
         if len(self.peft_config) == 1:
             self.set_adapter(name, inference_mode=not is_trainable)
         else:
-            self.set_requires_grad(name, is_trainable and name in self.active_adapters)
+            self.set_requires_grad(name, is_trainable)
         if not is_trainable and self.training:
             self.eval()
         return result
@@ -574,8 +598,8 @@ class PeftModel(PromptedModel):
         return None
 
     def create_or_update_model_card(self, output_dir: str | Path) -> None:
-        """Writes the card of an adapter's directory; one that is there keeps its text."""
-        checkpoint.write_card(Path(output_dir), self.active_peft_config)
+        """Writes the card of an adapter's directory; one that is there keeps its text and gets the facts."""
+        checkpoint.write_card(Path(output_dir), self.active_peft_config, self.get_base_model())
 
     # --- counts
 
@@ -729,6 +753,22 @@ def _is_on_meta(base: nn.Module) -> bool:
 
 def _unordered(value: Any) -> Any:
     return sorted(value) if isinstance(value, list) and all(isinstance(v, str) for v in value) else value
+
+
+def _where_it_is(told: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the arguments of a loading function those that say where an adapter is."""
+    where = {key: value for key, value in told.items() if key not in _OF_THE_BASES_PLACE}
+    if not where.pop("use_safetensors", True):
+        raise ConfigError("use_safetensors=False would read a pickle; only safetensors are read.")
+    if (token := where.pop("use_auth_token", None)) is not None:
+        where.setdefault("token", token)
+    return where
+
+
+# They say where a base's layers are.
+_OF_THE_BASES_PLACE = frozenset(
+    {"device_map", "max_memory", "offload_folder", "offload_dir", "offload_index"}
+)
 
 
 def _check_all_met(name: str, result: checkpoint.LoadResult) -> None:

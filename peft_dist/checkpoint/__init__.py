@@ -3,7 +3,7 @@
 Nothing here knows a method. Only safetensors are read or written.
 """
 
-from peft_dist.checkpoint.card import tag_card, write_card
+from peft_dist.checkpoint.card import write_card
 from peft_dist.checkpoint.filling import LoadResult, load_state_dict, parts_of
 from peft_dist.checkpoint.layout import CARD_NAME, DEFAULT_ADAPTER, PICKLED_NAME, WEIGHTS_NAME
 from peft_dist.checkpoint.names import adapter_parameters
@@ -27,6 +27,5 @@ __all__ = [
     "read_config",
     "save",
     "state_dict",
-    "tag_card",
     "write_card",
 ]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 
@@ -12,18 +12,41 @@ from peft_dist.checkpoint.layout import CARD_NAME
 from peft_dist.config import PeftConfig
 
 
-def card_of(config: PeftConfig) -> str:
-    """Its text for a new adapter."""
-    base = config.base_model_name_or_path or ""
-    head = ["---", *([f"base_model: {json.dumps(base)}"] if base else []), "library_name: peft"]
-    method = str(getattr(config.peft_type, "value", config.peft_type))
-    tags = ["tags:", f"- {method.lower()}", "---"]
+def card_of(config: PeftConfig, base: Any = None, before: str | None = None) -> str:
+    """Its text: that of `before` where there is one, under the facts by which hubs find an adapter and its base.
+
+    Args:
+        base: that the adapter stands on; its own tags are kept.
+    """
+    given = _text_of(config) if before is None else before
+    headed = given if given.startswith("---") else f"---\n{{}}\n---\n{given}"
+    card: Any = huggingface_hub.ModelCard(headed, ignore_metadata_errors=True)
+    card.data.library_name = "peft"
+    if config.base_model_name_or_path:
+        card.data.base_model = config.base_model_name_or_path
+    if config.task_type == "CAUSAL_LM" and not card.data.pipeline_tag:
+        card.data.pipeline_tag = "text-generation"
+    card.data.tags = list(dict.fromkeys([*(card.data.tags or []), *_tags(config, base)]))
+    return str(card)
+
+
+def _tags(config: PeftConfig, base: Any) -> list[str]:
+    name = config.base_model_name_or_path
+    is_transformers = any(kind.__module__.startswith("transformers.") for kind in type(base).__mro__)
+    return [
+        *(getattr(base, "model_tags", None) or ()),
+        *([f"base_model:adapter:{name}"] if name else []),
+        _method(config).lower(),
+        *(["transformers"] if is_transformers else []),
+    ]
+
+
+def _text_of(config: PeftConfig) -> str:
     task = f" for {config.task_type}" if config.task_type else ""
     body = [
+        f"# {_method(config)} adapter",
         "",
-        f"# {method} adapter",
-        "",
-        f"Trained{task} on the base `{base or 'given by its user'}`.",
+        f"Trained{task} on the base `{config.base_model_name_or_path or 'given by its user'}`.",
         "Load it with this library or with HF PEFT:",
         "",
         "```python",
@@ -31,23 +54,20 @@ def card_of(config: PeftConfig) -> str:
         "```",
         "",
     ]
-    return "\n".join(head + tags + body)
+    return "\n".join(["", *body])
 
 
-def tag_card(folder: Path, config: PeftConfig, tags: Sequence[str]) -> None:
-    """Adds tags to the card of an adapter's directory, which is written where it is absent."""
-    if not (folder / CARD_NAME).is_file():
-        write_card(folder, config)
-    card = huggingface_hub.ModelCard.load(folder / CARD_NAME)
-    card.data.tags = list(dict.fromkeys([*(card.data.tags or []), *tags]))
-    card.save(folder / CARD_NAME)
+def _method(config: PeftConfig) -> str:
+    return str(getattr(config.peft_type, "value", config.peft_type))
 
 
-def write_card(folder: Path, config: PeftConfig) -> None:
-    """Writes the card of an adapter's directory. Text that is there stays, under the facts that hubs look for."""
+def write_card(folder: Path, config: PeftConfig, base: Any = None, tags: Sequence[str] = ()) -> None:
+    """Writes the card of an adapter's directory, with more tags. Text that is there stays, under its facts."""
     folder.mkdir(parents=True, exist_ok=True)
-    path, card = folder / CARD_NAME, card_of(config)
-    if path.is_file():
-        text = path.read_text(encoding="utf-8")
-        card = text if text.startswith("---") else card[: card.index("---", 3) + 4] + text
-    path.write_text(card, encoding="utf-8")
+    path = folder / CARD_NAME
+    text = card_of(config, base, path.read_text(encoding="utf-8") if path.is_file() else None)
+    if tags:
+        card: Any = huggingface_hub.ModelCard(text)
+        card.data.tags = list(dict.fromkeys([*card.data.tags, *tags]))
+        text = str(card)
+    path.write_text(text, encoding="utf-8")

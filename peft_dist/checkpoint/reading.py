@@ -16,7 +16,7 @@ from torch import Tensor
 from peft_dist.checkpoint.layout import PICKLED_NAME, WEIGHTS_NAME
 from peft_dist.config import CONFIG_NAME, PeftConfig
 from peft_dist.errors import CheckpointError
-from peft_dist.folder import FolderError, check_safetensors, is_hub_id, local_folder
+from peft_dist.folder import HUB_OPTIONS, FolderError, check_safetensors, is_hub_id, local_folder
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,7 @@ def read(
     subfolder: str | None = None,
     token: Any = None,
     key_mapping: Mapping[str, str] | None = None,
+    **hub: Any,
 ) -> SavedAdapter:
     """A saved adapter: a directory, an fsspec URL or a hub id.
 
@@ -57,12 +58,16 @@ def read(
         subfolder: where in it; adapters that are not "default" lie in a folder of their name.
         key_mapping: regular expressions on names in the file, without `base_model.model.`, and what to put
         there.
+        hub: some of `folder.HUB_OPTIONS`, such as `cache_dir` and `local_files_only`.
 
     Raises:
+        TypeError: another argument.
         CheckpointError: it is not there, is damaged, or its weights are pickled.
         ConfigError: its config breaks a rule.
     """
-    folder = _found(path, (CONFIG_NAME, WEIGHTS_NAME, PICKLED_NAME), revision, subfolder, token)
+    if unknown := hub.keys() - HUB_OPTIONS:
+        raise TypeError(f"unknown arguments: {', '.join(sorted(unknown))}.")
+    folder = _found(path, (CONFIG_NAME, WEIGHTS_NAME, PICKLED_NAME), revision, subfolder, token, **hub)
     config = _read_config(folder, path)
     file = folder / WEIGHTS_NAME
     if not file.is_file():
@@ -89,6 +94,7 @@ def _found(
     revision: str | None,
     subfolder: str | None,
     token: Any,
+    **hub: Any,
 ) -> Path:
     text = os.fspath(path)
     on_hub = is_hub_id(text)
@@ -96,7 +102,7 @@ def _found(
         text = f"{text.rstrip('/')}/{subfolder}"
     patterns = tuple(f"{subfolder}/{name}" for name in names) if subfolder and on_hub else names
     try:
-        folder = local_folder(text, patterns, revision=revision, token=token)
+        folder = local_folder(text, patterns, revision=revision, token=token, **hub)
     except FolderError as error:
         raise CheckpointError(f"adapter: {error}") from error
     return folder / subfolder if subfolder and on_hub else folder

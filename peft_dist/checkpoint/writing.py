@@ -63,10 +63,10 @@ def save(
             if parts:
                 config = copy.copy(config.saved_at(target))
             config.inference_mode = True
-            _write(target, config, tensors)
+            _write(target, config, tensors, model.get_base_model())
             for part, (part_config, part_tensors) in parts.items():
                 part_config.inference_mode = True
-                _write(f"{target}/{part}", part_config, part_tensors)
+                _write(f"{target}/{part}", part_config, part_tensors, model.get_base_model())
 
 
 def _parts(model: Any, adapter_name: str) -> dict[str, tuple[Any, dict[str, Tensor]]]:
@@ -81,12 +81,12 @@ def _parts(model: Any, adapter_name: str) -> dict[str, tuple[Any, dict[str, Tens
     }
 
 
-def _write(target: str, config: PeftConfig, tensors: Mapping[str, Tensor]) -> None:
+def _write(target: str, config: PeftConfig, tensors: Mapping[str, Tensor], base: Any) -> None:
     tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
     try:
         with aside(None if is_url(target) else Path(target), ".adapter-") as folder:
             safetensors.torch.save_file(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt"})
-            (folder / CARD_NAME).write_text(card_of(config), encoding="utf-8")
+            (folder / CARD_NAME).write_text(card_of(config, base, _card_at(target)), encoding="utf-8")
             config.save_pretrained(folder)
             if is_url(target):
                 _upload(folder, target)
@@ -96,13 +96,18 @@ def _write(target: str, config: PeftConfig, tensors: Mapping[str, Tensor]) -> No
         raise CheckpointError(f"{target}: the adapter cannot be written: {error}") from error
 
 
+def _card_at(target: str) -> str | None:
+    """The text of the card that a directory has."""
+    path = Path(target) / CARD_NAME
+    return path.read_text(encoding="utf-8") if not is_url(target) and path.is_file() else None
+
+
 def _move(folder: Path, target: Path) -> None:
     if not target.exists():
         folder.rename(target)
         return
     for name in (WEIGHTS_NAME, CARD_NAME, CONFIG_NAME):
-        if name != CARD_NAME or not (target / name).exists():
-            os.replace(folder / name, target / name)
+        os.replace(folder / name, target / name)
     # A pickled adapter of before would be another one.
     (target / PICKLED_NAME).unlink(missing_ok=True)
 

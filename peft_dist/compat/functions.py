@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,10 @@ class DoraCaching:
 
     def __exit__(self, *_: Any) -> None:
         return None
+
+    def __call__(self, enabled: bool = True) -> None:
+        """The same for good."""
+        self.enabled = enabled
 
 
 def match_target_against_key(target_pattern: str, key: str) -> Any:
@@ -196,33 +201,6 @@ def fsdp_auto_wrap_policy(model: Any) -> Any:
     return policy
 
 
-def find_kappa_target_modules(
-    model: nn.Module,
-    top_p: float = 0.2,
-    max_dim_size_to_analyze: int = 16384,
-    moe_param_suffixes: Any = None,
-    show_progress: bool = True,
-) -> dict[str, Any]:
-    """The linear layers with the smallest condition numbers (KappaTune, arXiv:2506.16289): the share `top_p` of
-    them, as LoRA's `target_modules`.
-
-    Raises:
-        ConfigError: `moe_param_suffixes` is given; experts that are raw parameters are not looked at.
-    """
-    if moe_param_suffixes is not None:
-        raise ConfigError(
-            "find_kappa_target_modules: moe_param_suffixes; only linear layers are looked at. Name experts in "
-            "target_parameters."
-        )
-    kappas = {}
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and max(module.weight.shape) <= max_dim_size_to_analyze:
-            values = torch.linalg.svdvals(door(module, name).weight().float())
-            kappas[name] = float(values[0] / values[-1].clamp(min=torch.finfo(values.dtype).tiny))
-    ordered = sorted(kappas, key=kappas.__getitem__)
-    return {"target_modules": ordered[: max(1, int(len(ordered) * top_p))]}
-
-
 @contextlib.contextmanager
 def gather_params_ctx(param: Any, modifier_rank: int | None = 0, fwd_module: Any = None) -> Iterator[None]:
     """Within the context partitioned parameters are whole."""
@@ -243,6 +221,19 @@ def init_empty_weights(include_buffers: bool | None = None) -> Iterator[None]:
     """Within the context modules are made without memory."""
     with torch.device("meta"):
         yield
+
+
+def skip_init_on_device(func: Callable[..., Any]) -> Callable[..., Any]:
+    """`func`, whose modules have memory also where it is called within `init_empty_weights`."""
+
+    @functools.wraps(func)
+    def made(*args: Any, **kwargs: Any) -> Any:
+        if torch.get_default_device().type != "meta":
+            return func(*args, **kwargs)
+        with torch.device("cpu"):
+            return func(*args, **kwargs)
+
+    return made
 
 
 def get_quantization_config(model: Any, method: str) -> Any:

@@ -154,7 +154,9 @@ PUBLIC: dict[str, str] = {
         "ALLOWED_COMPUTE_DTYPES COMPATIBLE_TUNER_TYPES DUMMY_TARGET_MODULES EMBEDDING_LAYER_NAMES "
         "INCLUDE_LINEAR_LAYERS_SHORTHAND MIN_TARGET_MODULES_FOR_OPTIMIZATION SAFETENSORS_WEIGHTS_NAME "
         "SEQ_CLS_HEAD_NAMES TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING UPCAST_DTYPES WEIGHTS_NAME "
-        "bloom_model_postprocess_past_key_value starcoder_model_postprocess_past_key_value",
+        "bloom_model_postprocess_past_key_value starcoder_model_postprocess_past_key_value "
+        "is_transformers_ge_v5 is_transformers_ge_v5_1_0 is_transformers_ge_v5_4_0 is_transformers_ge_v5_6_0 "
+        "is_transformers_ge_v5_13_0 is_transformers_ge_v5_17_0 is_transformers_le_4_53",
     ),
     **_at(
         "peft_dist.compat.targets",
@@ -169,8 +171,9 @@ PUBLIC: dict[str, str] = {
         "is_te_pytorch_available is_torch_tpu_available is_torchao_available is_xpu_available load_peft_weights "
         "match_target_against_key set_additional_trainable_modules set_base_model_state_dict shift_tokens_right "
         "torch_load transpose decompose_weight_matrix project_gradient_to_orthogonal_space replicate_layers "
-        "build_peft_weight_mapping find_kappa_target_modules dequantize_module_weight prepare_config",
+        "build_peft_weight_mapping dequantize_module_weight prepare_config skip_init_on_device",
     ),
+    **_at("peft_dist.compat.condition", "KappaTuneSelector find_kappa_target_modules"),
     **_at(
         "peft_dist.compat.submodules",
         "_freeze_adapter _get_batch_size _get_input_embeddings_name _get_submodules "
@@ -184,9 +187,10 @@ _LATER_ABOVE = _words(
     "ArrowConfig BdLoraConfig KasaConfig LoraGAConfig MontecloraConfig VeloraConfig create_arrow_model "
     "preprocess_loraga"
 )
+_LATER_BELOW = _words("MontecloraTrainerMixin MontecloraSampler create_riemannian_optimizer")
 # Names that programs import and that say so when they are used.
 REFUSED = {
-    **dict.fromkeys([*_LATER_ABOVE, "create_riemannian_optimizer"], _LATER),
+    **dict.fromkeys([*_LATER_ABOVE, *_LATER_BELOW], _LATER),
     **dict.fromkeys(
         _words(
             "get_gptqmodel_quant_linear get_quantization_kwargs quantization_extra_repr resolve_quantization_backend"

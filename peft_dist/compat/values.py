@@ -42,3 +42,8 @@ def starcoder_model_postprocess_past_key_value(past_key_values: Any) -> Any:
 
 # Bases of this version of transformers take a prefix as it is.
 TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING: dict[str, Any] = {}
+
+# This package needs a later version than those that are asked for.
+is_transformers_ge_v5 = is_transformers_ge_v5_1_0 = is_transformers_ge_v5_4_0 = True
+is_transformers_ge_v5_6_0 = is_transformers_ge_v5_13_0 = is_transformers_ge_v5_17_0 = True
+is_transformers_le_4_53 = False

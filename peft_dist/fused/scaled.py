@@ -112,5 +112,6 @@ def sum_of_products(a: Tensor, b: Tensor) -> Tensor:
 
 
 @functools.lru_cache(maxsize=16)
+@torch.inference_mode(False)
 def _zeros_and_ones(num: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return torch.zeros(num, 1, dtype=dtype), torch.ones(num, 1, dtype=dtype)

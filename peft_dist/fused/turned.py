@@ -187,7 +187,9 @@ def skew(Q: Tensor) -> Tensor:
     return Q.index_select(1, places).mul_(signs).view(-1, b, b)
 
 
+# Kept for later calls, which may be differentiated: no inference tensors, wherever the first call is.
 @functools.lru_cache(maxsize=64)
+@torch.inference_mode(False)
 def _places(b: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Which entry stands at each place of a skew matrix (b, b), and its sign; 0 on the diagonal."""
     above, below = _above(b, device)
@@ -199,6 +201,7 @@ def _places(b: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, T
 
 
 @functools.lru_cache(maxsize=64)
+@torch.inference_mode(False)
 def _above(b: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Where the entries above the diagonal of a matrix (b, b) are, and their mirror images."""
     row, column = torch.triu_indices(b, b, 1, device=device)

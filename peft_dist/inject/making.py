@@ -156,7 +156,11 @@ def _inject(
             "hold. Use get_peft_model."
         )
     set_how_stored(config, targeted)
-    freeze(model)
+    if adapters.sites:
+        # What a program lets train, or freezes, beside the adapters that are there stays so.
+        packed.settle_base(model, [module for _, module in outer_modules(model)])
+    else:
+        freeze(model)
     fills = start and not low_cpu_mem_usage
     try:
         if shared:

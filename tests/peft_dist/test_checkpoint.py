@@ -135,7 +135,9 @@ def test_the_directory_is_complete_and_nothing_else(tmp_path: Path) -> None:
     }
     assert [p.name for p in (tmp_path / "deep").iterdir()] == ["adapter"]
     card = (tmp_path / "deep" / "adapter" / CARD_NAME).read_text()
-    assert card.startswith("---\nlibrary_name: peft\ntags:\n- lora\n---\n")
+    assert card.startswith(
+        "---\nlibrary_name: peft\npipeline_tag: text-generation\ntags:\n- lora\n- transformers\n---\n"
+    )
     config = json.loads((tmp_path / "deep" / "adapter" / CONFIG_NAME).read_text())
     assert config["peft_type"] == "LORA" and config["inference_mode"] is True
 
@@ -143,11 +145,13 @@ def test_the_directory_is_complete_and_nothing_else(tmp_path: Path) -> None:
 def test_saving_again_replaces_all_but_the_card(tmp_path: Path) -> None:
     model = adapted()
     checkpoint.save(model, tmp_path)
-    (tmp_path / CARD_NAME).write_text("mine")
+    (tmp_path / CARD_NAME).write_text("---\nlicense: mit\ntags:\n- mine\n---\nmine")
     (tmp_path / PICKLED_NAME).write_text("an older adapter")
     disturb(model, seed=9)
     checkpoint.save(model, tmp_path)
-    assert (tmp_path / CARD_NAME).read_text() == "mine"
+    card = (tmp_path / CARD_NAME).read_text()
+    assert card.endswith("---\nmine") and "license: mit\n" in card and "library_name: peft\n" in card
+    assert "- mine\n" in card and "- lora\n" in card
     assert not (tmp_path / PICKLED_NAME).exists()
     expected = checkpoint.state_dict(model)
     assert all(torch.equal(value, expected[key]) for key, value in load_file(tmp_path / WEIGHTS_NAME).items())

@@ -1,0 +1,207 @@
+"""What programs written for HF PEFT do beyond the examples of its documentation, with HF PEFT as the oracle."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import huggingface_hub
+import peft
+import pytest
+import torch
+from peft.helpers import KappaTuneSelector as TheirSelector
+from peft.helpers import find_kappa_target_modules as their_kappas
+from torch import nn
+
+import peft_dist
+from peft_dist.catalog import METHODS
+from peft_dist.fused.scaled import _zeros_and_ones
+from peft_dist.fused.turned import _above, _places
+from tests.contract import bases
+from tests.contract.test_fields import base_values, made
+from tests.peft_dist.test_merge import disturb
+
+IDS = torch.randint(1, 60, (2, 7), generator=torch.Generator().manual_seed(5))
+TARGETS = {"target_modules": ["q_proj"], "r": 2}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "XLORA"])
+def test_a_model_that_answered_in_inference_mode_trains(name) -> None:
+    values = base_values(name)
+    if name == "OFT":
+        values |= {"oft_block_size": 8}
+    for kept in (_places, _above, _zeros_and_ones):
+        kept.cache_clear()
+    model = made(name, **values)
+    more = (
+        {"task_ids": torch.zeros(2, dtype=torch.long)} if name in ("POLY", "MULTITASK_PROMPT_TUNING") else {}
+    )
+    model.eval()
+    with torch.inference_mode():
+        model(input_ids=IDS, **more)
+    model.train()
+    model(input_ids=IDS, labels=IDS, **more).loss.backward()
+    grads = [p.grad for p in model.parameters() if p.requires_grad]
+    assert grads and any(g is not None and g.abs().sum() > 0 for g in grads)
+
+
+def test_the_type_in_a_file_decides_whichever_class_is_asked(tmp_path) -> None:
+    peft.LoraConfig(r=3, target_modules=["q_proj"]).save_pretrained(tmp_path)
+    theirs = peft.IA3Config.from_pretrained(tmp_path)
+    mine = peft_dist.IA3Config.from_pretrained(tmp_path)
+    assert type(mine).__name__ == type(theirs).__name__ == "LoraConfig" and mine.r == theirs.r == 3
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"foo": 3}))
+    for config in (peft.LoraConfig, peft_dist.LoraConfig):
+        with pytest.raises(TypeError, match="peft_type"):
+            config.from_pretrained(tmp_path)
+
+
+def test_what_the_hub_is_told_reaches_it(tmp_path, monkeypatch) -> None:
+    saved = peft_dist.get_peft_model(bases.llama(), peft_dist.LoraConfig(**TARGETS))
+    saved.save_pretrained(tmp_path / "there")
+    told = []
+
+    def fetched(repository, **how):
+        told.append(how)
+        return str(tmp_path / "there")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetched)
+    options = {"cache_dir": str(tmp_path), "local_files_only": True, "force_download": False}
+    model = peft_dist.PeftModel.from_pretrained(bases.llama(), "some/adapter", use_auth_token="t", **options)
+    model.load_adapter("some/adapter", "other", **options)
+    assert [{key: how[key] for key in options} for how in told] == [options, options]
+    assert [how["token"] for how in told] == ["t", None]
+    with pytest.raises(TypeError, match="unknown arguments: cash_dir"):
+        model.load_adapter("some/adapter", "third", cash_dir="x")
+    assert set(model.peft_config) == {"default", "other"}
+
+
+def test_where_layers_are_is_no_question_of_an_adapters(tmp_path) -> None:
+    for library in (peft, peft_dist):
+        library.get_peft_model(bases.llama(), library.LoraConfig(**TARGETS)).save_pretrained(tmp_path)
+        model = library.PeftModel.from_pretrained(bases.llama(), tmp_path, device_map={"": "cpu"})
+        model.load_adapter(tmp_path, "other", device_map="auto", max_memory={"cpu": "1GB"})
+        assert set(model.peft_config) == {"default", "other"}
+    with pytest.raises(peft_dist.PeftDistError, match="pickle"):
+        peft_dist.PeftModel.from_pretrained(bases.llama(), tmp_path, use_safetensors=False)
+
+
+@pytest.mark.parametrize("is_trainable", [False, True])
+def test_loading_leaves_what_is_trained_and_follows_is_trainable(tmp_path, is_trainable) -> None:
+    trained = []
+    for library in (peft, peft_dist):
+        config = library.LoraConfig(**TARGETS, modules_to_save=["lm_head"])
+        library.get_peft_model(bases.llama(), config).save_pretrained(tmp_path)
+        model = library.get_peft_model(bases.llama(), config)
+        inner = model.get_base_model().model
+        inner.norm.weight.requires_grad_(True)
+        inner.layers[0].self_attn.q_proj.lora_A["default"].weight.requires_grad_(False)
+        model.load_adapter(tmp_path, "other", is_trainable=is_trainable)
+        model.add_adapter("added", copy.deepcopy(config))
+        trained.append({n for n, p in model.named_parameters() if p.requires_grad})
+    assert trained[0] == trained[1] and any("norm" in name for name in trained[1])
+    assert any(".other" in name for name in trained[1]) == is_trainable
+
+
+def test_whether_any_adapter_serves() -> None:
+    for library in (peft, peft_dist):
+        model = library.get_peft_model(bases.llama(), library.LoraConfig(**TARGETS))
+        assert model.has_active_enabled_adapter
+        with model.disable_adapter():
+            assert not model.has_active_enabled_adapter
+            with model.disable_adapter():
+                assert not model.has_active_enabled_adapter
+            assert not model.has_active_enabled_adapter
+        assert model.has_active_enabled_adapter
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_hubs_find_the_same_facts_in_a_card(tmp_path) -> None:
+    cards = []
+    for library in (peft, peft_dist):
+        base = bases.llama()
+        base.config._name_or_path = base.name_or_path = "some/base"
+        base.add_model_tags(["mine"])
+        model = library.get_peft_model(base, library.LoraConfig(**TARGETS, task_type="CAUSAL_LM"))
+        folder = tmp_path / library.__name__
+        folder.mkdir()
+        (folder / "README.md").write_text("---\nlicense: mit\n---\nA text of my own\n")
+        model.save_pretrained(folder)
+        cards.append(huggingface_hub.ModelCard.load(folder / "README.md"))
+    theirs, mine = cards
+    assert set(mine.data.tags) == set(theirs.data.tags)
+    for key in ("library_name", "pipeline_tag", "base_model", "license"):
+        assert mine.data.to_dict()[key] == theirs.data.to_dict()[key]
+    assert mine.text.strip() == "A text of my own"
+
+
+def test_tensors_of_another_shape_may_be_left_out(tmp_path) -> None:
+    class Net(nn.Module):
+        def __init__(self, size: int) -> None:
+            super().__init__()
+            self.emb, self.lin = nn.Embedding(size, 6), nn.Linear(6, 6)
+
+        def forward(self, x):
+            return self.lin(self.emb(x))
+
+    for library in (peft, peft_dist):
+        config = library.LoraConfig(r=2, target_modules=["emb", "lin"])
+        model = library.get_peft_model(Net(10), config)
+        disturb(model)
+        model.save_pretrained(tmp_path)
+        with pytest.raises(RuntimeError, match="10"):
+            library.PeftModel.from_pretrained(Net(12), tmp_path)
+        with pytest.warns(UserWarning, match="lora_embedding_A"):
+            other = library.PeftModel.from_pretrained(Net(12), tmp_path, ignore_mismatched_sizes=True)
+        torch.testing.assert_close(
+            other.base_model.model.lin.lora_B["default"].weight,
+            model.base_model.model.lin.lora_B["default"].weight,
+        )
+
+
+def test_layers_are_chosen_by_their_condition() -> None:
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate_up_proj = nn.Parameter(torch.randn(3, 8, 16))
+            self.down_proj = nn.Parameter(torch.randn(3, 16, 8))
+
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"experts": Experts(), "lins": nn.ModuleList([nn.Linear(8, 5) for _ in range(4)])})
+    from peft_dist.helpers import KappaTuneSelector, find_kappa_target_modules
+
+    for share in (0.2, 0.5, 1.0):
+        assert find_kappa_target_modules(model, share) == their_kappas(model, share, show_progress=False)
+    lone = nn.ModuleDict({"a": nn.Linear(4, 4)})
+    assert find_kappa_target_modules(lone) == their_kappas(lone, show_progress=False)
+    for how in ({"num_modules": 2}, {"threshold": 4.0}, {}):
+        mine, theirs = (
+            KappaTuneSelector(model, show_progress=False),
+            TheirSelector(model, show_progress=False),
+        )
+        assert mine.get_best_targets(**how) == theirs.get_best_targets(**how)
+        assert mine.get_best_target_parameters(**how) == theirs.get_best_target_parameters(**how)
+
+
+def test_functions_within_an_empty_init_may_make_modules_with_memory() -> None:
+    from peft_dist.utils.integrations import init_empty_weights, skip_init_on_device
+
+    def make() -> nn.Module:
+        return nn.Linear(2, 2)
+
+    with init_empty_weights():
+        assert make().weight.is_meta and not skip_init_on_device(make)().weight.is_meta
+        assert make().weight.is_meta
+    assert not skip_init_on_device(make)().weight.is_meta
+
+
+def test_dora_may_be_told_to_keep_its_weights() -> None:
+    from peft_dist.helpers import DoraCaching
+
+    model = made("LORA", **TARGETS, use_dora=True).eval()
+    with torch.no_grad(), DoraCaching():
+        inside = model(input_ids=IDS).logits
+    DoraCaching()(enabled=False)
+    with torch.no_grad():
+        torch.testing.assert_close(model(input_ids=IDS).logits, inside)
