@@ -34,6 +34,7 @@ class LayerApi:
     disabled: bool
     base_layer: Any
     _holders: set[str]
+    _wanted: dict[str, dict[str, Any]]
 
     def _get_name(self) -> str:
         """Under which a printed model has this layer, as HF PEFT calls it: `lora.Linear`."""
@@ -41,15 +42,36 @@ class LayerApi:
 
     @property
     def adapter_layer_names(self) -> tuple[str, ...]:
-        """The attributes that hold adapters' tensors, also those that have none here."""
+        """The attributes that hold what adapters train, also those that have nothing here."""
         told = self._facts("adapter_layer_names").values()
-        return tuple(dict.fromkeys([*(name for names in told for name in names), *sorted(self._holders)]))
+        held = sorted(self._holders - self._frozen())
+        return tuple(dict.fromkeys([*(name for names in told for name in names), *held]))
 
     @property
     def other_param_names(self) -> tuple[str, ...]:
-        """The attributes that are dictionaries, adapter -> a setting."""
+        """The attributes that are dictionaries, adapter -> a setting, or a tensor that is not trained."""
         told = (method.facts(self.base.site) for method in self.methods.values())  # type: ignore[attr-defined]
-        return tuple(dict.fromkeys(name for facts in told for name in facts if name != "adapter_layer_names"))
+        named = (name for facts in told for name in facts if name != "adapter_layer_names")
+        return tuple(dict.fromkeys([*named, *sorted(self._frozen())]))
+
+    def _frozen(self) -> set[str]:
+        wanted = [param for each in self._wanted.values() for param in each.values()]
+        return self._holders - {param.key.partition(".")[0] for param in wanted if param.trainable}
+
+    def _features(self) -> tuple[int | None, int | None]:
+        """What goes into the layer underneath and comes out of it: channels, or tokens and their width."""
+        layer, site = self.get_base_layer(), self.base.site  # type: ignore[attr-defined]
+        if site.kind in ("mha", "experts"):
+            return site.in_, site.out
+        pairs = (("in_channels", "out_channels"), ("num_embeddings", "embedding_dim"), ("nx", "nf"))
+        return next(
+            (
+                (getattr(layer, a), getattr(layer, b))
+                for a, b in pairs
+                if hasattr(layer, a) and hasattr(layer, b)
+            ),
+            (None, None),
+        )
 
     @property
     def fan_in_fan_out(self) -> bool:

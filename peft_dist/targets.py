@@ -149,9 +149,16 @@ DEFAULT_TARGETS: dict[str, Usual] = {
 }
 
 
-def usual_targets(peft_type: str) -> Usual:
-    """The targets of each architecture for a method whose config names none."""
-    return DEFAULT_TARGETS.get(peft_type, _LORA)
+def usual_targets(peft_type: str) -> dict[str, list[str] | str]:
+    """The targets of each architecture for a method whose config names none. What a program adds to them, for an
+    architecture of its own, counts from then on."""
+    if peft_type not in _KEPT:
+        table = DEFAULT_TARGETS.get(peft_type, _LORA)
+        _KEPT[peft_type] = {name: t if isinstance(t, str) else list(t) for name, t in table.items()}
+    return _KEPT[peft_type]
+
+
+_KEPT: dict[str, dict[str, list[str] | str]] = {}
 
 
 # Of those, the ones that IA3 scales at their input.
@@ -358,7 +365,7 @@ def _fill_defaults(config: Any, facts: BaseFacts) -> None:
     if config.peft_type == "TRAINABLE_TOKENS" and facts.embedding is not None:
         config.target_modules = facts.embedding
         return
-    known = DEFAULT_TARGETS.get(config.peft_type, DEFAULT_TARGETS["LORA"])
+    known = usual_targets(config.peft_type)
     if config.peft_type == "OSF" and facts.architecture not in known:
         config.target_modules = ALL_LINEAR
         return
@@ -373,6 +380,11 @@ def _fill_defaults(config: Any, facts: BaseFacts) -> None:
     usual = known[facts.architecture]
     config.target_modules = usual if isinstance(usual, str) else set(usual)
     if config.peft_type == "IA3" and config.feedforward_modules is None:
+        if facts.architecture not in DEFAULT_FEEDFORWARD:
+            raise TargetError(
+                f"targets: feedforward_modules is not given, and {facts.architecture!r} has no usual ones. Name those "
+                "that are scaled at their input, or [] for none."
+            )
         config.feedforward_modules = set(DEFAULT_FEEDFORWARD[facts.architecture])
 
 

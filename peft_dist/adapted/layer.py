@@ -68,6 +68,8 @@ class Adapted(AdapterModule):
             layer = super().__getattr__("base_layer")
             if hasattr(layer, attribute) or attribute.startswith("_"):
                 return getattr(layer, attribute)
+            if attribute in ("in_features", "out_features"):
+                return self._features()[attribute == "out_features"]
             if found := self._facts(attribute):
                 return found
             if (held := self._held_in_common(attribute)) is not None:

@@ -12,5 +12,5 @@ TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING = DEFAULT_FEEDFORWARD
 
 def __getattr__(name: str) -> Any:
     if name in PeftType.__members__:
-        return {key: t if isinstance(t, str) else list(t) for key, t in usual_targets(name).items()}
+        return usual_targets(name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

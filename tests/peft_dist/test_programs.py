@@ -12,6 +12,7 @@ import torch
 from peft.helpers import KappaTuneSelector as TheirSelector
 from peft.helpers import find_kappa_target_modules as their_kappas
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 import peft_dist
 from peft_dist.catalog import METHODS
@@ -205,3 +206,61 @@ def test_dora_may_be_told_to_keep_its_weights() -> None:
     DoraCaching()(enabled=False)
     with torch.no_grad():
         torch.testing.assert_close(model(input_ids=IDS).logits, inside)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_targets_that_a_program_gives_its_own_architecture() -> None:
+    for library in (peft, peft_dist):
+        other = library.utils.other
+        table = other.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+        usual = table.pop("llama")
+        try:
+            with pytest.raises(ValueError):
+                library.get_peft_model(bases.llama(), library.LoraConfig(r=2))
+            table["llama"] = [*usual[:1], "k_proj"]
+            model = library.get_peft_model(bases.llama(), library.LoraConfig(r=2))
+            assert model.peft_config["default"].target_modules == {"q_proj", "k_proj"}
+        finally:
+            table["llama"] = usual
+
+
+class Layers(nn.Module):
+    """A layer of each kind that has sizes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.emb, self.lin, self.hf = nn.Embedding(10, 6), nn.Linear(6, 5), Conv1D(7, 6)
+        self.one, self.two = nn.Conv1d(4, 8, 2), nn.Conv2d(4, 8, 2)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("name", "targets"), [("LORA", "emb|lin|hf|one|two"), ("LOHA", "lin|two"), ("BOFT", "two")]
+)
+def test_layers_say_what_goes_in_and_comes_out(name, targets) -> None:
+    more = {"boft_block_size": 4} if name == "BOFT" else {"r": 2}
+    sizes = []
+    for library in (peft, peft_dist):
+        cls = library.PEFT_TYPE_TO_CONFIG_MAPPING[library.PeftType(name)]
+        model = library.get_peft_model(Layers(), cls(target_modules=targets, **more)).get_base_model()
+        layers = [getattr(model, key) for key in targets.split("|")]
+        sizes.append([(layer.in_features, layer.out_features) for layer in layers])
+    assert sizes[0] == sizes[1]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["ADALORA", "FOURIERFT", "WAVEFT", "SHIRA", "OSF", "DELORA", "LORA"])
+def test_layers_name_what_they_train(name) -> None:
+    layer = made(name, **base_values(name)).get_base_model().model.layers[0].self_attn.q_proj
+    trained, kept = layer.adapter_layer_names, layer.other_param_names
+    assert not set(trained) & set(kept) and any("default" in getattr(layer, key) for key in trained)
+    for names, wanted in ((trained, True), (kept, False)):
+        for held in (getattr(layer, key) for key in names):
+            tensors = _tensors(held["default"]) if "default" in held else []
+            assert all(t.requires_grad == wanted for t in tensors)
+
+
+def _tensors(value) -> list[torch.Tensor]:
+    if isinstance(value, nn.Module):
+        return list(value.parameters())
+    return [value] if isinstance(value, torch.Tensor) else []
