@@ -21,7 +21,9 @@ from peft_dist.catalog import PeftType
 from peft_dist.config import PeftConfig
 from peft_dist.contract import BaseLayer, Enter, Param, Params, Site
 from peft_dist.errors import AdapterError, CheckpointError, ConfigError
+from peft_dist.methods.lora.bias import Biased
 from peft_dist.methods.lora.variant import Variant
+from peft_dist.methods.weight.lora import LoraConfig, per_channel
 from peft_dist.tuner_layer import peft_types
 
 # What else than the tensors decides the output; it must be equal.
@@ -43,7 +45,7 @@ class Prepared(Variant):
 
     def params(self, site: Site) -> dict[str, Param]:
         return {
-            name: Param(**{**vars(param), "shape": _at_rank(name, param.shape, self.rank_held)})
+            name: Param(**{**vars(param), "shape": _at_rank(name, param.shape, self.rank_held, site)})
             for name, param in self.lora.params(site).items()
         }
 
@@ -53,8 +55,16 @@ class Prepared(Variant):
     def delta(self, p: Params, base: BaseLayer) -> Tensor:
         return self._unscaled(base) * self.lora.delta(p, base)
 
+    def bias_delta(self, p: Params, base: BaseLayer) -> Tensor | None:
+        if "c" not in p:
+            return self.lora.bias_delta(p, base)
+        shift, under = cast(Tensor, self.scale) * p["c"], self.lora.lora.bias_delta(p, base)
+        return shift if under is None else shift + under
+
     def added(self, p: Params, base: BaseLayer, x: Tensor) -> Tensor:
-        return base.mix(p["B"].flatten(1), base.apply(p["A"].flatten(1), x) * cast(Tensor, self.scale))
+        y = base.mix(p["B"].flatten(1), base.apply(p["A"].flatten(1), x) * cast(Tensor, self.scale))
+        shift = self.bias_delta(p, base)
+        return y if shift is None else y + per_channel(shift, base.site)
 
     def forward(self, p: Params, base: BaseLayer, x: Tensor, enter: Enter) -> Tensor:
         return base(x) + self.added(p, base, enter(x))
@@ -64,8 +74,9 @@ class Prepared(Variant):
         return None
 
 
-def _at_rank(name: str, shape: tuple[int, ...], r: int) -> tuple[int, ...]:
-    return {"A": (r, *shape[1:]), "B": (shape[0], r, *shape[2:])}.get(name, shape)
+def _at_rank(name: str, shape: tuple[int, ...], r: int, site: Site) -> tuple[int, ...]:
+    """The shape of A or B at a rank; a convolution's groups share it."""
+    return {"A": (r, *shape[1:]), "B": (shape[0], r // site.groups, *shape[2:])}.get(name, shape)
 
 
 def _layers(model: nn.Module) -> list[tuple[str, Adapted]]:
@@ -109,12 +120,18 @@ def prepare_model_for_compiled_hotswap(
     for name, module, adapter in layers:
         method = module.methods[adapter]
         r = method.rank(module.base.site)
-        if type(method).__name__ != "LoraConfig":
+        if not isinstance(method.lora if isinstance(method, Biased) else method, LoraConfig):
             raise AdapterError(
-                f"{name}: {type(method).__name__} cannot be swapped in a compiled model; only plain LoRA."
+                f"{name}: {type(method).__name__} cannot be swapped in a compiled model; only plain LoRA, also with "
+                "biases."
             )
         if target_rank is not None and r > target_rank:
             raise AdapterError(f"{name}: adapter {adapter!r} has rank {r}, over target_rank {target_rank}.")
+        if target_rank is not None and target_rank % module.base.site.groups:
+            raise ConfigError(
+                f"{name}: target_rank {target_rank} at a convolution with {module.base.site.groups} groups, which must "
+                "divide it. Choose another."
+            )
     for _, module, adapter in layers:
         method = module.methods[adapter]
         site = module.base.site
@@ -183,12 +200,12 @@ def hotswap_adapter_from_state_dict(
         here: dict[str, Tensor] = {}
         for key, param in method.params(site).items():
             full = f"{name}.{param.saved or param.key}"
-            if full in given:
+            if full in given and key in module.wanted(adapter_name):
                 here[key] = given[full]
                 used.add(full)
         r = method.rank(site)
         for key, tensor in here.items():
-            wanted = _at_rank(key, tuple(module.wanted(adapter_name)[key].shape), r)
+            wanted = _at_rank(key, tuple(module.wanted(adapter_name)[key].shape), r, site)
             if tuple(tensor.shape) != wanted:
                 raise CheckpointError(
                     f"{name}.{key}: is {tuple(tensor.shape)} there; a rank of {r} has {wanted} here."

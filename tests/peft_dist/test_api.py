@@ -468,6 +468,42 @@ def test_a_compiled_model_is_not_compiled_again(tmp_path) -> None:
         hotswap.prepare_model_for_compiled_hotswap(compiled)
 
 
+@pytest.mark.parametrize("more", [{}, {"lora_bias": True}, {"bias": "lora_only"}])
+@pytest.mark.parametrize("prepared", [False, True])
+def test_other_ranks_are_swapped_on_groups_and_beside_biases(more, prepared, tmp_path) -> None:
+    def base() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Conv2d(4, 8, 3, groups=2), nn.Flatten(), nn.Linear(32, 6))
+
+    x, outputs = torch.randn(2, 4, 4, 4), []
+    for r in (2, 4):
+        config = peft_dist.LoraConfig(r=r, lora_alpha=3 * r, target_modules=["0", "2"], **more)
+        model = peft_dist.get_peft_model(base(), config).eval()
+        disturb(model, r)
+        outputs.append(model(x).detach())
+        model.save_pretrained(tmp_path / str(r))
+    model = peft_dist.PeftModel.from_pretrained(base(), tmp_path / "2").eval()
+    if prepared:
+        with pytest.raises(ConfigError, match="2 groups, which must divide it"):
+            hotswap.prepare_model_for_compiled_hotswap(model, target_rank=5)
+        hotswap.prepare_model_for_compiled_hotswap(model, target_rank=4)
+        torch.testing.assert_close(model(x), outputs[0])
+    hotswap.hotswap_adapter(model, tmp_path / "4", "default")
+    torch.testing.assert_close(model(x), outputs[1])
+    assert not torch.allclose(outputs[0], outputs[1])
+    hotswap.hotswap_adapter(model, tmp_path / "2", "default")
+    torch.testing.assert_close(model(x), outputs[0])
+
+
+def test_a_bias_is_not_swapped_into_what_has_none(tmp_path) -> None:
+    two(tmp_path, lora_bias=True, target_modules=["q_proj"])
+    model = peft_dist.PeftModel.from_pretrained(bases.llama(), tmp_path / "0")
+    before = model(IDS).logits
+    with pytest.raises(RuntimeError, match=r"unexpected keys found: .*lora_B\.bias"):
+        hotswap.hotswap_adapter(model, tmp_path / "1", "default")
+    assert torch.equal(model(IDS).logits, before)
+
+
 def test_what_cannot_be_swapped(tmp_path) -> None:
     _, _ = two(tmp_path, target_modules=["v_proj", "k_proj"])
     model = peft_dist.PeftModel.from_pretrained(bases.llama(), tmp_path / "0")
