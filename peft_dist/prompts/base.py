@@ -22,11 +22,8 @@ def base_sizes(base: Any, width: int) -> BaseSizes:
     if not isinstance(facts, transformers.PretrainedConfig):
         return BaseSizes(width, 0, 0, 0, 0, 0)
     whole, keeps = facts.get_text_config(), facts.get_text_config(decoder=True)
-    heads = getattr(keeps, "num_attention_heads", None) or 0
-    kv_heads = getattr(keeps, "num_key_value_heads", None)
-    if kv_heads is None and getattr(keeps, "multi_query", False):
-        # Falcon: its newer decoders keep what each head reads.
-        kv_heads = None if getattr(keeps, "new_decoder_architecture", False) else 1
+    # Tokens are as wide as the widest layer keeps them; narrower ones take their part.
+    kv_heads, kv_width = max(kv_shapes(keeps), key=lambda shape: shape[1])
     return BaseSizes(
         width=width,
         num_layers=getattr(whole, "num_hidden_layers", None) or 0,
@@ -34,10 +31,27 @@ def base_sizes(base: Any, width: int) -> BaseSizes:
         num_kv_layers=getattr(facts, "num_decoder_layers", None)
         or getattr(keeps, "num_hidden_layers", None)
         or 0,
-        num_kv_heads=kv_heads or heads,
-        kv_width=getattr(keeps, "head_dim", None) or getattr(keeps, "hidden_size", 0) // max(heads, 1),
+        num_kv_heads=kv_heads,
+        kv_width=kv_width,
         num_stacks=num_stacks(base),
     )
+
+
+def kv_shapes(keeps: Any) -> list[tuple[int, int]]:
+    """(heads, width of one) of the keys and values of each layer that a decoder's config says apart; one for all where
+    they are equal."""
+    layers = getattr(keeps, "per_layer_config", None) if getattr(keeps, "is_heterogeneous", False) else None
+    return [_kv_shape(layer) for layer in ([keeps] if layers is None else layers)]
+
+
+def _kv_shape(keeps: Any) -> tuple[int, int]:
+    heads = getattr(keeps, "num_attention_heads", None) or 0
+    kv_heads = getattr(keeps, "num_key_value_heads", None)
+    if kv_heads is None and getattr(keeps, "multi_query", False):
+        # Falcon: its newer decoders keep what each head reads.
+        kv_heads = None if getattr(keeps, "new_decoder_architecture", False) else 1
+    width = getattr(keeps, "head_dim", None) or getattr(keeps, "hidden_size", 0) // max(heads, 1)
+    return kv_heads or heads, width
 
 
 def num_stacks(base: Any) -> int:

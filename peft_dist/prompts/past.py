@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from transformers import DynamicCache, EncoderDecoderCache
 
 from peft_dist.contract import PastMethod
 from peft_dist.errors import ConfigError
-from peft_dist.prompts.base import has_decoder, refuse_recomputation
+from peft_dist.prompts.base import has_decoder, kv_shapes, refuse_recomputation
 from peft_dist.prompts.block import Block
 from peft_dist.prompts.rows import PromptRows, distinct
 
@@ -64,6 +65,28 @@ def filled(base: Any, given: Any, layers: list[tuple[Tensor, Tensor]]) -> Any:
     elif given is None:
         given = DynamicCache(config=facts)
     own = given.self_attention_cache if isinstance(given, EncoderDecoderCache) else given
+    keeps = facts.get_text_config(decoder=True)
+    # The last ones may read what others keep.
+    layers = layers[: len(layers) - (getattr(keeps, "num_kv_shared_layers", None) or 0)]
+    shapes = kv_shapes(keeps)
+    shapes = shapes * len(layers) if len(shapes) == 1 else shapes
+    without = []
     for number, (keys, values) in enumerate(layers):
-        own.update(keys, values, number)
+        heads, width = shapes[number]
+        if heads > keys.shape[1] or width > keys.shape[3]:
+            without.append(number)
+        else:
+            own.update(keys[:, :heads, :, :width], values[:, :heads, :, :width], number)
+    if without:
+        _tell(without, len(layers))
     return given
+
+
+def _tell(without: list[int], num_layers: int) -> None:
+    says = (
+        f"a prefix: layers {', '.join(map(str, without))} keep more or wider heads than its tokens have, so that "
+        "none stand there. Set token_dim and num_attention_heads of its config to those of the layers that should."
+    )
+    if len(without) == num_layers:
+        raise ConfigError(says)
+    warnings.warn(says, stacklevel=3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import peft
 import pytest
@@ -13,6 +14,8 @@ from transformers import (
     DistilBertForSequenceClassification,
     FalconConfig,
     FalconForCausalLM,
+    Gemma4ForCausalLM,
+    Gemma4TextConfig,
     MistralConfig,
     MistralForCausalLM,
     OPTConfig,
@@ -23,6 +26,7 @@ from transformers import (
 
 import peft_dist
 from peft_dist.errors import AdapterError, CheckpointError, ConfigError, PeftDistError, TaskError
+from peft_dist.prompts.past import filled
 from tests.contract import bases
 from tests.contract.test_prompt_parity import PROMPTS, batch, disturb, make
 
@@ -185,6 +189,39 @@ def test_a_prefix_takes_the_decoders_own_sizes() -> None:
     )
     with pytest.raises((RuntimeError, IndexError)):
         theirs(input_ids=IDS, labels=IDS)
+
+
+@pytest.mark.parametrize("heads", [{}, {"num_global_key_value_heads": 1, "attention_k_eq_v": True}])
+def test_a_prefix_on_layers_that_keep_other_widths_and_on_some_that_keep_nothing(heads) -> None:
+    facts = Gemma4TextConfig(
+        **{**bases.LLAMA, "num_hidden_layers": 6, "num_attention_heads": 4, "num_key_value_heads": 2},
+        head_dim=6,
+        global_head_dim=12,
+        num_kv_shared_layers=2,
+        vocab_size_per_layer_input=64,
+        hidden_size_per_layer_input=4,
+        layer_types=["sliding_attention", "full_attention"] * 3,
+        **heads,
+    )
+    torch.manual_seed(0)
+    base = Gemma4ForCausalLM(facts).eval()
+    tokens, said = torch.randn(3, 6 * 2 * 12 * (1 if heads else 2)), []
+    for library in (peft, peft_dist):
+        chosen = library.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+        model = library.get_peft_model(copy.deepcopy(base), chosen).eval()
+        library.set_peft_model_state_dict(model, {"prompt_embeddings": tokens})
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            output = model(IDS, labels=IDS)
+        said.append((chosen.token_dim, output.logits.detach(), output.loss.item()))
+    told = any("layers 0, 2 keep more or wider heads" in str(warning.message) for warning in caught)
+    assert told == bool(heads)
+    assert said[0][0] == said[1][0]
+    torch.testing.assert_close(said[1][1], said[0][1], rtol=0, atol=1e-5)
+    assert not torch.allclose(said[1][1], base(IDS).logits)
+    keys_and_values = [(torch.zeros(3, 1, 3, 2),) * 2] * 6
+    with pytest.raises(ConfigError, match="layers 0, 1, 2, 3 keep more or wider heads"):
+        filled(model.get_base_model(), None, keys_and_values)
 
 
 def test_an_adaption_prompt_of_other_widths() -> None:
