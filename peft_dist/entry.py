@@ -149,12 +149,17 @@ def get_peft_model_state_dict(
     unwrap_compiled: bool = False,
     save_embedding_layers: bool | Literal["auto"] = "auto",
 ) -> dict[str, Tensor]:
-    """An adapter's tensors, whole, by their names in a checkpoint; a collective where some are sharded.
+    """An adapter's tensors, whole, by their names in a checkpoint; a collective where some are sharded. Those of an
+    adapter that rests on meta are there without values.
 
     Args:
         state_dict: the whole model's, where another library has gathered it.
     """
     model = getattr(model, "_orig_mod", model) if unwrap_compiled else model
+    if state_dict is None and any(
+        t.is_meta for t in checkpoint.adapter_parameters(model, adapter_name).values()
+    ):
+        state_dict = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     return checkpoint.state_dict(model, adapter_name, state_dict, save_embedding_layers)
 
 

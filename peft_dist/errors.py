@@ -34,6 +34,10 @@ class TargetError(PeftDistError, ValueError):
     """Targets that match nothing, or match a layer that a method cannot adapt."""
 
 
+class ContainerError(TargetError, TypeError):
+    """A module that is never called, named where one that is called must be."""
+
+
 class AdapterError(PeftDistError, ValueError):
     """An adapter's name that is unknown, taken or malformed, or an adapter in the wrong state."""
 
@@ -62,8 +66,8 @@ class CheckpointError(PeftDistError, ValueError):
     """A saved adapter that is missing, damaged, of another form, or that does not fit the model."""
 
 
-class ShapeError(CheckpointError, RuntimeError):
-    """A saved tensor of another shape than the model's."""
+class MismatchError(CheckpointError, RuntimeError):
+    """Saved tensors of other shapes or names than the model's; torch's own error for it is a RuntimeError."""
 
 
 class MergeError(PeftDistError, ValueError):

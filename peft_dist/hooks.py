@@ -132,7 +132,9 @@ class Hooks:
     def get_model_config(model: Any) -> dict[str, Any]:
         """The base's config as a dictionary; its `model_type` is `custom` where it has none."""
         config: Any = getattr(model, "config", None)
-        found = config.to_dict() if hasattr(config, "to_dict") else dict(vars(config)) if config else {}
+        if hasattr(config, "to_dict"):
+            config = config.to_dict()
+        found = config if isinstance(config, Mapping) else vars(config) if config else {}
         return {"model_type": "custom", **found}
 
 

@@ -140,6 +140,14 @@ class LayerApi:
             return before
         return self.methods[adapter].facts(self.base.site)  # type: ignore[attr-defined]
 
+    @property
+    def token_adapter(self) -> Any:
+        """The layer itself where tokens are trained beside an adapter, as programs reach their vectors:
+        `token_adapter.trainable_tokens_delta[adapter]`, `token_adapter.token_indices[adapter]`."""
+        if any(getattr(method, "prefix", None) == "token_adapter." for method in self.methods.values()):
+            return self
+        raise AttributeError("token_adapter")
+
     def get_base_layer(self) -> Any:
         """The layer underneath all wrappers."""
         layer: Any = self
@@ -196,6 +204,9 @@ class LayerApi:
 
     def _get_available_adapters(self) -> set[str]:
         return set(self.methods)
+
+    def _all_available_adapter_names(self) -> list[str]:
+        return list(self.methods)
 
     def _alone(self) -> Any:
         return torch.nn.ModuleDict({"layer": self})

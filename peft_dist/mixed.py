@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from peft_dist import inject
 from peft_dist.catalog import mixes
 from peft_dist.config import PeftConfig
-from peft_dist.errors import ConfigError
+from peft_dist.errors import AdapterError, ConfigError
 from peft_dist.model import MIXED, TASK_CLASSES, PeftModel
 
 # Why adapters of a method stand alone; a prompt method's reason is the same for all of them.
@@ -31,8 +32,18 @@ class PeftMixedModel(PeftModel):
         super()._add(name, config, *args, **kwargs)
 
     def delete_adapter(self, adapter_name: str | Sequence[str]) -> None:
-        """Removes an adapter, or several."""
-        for name in [adapter_name] if isinstance(adapter_name, str) else list(adapter_name):
+        """Removes an adapter, or several; none where one of them is unknown or merged.
+
+        Raises:
+            AdapterError: one is unknown, or merged.
+        """
+        names = self._known(adapter_name)
+        for place, module in inject.adapter_modules(self.get_base_model()):
+            if merged := [name for name in names if name in module.merged_adapters]:
+                raise AdapterError(
+                    f"{place}: adapter {merged[0]!r} is merged. Unmerge it before deleting it."
+                )
+        for name in names:
             super().delete_adapter(name)
 
 

@@ -12,6 +12,7 @@ from torch import nn
 from peft_dist.adapted import AdapterModule, Replaced
 from peft_dist.base_layer import has_door
 from peft_dist.errors import AdapterError
+from peft_dist.methods.lora.tokens import RowsBeside
 from peft_dist.model import PeftModel
 from peft_dist.packed import quantised_name
 from peft_dist.tuner_layer import BaseTunerLayer, HookedTensors, layer_title, peft_types
@@ -63,7 +64,7 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
     found = [
         _of_layer(name, module)
         for name, module in _around(model, "get_layer_status").named_modules()
-        if isinstance(module, (BaseTunerLayer, Replaced))
+        if isinstance(module, (BaseTunerLayer, Replaced)) or _has_token_rows(module)
     ]
     if not found:
         raise AdapterError(
@@ -123,6 +124,13 @@ def _around(model: Any, asked: str) -> nn.Module:
     return model.base_model
 
 
+def _has_token_rows(module: nn.Module) -> bool:
+    """Whether an adapter on other layers trains tokens of this embedding too (`trainable_token_indices`)."""
+    return isinstance(module, AdapterModule) and any(
+        isinstance(method, RowsBeside) for method in module.methods.values()
+    )
+
+
 def _of_layer(name: str, module: Any) -> TunerLayerStatus:
     tensors: Any = module if isinstance(module, AdapterModule) else HookedTensors(module)
     trained = {
@@ -133,9 +141,10 @@ def _of_layer(name: str, module: Any) -> TunerLayerStatus:
         ]
         for adapter in tensors.adapters
     }
+    beside = _has_token_rows(module) and not isinstance(module, BaseTunerLayer)
     return TunerLayerStatus(
-        name=name,
-        module_type=layer_title(module),
+        name=f"{name}.token_adapter" if beside else name,
+        module_type="TrainableTokensLayer" if beside else layer_title(module),
         enabled=not module.disable_adapters,
         # A module that is trained whole has its own copies alone to choose from.
         active_adapters=[

@@ -218,6 +218,13 @@ def resolve(config: Any, facts: BaseFacts) -> list[str]:
         TargetError: they match nothing, or a module that has no weight matrix.
     """
     _fill_defaults(config, facts)
+    excluded = getattr(config, "exclude_modules", None)
+    if excluded and not any(name and ends_in(excluded, name) for name in facts.layers):
+        warnings.warn(
+            f"exclude_modules: {excluded!r} leaves out nothing: {facts.name} has no such layer.",
+            UnmatchedWarning,
+            stacklevel=4,
+        )
     if not config.target_modules and getattr(config, "target_parameters", None):
         return []
     if is_all_linear(config.target_modules):
@@ -414,7 +421,7 @@ def is_target(config: Any, name: str) -> bool:
 
 
 def _layer_index(name: str, patterns: Sequence[str] | str | None) -> int | None:
-    patterns = [patterns] if isinstance(patterns, str) else list(patterns or ())
+    patterns = [patterns] if patterns and isinstance(patterns, str) else list(patterns or ())
     # The first numbered part is the layer's; an expert's number comes later.
     wholes = [rf"(?:^|.*?\.){pattern}\.(\d+)\." for pattern in patterns] or [r".*?\.[^.]*\.(\d+)\."]
     for whole in wholes:

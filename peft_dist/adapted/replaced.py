@@ -35,6 +35,17 @@ class Replaced(Around):
         """The active adapter that has tensors here; without one, an empty list."""
         return next((name for name in self.active_adapters if name in self.methods), [])
 
+    def __getattr__(self, attribute: str) -> Any:
+        # Who reads a weight without calling its module gets that of the adapter that runs.
+        name = next(
+            (n for n in self.__dict__.get("active_adapters", ()) if n in self.__dict__["methods"]), None
+        )
+        if name is not None and not self.disabled and name in self._places:
+            own = self.tensors(name)
+            if attribute in own:
+                return own[attribute]
+        return super().__getattr__(attribute)
+
     def train(self, mode: bool = True) -> Replaced:
         self._shell.train(mode)
         return super().train(mode)

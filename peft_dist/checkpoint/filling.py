@@ -18,7 +18,7 @@ from peft_dist.checkpoint.layout import DEFAULT_ADAPTER
 from peft_dist.checkpoint.names import Holder, adapter_parameters, defines, holders, join, known_adapter
 from peft_dist.checkpoint.reading import read
 from peft_dist.contract import PromptMethod
-from peft_dist.errors import CheckpointError, ShapeError
+from peft_dist.errors import CheckpointError, MismatchError
 from peft_dist.pauses import pause
 from peft_dist.sharding import set_whole, whole_shape
 
@@ -53,7 +53,7 @@ def load_state_dict(
 
     Raises:
         AdapterError: there is no such adapter.
-        ShapeError: a shape differs, and `ignore_mismatched_sizes` is false.
+        MismatchError: a shape differs, and `ignore_mismatched_sizes` is false.
         CheckpointError: no name at all is known.
     """
     known_adapter(model, adapter_name)
@@ -247,7 +247,7 @@ def _check_shapes(
             f"{', '.join(wrong[:3])}."
         )
         if not ignore:
-            raise ShapeError(f"{message} Its rank, targets or base differ from this model's.")
+            raise MismatchError(f"{message} Its rank, targets or base differ from this model's.")
         warnings.warn(f"{message} They keep their values.", stacklevel=3)
 
 

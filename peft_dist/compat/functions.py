@@ -17,7 +17,7 @@ from peft_dist import checkpoint
 from peft_dist.adapted import AdapterModule
 from peft_dist.base_layer import door
 from peft_dist.catalog import METHODS, prefix_of
-from peft_dist.errors import CheckpointError, ConfigError
+from peft_dist.errors import CheckpointError, ConfigError, MismatchError
 from peft_dist.replicate import replicate
 from peft_dist.sharding import gathered
 from peft_dist.targets import is_target
@@ -136,14 +136,14 @@ def set_base_model_state_dict(model: Any, state_dict: Mapping[str, Tensor], stri
     """Fills the base's tensors by their names in the bare base.
 
     Raises:
-        CheckpointError: `strict`, and a name has no counterpart; nothing is changed.
+        MismatchError: `strict`, and a name has no counterpart; nothing is changed.
     """
     own = get_base_model_state_dict(model)
     missing = [key for key in own if key not in state_dict]
     unexpected = [key for key in state_dict if key not in own]
     if strict and (missing or unexpected):
         first = (missing or unexpected)[0]
-        raise CheckpointError(
+        raise MismatchError(
             f"the base lacks {len(unexpected)} of these tensors, and they lack {len(missing)} of the base's; the "
             f"first is {first!r}. Is it another architecture?"
         )

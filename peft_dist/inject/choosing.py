@@ -21,7 +21,7 @@ from peft_dist.base_layer import (
 )
 from peft_dist.config import PeftConfig, TargetedConfig
 from peft_dist.contract import BlockMethod, Method, Param, ReplaceMethod, Site
-from peft_dist.errors import ConfigError, TargetError
+from peft_dist.errors import ConfigError, ContainerError, TargetError
 from peft_dist.inject.places import (
     Place,
     parameter_of,
@@ -159,6 +159,11 @@ def on_whole_modules(
             )
         if any(True for _ in layer.buffers()):
             warnings.warn(f"modules_to_save: buffers of {name!r} stay the base's.", stacklevel=4)
+        if isinstance(layer, _CONTAINERS):
+            raise ContainerError(
+                f"modules_to_save: {name!r} is a {type(layer).__name__}, which is never called itself, so that nothing "
+                "of it would be trained. Name the modules in it."
+            )
         _check_whole(name, layer)
         if any(True for _ in layer.parameters()):
             chosen.append(Chosen(found[name], Replaced, Layer(layer, name), ModulesToSave()))
@@ -167,6 +172,9 @@ def on_whole_modules(
                 place = found[other]
                 tied.append((Chosen(place, Replaced, Layer(place.layer, other), SameModule()), chosen[-1]))
     return chosen, tied
+
+
+_CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
 
 
 def _check_whole(name: str, layer: nn.Module) -> None:

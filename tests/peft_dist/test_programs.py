@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from typing import ClassVar
 
 import huggingface_hub
 import peft
@@ -264,3 +265,116 @@ def _tensors(value) -> list[torch.Tensor]:
     if isinstance(value, nn.Module):
         return list(value.parameters())
     return [value] if isinstance(value, torch.Tensor) else []
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_weight_read_past_a_module_that_is_trained_whole_is_the_active_adapters() -> None:
+    for library in (peft, peft_dist):
+        config = library.LoraConfig(target_modules=["q_proj"], r=2, modules_to_save=["lm_head"])
+        model = library.get_peft_model(bases.llama(), config)
+        model.add_adapter("other", copy.deepcopy(config))
+        head = model.get_base_model().lm_head
+        assert head.weight is head.modules_to_save["default"].weight
+        model.set_adapter("other")
+        assert head.weight is head.modules_to_save["other"].weight
+        assert head.out_features == head.original_module.out_features
+        with model.disable_adapter():
+            assert head.weight is head.original_module.weight
+        with pytest.raises(AttributeError):
+            _ = head.nothing
+
+
+@pytest.mark.parametrize("held", [nn.ModuleList, lambda m: nn.ModuleDict({"a": m[0]})])
+def test_containers_that_are_never_called_are_not_trained_whole(held) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lin, self.parts = nn.Linear(3, 3), held([nn.Linear(3, 3)])
+
+    for library in (peft, peft_dist):
+        with pytest.raises(TypeError, match="modules_to_save"):
+            library.get_peft_model(
+                Net(), library.LoraConfig(r=2, target_modules=["lin"], modules_to_save=["parts"])
+            )
+
+
+def test_excluding_nothing_is_said() -> None:
+    for library in (peft, peft_dist):
+        with pytest.warns(
+            library.PeftWarning if library is peft_dist else UserWarning, match="exclude_modules"
+        ):
+            library.get_peft_model(
+                bases.llama(), library.LoraConfig(**TARGETS, exclude_modules=["no_such_layer"])
+            )
+
+
+def test_an_empty_layers_pattern_is_none() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.whatever = nn.ModuleList([nn.ModuleDict({"baz": nn.Linear(3, 3)}) for _ in range(3)])
+
+    for library in (peft, peft_dist):
+        base = nn.ModuleDict({"foo": Net()})
+        config = library.LoraConfig(r=2, target_modules=["baz"], layers_to_transform=[1], layers_pattern="")
+        model = library.get_peft_model(base, config)
+        assert model.targeted_module_names == ["foo.whatever.1.baz"]
+
+
+def test_trained_tokens_beside_an_adapter_have_a_status() -> None:
+    told = []
+    for library in (peft, peft_dist):
+        config = library.LoraConfig(**TARGETS, trainable_token_indices=[1, 2])
+        model = library.get_peft_model(bases.llama(), config)
+        rows = [each for each in model.get_layer_status() if "token" in each.name]
+        told.append(
+            (
+                [(r.name, r.module_type, r.requires_grad) for r in rows],
+                model.get_model_status().num_adapter_layers,
+            )
+        )
+    assert told[0] == told[1] and len(told[1][0]) == 1
+
+
+def test_several_adapters_of_a_mixed_model_are_deleted_together_or_not_at_all() -> None:
+    for library in (peft, peft_dist):
+        model = library.get_peft_model(bases.llama(), library.LoraConfig(**TARGETS), "a", mixed=True)
+        model.add_adapter("b", library.LoHaConfig(r=2, target_modules=["k_proj"]))
+        model.base_model.merge_adapter(adapter_names=["b"])
+        with pytest.raises(ValueError, match="merged"):
+            model.delete_adapter(["a", "b"])
+        assert set(model.peft_config) == {"a", "b"}
+        model.base_model.unmerge_adapter()
+        model.delete_adapter(["a", "b"])
+        assert not model.peft_config
+
+
+def test_an_adapter_without_memory_has_a_state_dictionary() -> None:
+    states = []
+    for library in (peft, peft_dist):
+        model = library.inject_adapter_in_model(
+            library.LoraConfig(**TARGETS), bases.llama(), low_cpu_mem_usage=True
+        )
+        state = library.get_peft_model_state_dict(model)
+        states.append({key: (tuple(t.shape), t.is_meta) for key, t in state.items()})
+        filled = {key: torch.ones(t.shape) for key, t in state.items()}
+        library.set_peft_model_state_dict(model, filled, low_cpu_mem_usage=True)
+        assert not any(p.is_meta for p in model.parameters())
+    assert states[0] == states[1] and all(meta for _, meta in states[1].values())
+
+
+def test_a_bases_config_may_be_a_dictionary() -> None:
+    from peft_dist.tuners.tuners_utils import BaseTuner
+
+    class Net(nn.Module):
+        config: ClassVar = {"model_type": "mine", "width": 3}
+
+    assert BaseTuner.get_model_config(Net()) == Net.config
+
+
+def test_names_that_a_base_lacks_are_torchs_own_error() -> None:
+    for library in (peft, peft_dist):
+        model = library.get_peft_model(bases.llama(), library.LoraConfig(**TARGETS))
+        state = library.get_base_model_state_dict(model)
+        with pytest.raises(RuntimeError, match="nothing"):
+            library.set_base_model_state_dict(model, {**state, "nothing": torch.ones(1)}, strict=True)
