@@ -322,6 +322,21 @@ class Held(nn.ModuleDict):
         return "ModuleDict"
 
 
+class HeldTensors(nn.ParameterDict):
+    """What hangs below one name of a layer: adapter -> its tensor, a buffer where it is not trained."""
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        held = self._buffers.get(key)
+        if held is None or isinstance(value, nn.Parameter):
+            super().__setitem__(key, value)
+        elif value is not held:
+            # `+=` puts the very tensor back.
+            self._buffers[key] = value.to(held)
+
+    def _get_name(self) -> str:
+        return "ParameterDict"
+
+
 class PooledModule(nn.Module):
     """A module on which adapters' tensors hang under HF PEFT's names, and live in the pool.
 
@@ -552,7 +567,7 @@ def _hang(module: nn.Module, param: Param, adapter: str, tensor: Tensor) -> tupl
     first, _, rest = param.key.partition(".")
     if first not in module._modules:
         # Past `add_module`, which takes what hangs on a wrapper inside this one for this one's.
-        module._modules[first] = Held() if rest else nn.ParameterDict()
+        module._modules[first] = Held() if rest else HeldTensors()
     # Into the dictionaries themselves: an adapter may be called `v1.2` or `keys`, which their doors refuse.
     node: Any = module._modules[first]
     last = adapter

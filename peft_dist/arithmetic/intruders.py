@@ -42,7 +42,15 @@ def reduce_intruder_dimension(
             f"reduce_intruder_dimension: adapter {old_adapter_name!r} is no plain LoRA. Convert it first."
         )
     tell = logging_sink or (lambda text: None)
-    peft_model.add_adapter(new_adapter_name, copy.copy(config))
+    layers = list(adapter_modules(peft_model.get_base_model()))
+    dtypes = {
+        t.dtype
+        for _, m in layers
+        if old_adapter_name in m.adapters
+        for t in m.tensors(old_adapter_name).values()
+    }
+    in_full = not dtypes & {torch.float16, torch.bfloat16}
+    peft_model.add_adapter(new_adapter_name, copy.copy(config), autocast_adapter_dtype=in_full)
     for name, module in adapter_modules(peft_model.get_base_model()):
         if old_adapter_name not in module.adapters:
             continue

@@ -15,24 +15,19 @@ def _class(name: str, stands_for: Any, base: Any = object) -> Any:
     return kind(name, (base,), {"stands_for": staticmethod(stands_for), "__module__": __name__})
 
 
-def _holds_tokens(module: AdapterModule) -> bool:
-    return any("TrainableTokens" in type(method).__name__ for method in module.methods.values())
+def _is_trained_whole(module: AdapterModule) -> bool:
+    return isinstance(module, Replaced) and not peft_types(module)
+
+
+def _has_tokens(module: AdapterModule) -> bool:
+    return hasattr(module, "token_adapter")
 
 
 AuxiliaryTrainingWrapper = _class(
-    "AuxiliaryTrainingWrapper",
-    lambda module: isinstance(module, Replaced) and not peft_types(module),
+    "AuxiliaryTrainingWrapper", lambda module: _is_trained_whole(module) or _has_tokens(module)
 )
-ModulesToSaveWrapper = _class(
-    "ModulesToSaveWrapper",
-    lambda module: isinstance(module, Replaced) and not peft_types(module),
-    AuxiliaryTrainingWrapper,
-)
-TrainableTokensWrapper = _class(
-    "TrainableTokensWrapper",
-    lambda module: _holds_tokens(module) and "TRAINABLE_TOKENS" not in peft_types(module),
-    AuxiliaryTrainingWrapper,
-)
+ModulesToSaveWrapper = _class("ModulesToSaveWrapper", _is_trained_whole, AuxiliaryTrainingWrapper)
+TrainableTokensWrapper = _class("TrainableTokensWrapper", _has_tokens, AuxiliaryTrainingWrapper)
 AdaptedAttention = _class("AdaptedAttention", lambda module: isinstance(module, AdaptedBlock))
 LycorisLayer = _class(
     "LycorisLayer", lambda module: bool(peft_types(module) & {"LOHA", "LOKR"}), BaseTunerLayer

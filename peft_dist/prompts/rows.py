@@ -91,6 +91,8 @@ class PromptRows:
             value = self.current.batch.get(key)
             if value is None:
                 continue
+            if len(value) == 1:
+                value = value.expand(len(names), *value.shape[1:])
             # Under beam search each sequence has several rows.
             if len(names) not in (len(value), len(value) * self.rows_of_each):
                 raise RowsError(f"{key}: {len(value)} entries for {len(names)} sequences. Give one for each.")

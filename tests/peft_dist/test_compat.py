@@ -156,6 +156,27 @@ def test_programs_ask_a_layer_where_its_tensors_are() -> None:
         assert head.active_adapter == []
 
 
+def test_what_programs_set_of_frozen_tensors_serves_and_is_saved(tmp_path) -> None:
+    ids = torch.arange(1, 7).view(1, 6)
+    ours, theirs = both("VERA", r=3, target_modules=["q_proj", "o_proj"], d_initial=1.0)
+    for model in (ours, theirs):
+        held = model.eval().base_model.vera_A
+        with torch.no_grad():
+            for p in model.parameters():
+                if p.requires_grad:
+                    p.fill_(0.5)
+            before = model(ids).logits
+            held["default"] += 1
+            added = model(ids).logits
+            held["default"] = held["default"] * 2
+        assert not held["default"].requires_grad
+        assert not torch.allclose(before, added) and not torch.allclose(added, model(ids).logits)
+    torch.testing.assert_close(ours(ids).logits, theirs(ids).logits, rtol=1e-4, atol=1e-4)
+    ours.save_pretrained(tmp_path)
+    loaded = peft_dist.PeftModel.from_pretrained(bases.llama(), tmp_path).eval()
+    torch.testing.assert_close(loaded(ids).logits, ours(ids).logits)
+
+
 def test_what_programs_set_of_a_layer_has_theirs_effect() -> None:
     ids = torch.arange(1, 7).view(1, 6)
     ours, theirs = both("LORA", r=3, lora_alpha=6, lora_dropout=0.5, target_modules=["q_proj", "up_proj"])

@@ -81,6 +81,22 @@ def test_intruders_are_theirs(epsilon) -> None:
     close(*logits, 1e-4)
 
 
+def test_an_adapter_without_intruders_has_the_dtype_of_the_one_before() -> None:
+    from peft.tuners.lora.intruders import reduce_intruder_dimension as theirs
+
+    for library, reduce, autocast in (
+        (peft_dist, reduce_intruder_dimension, True),
+        (peft_dist, reduce_intruder_dimension, False),
+        (peft, theirs, False),
+    ):
+        config = library.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
+        model = library.get_peft_model(bases.llama().bfloat16(), config, autocast_adapter_dtype=autocast)
+        reduce(model, threshold_epsilon=2, logging_sink=None)
+        layer = model.get_base_model().model.layers[0].self_attn.q_proj
+        dtypes = {layer.lora_A[name].weight.dtype for name in ("default", "intruder_reduced")}
+        assert dtypes == {torch.float32 if autocast else torch.bfloat16}
+
+
 def test_intruders_on_an_embedding_and_elsewhere() -> None:
     """HF PEFT puts the factors of an embedding's transposed change the wrong way round: shapes that do not fit."""
     models = []

@@ -177,6 +177,19 @@ def test_generation_of_rows_is_that_of_each_alone(base, padding) -> None:
             assert torch.equal(got[row : row + 1], wanted), (name, more)
 
 
+def test_one_task_is_that_of_all_rows() -> None:
+    peft, x = model("llama", "CAUSAL_LM", "tasks"), ids(3)
+    all_of_one = torch.full((3,), 2)
+    assert torch.equal(
+        peft(input_ids=x, task_ids=all_of_one[:1]).logits, peft(input_ids=x, task_ids=all_of_one).logits
+    )
+    how = {"do_sample": False, "max_new_tokens": 3, "num_beams": 2, "pad_token_id": 0}
+    got = peft.generate(x, task_ids=all_of_one[:1], **how)
+    assert torch.equal(got, peft.generate(x, task_ids=all_of_one, **how))
+    with pytest.raises(RowsError, match="2 entries for 3 sequences"):
+        peft(input_ids=x, task_ids=all_of_one[:2])
+
+
 def test_generation_is_the_greedy_choice_of_forwards() -> None:
     for kind in ("prompt", "network", "past", "tasks", "context"):
         peft = model("llama", "CAUSAL_LM", kind)

@@ -64,6 +64,28 @@ def test_rows_train_beside_lora(base, tmp_path) -> None:
     close(logits(merged), wanted)
 
 
+@pytest.mark.parametrize("base", ["llama", "tied_llama"])
+def test_programs_find_the_layers_with_rows_as_in_theirs(base) -> None:
+    found = []
+    for library, utils in ((peft, peft.utils), (peft_dist, peft_dist.utils)):
+        config = library.LoraConfig(**LORA, trainable_token_indices=TOKENS)
+        model = library.get_peft_model(getattr(bases, base)(), config).get_base_model()
+        kinds = (utils.AuxiliaryTrainingWrapper, utils.TrainableTokensWrapper, utils.ModulesToSaveWrapper)
+        modules = (model.model.embed_tokens, model.lm_head, model.model.layers[0].self_attn.q_proj)
+        rows = model.model.embed_tokens.token_adapter
+        found.append(
+            (
+                [[isinstance(module, kind) for kind in kinds] for module in modules],
+                [hasattr(module, "token_adapter") for module in modules],
+                {name: list(tokens) for name, tokens in rows.token_indices.items()},
+                rows.trainable_tokens_delta["default"].shape,
+                list(rows.active_adapters),
+            )
+        )
+    assert found[0] == found[1]
+    assert any(found[1][1]) and not found[1][1][2]
+
+
 def test_rows_differ_per_sequence() -> None:
     ours = peft_dist.get_peft_model(
         bases.tied_llama(), peft_dist.LoraConfig(**LORA, trainable_token_indices=TOKENS), adapter_name="a"

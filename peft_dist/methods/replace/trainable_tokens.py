@@ -43,6 +43,9 @@ class TokenRows(WeightMethod):
                 "theirs. Activate one at a time, or train other tokens."
             )
 
+    def facts(self, site: Site) -> dict[str, Any]:
+        return {"token_indices": list(self.token_indices)}
+
     def params(self, site: Site) -> dict[str, Param]:
         tokens, (vocabulary, width) = self.token_indices, table(site)
         check_tokens("token_indices", tokens)
