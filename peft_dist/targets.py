@@ -207,6 +207,8 @@ class BaseFacts:
 # What a layer is whose weight the module around it reads without calling it: an adapter on it alone would do
 # nothing.
 READ_BY_PARENT = "read by its parent"
+# The same of a state-space mixer's layers, which its kernels take.
+READ_BY_KERNELS = "read by kernels"
 
 
 def resolve(config: Any, facts: BaseFacts) -> list[str]:
@@ -238,6 +240,12 @@ def resolve(config: Any, facts: BaseFacts) -> list[str]:
     matched = [name for name in facts.layers if name and is_target(config, name)]
     if not matched:
         raise TargetError(_nothing_matched(config, facts))
+    read = [name for name in matched if facts.layers[name] == READ_BY_KERNELS]
+    if read:
+        raise TargetError(
+            f"targets: {facts.name} reads the weight of {read[0]!r} past its forward, in training at least where its "
+            "kernels are installed, so that an adapter would do nothing there. Leave it out; in_proj is called."
+        )
     inner = [name for name in matched if facts.layers[name] == READ_BY_PARENT]
     for name in inner:
         _refuse_inner("targets", name, matched)

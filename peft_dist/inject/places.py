@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +17,7 @@ from peft_dist.base_layer import (
 )
 from peft_dist.pauses import pause
 from peft_dist.targets import (
+    READ_BY_KERNELS,
     READ_BY_PARENT,
     BaseFacts,
 )
@@ -74,14 +77,29 @@ def facts_of(model: Any, found: dict[str, Place]) -> BaseFacts:
     """What targets are chosen from."""
     output = asked(model, "get_output_embeddings")
     heads = {name for name, place in found.items() if output is not None and place.layer is bare(output)}
-    kinds = {
-        name: READ_BY_PARENT if isinstance(place.parent, nn.MultiheadAttention) else kind_of(place.layer)
-        for name, place in found.items()
-    }
+    kinds = {name: _kind_at(place) for name, place in found.items()}
     architecture = getattr(getattr(model, "config", None), "model_type", None)
     inputs = bare(asked(model, "get_input_embeddings"))
     embedding = next((name for name, place in found.items() if place.layer is inputs), None)
     return BaseFacts(type(model).__name__, kinds, frozenset(heads), architecture, embedding=embedding)
+
+
+def _kind_at(place: Place) -> str:
+    if isinstance(place.parent, nn.MultiheadAttention):
+        return READ_BY_PARENT
+    # Mamba's mixers and the like, which have a decay of their own.
+    is_inner = hasattr(place.parent, "A_log") and place.key in ("conv1d", "dt_proj", "out_proj")
+    if is_inner and f"self.{place.key}.weight" in _source(type(bare(place.parent)).forward):
+        return READ_BY_KERNELS
+    return kind_of(place.layer)
+
+
+@functools.cache
+def _source(forward: Any) -> str:
+    try:
+        return inspect.getsource(forward)
+    except (OSError, TypeError):
+        return ""
 
 
 def asked(base: Any, getter: str) -> nn.Module | None:

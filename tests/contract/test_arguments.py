@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import copy
 
+import peft
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import MambaConfig, MambaForCausalLM
 
 from peft_dist import inject, merge
 from peft_dist.adapted import Adapted
@@ -360,6 +362,26 @@ def test_parts_of_attention_alone() -> None:
     base = Attention()
     inject.inject(base, LoraConfig(r=2, target_modules=["attn", "out_proj"]), "a", inject.Adapters())
     assert [name for name, _ in inject.adapter_modules(base)] == ["attn", "attn.out_proj"]
+
+
+def test_layers_whose_weights_a_state_space_mixer_reads() -> None:
+    """HF PEFT refuses out_proj and conv1d of five architectures; an adapter on dt_proj has no effect there."""
+    facts = MambaConfig(vocab_size=16, hidden_size=8, num_hidden_layers=1, state_size=4)
+    base, ids = MambaForCausalLM(facts).eval(), torch.arange(5)[None]
+    for name in ("out_proj", "conv1d", "dt_proj"):
+        message = refusal(TargetError, base, LoraConfig(r=2, target_modules=[name, "in_proj"]))
+        assert f"reads the weight of 'backbone.layers.0.mixer.{name}' past its forward" in message
+    for name in ("out_proj", "conv1d"):
+        with pytest.raises(ValueError, match="incompatible with Mamba-based models"):
+            peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(r=2, target_modules=[name]))
+    silent = peft.get_peft_model(
+        copy.deepcopy(base), peft.LoraConfig(r=2, target_modules=["dt_proj"], init_lora_weights=False)
+    )
+    assert torch.equal(silent(ids).logits, base(ids).logits)
+    adapters = inject.Adapters()
+    inject.inject(base, LoraConfig(r=2, target_modules="all-linear"), "a", adapters)
+    names = [name.rpartition(".")[2] for name, _ in inject.adapter_modules(base)]
+    assert sorted(names) == ["in_proj", "x_proj"]
 
 
 def test_one_rank_for_attention_and_its_output() -> None:
