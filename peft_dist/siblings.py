@@ -48,7 +48,8 @@ class Siblings:
         if followers := self._followers.get(module):
             self._leader, self._row, self._input = module, [], _Input(x)
             return followers
-        if not self._input.is_(x):
+        # One that takes it again begins another run of the model on the same tensor.
+        if not self._input.is_(x) or module in self._row:
             self._row, self._input = [], _Input(x)
         self._row.append(module)
         self._followers[self._row[0]] = tuple(self._row[1:])

@@ -226,3 +226,39 @@ def test_not_a_bit_of_the_answer_depends_on_what_was_learned(name, dtype, joined
         assert joined == []
         assert torch.equal(model(input_ids=IDS).logits, alone)
     assert joined
+
+
+@pytest.mark.parametrize("name", ["LORA", "OFT", "IA3"])
+@pytest.mark.parametrize("targets", [["one"], ["one", "two"]])
+def test_a_model_may_be_trained_on_one_tensor_again_and_again(name, targets):
+    """Each run computes anew, though the input is the same object: between two of them the adapters have moved."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two, self.out = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(sum(getattr(self, target)(x) for target in targets))
+
+    more = {"LORA": {"r": 2}, "OFT": {"oft_block_size": 4}, "IA3": {"feedforward_modules": targets}}[name]
+    losses = []
+    for library in (peft, peft_dist):
+        torch.manual_seed(0)
+        config = library.PEFT_TYPE_TO_CONFIG_MAPPING[library.PeftType(name)]
+        model = library.get_peft_model(Net(), config(target_modules=targets, **more))
+        torch.manual_seed(1)
+        trained = [p for _, p in sorted(model.named_parameters()) if p.requires_grad]
+        with torch.no_grad():
+            for parameter in trained:
+                parameter.copy_(torch.randn(parameter.shape) * 0.1 + (name == "IA3"))
+        x = torch.randn(4, 8)
+        optimizer = torch.optim.SGD(trained, 0.01)
+        losses.append([])
+        for _ in range(7):
+            optimizer.zero_grad()
+            loss = model(x).square().mean()
+            loss.backward()
+            optimizer.step()
+            losses[-1].append(loss.item())
+    torch.testing.assert_close(losses[1], losses[0], atol=1e-5, rtol=1e-5)
