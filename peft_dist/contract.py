@@ -351,6 +351,14 @@ class WeightMethod(SiteMethod):
         return None
 
     @classmethod
+    def by_slot(
+        cls, methods: Sequence[Any], arrays: Params, base: BaseLayer
+    ) -> tuple[Tensor, Tensor, list[float]] | None:
+        """`low_rank` of all adapters whose tensors stand one after the other in `arrays`: A (slots, r, in), B (slots,
+        out, r), and s of each of `methods`; None where that is not what `added` is."""
+        return None
+
+    @classmethod
     def adds_in_place(cls, p: Params, base: BaseLayer) -> bool:
         """Whether `add_mixed` is there, and cheaper than the sum."""
         return False

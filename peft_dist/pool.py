@@ -106,21 +106,12 @@ class Bucket:
         tensors (rows, ...). Rows whose adapters stand side by side here read the arrays as they are; where nothing of
         that saves anything, all rows are one part. None where an adapter is not here, or its Parameters are elsewhere
         by now."""
-        names = tuple(adapters)
-        if names != self._asked[0]:
-            self._asked = (names, self._slots_of(names))
-        slots = self._asked[1]
-        if slots is None:
+        if (slots := self.slots_of(adapters)) is None:
             return None
-        distinct, has_grad, trained = dict.fromkeys(slots), torch.is_grad_enabled(), set()
-        for name, array in self.arrays.items():
-            begin, step = array.data_ptr(), array.stride(0) * array.element_size()
-            for slot in distinct:
-                parameter = self.held[slot][name]
-                if parameter.data_ptr() != begin + slot * step:
-                    return None
-                if has_grad and parameter.requires_grad:
-                    trained.add(name)
+        trained = set()
+        if torch.is_grad_enabled():
+            held = [self.held[slot] for slot in dict.fromkeys(slots)]
+            trained = {name for name in self.arrays if any(each[name].requires_grad for each in held)}
         if not trained and (runs := _runs(slots)) is not None:
             return [
                 (
@@ -139,7 +130,24 @@ class Bucket:
             made[name] = _Stack.apply(values, *parameters) if name in trained else values
         return [(slice(0, len(slots)), made)]
 
-    def _slots_of(self, adapters: tuple[str | None, ...]) -> tuple[int, ...] | None:
+    def slots_of(self, adapters: Sequence[str | None]) -> tuple[int, ...] | None:
+        """The slots of adapters whose tensors `arrays` holds as they are now; None where one is not here, or its
+        Parameters are elsewhere by now."""
+        names = tuple(adapters)
+        if names != self._asked[0]:
+            self._asked = names, self._find(names)
+        slots = self._asked[1]
+        if slots is None:
+            return None
+        distinct = [(slot, self.held[slot]) for slot in set(slots)]
+        for name, array in self.arrays.items():
+            begin, step = array.data_ptr(), array.stride(0) * array.element_size()
+            for slot, held in distinct:
+                if held[name].data_ptr() != begin + slot * step:
+                    return None
+        return slots
+
+    def _find(self, adapters: tuple[str | None, ...]) -> tuple[int, ...] | None:
         slot_of = {owner: slot for slot, owner in enumerate(self.owners) if owner is not None}
         if any(adapter not in slot_of for adapter in adapters):
             return None

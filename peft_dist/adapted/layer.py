@@ -17,10 +17,11 @@ from peft_dist.adapted.levels import Adjusted, Level, down, up
 from peft_dist.adapted.module import AdapterModule
 from peft_dist.adapted.packed import chosen, run_packed
 from peft_dist.base_layer import Layer, door, rounded
+from peft_dist.compiled import lane_loop
 from peft_dist.contract import BaseLayer, Method, Params, SiteMethod, WeightMethod
 from peft_dist.errors import RowsError
 from peft_dist.packed_rows import PackedRows, Stretch
-from peft_dist.pool import AdapterPool, PooledModule
+from peft_dist.pool import AdapterPool, Bucket, PooledModule
 from peft_dist.recompute import Remembering
 from peft_dist.rows import Current, Rows, Segment, Split
 from peft_dist.sharding import is_partitioned, reach
@@ -324,8 +325,11 @@ class Adapted(AdapterModule):
             return None
         if first.reads or (self.training and type(first).draws is not Method.draws):
             return None
-        parts = bucket.by_row(names)
-        if parts is None or (self.training and any(self.methods[s.adapter].dropout for s in rows.segments)):  # type: ignore[index]
+        if self.training and any(self.methods[s.adapter].dropout for s in rows.segments):  # type: ignore[index]
+            return None
+        if (y := self._by_slot(x, names, bucket, type(first))) is not None:
+            return y
+        if (parts := bucket.by_row(names)) is None:
             return None
         each = [self.methods[name] for name in names]  # type: ignore[index]
         method, given = type(first), x.to(dtype_of(parts[0][1])).unsqueeze(1)
@@ -343,6 +347,31 @@ class Adapted(AdapterModule):
             additions.append(added.squeeze(1))
         y = self.base(x) if y is None else y
         return (torch.cat(additions) if len(parts) > 1 else additions[0]).add_(y).to(y.dtype)
+
+    def _by_slot(
+        self, x: Tensor, names: Sequence[str | None], bucket: Bucket, method: type[WeightMethod]
+    ) -> Tensor | None:
+        """`_by_row` by one compiled loop over the arrays of the pool, where that is cheaper; else None."""
+        if (
+            torch.is_grad_enabled()
+            or not lane_loop.suits_rows(x)
+            or (slots := bucket.slots_of(names)) is None
+        ):
+            return None
+        distinct = dict.fromkeys(names)
+        pair = method.by_slot([self.methods[name] for name in distinct], bucket.arrays, self.base)  # type: ignore[index]
+        if pair is None or not lane_loop.takes(*pair[:2], x):
+            return None
+        A, B, scales = pair
+        y = self.base(x)
+        if y.dtype != x.dtype or not y.is_contiguous():
+            y = y.to(x.dtype).contiguous()
+        scale_of = dict(zip(distinct, scales, strict=True))
+        served = lane_loop.served_by_row(
+            slots, tuple([scale_of[name] for name in names]), x.shape[:-1].numel()
+        )
+        lane_loop.add(A, B, (A.shape[2], B.shape[1], A.shape[1]), served, x, y, across=True)
+        return y
 
     def _mixed_weights(self, x: Tensor, split: Split, parts: list[tuple[list[Level], int, int]]) -> Tensor:
         """Rows name different adapters, all of which add to W: the layer runs once, the additions part by

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import Any
 
 _FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-march=native")
 _WITHIN_S = 120
@@ -38,11 +39,20 @@ def library(name: str) -> ctypes.CDLL | None:
         return None
 
 
+def function(name: str, which: str, *arguments: Any) -> Any | None:
+    """A function of a `library`, which gives nothing back, called with these ctypes; None where there is no library."""
+    compiled = library(name)
+    if compiled is None:
+        return None
+    found = getattr(compiled, which)
+    found.argtypes, found.restype = arguments, None
+    return found
+
+
 def _compiled(source: Path) -> Path:
     compiler = _compiler()
-    key = hashlib.sha256(
-        "\0".join([source.read_text(), compiler, *_FLAGS, _processor()]).encode()
-    ).hexdigest()
+    texts = [path.read_text() for path in (source, *sorted(source.parent.glob("*.h")))]
+    key = hashlib.sha256("\0".join([*texts, compiler, *_FLAGS, _processor()]).encode()).hexdigest()
     folder = _cache()
     made = folder / f"{source.stem}-{key[:16]}.so"
     if made.exists():

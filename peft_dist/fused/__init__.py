@@ -8,7 +8,7 @@ twice is refused by torch.
 from peft_dist.fused.changed import by_delta, changed, changed_by_kronecker, hadamard
 from peft_dist.fused.low_rank import low_rank, pooled, projected, reflected, stretched
 from peft_dist.fused.plain import exactly, foldable, plain
-from peft_dist.fused.scaled import are_divisors, folded_input, folded_outputs, scaled_input
+from peft_dist.fused.scaled import are_divisors, scaled_input, scaled_outputs
 from peft_dist.fused.turned import rotations, skew, turned
 from peft_dist.fused.wavelet import synthesis
 
@@ -19,8 +19,6 @@ __all__ = [
     "changed_by_kronecker",
     "exactly",
     "foldable",
-    "folded_input",
-    "folded_outputs",
     "hadamard",
     "low_rank",
     "plain",
@@ -29,6 +27,7 @@ __all__ = [
     "reflected",
     "rotations",
     "scaled_input",
+    "scaled_outputs",
     "skew",
     "stretched",
     "synthesis",

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from peft_dist.compiled import scaled_loop
 from peft_dist.fused.node import Node
 from peft_dist.fused.plain import flat, linear, shaped
 
 
 def scaled_input(x: Tensor, W: Tensor, b: Tensor | None, scale: Tensor) -> Tensor:
-    """(scale * x) W^T + b."""
+    """(scale * x) W^T + b, for a scale (in,) of any shape."""
     return _ScaledInput.run(x, W, b, scale)
 
 
@@ -24,55 +25,30 @@ class _ScaledInput(Node):
         rows = flat(x)
         ctx.save_for_backward(rows, W, scale)
         ctx.shape = x.shape
-        return shaped(linear(rows * scale, W, b), x)
+        return shaped(linear(rows * scale.view(-1), W, b), x)
 
     @staticmethod
     def gradients(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         rows, W, scale = ctx.saved_tensors
         g = torch.mm(g, W)
-        g_scale = sum_of_products(rows, g) if ctx.needs_input_grad[3] else None
-        g_x = g.mul_(scale).view(ctx.shape) if ctx.needs_input_grad[0] else None
-        return g_x, None, None, g_scale
+        sums = _scale(g, rows, scale.view(-1), g)
+        g_x = g.view(ctx.shape) if ctx.needs_input_grad[0] else None
+        return g_x, None, None, sums.view_as(scale)
 
 
-def folded_input(x: Tensor, W: Tensor, b: Tensor | None, scale: Tensor) -> Tensor:
-    """`scaled_input` as x (scale * W)^T + b, for a scale of any shape, one of `are_divisors`."""
-    return _FoldedInput.run(x, W, b, scale)
+def scaled_outputs(x: Tensor, parts: Sequence[tuple[Tensor, Tensor | None, Tensor]]) -> tuple[Tensor, ...]:
+    """scale * (x W^T + b) for each (W, b, scale) of `parts`, layers that take the same x and whose scales (out,), of
+    any shape, are `are_divisors`: what is scaled in place then gives the scale's gradient as well."""
+    return _ScaledOutputs.run(x, *(t for part in parts for t in part))
 
 
-class _FoldedInput(Node):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, scale: Tensor) -> Tensor:
-        rows, V = flat(x), W * scale.view(-1)
-        ctx.save_for_backward(rows, V, scale)
-        ctx.shape = x.shape
-        return shaped(linear(rows, V, b), x)
-
-    @staticmethod
-    def gradients(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        rows, V, scale = ctx.saved_tensors
-        g = torch.mm(g, V)
-        g_scale = sum_of_products(rows, g).view_as(scale).div_(scale) if ctx.needs_input_grad[3] else None
-        return g.view(ctx.shape) if ctx.needs_input_grad[0] else None, None, None, g_scale
-
-
-def folded_outputs(x: Tensor, parts: Sequence[tuple[Tensor, Tensor | None, Tensor]]) -> tuple[Tensor, ...]:
-    """scale * (x W^T + b) as x (scale W)^T + scale b, for each (W, b, scale) of `parts`, layers that take the same
-    x and whose scales, of any shape, are `are_divisors`."""
-    return _FoldedOutputs.run(x, *(t for part in parts for t in part))
-
-
-class _FoldedOutputs(Node):
+class _ScaledOutputs(Node):
     @staticmethod
     def forward(ctx: Any, x: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
         Ws, bs, scales = (tensors[i::3] for i in range(3))
         rows = flat(x)
-        Vs = [W * scale.view(-1, 1) for W, scale in zip(Ws, scales, strict=True)]
-        ys = [
-            linear(rows, V, b if b is None else b * scale.view(-1))
-            for V, b, scale in zip(Vs, bs, scales, strict=True)
-        ]
-        ctx.save_for_backward(*ys, *Vs, *scales)
+        ys = [linear(rows, W, b).mul_(scale.view(-1)) for W, b, scale in zip(Ws, bs, scales, strict=True)]
+        ctx.save_for_backward(*ys, *Ws, *scales)
         ctx.shape = x.shape
         ctx.set_materialize_grads(False)
         return tuple(shaped(y, x) for y in ys)
@@ -81,15 +57,18 @@ class _FoldedOutputs(Node):
     def gradients(ctx: Any, *gs: Tensor | None) -> tuple[Tensor | None, ...]:
         num, wanted, g_x = len(gs), ctx.needs_input_grad, None
         saved = ctx.saved_tensors
-        ys, Vs, scales = saved[:num], saved[num : 2 * num], saved[2 * num :]
+        ys, Ws, scales = saved[:num], saved[num : 2 * num], saved[2 * num :]
         each: list[Tensor | None] = []
+        scaled = saved[0].new_empty(0)
         for i, g in enumerate(gs):
-            g_scale = None
-            if g is not None and wanted[3 + 3 * i]:
-                g_scale = sum_of_products(g, ys[i]).view_as(scales[i]).div_(scales[i])
-            if g is not None and wanted[0]:
-                g_x = torch.mm(g, Vs[i]) if g_x is None else g_x.addmm_(g, Vs[i])
-            each += [None, None, g_scale]
+            if g is None:
+                each += [None, None, None]
+                continue
+            scaled = scaled if scaled.shape == g.shape else torch.empty_like(g)
+            sums = _scale(g, ys[i], scales[i].view(-1), scaled)
+            if wanted[0]:
+                g_x = torch.mm(scaled, Ws[i]) if g_x is None else g_x.addmm_(scaled, Ws[i])
+            each += [None, None, sums.view_as(scales[i]).div_(scales[i])]
         return None if g_x is None else g_x.view(ctx.shape), *each
 
 
@@ -98,6 +77,15 @@ def are_divisors(scales: Sequence[Tensor]) -> bool:
     with torch.no_grad():
         every = scales[0] if len(scales) == 1 else torch.cat([scale.flatten() for scale in scales])
         return float(every.abs().min()) > 1e-20
+
+
+def _scale(g: Tensor, y: Tensor, scale: Tensor, given: Tensor) -> Tensor:
+    """g * scale into `given`, which may be g; the sum over rows of g * y."""
+    if scaled_loop.suits(g, y, scale):
+        return scaled_loop.scale(g, y, scale, given)
+    sums = sum_of_products(g, y)
+    torch.mul(g, scale, out=given)
+    return sums
 
 
 def sum_of_products(a: Tensor, b: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from peft_dist.compiled import block_loop
 from peft_dist.fused.node import Node
 from peft_dist.fused.plain import flat, linear, shaped
 
@@ -125,7 +126,7 @@ class _Turned(Node):
             if g is not None:
                 g = torch.mm(g, W)
                 if wanted[3 + 4 * i]:
-                    g_R = torch.bmm(_blocks(rows, R).mT, _blocks(g, R))
+                    g_R = _cross(rows, g, R)
                 if wanted[0]:
                     g_x = _turn(g, R.mT, g_x)
             each += [None, None, g_R, None]
@@ -149,14 +150,13 @@ class _Folded(Node):
     def gradients(ctx: Any, *gs: Tensor | None) -> tuple[Tensor | None, ...]:
         rows, *kept = ctx.saved_tensors
         Vs, Zs, wanted, g_x = kept[: len(gs)], kept[len(gs) :], ctx.needs_input_grad, None
-        across = _blocks(rows, Zs[0]).mT
         each: list[Tensor | None] = []
         for i, (g, V, Z) in enumerate(zip(gs, Vs, Zs, strict=True)):
             g_R = None
             if g is not None:
                 g = torch.mm(g, V)
                 if wanted[3 + 4 * i]:
-                    g_R = torch.bmm(torch.bmm(across, _blocks(g, Z)), Z)
+                    g_R = torch.bmm(_cross(rows, g, Z), Z)
                 if wanted[0]:
                     g_x = g if g_x is None else g_x.add_(g)
             each += [None, None, g_R, None]
@@ -169,13 +169,22 @@ def _blocks(rows: Tensor, R: Tensor) -> Tensor:
 
 def _turn(rows: Tensor, R: Tensor, to: Tensor | None = None) -> Tensor:
     """rows turned, added to `to` in place where it is given."""
-    if to is not None:
-        given = _blocks(to, R)
-        torch.baddbmm(given, _blocks(rows, R), R, out=given)
-        return to
-    given = torch.empty_like(rows)
-    torch.bmm(_blocks(rows, R), R, out=_blocks(given, R))
+    given = torch.empty_like(rows) if to is None else to
+    if given.is_contiguous() and block_loop.suits(R.shape[-1], rows, R):
+        block_loop.turn(rows, R, given, adds=to is not None)
+    elif to is None:
+        torch.bmm(_blocks(rows, R), R, out=_blocks(given, R))
+    else:
+        torch.baddbmm(_blocks(to, R), _blocks(rows, R), R, out=_blocks(to, R))
     return given
+
+
+def _cross(x: Tensor, g: Tensor, R: Tensor) -> Tensor:
+    """(n, b, b): the blocks of x^T g that R's are."""
+    b = R.shape[-1]
+    return (
+        block_loop.cross(x, g, b) if block_loop.suits(b, x, g) else torch.bmm(_blocks(x, R).mT, _blocks(g, R))
+    )
 
 
 def skew(Q: Tensor) -> Tensor:

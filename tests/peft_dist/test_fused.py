@@ -97,13 +97,13 @@ NODES = {
         lambda b, x, s: F.linear(x * s, W, b),
         ((IN,),),
     ),
-    "folded_input": (
-        lambda b, x, s: fused.folded_input(x, W, b, s),
+    "scaled_input of a scale that is a row": (
+        lambda b, x, s: fused.scaled_input(x, W, b, s),
         lambda b, x, s: F.linear(x * s.flatten(), W, b),
         ((1, IN),),
     ),
-    "folded_outputs": (
-        lambda b, x, s, t: torch.cat(fused.folded_outputs(x, [(W, b, s), (W2, None, t)]), -1),
+    "scaled_outputs": (
+        lambda b, x, s, t: torch.cat(fused.scaled_outputs(x, [(W, b, s), (W2, None, t)]), -1),
         lambda b, x, s, t: torch.cat([F.linear(x, W, b) * s, x @ W2.T * t.flatten()], -1),
         ((OUT,), (IN, 1)),
     ),

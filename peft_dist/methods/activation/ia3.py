@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from peft_dist import starts
 from peft_dist.config import TargetedConfig, name_set
@@ -81,23 +81,12 @@ class IA3Config(TargetedConfig, ActivationMethod):
         return y if self.is_feedforward(base.site) else y * self._scale(p, base.site)
 
     def forward(self, p: Params, base: BaseLayer, x: Tensor, enter: Enter) -> Tensor:
-        is_input, scale = self.is_feedforward(base.site), p["l"]
-        if folded := self._foldable([p], [base], x):
-            (part,) = folded
-            return fused.folded_input(x, *part) if is_input else fused.folded_outputs(x, folded)[0]
-        if is_input and (frozen := fused.plain(base, x, scale)):
-            return fused.scaled_input(x, *frozen, scale.flatten())
+        if self.is_feedforward(base.site):
+            if frozen := fused.plain(base, x, p["l"]):
+                return fused.scaled_input(x, *frozen, p["l"])
+        elif given := self.together([self], [p], [base], x):
+            return given[0]
         return super().forward(p, base, x, enter)
-
-    @staticmethod
-    def _foldable(ps: Sequence[Params], bases: Sequence[BaseLayer], x: Tensor) -> list[tuple[Any, ...]]:
-        """(W, b, scale) of each layer, where all the scales are cheaper to multiply into W than into x or y; else
-        none."""
-        scales = [p["l"] for p in ps]
-        frozen = [fused.foldable(base, x, scale) for base, scale in zip(bases, scales, strict=True)]
-        if not all(frozen) or not fused.are_divisors(scales):
-            return []
-        return [(*each, scale) for each, scale in zip(frozen, scales, strict=True)]
 
     @classmethod
     def together(
@@ -105,8 +94,12 @@ class IA3Config(TargetedConfig, ActivationMethod):
     ) -> Sequence[Tensor] | None:
         if any(method.is_feedforward(base.site) for method, base in zip(methods, bases, strict=True)):
             return None
-        parts = cls._foldable(ps, bases, x)
-        return fused.folded_outputs(x, parts) if parts else None
+        scales = [p["l"] for p in ps]
+        frozen = [fused.exactly(base, x, scale) for base, scale in zip(bases, scales, strict=True)]
+        if x.device.type != "cpu" or not all(frozen) or not fused.are_divisors(scales):
+            return None
+        parts = [(*each, scale) for each, scale in zip(frozen, scales, strict=True)]
+        return fused.scaled_outputs(x, parts)
 
     def delta(self, p: Params, base: BaseLayer) -> Tensor:
         W, shift = base.weight(), p["l"].flatten() - 1

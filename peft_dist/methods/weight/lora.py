@@ -246,11 +246,13 @@ class LoraConfig(TargetedConfig, WeightMethod):
 
     def rank(self, site: Site) -> int:
         """r at `site`."""
-        return by_pattern(self.rank_pattern or {}, site.name, self.r)
+        return by_pattern(self.rank_pattern, site.name, self.r) if self.rank_pattern else self.r
 
     def scaling(self, site: Site) -> float:
         """s at `site`."""
-        r, alpha = self.rank(site), by_pattern(self.alpha_pattern or {}, site.name, self.lora_alpha)
+        r, alpha = self.rank(site), self.lora_alpha
+        if self.alpha_pattern:
+            alpha = by_pattern(self.alpha_pattern, site.name, alpha)
         return alpha / math.sqrt(r) if self.use_rslora else alpha / r
 
     def facts(self, site: Site) -> dict[str, Any]:
@@ -360,6 +362,14 @@ class LoraConfig(TargetedConfig, WeightMethod):
             return None
         h = torch.bmm(x.flatten(1, -2), p["A"].mT) * cls._scales(methods, base, x)
         return torch.bmm(h, p["B"].mT).view(*x.shape[:-1], -1)
+
+    @classmethod
+    def by_slot(
+        cls, methods: Sequence[LoraConfig], arrays: Params, base: BaseLayer
+    ) -> tuple[Tensor, Tensor, list[float]] | None:
+        if base.site.kind != "linear" or arrays.keys() != {"A", "B"}:
+            return None
+        return arrays["A"], arrays["B"], [method.scaling(base.site) for method in methods]
 
     @classmethod
     def adds_in_place(cls, p: Params, base: BaseLayer) -> bool:
