@@ -409,7 +409,11 @@ def _apart(base: nn.Module, replaced: Sequence[Replaced], names: Sequence[str]) 
 def _take_over(module: Replaced, names: Sequence[str], apart: set[int]) -> None:
     chosen = [name for name in names if name in module.methods]
     if chosen:
+        wanted = module.wanted(chosen[-1])
         for key, value in module.tensors(chosen[-1]).items():
+            if not wanted[key].trainable:
+                module.original_module.get_buffer(key).copy_(value)
+                continue
             shared = module.original_module.get_parameter(key)
             if id(shared) in apart:
                 above, _, last = key.rpartition(".")

@@ -134,7 +134,9 @@ class Layer:
             del own["forward"]
 
     def tensor(self, key: str) -> Tensor:
-        """The layer's parameter `key`, whole and detached; a collective if it is partitioned."""
+        """The layer's parameter or buffer `key`, whole and detached; a collective if it is partitioned."""
+        if key in dict(self.layer.named_buffers()):
+            return self.layer.get_buffer(key).detach()
         parameter = self.layer.get_parameter(key)
         # The alias outlives the context: DeepSpeed lets go of the gathered storage, it does not free it.
         with gathered([parameter]):

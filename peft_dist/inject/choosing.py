@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -157,8 +158,6 @@ def on_whole_modules(
             raise TargetError(
                 f"modules_to_save: {name!r} holds layers that other adapters sit on. Name its layers."
             )
-        if any(True for _ in layer.buffers()):
-            warnings.warn(f"modules_to_save: buffers of {name!r} stay the base's.", stacklevel=4)
         if isinstance(layer, _CONTAINERS):
             raise ContainerError(
                 f"modules_to_save: {name!r} is a {type(layer).__name__}, which is never called itself, so that nothing "
@@ -166,12 +165,24 @@ def on_whole_modules(
             )
         _check_whole(name, layer)
         if any(True for _ in layer.parameters()):
-            chosen.append(Chosen(found[name], Replaced, Layer(layer, name), ModulesToSave()))
+            chosen.append(
+                Chosen(found[name], Replaced, Layer(layer, name), ModulesToSave(_kept(name, layer)))
+            )
         if getattr(config, "ensure_weight_tying", False) and name == facts.embedding:
             for other in _sharing(found, name):
                 place = found[other]
                 tied.append((Chosen(place, Replaced, Layer(place.layer, other), SameModule()), chosen[-1]))
     return chosen, tied
+
+
+def _kept(name: str, layer: nn.Module) -> tuple[tuple[str, tuple[int, ...], bool], ...]:
+    """The buffers of a module that a checkpoint of it holds: of each its name, its shape and whether it is int64."""
+    saved = layer.state_dict(keep_vars=True)
+    held = [(key, buffer) for key, buffer in layer.named_buffers() if key in saved]
+    other = [key for key, b in held if not b.is_floating_point() and b.dtype != torch.int64]
+    if other:
+        warnings.warn(f"modules_to_save: {', '.join(other)} of {name!r} stay the base's.", stacklevel=5)
+    return tuple((key, tuple(b.shape), b.dtype == torch.int64) for key, b in held if key not in other)
 
 
 _CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from peft.helpers import KappaTuneSelector as TheirSelector
 from peft.helpers import find_kappa_target_modules as their_kappas
+from safetensors.torch import load_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -378,3 +379,45 @@ def test_names_that_a_base_lacks_are_torchs_own_error() -> None:
         state = library.get_base_model_state_dict(model)
         with pytest.raises(RuntimeError, match="nothing"):
             library.set_base_model_state_dict(model, {**state, "nothing": torch.ones(1)}, strict=True)
+
+
+class Normed(nn.Module):
+    """A head that keeps running means."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.lin, self.head = nn.Linear(5, 6), nn.Sequential(nn.BatchNorm1d(6), nn.Linear(6, 3))
+
+    def forward(self, x):
+        return self.head(self.lin(x))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_running_means_of_modules_trained_whole_are_the_adapters_own(tmp_path) -> None:
+    x, told = 3 * torch.randn(8, 5) + 1, []
+    for library in (peft, peft_dist):
+        config = library.LoraConfig(r=2, target_modules=["lin"], modules_to_save=["head"])
+        model = library.get_peft_model(Normed(), config)
+        model.add_adapter("other", copy.deepcopy(config))
+        base = model.get_base_model().head.original_module
+        with torch.no_grad():
+            for _ in range(3):
+                model(x)
+        model.eval()
+        answer = model(x)
+        told.append(answer)
+        assert torch.equal(base[0].running_mean, torch.zeros(6)) and base[0].num_batches_tracked == 0
+        model.set_adapter("other")
+        assert not torch.allclose(model(x), answer)
+        model.set_adapter("default")
+        model.save_pretrained(tmp_path / library.__name__)
+        for other in (peft, peft_dist):
+            again = other.PeftModel.from_pretrained(Normed(), tmp_path / library.__name__).eval()
+            torch.testing.assert_close(again(x), answer)
+        torch.testing.assert_close(model.merge_and_unload()(x), answer)
+    torch.testing.assert_close(told[1], told[0])
+    files = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("peft", "peft_dist")]
+    assert {k: (t.shape, t.dtype) for k, t in files[0].items()} == {
+        k: (t.shape, t.dtype) for k, t in files[1].items()
+    }

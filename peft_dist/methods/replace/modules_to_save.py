@@ -4,7 +4,7 @@ base's."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 from peft_dist import starts
@@ -16,25 +16,31 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ModulesToSave(ReplaceMethod):
-    """One copy of every tensor of the module."""
+    """One copy of every tensor of the module.
+
+    Args:
+        buffers: (name, shape, whether it counts in int64) of what the module keeps beside its parameters, such as the
+            running means of a batch norm: not trained, but each adapter's own, and saved with it.
+    """
 
     prefix: ClassVar[str] = "modules_to_save"
+    buffers: tuple[tuple[str, tuple[int, ...], bool], ...] = ()
 
     def params(self, site: Site) -> dict[str, Param]:
-        return {
-            name: Param(
-                f"modules_to_save.{name}",
-                tuple(f"{name}_{axis}" for axis in range(len(shape))),
-                shape,
-                starts.inherit,
-                saved=name,
-            )
-            for name, shape in site.tensors
+        trained = {name: _copy(name, shape) for name, shape in site.tensors}
+        kept = {
+            name: replace(_copy(name, shape), trainable=False, is_index=i) for name, shape, i in self.buffers
         }
+        return {**trained, **kept}
 
     def start_from_base(self, p: Params, base: BaseLayer) -> None:
         for name, tensor in p.items():
             tensor.copy_(base.tensor(name))
+
+
+def _copy(name: str, shape: tuple[int, ...]) -> Param:
+    dims = tuple(f"{name}_{axis}" for axis in range(len(shape)))
+    return Param(f"modules_to_save.{name}", dims, shape, starts.inherit, saved=name)
 
 
 @dataclass(frozen=True)
