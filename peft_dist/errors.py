@@ -10,6 +10,10 @@ class PeftDistError(Exception):
     """Root of every error that a user of this package can cause."""
 
 
+class AdapterWarning(UserWarning):
+    """What of a config or of an adapter will not do what its user may expect."""
+
+
 class ConfigError(PeftDistError, ValueError):
     """A config that contradicts itself, or asks for what this version does not do."""
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from peft_dist.errors import TargetError, closest
+from peft_dist.errors import AdapterWarning, TargetError, closest
 
 ALL_LINEAR = "all-linear"
 
@@ -179,7 +179,7 @@ DEFAULT_FEEDFORWARD: dict[str, Sequence[str]] = {
 }
 
 
-class UnmatchedWarning(UserWarning, RuntimeWarning):
+class UnmatchedWarning(AdapterWarning, RuntimeWarning):
     """`FIELD: NAMES matched no layer`: some targets or patterns match, these do not."""
 
 

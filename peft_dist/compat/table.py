@@ -108,7 +108,7 @@ PUBLIC: dict[str, str] = {
     "__version__": "peft_dist.config:PEFT_VERSION",
     "PeftError": "peft_dist.errors:PeftDistError",
     "NoMatchingPeftModuleError": "peft_dist.errors:TargetError",
-    "PeftWarning": "peft_dist.targets:UnmatchedWarning",
+    "PeftWarning": "peft_dist.errors:AdapterWarning",
     **_at("peft_dist.tuner_layer", "BaseTunerLayer"),
     "LycorisLayer": "peft_dist.compat.classes:LycorisLayer",
     "LycorisConfig": "peft_dist.config:TargetedConfig",

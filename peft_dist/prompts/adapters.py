@@ -52,12 +52,19 @@ class PromptAdapters(PooledModule):
     @property
     def base(self) -> EmbeddingLayer:
         """The door to the input embeddings, which virtual tokens stand before."""
-        return self._embedding()[1]
+        return self._asked()[1]
 
     @property
     def word_embeddings(self) -> nn.Module:
         """The base's input embeddings."""
-        return self._embedding()[0]
+        return self._asked()[0]
+
+    def _asked(self) -> tuple[nn.Module, EmbeddingLayer]:
+        # A program that looks at every attribute of a model finds that this one is not there.
+        try:
+            return self._embedding()
+        except ConfigError as error:
+            raise AttributeError(str(error)) from error
 
     @property
     def prompt_tokens(self) -> dict[str, Tensor]:

@@ -421,3 +421,84 @@ def test_running_means_of_modules_trained_whole_are_the_adapters_own(tmp_path) -
     assert {k: (t.shape, t.dtype) for k, t in files[0].items()} == {
         k: (t.shape, t.dtype) for k, t in files[1].items()
     }
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_a_program_disabled_stays_so() -> None:
+    after = []
+    for library in (peft, peft_dist):
+        model = library.get_peft_model(
+            bases.llama(), library.LoraConfig(r=2, target_modules=["q_proj", "k_proj"])
+        )
+        attention = model.get_base_model().model.layers[0].self_attn
+        attention.q_proj.enable_adapters(False)
+        with model.disable_adapter():
+            assert attention.k_proj.disable_adapters
+        after.append((attention.q_proj.disable_adapters, attention.k_proj.disable_adapters))
+    assert after == [(False, False), (True, False)]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("LN_TUNING", {"target_modules": ["input_layernorm"]}),
+        ("TRAINABLE_TOKENS", {"token_indices": [1, 2], "target_modules": ["embed_tokens"]}),
+    ],
+)
+def test_two_that_stand_in_one_place_are_not_active_together(name, values) -> None:
+    for library in (peft, peft_dist):
+        config = library.PEFT_TYPE_TO_CONFIG_MAPPING[library.PeftType(name)]
+        model = library.get_peft_model(bases.llama(), config(**values))
+        model.add_adapter("other", config(**values))
+        if library is peft:
+            model.base_model.set_adapter(["default", "other"])
+            continue
+        with pytest.raises(peft_dist.PeftDistError, match="Activate one"):
+            model.base_model.set_adapter(["default", "other"])
+        assert model.active_adapters == ["default"]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_name_used_twice_on_a_bare_base() -> None:
+    for library in (peft, peft_dist):
+        config = library.LoraConfig(**TARGETS, init_lora_weights=False)
+        base = library.inject_adapter_in_model(config, bases.llama())
+        A = base.model.layers[0].self_attn.q_proj.lora_A["default"].weight.clone()
+        if library is peft:
+            library.inject_adapter_in_model(config, base)
+            assert not torch.equal(base.model.layers[0].self_attn.q_proj.lora_A["default"].weight, A)
+            continue
+        with pytest.raises(ValueError, match="has one of this name"):
+            library.inject_adapter_in_model(config, base)
+        assert torch.equal(base.model.layers[0].self_attn.q_proj.lora_A["default"].weight, A)
+
+
+def test_the_status_of_adapted_blocks() -> None:
+    values = {"adapter_layers": 1, "adapter_len": 2, "task_type": "CAUSAL_LM"}
+    theirs = peft.get_peft_model(bases.llama(), peft.AdaptionPromptConfig(**values))
+    with pytest.raises(TypeError):
+        theirs.get_layer_status()
+    mine = peft_dist.get_peft_model(bases.llama(), peft_dist.AdaptionPromptConfig(**values))
+    assert [each.available_adapters for each in mine.get_layer_status()] == [["default"]]
+    assert mine.get_model_status().num_adapter_layers == 1
+
+
+def test_looking_at_every_attribute_of_a_model_meets_no_error_but_that_it_is_not_there() -> None:
+    net = nn.ModuleDict({"lin": nn.Linear(4, 4)})
+    model = peft_dist.get_peft_model(net, peft_dist.LoraConfig(r=2, target_modules=["lin"]))
+    for thing in (model, model.base_model, net["lin"]):
+        for name in dir(thing):
+            getattr(thing, name, None)
+    assert not hasattr(model, "word_embeddings")
+    with pytest.raises(ValueError, match="no input embeddings"):
+        model.add_adapter("p", peft_dist.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+
+
+def test_a_bias_that_cannot_be_merged_is_warned_of() -> None:
+    for library in (peft, peft_dist):
+        with pytest.warns(library.PeftWarning, match="bias"):
+            library.get_peft_model(
+                nn.ModuleDict({"lin": nn.Linear(4, 4, bias=False)}),
+                library.LoraConfig(r=2, target_modules=["lin"], lora_bias=True),
+            )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from peft_dist import starts
 from peft_dist.contract import BaseLayer, Enter, Param, Params, Site
-from peft_dist.errors import ConfigError
+from peft_dist.errors import AdapterWarning, ConfigError
 from peft_dist.lazy import lazy
 from peft_dist.methods.lora.variant import Variant
 from peft_dist.methods.weight.lora import per_channel
@@ -31,7 +31,9 @@ class Biased(Variant):
             )
         if not site.bias:
             warnings.warn(
-                f"LoraConfig.lora_bias: {site.name!r} has no bias, so that it cannot be merged.", stacklevel=2
+                f"LoraConfig.lora_bias: {site.name!r} has no bias, so that it cannot be merged.",
+                AdapterWarning,
+                stacklevel=2,
             )
         return True
 
