@@ -14,6 +14,7 @@ from torch.nn import Parameter
 
 from peft_dist.adapted import AdapterModule
 from peft_dist.checkpoint.embeddings import all_embeddings
+from peft_dist.checkpoint.former import as_called_now
 from peft_dist.checkpoint.layout import DEFAULT_ADAPTER
 from peft_dist.checkpoint.names import Holder, adapter_parameters, defines, holders, join, known_adapter
 from peft_dist.checkpoint.reading import read
@@ -62,13 +63,11 @@ def load_state_dict(
     if defines(config, "fitted"):
         tensors = config.fitted(tensors, adapter_parameters(model, adapter_name))
     embeddings = {key: p for key, p in all_embeddings(model).items() if key in tensors}
-    used = set(embeddings)
-    given: list[tuple[Holder, dict[str, Tensor]]] = []
-    for holder in held:
-        pause()
-        restored, names = _restored(holder, tensors)
-        given.append((holder, restored))
-        used |= names
+    given, used = _given(held, tensors, embeddings)
+    unknown = {key for key in tensors if key not in used and not is_again(key, used)}
+    if unknown and (now := as_called_now(model, tensors, unknown)) is not None:
+        tensors = now
+        given, used = _given(held, tensors, embeddings)
     if held and not any(restored for _, restored in given):
         first = next(iter(adapter_parameters(model, adapter_name)), None)
         raise CheckpointError(
@@ -87,6 +86,19 @@ def load_state_dict(
     for key, parameter in embeddings.items():
         set_whole(parameter, tensors[key])
     return LoadResult(missing, [key for key in tensors if key not in used and not is_again(key, used)])
+
+
+def _given(
+    held: Sequence[Holder], tensors: Mapping[str, Tensor], others: Iterable[str]
+) -> tuple[list[tuple[Holder, dict[str, Tensor]]], set[str]]:
+    """(what each layer takes, by the method's names; the names that are taken, and `others`)."""
+    given, used = [], set(others)
+    for holder in held:
+        pause()
+        restored, names = _restored(holder, tensors)
+        given.append((holder, restored))
+        used |= names
+    return given, used
 
 
 def match_one(

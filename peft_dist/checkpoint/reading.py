@@ -13,7 +13,7 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
-from peft_dist.checkpoint.layout import PICKLED_NAME, WEIGHTS_NAME
+from peft_dist.checkpoint.layout import BASE_PREFIX, PICKLED_NAME, WEIGHTS_NAME
 from peft_dist.config import CONFIG_NAME, PeftConfig
 from peft_dist.errors import CheckpointError
 from peft_dist.folder import HUB_OPTIONS, FolderError, check_safetensors, is_hub_id, local_folder
@@ -117,13 +117,17 @@ def _read_config(folder: Path, path: str | os.PathLike[str]) -> PeftConfig:
 def _renamed(tensors: dict[str, Tensor], mapping: Mapping[str, str] | None) -> dict[str, Tensor]:
     if not mapping:
         return tensors
-    prefix = "base_model.model."
     renamed = {}
     for key, value in tensors.items():
-        name = key.removeprefix(prefix)
-        for pattern, replacement in mapping.items():
-            name, count = re.subn(pattern, replacement, name)
-            if count:
-                break
-        renamed[prefix + name if key.startswith(prefix) else name] = value
+        name = renamed_by(mapping, key.removeprefix(BASE_PREFIX))
+        renamed[BASE_PREFIX + name if key.startswith(BASE_PREFIX) else name] = value
     return renamed
+
+
+def renamed_by(mapping: Mapping[str, str], name: str) -> str:
+    """A name after the first of these regular expressions that is in it, without `base_model.model.`."""
+    for pattern, replacement in mapping.items():
+        new, count = re.subn(pattern, replacement, name)
+        if count:
+            return new
+    return name

@@ -8,6 +8,7 @@ import json
 import shutil
 import warnings
 from pathlib import Path
+from typing import ClassVar
 
 import fsspec
 import peft
@@ -15,14 +16,23 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+)
 
+import peft_dist
 from peft_dist import PeftModel, checkpoint, get_peft_model, inject_adapter_in_model
 from peft_dist.checkpoint import CARD_NAME, CONFIG_NAME, PICKLED_NAME, WEIGHTS_NAME
 from peft_dist.errors import AdapterError, CheckpointError
 from peft_dist.methods.activation.ia3 import IA3Config
 from peft_dist.methods.prompt.prompt_tuning import PromptTuningConfig
 from peft_dist.methods.weight.lora import LoraConfig
+from tests.contract import bases
 from tests.peft_dist.test_merge import disturb, llama, logits
 
 LLAMA = {
@@ -415,3 +425,58 @@ def test_a_bias_that_hf_peft_writes_three_times_is_read_once(tmp_path: Path) -> 
     ours = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
     ids = torch.arange(1, 9).view(2, 4)
     torch.testing.assert_close(ours(ids).logits, theirs(ids).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_adapters_of_layers_that_had_other_names(tmp_path) -> None:
+    """As Qwen2-VL's were called before transformers put `model.` before its parts; HF PEFT warns and leaves them."""
+    vision = {"depth": 1, "embed_dim": 16, "hidden_size": 16, "num_heads": 2, "mlp_ratio": 2}
+    rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}
+    facts = Qwen2VLConfig(text_config={**bases.LLAMA, "rope_parameters": rope}, vision_config=vision)
+    base = Qwen2VLForConditionalGeneration(facts)
+    config = peft_dist.LoraConfig(r=2, target_modules=["q_proj", "qkv"], init_lora_weights=False)
+    saved = peft_dist.get_peft_model(copy.deepcopy(base), config)
+    saved.save_pretrained(tmp_path)
+    wanted = load_file(tmp_path / WEIGHTS_NAME)
+    before = {
+        key.replace(".model.language_model.", ".model.").replace(
+            ".model.model.visual.", ".model.visual."
+        ): tensor
+        for key, tensor in wanted.items()
+    }
+    assert not before.keys() & wanted.keys()
+    save_file(before, tmp_path / WEIGHTS_NAME)
+    for library in (peft_dist, peft):
+        loaded = library.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+        state = library.get_peft_model_state_dict(loaded)
+        found = {key for key in wanted if torch.equal(state[key], wanted[key])}
+        assert found == (wanted.keys() if library is peft_dist else set())
+    again = peft_dist.get_peft_model(copy.deepcopy(base), config)
+    assert not any(again.load_adapter(tmp_path, "other"))
+    lost = {key.replace("qkv", "kqv"): tensor for key, tensor in before.items()}
+    save_file(lost, tmp_path / WEIGHTS_NAME)
+    with pytest.raises(CheckpointError, match="qkv"):
+        peft_dist.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+
+
+def test_a_model_may_say_how_its_layers_were_called(tmp_path) -> None:
+    class Base(nn.Module):
+        _checkpoint_conversion_mapping: ClassVar = {r"^first\.": "inner.first."}
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.ModuleDict({"first": nn.Linear(4, 4), "second": nn.Linear(4, 4)})
+
+    class Before(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.inner = nn.Linear(4, 4), nn.ModuleDict({"second": nn.Linear(4, 4)})
+
+    config = peft_dist.LoraConfig(r=2, target_modules=["first", "second"], init_lora_weights=False)
+    saved = peft_dist.get_peft_model(Before(), config)
+    saved.save_pretrained(tmp_path)
+    loaded = peft_dist.PeftModel.from_pretrained(Base(), tmp_path).get_base_model()
+    assert torch.equal(loaded.inner["first"].lora_A["default"].weight, saved.first.lora_A["default"].weight)
+    plain = Base()
+    plain._checkpoint_conversion_mapping = {}
+    with pytest.raises(CheckpointError, match=r"first\.lora_A"):
+        peft_dist.PeftModel.from_pretrained(plain, tmp_path)
