@@ -238,7 +238,7 @@ def resolve(config: Any, facts: BaseFacts) -> list[str]:
         config.target_modules = set(_shortest(chosen, facts))
         return chosen
     matched = [name for name in facts.layers if name and is_target(config, name)]
-    if not matched:
+    if not matched and not getattr(config, "target_parameters", None):
         raise TargetError(_nothing_matched(config, facts))
     read = [name for name in matched if facts.layers[name] == READ_BY_KERNELS]
     if read:
@@ -257,9 +257,14 @@ def resolve(config: Any, facts: BaseFacts) -> list[str]:
                 "no adapter "
                 "fits on it. Name the linear, embedding or convolution layers in it."
             )
-    if not isinstance(config.target_modules, str):
+    if not matched or not isinstance(config.target_modules, str):
+        asked = (
+            [config.target_modules]
+            if isinstance(config.target_modules, str)
+            else sorted(config.target_modules)
+        )
         layers = [n for n, kind in facts.layers.items() if kind != "module" or "module" in config.layers]
-        absent = [t for t in sorted(config.target_modules) if not any(ends_in([t], n) for n in layers)]
+        absent = [t for t in asked if not any(ends_in([t], n) for n in layers)]
         _warn_of_unmatched(absent, f"layer of {facts.name}", layers, "target_modules")
     # A value that is a list is what training found for a tensor, no setting for layers.
     patterns = {

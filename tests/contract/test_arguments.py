@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import MambaConfig, MambaForCausalLM
 
+import peft_dist
 from peft_dist import inject, merge
 from peft_dist.adapted import Adapted
 from peft_dist.base_layer import ParameterLayer
@@ -362,6 +363,15 @@ def test_parts_of_attention_alone() -> None:
     base = Attention()
     inject.inject(base, LoraConfig(r=2, target_modules=["attn", "out_proj"]), "a", inject.Adapters())
     assert [name for name, _ in inject.adapter_modules(base)] == ["attn", "attn.out_proj"]
+
+
+@pytest.mark.parametrize("modules", [["foobar"], ".*foobar"])
+def test_modules_that_match_nothing_beside_parameters_that_match(modules) -> None:
+    for library in (peft, peft_dist):
+        config = library.LoraConfig(r=2, target_modules=modules, target_parameters=["router.weight"])
+        with pytest.warns(RuntimeWarning, match="target_modules.*foobar"):
+            model = library.get_peft_model(nn.ModuleDict({"router": nn.Linear(4, 4)}), config)
+        assert [p.shape for p in model.parameters() if p.requires_grad] == [(2, 4), (4, 2)]
 
 
 def test_layers_whose_weights_a_state_space_mixer_reads() -> None:
