@@ -581,6 +581,9 @@ class AdapterOptimizer:
         return None
 
 
+_IN_ONE_PASS = (torch.float32, torch.float64)
+
+
 def _torch_optimizer(parameters: list[Parameter], hyper: Hyper) -> torch.optim.Optimizer:
     if hyper.optimizer == "sgd":
         return torch.optim.SGD(parameters, lr=hyper.learning_rate, weight_decay=hyper.weight_decay)
@@ -590,6 +593,8 @@ def _torch_optimizer(parameters: list[Parameter], hyper: Hyper) -> torch.optim.O
         betas=hyper.betas,
         eps=hyper.eps,
         weight_decay=hyper.weight_decay,
+        # In one pass, where that gives torch's own bits and leaves the step count where it is.
+        fused=all(p.device.type == "cpu" and p.dtype in _IN_ONE_PASS for p in parameters) or None,
     )
 
 

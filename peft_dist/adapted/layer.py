@@ -325,9 +325,11 @@ class Adapted(AdapterModule):
             return None
         if first.reads or (self.training and type(first).draws is not Method.draws):
             return None
+        if (slots := bucket.slots_of(names)) is None:
+            return None
         if self.training and any(self.methods[s.adapter].dropout for s in rows.segments):  # type: ignore[index]
             return None
-        if (y := self._by_slot(x, names, bucket, type(first))) is not None:
+        if (y := self._by_slot(x, names, bucket, slots)) is not None:
             return y
         if (parts := bucket.by_row(names)) is None:
             return None
@@ -349,15 +351,12 @@ class Adapted(AdapterModule):
         return (torch.cat(additions) if len(parts) > 1 else additions[0]).add_(y).to(y.dtype)
 
     def _by_slot(
-        self, x: Tensor, names: Sequence[str | None], bucket: Bucket, method: type[WeightMethod]
+        self, x: Tensor, names: Sequence[str | None], bucket: Bucket, slots: tuple[int, ...]
     ) -> Tensor | None:
         """`_by_row` by one compiled loop over the arrays of the pool, where that is cheaper; else None."""
-        if (
-            torch.is_grad_enabled()
-            or not lane_loop.suits_rows(x)
-            or (slots := bucket.slots_of(names)) is None
-        ):
+        if torch.is_grad_enabled() or not lane_loop.suits_rows(x):
             return None
+        method: Any = type(self.methods[names[0]])  # type: ignore[index]
         distinct = dict.fromkeys(names)
         pair = method.by_slot([self.methods[name] for name in distinct], bucket.arrays, self.base)  # type: ignore[index]
         if pair is None or not lane_loop.takes(*pair[:2], x):
