@@ -358,19 +358,20 @@ class Adapted(AdapterModule):
             return None
         method: Any = type(self.methods[names[0]])  # type: ignore[index]
         distinct = dict.fromkeys(names)
-        pair = method.by_slot([self.methods[name] for name in distinct], bucket.arrays, self.base)  # type: ignore[index]
-        if pair is None or not lane_loop.takes(*pair[:2], x):
+        found = method.by_slot([self.methods[name] for name in distinct], bucket.arrays, self.base)  # type: ignore[index]
+        if found is None:
             return None
-        A, B, scales = pair
-        y = self.base(x)
-        if y.dtype != x.dtype or not y.is_contiguous():
-            y = y.to(x.dtype).contiguous()
+        A, B, scales = found
+        if not lane_loop.takes(A, B, x):
+            return None
+        given = self.base(x)
+        y = given.to(x.dtype).contiguous()
         scale_of = dict(zip(distinct, scales, strict=True))
         served = lane_loop.served_by_row(
             slots, tuple([scale_of[name] for name in names]), x.shape[:-1].numel()
         )
         lane_loop.add(A, B, (A.shape[2], B.shape[1], A.shape[1]), served, x, y, across=True)
-        return y
+        return y.to(given.dtype)
 
     def _mixed_weights(self, x: Tensor, split: Split, parts: list[tuple[list[Level], int, int]]) -> Tensor:
         """Rows name different adapters, all of which add to W: the layer runs once, the additions part by
