@@ -40,8 +40,9 @@ class Replaced(Around):
         name = next(
             (n for n in self.__dict__.get("active_adapters", ()) if n in self.__dict__["methods"]), None
         )
-        if name is not None and not self.disabled and name in self._places:
-            own = self.tensors(name)
+        if name is not None and not self.disabled:
+            holder = self._lenders.get(name, self)
+            own = holder.tensors(name) if holder.has(name) else {}
             if attribute in own:
                 return own[attribute]
         return super().__getattr__(attribute)

@@ -231,6 +231,10 @@ def test_a_tied_module_is_trained_as_one(tmp_path) -> None:
         x = torch.randn(2, 16)
         own = base.model.embed_tokens.tensors("default")["weight"]
         close(base.lm_head(x), x @ own.T)
+        # As losses that read a head's weight do.
+        assert base.lm_head.weight is base.model.embed_tokens.weight is own
+        with ours.disable_adapter():
+            assert base.lm_head.weight is base.model.embed_tokens.weight is not own
         merged = ours.merge_and_unload()
         close(logits(merged), wanted)
         assert merged.lm_head.weight is merged.model.embed_tokens.weight
