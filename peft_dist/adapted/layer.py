@@ -255,7 +255,10 @@ class Adapted(AdapterModule):
             if joins and (y := self._among_siblings(method, p, x)) is not None:
                 return y
             return method.forward(p, self.base, x, unchanged)
-        if dtype_of(p, x) == x.dtype or not self.casts:
+        if dtype_of(p, x) == x.dtype:
+            return method.forward(p, self.base, x, entrance.of(method, p))
+        if not self.casts:
+            p = {key: t.to(x.dtype) if t.is_floating_point() else t for key, t in p.items()}
             return method.forward(p, self.base, x, entrance.of(method, p))
         framed = Framed(self.base, x.dtype)
         return method.forward(p, framed, x, entrance.of(method, p)).to(framed.given)

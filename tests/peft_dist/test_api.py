@@ -396,10 +396,45 @@ def test_dtypes_left_to_hooks() -> None:
     layer = model.get_base_model().model.layers[0].self_attn.q_proj
     x = torch.randn(2, 16, dtype=torch.bfloat16)
     assert layer(x).dtype == torch.bfloat16
-    with scaling.disable_input_dtype_casting(model), pytest.raises(RuntimeError, match="dtype"):
-        layer(x)
+    disturb(model)
+    A, B = (getattr(layer, key)["default"].weight for key in ("lora_A", "lora_B"))
+    with scaling.disable_input_dtype_casting(model):
+        change = layer(x) - layer.base_layer(x)
+        torch.testing.assert_close(
+            change, layer.scaling["default"] * (x @ A.bfloat16().T @ B.bfloat16().T), atol=2e-2, rtol=5e-2
+        )
     with scaling.disable_input_dtype_casting(model, active=False):
         layer(x)
+
+
+def test_weights_that_hooks_cast_for_their_layers_call() -> None:
+    """As libraries do that keep a base in fewer bits than it computes in."""
+    model = peft_dist.get_peft_model(bases.llama(), lora(target_modules=["q_proj"]))
+    disturb(model)
+    layer, x = model.get_base_model().model.layers[0].self_attn.q_proj, torch.randn(2, 16)
+    wanted = layer(x)
+    model.half()
+    linear = layer.base_layer
+
+    def widen(module, args):
+        for parameter in module.parameters():
+            parameter.data = parameter.data.float()
+
+    def narrow(module, args, output):
+        for parameter in module.parameters():
+            parameter.data = parameter.data.half()
+
+    linear.register_forward_pre_hook(widen)
+    linear.register_forward_hook(narrow)
+    with scaling.disable_input_dtype_casting(model):
+        y = layer(x)
+    assert y.dtype == torch.float32
+    torch.testing.assert_close(y, wanted, atol=5e-3, rtol=5e-3)
+    assert linear.weight.dtype == torch.float16
+
+
+def test_mixed_precision_of_frozen_and_trained() -> None:
+    model = peft_dist.get_peft_model(bases.llama().bfloat16(), lora(target_modules=["q_proj"]))
     scaling.cast_mixed_precision_params(model, torch.float16)
     assert {(p.dtype, p.requires_grad) for p in model.parameters()} == {
         (torch.float16, False),
