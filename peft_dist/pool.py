@@ -303,6 +303,12 @@ class Tensors(nn.Module):
         """The columns of its matrix."""
         return self._matrix("in_features").shape[1]
 
+    def __getattr__(self, attribute: str) -> Any:
+        # A linear layer without a bias says None.
+        if attribute == "bias" and "weight" in self.__dict__["_parameters"]:
+            return None
+        return super().__getattr__(attribute)
+
     def _matrix(self, wanted: str) -> Tensor:
         weight = self._parameters.get("weight")
         if weight is None or weight.ndim != 2:

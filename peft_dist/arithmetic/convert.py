@@ -9,6 +9,7 @@ from typing import Any
 import safetensors.torch
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from peft_dist import checkpoint
 from peft_dist.adapted import Adapted, Replaced
@@ -33,7 +34,7 @@ def convert_to_lora(
     Args:
         rank: of every layer, or, as a float in (0, 1], the share of the squared singular values that a layer's
             rank is to keep.
-        progressbar: print each layer's name.
+        progressbar: shows how far it is.
         compile_kwargs: of `torch.compile`, for the decomposition.
 
     Raises:
@@ -49,15 +50,12 @@ def convert_to_lora(
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
     saved: list[str] = []
-    for name, module in adapter_modules(base):
-        if adapter_name not in module.adapters:
-            continue
+    layers = [(name, module) for name, module in adapter_modules(base) if adapter_name in module.adapters]
+    for name, module in tqdm(layers, desc="Converting to LoRA", disable=not progressbar):
         if isinstance(module, Replaced) and type(module.methods[adapter_name]).__name__ == "ModulesToSave":
             saved.append(name)
             tensors |= {f"{prefix}{name}.{k}": t.detach() for k, t in module.tensors(adapter_name).items()}
             continue
-        if progressbar:
-            print(f"Converting to LoRA: {name}")
         dW = _change(name, module, adapter_name)
         B, A = factored(dW.float() if dW.itemsize < 4 else dW, rank)
         dtype = next((t.dtype for t in module.tensors(adapter_name).values()), dW.dtype)

@@ -143,6 +143,7 @@ def test_programs_ask_a_layer_where_its_tensors_are() -> None:
     a, b = mine[0].lora_A["default"], mine[0].lora_B["default"]
     x = torch.randn(2, a.in_features)
     torch.testing.assert_close(b(a(x)), x @ a.weight.T @ b.weight.T)
+    assert a.bias is None and b.bias is other[0].lora_B["default"].bias
     assert (a.out_features, b.out_features) == (3, 16) and not hasattr(mine[1].base_layer, "in_features")
     with pytest.raises(AttributeError, match="no_such_thing"):
         mine[0].no_such_thing  # noqa: B018

@@ -136,6 +136,15 @@ def test_a_share_of_the_strength_decides_the_ranks() -> None:
             assert config.rank_pattern.get(name, config.r) == k
 
 
+def test_a_conversion_shows_how_far_it_is(capsys) -> None:
+    config = peft_dist.LoKrConfig(r=2, target_modules=["q_proj"], init_weights=False)
+    model = peft_dist.get_peft_model(bases.llama(), config)
+    for progressbar in (False, True):
+        peft_dist.convert_to_lora(model, 2, progressbar=progressbar)
+        said = capsys.readouterr()
+        assert not said.out and ("Converting to LoRA: 100%" in said.err) == progressbar
+
+
 def test_conversions_that_are_refused() -> None:
     scaled = peft_dist.get_peft_model(bases.llama(), peft_dist.IA3Config(task_type="CAUSAL_LM"))
     with pytest.raises(ConversionError, match=r"IA3Config changes more of .* than its weight"):
