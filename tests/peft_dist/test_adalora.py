@@ -207,6 +207,19 @@ def test_a_loaded_adapter_takes_labels_and_rows_name_it(tmp_path) -> None:
         torch.testing.assert_close(rows[1], bare[1], rtol=1e-5, atol=1e-5)
 
 
+def test_an_evaluation_has_the_tasks_loss_alone() -> None:
+    """HF PEFT adds how far the factors are from orthonormal there too."""
+    for library in (peft_dist, peft):
+        model = library.get_peft_model(bases.llama(), library.AdaLoraConfig(**STEPS, **TARGETS)).eval()
+        with torch.no_grad():
+            evaluated = model(**batch(0))
+        task = torch.nn.functional.cross_entropy(
+            evaluated.logits[:, :-1].flatten(0, 1), batch(0)["labels"][:, 1:].flatten()
+        )
+        assert torch.allclose(evaluated.loss, task, rtol=1e-5) == (library is peft_dist)
+        assert model(**batch(0)).loss > task + 0.1
+
+
 def test_several_adapters_train_each_by_its_own_budget() -> None:
     """HF PEFT lets one be trained."""
     ours, theirs = pair()
