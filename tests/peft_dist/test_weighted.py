@@ -228,6 +228,20 @@ def test_refusals(arguments, error, message) -> None:
     assert list(ours.peft_config) == ["a", "b"]
 
 
+def test_learned_tokens_are_not_left_out_of_a_combination() -> None:
+    tokens = {"trainable_token_indices": [3, 5]}
+    ours, theirs = pair(tokens, tokens)
+    with pytest.raises(
+        ConfigError, match="adapter 'a' has trainable_token_indices, which cannot be combined"
+    ):
+        ours.add_weighted_adapter(["a", "b"], WEIGHTS, "both")
+    theirs.add_weighted_adapter(["a", "b"], WEIGHTS, "both", combination_type="linear")
+    theirs.set_adapter("both")
+    layer, ids = theirs.get_base_model().model.embed_tokens, torch.tensor([3, 5])
+    assert theirs.peft_config["both"].trainable_token_indices == [3, 5]
+    assert torch.equal(layer(ids), layer.token_adapter.base_layer(ids))
+
+
 def test_what_cannot_be_combined() -> None:
     ours, _ = pair({"modules_to_save": ["lm_head"]}, {"modules_to_save": ["lm_head"]})
     with pytest.raises(ConfigError, match="a, b each train 'lm_head' whole"):
