@@ -3,8 +3,6 @@
 // The products of a decoding step are so small that a library's fixed price for each of them is most of their cost.
 // Sums are in single precision, in an order that does not depend on the other positions of the call.
 
-#include <vector>
-
 #include "low_rank.h"
 
 namespace {
@@ -101,19 +99,18 @@ void add(const Call<T>& c, const int32_t* stretches, int64_t num_stretches, cons
     }
 }
 
-// As above for B (lanes, out, r), where one lane serves a stretch: it is transposed for all neighbouring stretches of
-// the lane.
+// As above for B (lanes, out, r), where one lane serves a stretch: it is transposed into `turned`, for all neighbouring
+// stretches of the lane. A row there is longer by a vector: those a power of two apart would share a processor's cache.
 template <typename T>
 void add_across(const Call<T>& c, const int32_t* stretches, int64_t num_stretches, const int32_t* lanes,
-                const float* weights) {
-    const int64_t apart = c.out + WIDTH;  // not a power of two: its rows share a processor's cache
-    std::vector<float> turned(c.r * apart);
-    const float* B = turned.data();
+                const float* weights, float* turned) {
+    const int64_t apart = c.out + WIDTH;
+    const float* B = turned;
     int32_t last = -1;
     for (int64_t s = 0; s < num_stretches; s++) {
         const int32_t* from = stretches + 4 * s;
         const int32_t lane = lanes[from[2]];
-        if (lane != last) transpose(c.B + lane * c.r * c.out, turned.data(), c.out, c.r, apart);
+        if (lane != last) transpose(c.B + lane * c.r * c.out, turned, c.out, c.r, apart);
         last = lane;
         stretch<T, float>(c, from, lanes + from[2], weights + from[2], &B, apart);
     }
@@ -121,8 +118,8 @@ void add_across(const Call<T>& c, const int32_t* stretches, int64_t num_stretche
 
 template <typename T>
 void add_any(const Call<T>& c, const int32_t* stretches, int64_t num, const int32_t* lanes, const float* weights,
-             int64_t across) {
-    if (across) add_across(c, stretches, num, lanes, weights);
+             float* turned) {
+    if (turned) add_across(c, stretches, num, lanes, weights, turned);
     else add(c, stretches, num, lanes, weights);
 }
 
@@ -130,12 +127,12 @@ void add_any(const Call<T>& c, const int32_t* stretches, int64_t num, const int3
 
 extern "C" void add_float32(const float* x, const float* A, const float* B, float* y, int64_t in, int64_t out, int64_t r,
                             const int32_t* stretches, int64_t num, const int32_t* lanes, const float* weights,
-                            int64_t across) {
-    add_any<float>({x, A, B, y, in, out, r}, stretches, num, lanes, weights, across);
+                            float* turned) {
+    add_any<float>({x, A, B, y, in, out, r}, stretches, num, lanes, weights, turned);
 }
 
 extern "C" void add_bfloat16(const bfloat16* x, const bfloat16* A, const bfloat16* B, bfloat16* y, int64_t in,
                              int64_t out, int64_t r, const int32_t* stretches, int64_t num, const int32_t* lanes,
-                             const float* weights, int64_t across) {
-    add_any<bfloat16>({x, A, B, y, in, out, r}, stretches, num, lanes, weights, across);
+                             const float* weights, float* turned) {
+    add_any<bfloat16>({x, A, B, y, in, out, r}, stretches, num, lanes, weights, turned);
 }

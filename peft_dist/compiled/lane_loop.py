@@ -17,8 +17,8 @@ _NAMES = {torch.float32: "add_float32", torch.bfloat16: "add_bfloat16"}
 # Positions up to which one thread's loop is cheaper than a library's products, which share more of them out over
 # theirs; and how many are cheaper whatever there are of threads.
 _MOST, _LEAST = 256, 16
-# What the loop takes of ranks, and multiples of what.
-_MOST_RANKS, _RANKS = 256, 4
+# What the loop takes of ranks, multiples of what, and the numbers of a vector.
+_MOST_RANKS, _RANKS, _VECTOR = 256, 4, 16
 
 
 class Served:
@@ -94,15 +94,16 @@ def add(
     (in, out, rank) make of x (positions, in). All are contiguous and of one dtype; the ranks of a position's lanes are
     at most 256 together, each a multiple of 4. `across`: B is (lanes, out, rank), and one lane serves a position; those
     that one lane serves cost least next to one another in `served`."""
-    _loops()[x.dtype](
-        x.data_ptr(), A.data_ptr(), B.data_ptr(), y.data_ptr(), *sizes, *served.arguments, across
-    )
+    _, out, rank = sizes
+    turned = x.new_empty(rank * (out + _VECTOR), dtype=torch.float32) if across else None
+    addresses = (t.data_ptr() for t in (x, A, B, y))
+    _loops()[x.dtype](*addresses, *sizes, *served.arguments, None if turned is None else turned.data_ptr())
 
 
 @functools.cache
 def _loops() -> dict[torch.dtype, Any]:
     """By what they add up; none where there is no compiler."""
     pointer, size = ctypes.c_void_p, ctypes.c_int64
-    arguments = [*[pointer] * 4, *[size] * 3, pointer, size, pointer, pointer, size]
+    arguments = [*[pointer] * 4, *[size] * 3, pointer, size, pointer, pointer, pointer]
     loops = {dtype: function("lane_loop", name, *arguments) for dtype, name in _NAMES.items()}
     return {dtype: loop for dtype, loop in loops.items() if loop is not None}

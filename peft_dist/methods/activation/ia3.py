@@ -84,7 +84,7 @@ class IA3Config(TargetedConfig, ActivationMethod):
         if self.is_feedforward(base.site):
             if frozen := fused.plain(base, x, p["l"]):
                 return fused.scaled_input(x, *frozen, p["l"])
-        elif given := self.together([self], [p], [base], x):
+        elif given := self._scaled([p], [base], x):
             return given[0]
         return super().forward(p, base, x, enter)
 
@@ -94,12 +94,16 @@ class IA3Config(TargetedConfig, ActivationMethod):
     ) -> Sequence[Tensor] | None:
         if any(method.is_feedforward(base.site) for method, base in zip(methods, bases, strict=True)):
             return None
+        return cls._scaled(ps, bases, x)
+
+    @staticmethod
+    def _scaled(ps: Sequence[Params], bases: Sequence[BaseLayer], x: Tensor) -> Sequence[Tensor] | None:
+        """What layers give whose outputs are scaled, where they may be scaled in place; else None."""
         scales = [p["l"] for p in ps]
         frozen = [fused.exactly(base, x, scale) for base, scale in zip(bases, scales, strict=True)]
         if x.device.type != "cpu" or not all(frozen) or not fused.are_divisors(scales):
             return None
-        parts = [(*each, scale) for each, scale in zip(frozen, scales, strict=True)]
-        return fused.scaled_outputs(x, parts)
+        return fused.scaled_outputs(x, [(*each, scale) for each, scale in zip(frozen, scales, strict=True)])
 
     def delta(self, p: Params, base: BaseLayer) -> Tensor:
         W, shift = base.weight(), p["l"].flatten() - 1
