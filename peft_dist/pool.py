@@ -305,7 +305,8 @@ class Tensors(nn.Module):
 
     def __getattr__(self, attribute: str) -> Any:
         # A linear layer without a bias says None.
-        if attribute == "bias" and "weight" in self.__dict__["_parameters"]:
+        held = self.__dict__["_parameters"]
+        if attribute == "bias" and "bias" not in held and "weight" in held:
             return None
         return super().__getattr__(attribute)
 

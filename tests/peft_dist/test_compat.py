@@ -143,7 +143,7 @@ def test_programs_ask_a_layer_where_its_tensors_are() -> None:
     a, b = mine[0].lora_A["default"], mine[0].lora_B["default"]
     x = torch.randn(2, a.in_features)
     torch.testing.assert_close(b(a(x)), x @ a.weight.T @ b.weight.T)
-    assert a.bias is None and b.bias is other[0].lora_B["default"].bias
+    assert a.bias is None and b.bias is None is other[0].lora_B["default"].bias
     assert (a.out_features, b.out_features) == (3, 16) and not hasattr(mine[1].base_layer, "in_features")
     with pytest.raises(AttributeError, match="no_such_thing"):
         mine[0].no_such_thing  # noqa: B018
@@ -155,6 +155,12 @@ def test_programs_ask_a_layer_where_its_tensors_are() -> None:
         )
         head.set_adapter([])
         assert head.active_adapter == []
+
+
+def test_a_factor_with_a_bias_has_it() -> None:
+    for model in both("LORA", r=3, target_modules=["q_proj"], lora_bias=True):
+        layer = model.get_base_model().model.layers[0].self_attn.q_proj
+        assert layer.lora_A["default"].bias is None and layer.lora_B["default"].bias.shape == (16,)
 
 
 def test_what_programs_set_of_frozen_tensors_serves_and_is_saved(tmp_path) -> None:
