@@ -208,6 +208,10 @@ class LayerApi:
     def _all_available_adapter_names(self) -> list[str]:
         return list(self.methods)
 
+    @property
+    def _adapters(self) -> set[str]:
+        return set(self.methods)
+
     def _alone(self) -> Any:
         return torch.nn.ModuleDict({"layer": self})
 

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import Parameter
 
 from peft_dist.adapted.around import Around
+from peft_dist.errors import AdapterWarning
 from peft_dist.inject import asked
 from peft_dist.methods.replace.trainable_tokens import TokenRows
 from peft_dist.pool import PooledModule, name_in, outer_modules
@@ -55,6 +56,13 @@ def embeddings_of(model: nn.Module, adapter_name: str, wish: bool | Literal["aut
             _say("embedding layers found in `target_modules`.")
         return targeted
     if wish is True:
+        if not embeddings:
+            warnings.warn(
+                "save_embedding_layers is True, but the base does not tell its embeddings "
+                "(get_input_embeddings, as transformers' models have it): none are saved.",
+                AdapterWarning,
+                stacklevel=4,
+            )
         return embeddings
     if _is_resized(model, adapter_name):
         _say("the embedding layer has been resized during finetuning.")

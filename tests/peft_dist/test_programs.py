@@ -502,3 +502,12 @@ def test_a_bias_that_cannot_be_merged_is_warned_of() -> None:
                 nn.ModuleDict({"lin": nn.Linear(4, 4, bias=False)}),
                 library.LoraConfig(r=2, target_modules=["lin"], lora_bias=True),
             )
+
+
+def test_embeddings_that_a_base_does_not_tell_are_not_left_out_in_silence(tmp_path) -> None:
+    for library in (peft, peft_dist):
+        base = nn.ModuleDict({"emb": nn.Embedding(8, 4), "lin": nn.Linear(4, 4)})
+        model = library.get_peft_model(base, library.LoraConfig(r=2, target_modules=["emb", "lin"]))
+        with pytest.warns(UserWarning, match="embedding"):
+            model.save_pretrained(tmp_path, save_embedding_layers=True)
+        assert not any("base_layer" in key for key in load_file(tmp_path / "adapter_model.safetensors"))
