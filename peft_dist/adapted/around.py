@@ -36,7 +36,10 @@ class Around(AdapterModule):
         try:
             return super().__getattr__(attribute)
         except AttributeError:
-            return getattr(super().__getattr__("original_module"), attribute)
+            module = super().__getattr__("original_module")
+            if not hasattr(module, attribute) and (held := self._borrowed(attribute)) is not None:
+                return held
+            return getattr(module, attribute)
 
     @property
     def base_layer(self) -> nn.Module:

@@ -75,6 +75,8 @@ class Adapted(AdapterModule):
                 return found
             if (held := self._held_in_common(attribute)) is not None:
                 return held
+            if (held := self._borrowed(attribute)) is not None:
+                return held
             if attribute != "adapter_layer_names" and attribute in self.adapter_layer_names:
                 return {}
             return getattr(layer, attribute)

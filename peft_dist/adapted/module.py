@@ -179,6 +179,13 @@ class AdapterModule(LayerApi, PooledModule):
         shares = type(self.methods[adapter]).shared is not Method.shared
         return common.tensors(adapter) if common is not None and shares and common.has(adapter) else {}
 
+    def _borrowed(self, attribute: str) -> nn.Module | None:
+        """adapter -> what is trained at the layer to which this one is tied, where programs read it of both."""
+        if attribute not in ("modules_to_save", "trainable_tokens_delta"):
+            return None
+        lenders = self.__dict__["_lenders"].values()
+        return next((each._modules[attribute] for each in lenders if attribute in each._modules), None)
+
     def _held_in_common(self, key: str) -> nn.Module | None:
         """adapter -> the tensor that its layers share, where it hangs under this name."""
         common = self.__dict__["_common"]

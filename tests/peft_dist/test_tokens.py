@@ -73,6 +73,7 @@ def test_programs_find_the_layers_with_rows_as_in_theirs(base) -> None:
         kinds = (utils.AuxiliaryTrainingWrapper, utils.TrainableTokensWrapper, utils.ModulesToSaveWrapper)
         modules = (model.model.embed_tokens, model.lm_head, model.model.layers[0].self_attn.q_proj)
         rows = model.model.embed_tokens.token_adapter
+        adapters = [module.token_adapter for module in modules if hasattr(module, "token_adapter")]
         found.append(
             (
                 [[isinstance(module, kind) for kind in kinds] for module in modules],
@@ -80,6 +81,7 @@ def test_programs_find_the_layers_with_rows_as_in_theirs(base) -> None:
                 {name: list(tokens) for name, tokens in rows.token_indices.items()},
                 rows.trainable_tokens_delta["default"].shape,
                 list(rows.active_adapters),
+                [adapter.trainable_tokens_delta["default"].shape for adapter in adapters],
             )
         )
     assert found[0] == found[1]
@@ -235,6 +237,8 @@ def test_a_tied_module_is_trained_as_one(tmp_path) -> None:
         assert base.lm_head.weight is base.model.embed_tokens.weight is own
         with ours.disable_adapter():
             assert base.lm_head.weight is base.model.embed_tokens.weight is not own
+        assert base.lm_head.modules_to_save["default"].weight is own
+        assert not hasattr(base.model.layers[0].self_attn.q_proj, "modules_to_save")
         merged = ours.merge_and_unload()
         close(logits(merged), wanted)
         assert merged.lm_head.weight is merged.model.embed_tokens.weight
