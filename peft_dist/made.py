@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from peft_dist import saved_tensors
 from peft_dist.contract import Method, Params
 from peft_dist.sharding import is_partitioned
 
@@ -36,7 +37,7 @@ class Made:
 
 def _is_special() -> bool:
     return (
-        torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+        saved_tensors.are_hooked()
         or torch.compiler.is_compiling()
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch.is_autocast_enabled("cpu")

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peft_dist import saved_tensors
+
 
 class Siblings:
     """Learns which modules take the same tensor in a row, and keeps what was computed for those whose turn is
@@ -43,7 +45,7 @@ class Siblings:
         """The modules that are to take x next, after `module`, as far as is known."""
         if self._computed:
             self._forget()
-        if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+        if saved_tensors.are_hooked():
             return ()
         if followers := self._followers.get(module):
             self._leader, self._row, self._input = module, [], _Input(x)

@@ -18,7 +18,7 @@ LAYERS = {
         {
             "foreign_engine", "base_layer", "fused", "packed", "targets", "sharding", "resting", "ranks", "pool",
             "rows", "bins", "packed_rows", "lanes", "lane_products", "replicate", "siblings", "made", "layer_api",
-            "loss", "recompute", "beside", "idle", "joint",
+            "loss", "recompute", "beside", "idle", "joint", "saved_tensors",
         },
         {"methods"},
         {"adapted", "tuner_layer"},

@@ -38,7 +38,8 @@ class _ScaledInput(Node):
 
 def scaled_outputs(x: Tensor, parts: Sequence[tuple[Tensor, Tensor | None, Tensor]]) -> tuple[Tensor, ...]:
     """scale * (x W^T + b) for each (W, b, scale) of `parts`, layers that take the same x and whose scales (out,), of
-    any shape, are `are_divisors`: what is scaled in place then gives the scale's gradient as well."""
+    any shape, are `are_divisors`: what is scaled in place then gives the scale's gradient as well. Not where saved
+    tensors are hooked."""
     return _ScaledOutputs.run(x, *(t for part in parts for t in part))
 
 
@@ -47,29 +48,39 @@ class _ScaledOutputs(Node):
     def forward(ctx: Any, x: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
         Ws, bs, scales = (tensors[i::3] for i in range(3))
         rows = flat(x)
-        ys = [linear(rows, W, b).mul_(scale.view(-1)) for W, b, scale in zip(Ws, bs, scales, strict=True)]
-        ctx.save_for_backward(*ys, *Ws, *scales)
+        ys = [_scaled(rows, W, b, scale) for W, b, scale in zip(Ws, bs, scales, strict=True)]
+        given = tuple(shaped(y, x) for y in ys)
+        ctx.save_for_backward(rows, *ys, *Ws, *bs, *scales)
+        # Whoever takes what is given may change it in place, as some activations do: these have its version.
+        ctx.given = [(y.detach(), y._version) for y in given]
         ctx.shape = x.shape
         ctx.set_materialize_grads(False)
-        return tuple(shaped(y, x) for y in ys)
+        return given
 
     @staticmethod
     def gradients(ctx: Any, *gs: Tensor | None) -> tuple[Tensor | None, ...]:
         num, wanted, g_x = len(gs), ctx.needs_input_grad, None
-        saved = ctx.saved_tensors
-        ys, Ws, scales = saved[:num], saved[num : 2 * num], saved[2 * num :]
+        rows, *saved = ctx.saved_tensors
+        ys, Ws, bs, scales = (saved[i * num : (i + 1) * num] for i in range(4))
         each: list[Tensor | None] = []
-        scaled = saved[0].new_empty(0)
+        scaled = rows.new_empty(0)
         for i, g in enumerate(gs):
             if g is None:
                 each += [None, None, None]
                 continue
+            now, version = ctx.given[i]
+            y = ys[i] if now._version == version else _scaled(rows, Ws[i], bs[i], scales[i])
+            # The same memory for all of them: it is still in the processor's cache.
             scaled = scaled if scaled.shape == g.shape else torch.empty_like(g)
-            sums = _scale(g, ys[i], scales[i].view(-1), scaled)
+            sums = _scale(g, y, scales[i].view(-1), scaled)
             if wanted[0]:
                 g_x = torch.mm(scaled, Ws[i]) if g_x is None else g_x.addmm_(scaled, Ws[i])
             each += [None, None, sums.view_as(scales[i]).div_(scales[i])]
         return None if g_x is None else g_x.view(ctx.shape), *each
+
+
+def _scaled(rows: Tensor, W: Tensor, b: Tensor | None, scale: Tensor) -> Tensor:
+    return linear(rows, W, b).mul_(scale.view(-1))
 
 
 def are_divisors(scales: Sequence[Tensor]) -> bool:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import copy
 import importlib
 
+import peft
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
+import peft_dist
 from peft_dist import fused, inject
 from peft_dist.base_layer import door
 from peft_dist.catalog import config_class
@@ -317,7 +320,7 @@ def test_hooks_and_checkpointing_change_nothing(method):
     found = []
     for model in (base, hooked):
         own = x.clone().requires_grad_(True)
-        y = torch.utils.checkpoint.checkpoint(model, own, use_reentrant=False)
+        y = checkpoint(model, own, use_reentrant=False)
         y.square().sum().backward()
         grads = [p.grad for p in model.parameters() if p.grad is not None]
         found.append((y, own.grad, grads))
@@ -325,3 +328,20 @@ def test_hooks_and_checkpointing_change_nothing(method):
     assert len(calls) > 2
     assert found[0][2]
     torch.testing.assert_close(found[0], found[1])
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_a_change_in_place_of_what_ia3_scales_leaves_its_gradient_right(checkpointed):
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(32, 48), nn.LeakyReLU(0.3, inplace=True), nn.Linear(48, 16))
+    x, gradients = torch.randn(6, 32), []
+    for library in (peft, peft_dist):
+        config = library.IA3Config(target_modules=["0", "2"], feedforward_modules=[])
+        model = library.get_peft_model(copy.deepcopy(base), config)
+        scales = [p for name, p in model.named_parameters() if "ia3_l" in name]
+        for scale in scales:
+            scale.data.copy_(torch.linspace(0.5, 1.5, scale.numel()).view_as(scale))
+        y = checkpoint(model, x, use_reentrant=False) if checkpointed else model(x)
+        y.square().sum().backward()
+        gradients.append([scale.grad for scale in scales])
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-4)

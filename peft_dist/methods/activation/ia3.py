@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 fused = lazy("peft_dist.fused")
+saved_tensors = lazy("peft_dist.saved_tensors")
 
 
 @dataclass
@@ -101,7 +102,12 @@ class IA3Config(TargetedConfig, ActivationMethod):
         """What layers give whose outputs are scaled, where they may be scaled in place; else None."""
         scales = [p["l"] for p in ps]
         frozen = [fused.exactly(base, x, scale) for base, scale in zip(bases, scales, strict=True)]
-        if x.device.type != "cpu" or not all(frozen) or not fused.are_divisors(scales):
+        if (
+            x.device.type != "cpu"
+            or not all(frozen)
+            or saved_tensors.are_hooked()
+            or not fused.are_divisors(scales)
+        ):
             return None
         return fused.scaled_outputs(x, [(*each, scale) for each, scale in zip(frozen, scales, strict=True)])
 

@@ -1,0 +1,11 @@
+"""What autograd keeps for the backward."""
+
+from __future__ import annotations
+
+import torch
+
+
+def are_hooked() -> bool:
+    """Whether they are now computed anew in the backward, as gradient checkpointing does, or lie elsewhere until
+    then."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
