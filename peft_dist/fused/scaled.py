@@ -50,9 +50,10 @@ class _ScaledOutputs(Node):
         rows = flat(x)
         ys = [_scaled(rows, W, b, scale) for W, b, scale in zip(Ws, bs, scales, strict=True)]
         given = tuple(shaped(y, x) for y in ys)
-        ctx.save_for_backward(rows, *ys, *Ws, *bs, *scales)
-        # Whoever takes what is given may change it in place, as some activations do: these have its version.
-        ctx.given = [(y.detach(), y._version) for y in given]
+        ctx.save_for_backward(*ys, *Ws, *bs, *scales)
+        # Whoever takes what is given may change it in place, as some activations do, and x as well: these have their
+        # versions.
+        ctx.given = [(t.detach(), t._version) for t in (rows, *given)]
         ctx.shape = x.shape
         ctx.set_materialize_grads(False)
         return given
@@ -60,16 +61,15 @@ class _ScaledOutputs(Node):
     @staticmethod
     def gradients(ctx: Any, *gs: Tensor | None) -> tuple[Tensor | None, ...]:
         num, wanted, g_x = len(gs), ctx.needs_input_grad, None
-        rows, *saved = ctx.saved_tensors
+        saved = ctx.saved_tensors
         ys, Ws, bs, scales = (saved[i * num : (i + 1) * num] for i in range(4))
         each: list[Tensor | None] = []
-        scaled = rows.new_empty(0)
+        scaled = Ws[0].new_empty(0)
         for i, g in enumerate(gs):
             if g is None:
                 each += [None, None, None]
                 continue
-            now, version = ctx.given[i]
-            y = ys[i] if now._version == version else _scaled(rows, Ws[i], bs[i], scales[i])
+            y = ys[i] if _is_as_given(ctx, i + 1) else _scaled(_rows(ctx), Ws[i], bs[i], scales[i])
             # The same memory for all of them: it is still in the processor's cache.
             scaled = scaled if scaled.shape == g.shape else torch.empty_like(g)
             sums = _scale(g, y, scales[i].view(-1), scaled)
@@ -77,6 +77,20 @@ class _ScaledOutputs(Node):
                 g_x = torch.mm(scaled, Ws[i]) if g_x is None else g_x.addmm_(scaled, Ws[i])
             each += [None, None, sums.view_as(scales[i]).div_(scales[i])]
         return None if g_x is None else g_x.view(ctx.shape), *each
+
+
+def _is_as_given(ctx: Any, place: int) -> bool:
+    tensor, version = ctx.given[place]
+    return tensor._version == version
+
+
+def _rows(ctx: Any) -> Tensor:
+    if not _is_as_given(ctx, 0):
+        raise RuntimeError(
+            "IA3: what a layer took and what it gave were both changed in place, and one of them is needed for the "
+            "gradient of its scale. Change a copy of one of them."
+        )
+    return ctx.given[0][0]
 
 
 def _scaled(rows: Tensor, W: Tensor, b: Tensor | None, scale: Tensor) -> Tensor:

@@ -330,13 +330,30 @@ def test_hooks_and_checkpointing_change_nothing(method):
     torch.testing.assert_close(found[0], found[1])
 
 
+class Residual(nn.Module):
+    """Changes in place what its first layer takes or gives, or both."""
+
+    def __init__(self, changes: str) -> None:
+        super().__init__()
+        self.first, self.second, self.changes = nn.Linear(32, 32), nn.Linear(32, 16), changes
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(x).clone()
+        y = self.first(x)
+        if "given" in self.changes:
+            F.leaky_relu_(y, 0.3)
+        if "taken" in self.changes:
+            x += 1
+        return self.second(x + y)
+
+
+@pytest.mark.parametrize("changes", ["given", "taken", "nothing"])
 @pytest.mark.parametrize("checkpointed", [False, True])
-def test_a_change_in_place_of_what_ia3_scales_leaves_its_gradient_right(checkpointed):
+def test_ia3s_gradient_is_right_whatever_changes_in_place(changes, checkpointed):
     torch.manual_seed(0)
-    base = nn.Sequential(nn.Linear(32, 48), nn.LeakyReLU(0.3, inplace=True), nn.Linear(48, 16))
-    x, gradients = torch.randn(6, 32), []
+    base, x, gradients = Residual(changes), torch.randn(6, 32), []
     for library in (peft, peft_dist):
-        config = library.IA3Config(target_modules=["0", "2"], feedforward_modules=[])
+        config = library.IA3Config(target_modules=["first", "second"], feedforward_modules=[])
         model = library.get_peft_model(copy.deepcopy(base), config)
         scales = [p for name, p in model.named_parameters() if "ia3_l" in name]
         for scale in scales:
@@ -345,3 +362,10 @@ def test_a_change_in_place_of_what_ia3_scales_leaves_its_gradient_right(checkpoi
         y.square().sum().backward()
         gradients.append([scale.grad for scale in scales])
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-4)
+
+
+def test_where_nothing_is_left_for_ia3s_gradient_it_says_so():
+    config = peft_dist.IA3Config(target_modules=["first"], feedforward_modules=[])
+    y = peft_dist.get_peft_model(Residual("given and taken"), config)(torch.randn(6, 32))
+    with pytest.raises(RuntimeError, match="were both changed in place"):
+        y.sum().backward()
