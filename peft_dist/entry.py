@@ -156,6 +156,7 @@ def get_peft_model_state_dict(
         state_dict: the whole model's, where another library has gathered it.
     """
     model = getattr(model, "_orig_mod", model) if unwrap_compiled else model
+    model = getattr(model, "_fsdp_wrapped_module", model)
     if state_dict is None and any(
         t.is_meta for t in checkpoint.adapter_parameters(model, adapter_name).values()
     ):

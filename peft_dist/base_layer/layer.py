@@ -135,9 +135,8 @@ class Layer:
 
     def tensor(self, key: str) -> Tensor:
         """The layer's parameter or buffer `key`, whole and detached; a collective if it is partitioned."""
-        if key in dict(self.layer.named_buffers()):
-            return self.layer.get_buffer(key).detach()
-        parameter = self.layer.get_parameter(key)
+        above, _, last = key.rpartition(".")
+        parameter = getattr(self.layer.get_submodule(above) if above else self.layer, last)
         # The alias outlives the context: DeepSpeed lets go of the gathered storage, it does not free it.
         with gathered([parameter]):
             return parameter.detach()

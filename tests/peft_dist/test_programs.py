@@ -14,6 +14,7 @@ from peft.helpers import KappaTuneSelector as TheirSelector
 from peft.helpers import find_kappa_target_modules as their_kappas
 from safetensors.torch import load_file
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers.pytorch_utils import Conv1D
 
 import peft_dist
@@ -511,3 +512,22 @@ def test_embeddings_that_a_base_does_not_tell_are_not_left_out_in_silence(tmp_pa
         with pytest.warns(UserWarning, match="embedding"):
             model.save_pretrained(tmp_path, save_embedding_layers=True)
         assert not any("base_layer" in key for key in load_file(tmp_path / "adapter_model.safetensors"))
+
+
+def test_a_model_within_fully_sharded_data_parallel_has_the_names_of_its_own(tmp_path) -> None:
+    """As far as one process shows it: names and values, and a forward on tensors that are no Parameters then."""
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        model = made("LORA", **TARGETS, init_lora_weights=False).eval()
+        wanted = model(input_ids=IDS).logits.detach()
+        state = {key: t.clone() for key, t in peft_dist.get_peft_model_state_dict(model).items()}
+        wrapped = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+        with torch.no_grad():
+            torch.testing.assert_close(wrapped(input_ids=IDS).logits, wanted)
+        found = peft_dist.get_peft_model_state_dict(wrapped)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert found.keys() == state.keys()
+    for key, value in state.items():
+        torch.testing.assert_close(found[key], value)
