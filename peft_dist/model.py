@@ -64,7 +64,7 @@ class PeftModel(PromptedModel):
         autocast_adapter_dtype: bool = True,
         low_cpu_mem_usage: bool = False,
     ) -> None:
-        super().__init__(inject.Adapters())
+        super().__init__(inject.beside_others(model))
         self.base_model: Any = BaseTuner.around(model, self.peft_config, self._adapters)
         if peft_config is None:
             inject.freeze(model)

@@ -65,7 +65,7 @@ class BaseTuner(hooks.Hooks, PooledModule):
     ) -> None:
         self._check_arguments(model, peft_config, adapter_name)
         configs = {adapter_name: peft_config} if isinstance(peft_config, PeftConfig) else peft_config
-        self._open(model, configs, inject.Adapters())
+        self._open(model, configs, inject.beside_others(model))
         config = configs[adapter_name]
         inject.check_name(adapter_name, [name for name in configs if name != adapter_name])
         self._pre_injection_hook(model, config, adapter_name)

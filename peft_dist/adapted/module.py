@@ -31,6 +31,7 @@ class AdapterModule(LayerApi, PooledModule):
 
     base: Layer
     _common: PooledModule | None
+    _commons: dict[str, PooledModule]
     _lenders: dict[str, AdapterModule]
 
     def __init__(
@@ -44,6 +45,8 @@ class AdapterModule(LayerApi, PooledModule):
         self._current = current
         # Not a submodule: it holds what the adapters of all layers share, and hangs above them.
         self.__dict__["_common"] = common
+        # Adapter -> another such module, of a model that came to be around the base after the layer was wrapped.
+        self.__dict__["_commons"] = {}
         # Adapter -> the module whose tensors serve here too.
         self.__dict__["_lenders"] = {}
 
@@ -51,6 +54,12 @@ class AdapterModule(LayerApi, PooledModule):
         """Makes room for an adapter's tensors, unfilled."""
         self.hold(adapter, type(method).__name__, method.params(layer.site), dtype, device)  # type: ignore[attr-defined]
         self.methods[adapter] = method
+
+    def share(self, adapter: str, common: PooledModule | None) -> None:
+        """Says on which module what the adapter's layers share hangs."""
+        self._commons.pop(adapter, None)
+        if common is not None and common is not self._common:
+            self._commons[adapter] = common
 
     def borrow(self, adapter: str, method: Method, lender: AdapterModule) -> None:
         """Lets an adapter act here by its tensors at `lender`, whose layer shares this one's weight."""
@@ -110,6 +119,7 @@ class AdapterModule(LayerApi, PooledModule):
         self.drop(adapter)
         del self.methods[adapter]
         self._lenders.pop(adapter, None)
+        self._commons.pop(adapter, None)
         self.active_adapters = [name for name in self.active_adapters if name != adapter]
 
     def named(self, choice: str | None) -> tuple[str, ...]:
@@ -174,7 +184,7 @@ class AdapterModule(LayerApi, PooledModule):
     def _shared(self, adapter: str) -> dict[str, Tensor]:
         if adapter in self._lenders:
             return self._lenders[adapter].tensors(adapter)
-        common = self._common
+        common = self._commons.get(adapter, self._common)
         # A module that is trained whole beside an adapter shares nothing with its layers.
         shares = type(self.methods[adapter]).shared is not Method.shared
         return common.tensors(adapter) if common is not None and shares and common.has(adapter) else {}
@@ -188,10 +198,12 @@ class AdapterModule(LayerApi, PooledModule):
 
     def _held_in_common(self, key: str) -> nn.Module | None:
         """adapter -> the tensor that its layers share, where it hangs under this name."""
-        common = self.__dict__["_common"]
-        wanted = (common.wanted(adapter) for adapter in self.methods) if common is not None else ()
-        keys = {param.key.partition(".")[0] for params in wanted for param in params.values()}
-        return common._modules[key] if key in keys else None
+        for adapter in self.methods:
+            common = self.__dict__["_commons"].get(adapter, self.__dict__["_common"])
+            params = common.wanted(adapter).values() if common is not None else ()
+            if any(param.key.partition(".")[0] == key for param in params):
+                return common._modules[key]
+        return None
 
     def _read(self, name: str, method: Method, rows: Rows | None, start: int, stop: int | None) -> Tensor:
         value = self._current.batch.get(name)

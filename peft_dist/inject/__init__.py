@@ -1,6 +1,6 @@
 """Adapters into a base: chooses the layers, wraps them in place, makes room, fills, freezes the rest."""
 
-from peft_dist.inject.making import Adapters, adapter_dtype, check_name, forget, freeze, inject
+from peft_dist.inject.making import Adapters, adapter_dtype, beside_others, check_name, forget, freeze, inject
 from peft_dist.inject.places import adapter_modules, asked, facts_of, places, remove_wrappers
 from peft_dist.inject.serving import activate, check_together, delete, set_requires_grad
 from peft_dist.inject.waiting import check_started, leaves_meta, start_waiting, start_when_partitioned
@@ -11,6 +11,7 @@ __all__ = [
     "adapter_dtype",
     "adapter_modules",
     "asked",
+    "beside_others",
     "check_name",
     "check_started",
     "check_together",

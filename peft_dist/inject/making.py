@@ -61,6 +61,12 @@ class Adapters:
     sites: dict[str, dict[str, AdapterModule]] = field(default_factory=dict)
 
 
+def beside_others(model: nn.Module) -> Adapters:
+    """For a model around a base: with those that the base has already, of a model that was around it before."""
+    there = next((module for module in model.modules() if isinstance(module, AdapterModule)), None)
+    return Adapters() if there is None else Adapters(there._pool, there._current)
+
+
 def check_name(adapter: str, taken: Any) -> None:
     """Whether an adapter may be called so: it is part of Parameters' names, and a folder's when saved.
 
@@ -175,6 +181,7 @@ def _inject(
         for each in chosen:
             pause()
             wrapper = each.wrapper() or _wrap(each.place, each.kind, each.base, adapters)
+            wrapper.share(adapter, adapters.common)
             device = torch.device("meta") if low_cpu_mem_usage else each.base.device
             dtype = adapter_dtype(each.base, autocast_adapter_dtype)
             wrapper.add(adapter, each.method, each.base, dtype, device)

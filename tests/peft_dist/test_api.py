@@ -666,3 +666,35 @@ def test_what_is_said_of_a_load_and_of_embeddings(tmp_path) -> None:
     with pytest.raises(AdapterError, match="adapter 3: a name is text, such as '3'"):
         model.add_adapter(3, config)
     assert list(model.peft_config) == ["default", "again"]
+
+
+def test_a_second_model_around_a_base_names_rows_and_reads_what_its_adapters_need() -> None:
+    """The layers were wrapped for the first one."""
+    base, ids = bases.llama().eval(), torch.cat([IDS, IDS.flip(1)])
+    plain = base(ids).logits
+    peft_dist.get_peft_model(base, lora(init_lora_weights=False))
+    with pytest.warns(UserWarning, match="for a second time"):
+        second = peft_dist.get_peft_model(base, lora(init_lora_weights=False)).eval()
+    alone = peft_dist.get_peft_model(bases.llama(), lora()).eval()
+    peft_dist.set_peft_model_state_dict(alone, peft_dist.get_peft_model_state_dict(second))
+    named = second(ids, adapter_names=["__base__", "default"]).logits
+    torch.testing.assert_close(named[0], plain[0])
+    torch.testing.assert_close(named[1], alone(ids).logits[1])
+    assert not torch.allclose(named[1], plain[1])
+
+
+@pytest.mark.filterwarnings("ignore:You are trying to modify a model")
+@pytest.mark.parametrize("kind", ["VeraConfig", "PolyConfig"])
+def test_a_second_model_around_a_base_has_its_own_shared_tensors_and_batch(kind) -> None:
+    base, outputs = bases.llama().eval(), []
+    more = {"task_ids": torch.zeros(len(IDS), dtype=torch.long)} if kind == "PolyConfig" else {}
+    for number in (1, 2):
+        seed = {"projection_prng_key": number} if kind == "VeraConfig" else {}
+        config = getattr(peft_dist, kind)(r=4, target_modules=["q_proj"], **seed)
+        model = peft_dist.get_peft_model(base, config).eval()
+        disturb(model, number)
+        alone = peft_dist.get_peft_model(bases.llama(), copy.deepcopy(config)).eval()
+        peft_dist.set_peft_model_state_dict(alone, peft_dist.get_peft_model_state_dict(model))
+        outputs.append(model(IDS, **more).logits)
+        torch.testing.assert_close(outputs[-1], alone(IDS, **more).logits)
+    assert not torch.allclose(*outputs)
