@@ -19,7 +19,7 @@ from .admission import Admission
 from .api_error import ApiError, engine_stopped, no_such_model
 from .catalogue import Catalogue
 from .completions import ANSWERED_BY, Completions
-from .engine import Engine, EngineDead
+from .engine import Engine, EngineDead, ScoresNotFinite
 from .event_stream import ClientGone
 from .head_routes import HeadRoutes, other_task
 from .heads import GENERATION, ROUTES, Heads
@@ -92,6 +92,7 @@ def build_app(
             ApiError: _api_error,
             RaypeftError: _raypeft_error,
             EngineDead: _engine_dead,
+            ScoresNotFinite: _not_finite,
             ClientGone: _client_gone,
             404: no_route,
             405: no_route,
@@ -188,6 +189,10 @@ async def _raypeft_error(request: Request, error: Exception) -> Response:
 
 async def _engine_dead(request: Request, error: Exception) -> Response:
     return _error_response(engine_stopped())
+
+
+async def _not_finite(request: Request, error: Exception) -> Response:
+    return _error_response(ApiError(str(error), status=500))
 
 
 async def _client_gone(request: Request, error: Exception) -> Response:

@@ -20,7 +20,7 @@ from .asked import Asked, asked
 from .asked_task import task_of
 from .catalogue import Catalogue, Target
 from .choices import Numbered, pieces
-from .engine import Engine, EngineDead, Generation
+from .engine import Engine, EngineDead, Generation, ScoresNotFinite
 from .event_stream import DONE, EventStream, event, while_connected
 from .measured import timing_of
 from .metrics import Metrics, Timing
@@ -267,6 +267,8 @@ def broken_off(error: Exception) -> ApiError:
             return error
         case EngineDead():
             return engine_stopped()
+        case ScoresNotFinite():
+            return ApiError(str(error), status=500)
         case RaypeftError():
             return ApiError(str(error), status=503)
     _log.error("a stream broke off", exc_info=error)

@@ -15,6 +15,16 @@ class EngineDead(RuntimeError):
     """The engine's thread has ended: the replica must be replaced."""
 
 
+class ScoresNotFinite(RuntimeError):
+    """What comes of a sequence are no numbers to choose its next token by."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "The model's scores behind this text are not finite numbers: its weights overflow there. Ask another "
+            "version of the adapter, or the base."
+        )
+
+
 class AdapterRefused(Exception):
     """An adapter that cannot be served: its files do not load or do not fit the base."""
 

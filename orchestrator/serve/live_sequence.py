@@ -89,19 +89,27 @@ class Outbox:
                 loop.call_soon_threadsafe(_deliver, items)
 
 
-def next_tokens(sequences: Sequence[LiveSequence], scores: Tensor) -> list[tuple[int, TokenLogprob | None]]:
-    """Each one's next token, with its log-probability where the request asks for it.
+Token = tuple[int, TokenLogprob | None]
+"""A token, with its log-probability where the request asks for it."""
+
+
+def next_tokens(sequences: Sequence[LiveSequence], scores: Tensor) -> list[Token | None]:
+    """Each one's next token; None where its scores are not finite, so that none of them is the likeliest.
 
     Args:
         scores: (sequences, vocabulary), fp32.
     """
     if not sequences:
         return []
-    likeliest = scores.argmax(-1).tolist()
-    chosen = []
+    highest, at = scores.max(-1)  # not a number where one of them is none
+    likeliest, finite = at.tolist(), highest.isfinite().tolist()
+    chosen: list[Token | None] = []
     for row, sequence in enumerate(sequences):
         sampler = sequence.sampler
         assert sampler is not None
+        if not finite[row]:
+            chosen.append(None)
+            continue
         token = likeliest[row]
         if not sampler.takes_the_likeliest:
             token = sampler.choose(scores[row], sequence.ids)

@@ -14,8 +14,8 @@ from peft_dist.packed_rows import PackedRows
 
 from .apart import Apart, ApartLane
 from .continuous import ContinuousBatches, Step
-from .engine import EngineDead, TokenLogprob
-from .live_sequence import LiveSequence, Outbox, next_tokens
+from .engine import EngineDead, ScoresNotFinite
+from .live_sequence import LiveSequence, Outbox, Token, next_tokens
 from .loaded_adapters import LoadedAdapters
 from .packed_base import PackedBase
 from .pieces import pieces_of
@@ -95,10 +95,12 @@ class Steps:
         except Exception as error:
             self._fail(sequences, error)
         else:
-            self._batches.take(step, {s.name: token for s, (token, _) in zip(last, chosen, strict=True)})
+            # Whatever comes next of one that has no token: it ends here.
+            tokens = {s.name: 0 if token is None else token[0] for s, token in zip(last, chosen, strict=True)}
+            self._batches.take(step, tokens)
             self._turns.served(zip(sequences, (part.length for part in step.parts), strict=True))
-            for sequence, (token, note) in zip(last, chosen, strict=True):
-                self._say(sequence, token, note)
+            for sequence, token in zip(last, chosen, strict=True):
+                self._say(sequence, token)
         self._outbox.send()
         self._cost.took(sum(part.length for part in step.parts), time.monotonic() - began)
 
@@ -113,9 +115,9 @@ class Steps:
             self._fail([sequence], error)
             return
         self._turns.served([(sequence, num)])
-        for token, note in chosen:
-            apart.tokens.append(token)
-            self._say(sequence, token, note)
+        for token in chosen:
+            apart.tokens.append(0 if token is None else token[0])
+            self._say(sequence, token)
 
     def send(self) -> None:
         """Gives out what is not given out yet."""
@@ -171,8 +173,14 @@ class Steps:
             self._outbox.give(sequence.stream, StepFailed(f"{type(error).__name__}: {error}"))
             self._end(sequence)
 
-    def _say(self, sequence: LiveSequence, token: int, note: TokenLogprob | None) -> None:
-        """Gives a new token's text out, and ends the sequence where it is its last."""
+    def _say(self, sequence: LiveSequence, given: Token | None) -> None:
+        """Gives a new token's text out, and ends the sequence where it is its last, or where there is none."""
+        if given is None:
+            _log.error("scores with %r are not finite", sequence.choice)
+            self._outbox.give(sequence.stream, ScoresNotFinite())
+            self._end(sequence)
+            return
+        token, note = given
         notes = () if note is None else (note,)
         sequence.ids.append(token)
         sequence.num_generated += 1

@@ -53,7 +53,7 @@ class _ScaledOutputs(Node):
         ctx.save_for_backward(*ys, *Ws, *bs, *scales)
         # Whoever takes what is given may change it in place, as some activations do, and x as well: these have their
         # versions.
-        ctx.given = [(t.detach(), t._version) for t in (rows, *given)]
+        ctx.given = [(t.detach(), _version(t)) for t in (rows, *given)]
         ctx.shape = x.shape
         ctx.set_materialize_grads(False)
         return given
@@ -81,7 +81,12 @@ class _ScaledOutputs(Node):
 
 def _is_as_given(ctx: Any, place: int) -> bool:
     tensor, version = ctx.given[place]
-    return tensor._version == version
+    return _version(tensor) == version
+
+
+def _version(t: Tensor) -> int:
+    """How often it was changed in place, where that is counted."""
+    return 0 if t.is_inference() else t._version
 
 
 def _rows(ctx: Any) -> Tensor:

@@ -364,6 +364,16 @@ def test_ia3s_gradient_is_right_whatever_changes_in_place(changes, checkpointed)
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-4)
 
 
+def test_ia3_runs_in_inference_mode_and_on_what_it_made():
+    config = peft_dist.IA3Config(target_modules=["first", "second"], feedforward_modules=[])
+    model = peft_dist.get_peft_model(Residual("nothing"), config)
+    x = torch.randn(6, 32)
+    with torch.inference_mode():
+        given, made = model(x), x.clone()
+    torch.testing.assert_close(given, model(x))
+    torch.testing.assert_close(given, model(made))
+
+
 def test_where_nothing_is_left_for_ia3s_gradient_it_says_so():
     config = peft_dist.IA3Config(target_modules=["first"], feedforward_modules=[])
     y = peft_dist.get_peft_model(Residual("given and taken"), config)(torch.randn(6, 32))

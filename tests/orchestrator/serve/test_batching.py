@@ -15,8 +15,10 @@ import peft_dist
 from orchestrator.serve import batching
 from orchestrator.serve.batching import BatchingEngine
 from orchestrator.serve.continuous import _SaltedCache
-from orchestrator.serve.engine import AdapterRefused, EngineDead, Generation
+from orchestrator.serve.engine import AdapterRefused, EngineDead, Generation, ScoresNotFinite
+from orchestrator.serve.packed_base import PackedBase
 from peft_dist.catalog import METHODS
+from peft_dist.rows import BASE
 from tests.orchestrator.serve import adapter_zoo as zoo
 
 ANSWER = 10
@@ -553,6 +555,33 @@ def test_a_dead_thread_is_told():
         engine.check()
     with pytest.raises(EngineDead):
         asyncio.run(said(engine, zoo.prompt_of(1)))
+
+
+def test_scores_that_are_no_numbers_end_their_sequence_and_no_other(engine, tmp_path, monkeypatch):
+    lora(tmp_path / "a", 1)
+    prompt, scores = zoo.prompt_of(5), PackedBase.scores
+
+    def overflowing(self, rows, inputs):
+        """The adapter's, from its fourth token on."""
+        given = scores(self, rows, inputs)
+        for row, part in enumerate(rows.kept):
+            if rows.adapters[part] != BASE and rows.starts[part] > len(prompt) + 1:
+                given[row, 7] = float("nan")
+        return given
+
+    async def run():
+        await engine.load("a", tmp_path / "a")
+        alone = await said(engine, prompt)
+        monkeypatch.setattr(PackedBase, "scores", overflowing)
+        broken, beside = await asyncio.gather(
+            said(engine, prompt, "a"), said(engine, prompt), return_exceptions=True
+        )
+        assert isinstance(broken, ScoresNotFinite)
+        assert beside == alone
+        monkeypatch.undo()
+        assert len(await said(engine, prompt, "a")) == ANSWER, "it left nothing behind"
+
+    asyncio.run(run())
 
 
 def test_what_runs_ends_with_the_engine(engine):
