@@ -18,7 +18,7 @@ from peft_dist.prompts.packed import num_virtual
 
 from ..train.tasks.task import Padded
 from .decoding_batch import DecodingBatch
-from .engine import AdapterRefused, Generation, Piece, TokenLogprob
+from .engine import AdapterRefused, Generation, Piece, ScoresNotFinite, TokenLogprob
 from .pieces import pieces_of
 from .sampling import Sampler, logprob_of
 from .servable import check_placed, put_on
@@ -170,9 +170,11 @@ class Seq2SeqEngine(TaskEngine):
         try:
             with torch.inference_mode():
                 scores = batch.step()
-                likeliest = scores.argmax(-1).tolist()
+                highest, at = scores.max(-1)  # not a number where one of them is none
+                likeliest, finite = at.tolist(), highest.isfinite().tolist()
                 tokens = [
-                    self._token(row, scores[place], likeliest[place]) for place, row in enumerate(batch.rows)
+                    self._token(row, scores[place], likeliest[place], finite[place])
+                    for place, row in enumerate(batch.rows)
                 ]
                 batch.take(tokens)
         except Exception as error:
@@ -184,8 +186,12 @@ class Seq2SeqEngine(TaskEngine):
                 self._fair.served(row.queue, 1)
         self._keep_running(batch)
 
-    def _token(self, row: Any, scores: Tensor, likeliest: int) -> int:
-        """Chooses a row's next token and gives it out."""
+    def _token(self, row: Any, scores: Tensor, likeliest: int, is_finite: bool) -> int:
+        """Chooses a row's next token and gives it out; ends a row whose scores are no numbers."""
+        if not is_finite:
+            row.is_done = True
+            row.tell(ScoresNotFinite())
+            return likeliest
         token = likeliest
         if not row.sampler.takes_the_likeliest:
             token = row.sampler.choose(scores, row.written)

@@ -24,7 +24,7 @@ from peft_dist import PeftModel, Rows
 from peft_dist.rows import BASE
 
 from ..train.task_ids import ARGUMENT
-from .engine import AdapterRefused, EngineDead, Figures, Generation, Piece, TokenLogprob
+from .engine import AdapterRefused, EngineDead, Figures, Generation, Piece, ScoresNotFinite, TokenLogprob
 from .pieces import cut_off, pieces_of
 from .sampling import generation_config, logprob_of
 from .servable import num_tasks, put_on, put_sum, read_servable
@@ -234,7 +234,7 @@ class SequentialEngine:
                 attention_mask=torch.ones_like(ids),
                 **self._task_ids(request),
                 generation_config=generation_config(self._base, request, self._eos_ids),
-                logits_processor=LogitsProcessorList([notes] if notes else []),
+                logits_processor=LogitsProcessorList([_Finite(), *([notes] if notes else [])]),
                 stopping_criteria=StoppingCriteriaList([tap]),
             )
         if not tap.ended:
@@ -271,6 +271,16 @@ class _Tap(StoppingCriteria):
 
     def _noted(self, token: int) -> tuple[TokenLogprob, ...]:
         return (self._notes.of(token),) if self._notes else ()
+
+
+class _Finite(LogitsProcessor):
+    """Lets nothing be chosen by what are no numbers, and changes nothing."""
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        """The scores (1, vocabulary), as they are; some may be -inf, which other processors put there."""
+        if not scores.max().isfinite():
+            raise ScoresNotFinite
+        return scores
 
 
 class _Notes(LogitsProcessor):

@@ -9,7 +9,8 @@ from transformers import AutoTokenizer, BartConfig, BartForConditionalGeneration
 
 import peft_dist
 from orchestrator.serve.base_model import load
-from orchestrator.serve.engine import AdapterRefused, Generation
+from orchestrator.serve.decoding_batch import DecodingBatch
+from orchestrator.serve.engine import AdapterRefused, Generation, ScoresNotFinite
 from orchestrator.serve.prompts import SourcePrompts
 from orchestrator.serve.seq2seq import Seq2SeqEngine
 from orchestrator.spec.job import ModelSpec
@@ -292,3 +293,30 @@ def test_a_batch_that_fails_tells_its_own_rows_and_others_go_on(engine, made):
 
     plain, again = asyncio.run(run())
     assert plain == again and engine.figures().running == 0
+
+
+def test_scores_that_are_no_numbers_end_their_row_and_no_other(engine, made, monkeypatch):
+    step = DecodingBatch.step
+
+    def overflowing(batch):
+        scores = step(batch)
+        for row, asked in enumerate(batch.rows):
+            if asked.adapter is not None and len(asked.written) > 2:
+                scores[row, 5] = float("nan")
+        return scores
+
+    async def run():
+        await engine.load("one", made["one"][1])
+        alone = await write(engine, None, "a", max_tokens=30)
+        monkeypatch.setattr(DecodingBatch, "step", overflowing)
+        broken, beside = await asyncio.gather(
+            write(engine, "one", "a", max_tokens=30),
+            write(engine, None, "a", max_tokens=30),
+            return_exceptions=True,
+        )
+        await engine.unload("one")
+        return broken, beside, alone
+
+    broken, beside, alone = asyncio.run(run())
+    assert isinstance(broken, ScoresNotFinite)
+    assert beside == alone and engine.figures().running == 0

@@ -6,7 +6,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from orchestrator.serve import base_model
-from orchestrator.serve.engine import EngineDead, Generation
+from orchestrator.serve.engine import EngineDead, Generation, ScoresNotFinite
 from orchestrator.serve.prompts import Prompts
 from orchestrator.serve.sequential import SequentialEngine
 from orchestrator.spec.job import ModelSpec
@@ -86,6 +86,21 @@ def test_a_failing_generation_does_not_end_the_engine(engine):
         with pytest.raises(IndexError):
             async for _ in engine.generate(Generation((10**6,), None, max_tokens=2)):
                 pass
+        return await collect(engine, max_tokens=2)
+
+    assert len(asyncio.run(fail_then_work())) == 3
+
+
+def test_scores_that_are_no_numbers_end_their_generation(engine):
+    def overflow(module, args, given):
+        given.logits[..., 3] = float("nan")
+        return given
+
+    async def fail_then_work():
+        handle = engine._base.register_forward_hook(overflow)
+        with pytest.raises(ScoresNotFinite):
+            await collect(engine, max_tokens=2)
+        handle.remove()
         return await collect(engine, max_tokens=2)
 
     assert len(asyncio.run(fail_then_work())) == 3
