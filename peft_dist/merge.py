@@ -92,7 +92,7 @@ def merge(
             _merge_dense(module, dW, db, dtype, keep)
             continue
         if dW is not None:
-            _untie(module, users)
+            _untie(module, users, names)
         old = module.base.exchange_(_own(dW, module, names)) if keep and dW is not None else None
         if keep:
             _keep(module, old)
@@ -171,7 +171,7 @@ def merge_and_unload(
     for module in replaced:
         _take_over(module, names, apart)
     remove_wrappers(base)
-    if any(_OWN_WEIGHT in module.__dict__ for module in base.modules()):
+    if _stay_untied(base):
         _say_untied(base)
     if dequantize:
         _dequantise(base)
@@ -337,13 +337,15 @@ def _check_tied(modules: Sequence[Adapted], users: dict[int, int]) -> None:
             )
 
 
-def _untie(module: Adapted, users: dict[int, int]) -> None:
+def _untie(module: Adapted, users: dict[int, int], names: Sequence[str]) -> None:
     """Gives a layer that shares its weight one of its own, so that a merge leaves the other layer as it
     is."""
     if _is_tied(module, users):
         layer, shared = module.base.layer, module.base.parameter
         assert shared is not None
-        layer.__dict__[_OWN_WEIGHT] = (shared,)
+        # Whose tensors change it: layers that they change alike are tied again when the wrappers go.
+        sources = [(name, id(module._lenders.get(name, module))) for name in names if name in module.methods]
+        layer.__dict__[_OWN_WEIGHT] = (shared, module.base.key, sources)
         own = copy.deepcopy(shared)
         setattr(layer, module.base.key, own.requires_grad_(False))
 
@@ -356,9 +358,24 @@ def _retie(module: Adapted) -> None:
         module.__dict__[_KEPT].pop(module.base.key)
 
 
-def _say_untied(base: nn.Module) -> None:
+def _stay_untied(base: nn.Module) -> bool:
+    """Ties again all layers of one weight that a merge has changed alike; whether others stay apart."""
+    groups: dict[int, list[tuple[nn.Module, Any, str, Any]]] = {}
     for module in base.modules():
-        module.__dict__.pop(_OWN_WEIGHT, None)
+        if (own := module.__dict__.pop(_OWN_WEIGHT, None)) is not None:
+            groups.setdefault(id(own[0]), []).append((module, *own))
+    users, apart = _users(base), False
+    for layers in groups.values():
+        (first, shared, key, sources), *others = layers
+        if users.get(id(shared), 0) or sources is None or any(other[3] != sources for other in others):
+            apart = True
+            continue
+        for layer, _, own_key, _ in others:
+            setattr(layer, own_key, getattr(first, key))
+    return apart
+
+
+def _say_untied(base: nn.Module) -> None:
     config: Any = getattr(base, "config", None)
     if getattr(config, "tie_word_embeddings", False):
         config.tie_word_embeddings = False
@@ -418,6 +435,6 @@ def _take_over(module: Replaced, names: Sequence[str], apart: set[int]) -> None:
             if id(shared) in apart:
                 above, _, last = key.rpartition(".")
                 layer = module.original_module.get_submodule(above)
-                layer.__dict__[_OWN_WEIGHT] = (shared,)
+                layer.__dict__[_OWN_WEIGHT] = (shared, last, None)
                 setattr(layer, last, copy.deepcopy(shared).requires_grad_(False))
             set_whole(module.original_module.get_parameter(key), whole(value))

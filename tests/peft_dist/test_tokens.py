@@ -8,6 +8,7 @@ import warnings
 import peft
 import pytest
 import torch
+from transformers import T5Config, T5ForConditionalGeneration
 
 import peft_dist
 from peft_dist.errors import ConfigError, PeftDistError, TargetError
@@ -86,6 +87,42 @@ def test_programs_find_the_layers_with_rows_as_in_theirs(base) -> None:
         )
     assert found[0] == found[1]
     assert any(found[1][1]) and not found[1][1][2]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        peft_dist.LoraConfig(**LORA, trainable_token_indices=TOKENS),
+        peft_dist.TrainableTokensConfig(token_indices=TOKENS),
+        peft_dist.LoraConfig(r=2, target_modules=["embed_tokens"], ensure_weight_tying=True),
+    ],
+    ids=["rows beside LoRA", "rows", "one adapter for both"],
+)
+def test_layers_that_are_changed_alike_stay_tied_when_merged(config) -> None:
+    ours = peft_dist.get_peft_model(bases.tied_llama(), copy.deepcopy(config))
+    disturb(ours)
+    wanted = logits(ours)
+    ours.merge_adapter()
+    ours.unmerge_adapter()
+    merged = ours.merge_and_unload()
+    close(logits(merged), wanted)
+    assert merged.lm_head.weight is merged.model.embed_tokens.weight and merged.config.tie_word_embeddings
+
+
+def test_four_layers_of_one_weight_stay_tied_when_merged() -> None:
+    facts = T5Config(
+        vocab_size=20, d_model=8, d_ff=8, d_kv=4, num_layers=1, num_heads=2, decoder_start_token_id=0
+    )
+    base, ids = T5ForConditionalGeneration(facts).eval(), torch.arange(5)[None]
+    ours = peft_dist.get_peft_model(
+        base, peft_dist.LoraConfig(r=2, target_modules=["q"], trainable_token_indices={"shared": [1, 3]})
+    )
+    disturb(ours)
+    wanted = ours(input_ids=ids, decoder_input_ids=ids).logits
+    merged = ours.merge_and_unload()
+    close(merged(input_ids=ids, decoder_input_ids=ids).logits, wanted)
+    towers = (merged.encoder.embed_tokens, merged.decoder.embed_tokens, merged.lm_head)
+    assert all(layer.weight is merged.shared.weight for layer in towers) and merged.config.tie_word_embeddings
 
 
 def test_rows_differ_per_sequence() -> None:
