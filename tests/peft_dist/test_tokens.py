@@ -125,6 +125,19 @@ def test_four_layers_of_one_weight_stay_tied_when_merged() -> None:
     assert all(layer.weight is merged.shared.weight for layer in towers) and merged.config.tie_word_embeddings
 
 
+def test_a_tied_layer_is_of_the_same_kind_as_the_one_with_rows() -> None:
+    for library in (peft, peft_dist):
+        kinds = (
+            library.tuners.trainable_tokens.layer.TrainableTokensLayer,
+            library.tuners.tuners_utils.BaseTunerLayer,
+        )
+        config = library.TrainableTokensConfig(token_indices=TOKENS)
+        model = library.get_peft_model(bases.tied_llama(), config).get_base_model()
+        assert all(
+            isinstance(layer, kind) for layer in (model.model.embed_tokens, model.lm_head) for kind in kinds
+        )
+
+
 def test_rows_differ_per_sequence() -> None:
     ours = peft_dist.get_peft_model(
         bases.tied_llama(), peft_dist.LoraConfig(**LORA, trainable_token_indices=TOKENS), adapter_name="a"

@@ -46,6 +46,7 @@ class RowsBeside(TokenRows):
 class SameRowsBeside(SameRows):
     """The same on a layer that shares the embedding's weight; in a file they are the embedding's alone."""
 
+    peft_type: ClassVar[str | None] = None
     prefix: ClassVar[str] = "token_adapter."
 
     def export(self, p: Params, site: Site) -> dict[str, Tensor]:

@@ -125,6 +125,7 @@ class SameRows(TokenRows):
     token_indices: Sequence[int]
     init_weights: bool = True
 
+    peft_type: ClassVar[str | None] = "TRAINABLE_TOKENS"
     prefix: ClassVar[str] = "trainable_tokens_"
 
     def params(self, site: Site) -> dict[str, Param]:
