@@ -131,7 +131,7 @@ class Adapted(AdapterModule):
         if len(args) != 1 or kwargs:
             raise TypeError(f"{self._site_name}: an adapted layer takes its input alone.")
         (x,) = args
-        if (y := self._current.siblings.computed_for(self, x)) is not None:
+        if self._current.made is not None and (y := self._current.siblings.computed_for(self, x)) is not None:
             return y
         if rows is None or rows.num is None:
             return self._serve(self.serving(None), x)
@@ -268,7 +268,12 @@ class Adapted(AdapterModule):
     def _among_siblings(self, method: SiteMethod, p: Params, x: Tensor) -> Tensor | None:
         """What this layer gives, computed at once with the layers that take x next; None where there are none."""
         siblings, rows = self._current.siblings, self._current.rows
-        if self.base.is_running or (rows is not None and rows.num is not None and len(rows.segments) > 1):
+        # Between calls of layers by hand anything may change; within a whole model's forward nothing does.
+        if (
+            self._current.made is None
+            or self.base.is_running
+            or (rows is not None and rows.num is not None and len(rows.segments) > 1)
+        ):
             return None
         if not (followers := siblings.after(self, x)):
             return None

@@ -262,3 +262,18 @@ def test_a_model_may_be_trained_on_one_tensor_again_and_again(name, targets):
             optimizer.step()
             losses[-1].append(loss.item())
     torch.testing.assert_close(losses[1], losses[0], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_layers_called_by_hand_compute_for_themselves_whatever_changed_in_between(name):
+    model = tuned(name)
+    attention = model.base_model.model.model.layers[0].self_attn
+    step(model)
+    step(model)
+    x = torch.randn(3, 16, 32, dtype=torch.float64)
+    with torch.no_grad():
+        before = attention.k_proj(x)
+        attention.q_proj(x)
+        for parameter in attention.k_proj.parameters():
+            parameter.data += 0.1
+        assert not torch.equal(attention.k_proj(x), before)
