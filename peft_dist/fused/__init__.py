@@ -8,12 +8,11 @@ twice is refused by torch.
 from peft_dist.fused.changed import by_delta, changed, changed_by_kronecker, hadamard
 from peft_dist.fused.low_rank import low_rank, pooled, projected, reflected, stretched
 from peft_dist.fused.plain import exactly, foldable, plain
-from peft_dist.fused.scaled import are_divisors, scaled_input, scaled_outputs
+from peft_dist.fused.scaled import scaled_input, scaled_outputs
 from peft_dist.fused.turned import rotations, skew, turned
 from peft_dist.fused.wavelet import synthesis
 
 __all__ = [
-    "are_divisors",
     "by_delta",
     "changed",
     "changed_by_kronecker",

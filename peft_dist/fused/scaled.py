@@ -37,9 +37,9 @@ class _ScaledInput(Node):
 
 
 def scaled_outputs(x: Tensor, parts: Sequence[tuple[Tensor, Tensor | None, Tensor]]) -> tuple[Tensor, ...]:
-    """scale * (x W^T + b) for each (W, b, scale) of `parts`, layers that take the same x and whose scales (out,), of
-    any shape, are `are_divisors`: what is scaled in place then gives the scale's gradient as well. Not where saved
-    tensors are hooked."""
+    """scale * (x W^T + b) for each (W, b, scale) of `parts`, layers that take the same x, with scales (out,) of any
+    shape. What is scaled in place gives the scale's gradient as well, where the sums can be divided by the scale again.
+    On CPUs, where saved tensors are not hooked."""
     return _ScaledOutputs.run(x, *(t for part in parts for t in part))
 
 
@@ -48,7 +48,7 @@ class _ScaledOutputs(Node):
     def forward(ctx: Any, x: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
         Ws, bs, scales = (tensors[i::3] for i in range(3))
         rows = flat(x)
-        ys = [_scaled(rows, W, b, scale) for W, b, scale in zip(Ws, bs, scales, strict=True)]
+        ys = [linear(rows, W, b).mul_(scale.view(-1)) for W, b, scale in zip(Ws, bs, scales, strict=True)]
         given = tuple(shaped(y, x) for y in ys)
         ctx.save_for_backward(*ys, *Ws, *bs, *scales)
         # Whoever takes what is given may change it in place, as some activations do, and x as well: these have their
@@ -69,13 +69,16 @@ class _ScaledOutputs(Node):
             if g is None:
                 each += [None, None, None]
                 continue
-            y = ys[i] if _is_as_given(ctx, i + 1) else _scaled(_rows(ctx), Ws[i], bs[i], scales[i])
+            scale = scales[i].view(-1)
+            is_enough = _is_as_given(ctx, i + 1) and _is_divisor(scale)
             # The same memory for all of them: it is still in the processor's cache.
             scaled = scaled if scaled.shape == g.shape else torch.empty_like(g)
-            sums = _scale(g, y, scales[i].view(-1), scaled)
+            g_scale = _scale(g, ys[i] if is_enough else linear(_rows(ctx), Ws[i], bs[i]), scale, scaled)
+            if is_enough:
+                g_scale.div_(scale)
             if wanted[0]:
                 g_x = torch.mm(scaled, Ws[i]) if g_x is None else g_x.addmm_(scaled, Ws[i])
-            each += [None, None, sums.view_as(scales[i]).div_(scales[i])]
+            each += [None, None, g_scale.view_as(scales[i])]
         return None if g_x is None else g_x.view(ctx.shape), *each
 
 
@@ -92,21 +95,15 @@ def _version(t: Tensor) -> int:
 def _rows(ctx: Any) -> Tensor:
     if not _is_as_given(ctx, 0):
         raise RuntimeError(
-            "IA3: what a layer took and what it gave were both changed in place, and one of them is needed for the "
-            "gradient of its scale. Change a copy of one of them."
+            "IA3: what a layer took was changed in place, and what it gave as well, or its scale is 0 somewhere; one "
+            "of the two is needed for the scale's gradient. Change a copy of what it takes."
         )
     return ctx.given[0][0]
 
 
-def _scaled(rows: Tensor, W: Tensor, b: Tensor | None, scale: Tensor) -> Tensor:
-    return linear(rows, W, b).mul_(scale.view(-1))
-
-
-def are_divisors(scales: Sequence[Tensor]) -> bool:
-    """Whether sums of what was multiplied by the scales can be divided by them again. Waits for the device."""
-    with torch.no_grad():
-        every = scales[0] if len(scales) == 1 else torch.cat([scale.flatten() for scale in scales])
-        return float(every.abs().min()) > 1e-20
+def _is_divisor(scale: Tensor) -> bool:
+    """Whether what was multiplied by it can be divided by it again."""
+    return float(torch.linalg.vector_norm(scale, -float("inf"))) > 1e-20
 
 
 def _scale(g: Tensor, y: Tensor, scale: Tensor, given: Tensor) -> Tensor:

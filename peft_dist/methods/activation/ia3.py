@@ -102,12 +102,7 @@ class IA3Config(TargetedConfig, ActivationMethod):
         """What layers give whose outputs are scaled, where they may be scaled in place; else None."""
         scales = [p["l"] for p in ps]
         frozen = [fused.exactly(base, x, scale) for base, scale in zip(bases, scales, strict=True)]
-        if (
-            x.device.type != "cpu"
-            or not all(frozen)
-            or saved_tensors.are_hooked()
-            or not fused.are_divisors(scales)
-        ):
+        if x.device.type != "cpu" or not all(frozen) or saved_tensors.are_hooked():
             return None
         return fused.scaled_outputs(x, [(*each, scale) for each, scale in zip(frozen, scales, strict=True)])
 
