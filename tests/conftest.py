@@ -21,6 +21,25 @@ from orchestrator.local_ray import LocalRay, down, ensure_up
 ROOT = Path(__file__).parent.parent
 
 
+_SESSION = pytest.StashKey[pytest.Session]()
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    session.config.stash[_SESSION] = session
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Ends a process that Ray was in without taking the interpreter apart: now and then a thread of Ray's core (2.60)
+    still writes its log then, and the process dies of it when all is said."""
+    session = config.stash.get(_SESSION, None)
+    if session is None or "ray._raylet" not in sys.modules:
+        return
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(int(session.exitstatus))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def session_home(tmp_path_factory) -> Iterator[Path]:
     """RAYPEFT_HOME for every test: runs, registry and the local Ray's state."""
