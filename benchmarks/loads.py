@@ -133,8 +133,10 @@ def measure_loads(dtype: str, rounds: int, clock: Clock) -> dict[str, Any]:
     """The figures of `loads`."""
     from benchmarks.serving import base_model, make_adapters
     from orchestrator.serve.batching import BatchingEngine
+    from orchestrator.serve.garbage import collect_rarely
 
     engine = BatchingEngine(base_model(dtype), lambda ids: "", frozenset(), 2048, cache_bytes=2**28)
+    collect_rarely()  # as a replica does
     gaps: tuple[list[float], list[float], list[float]] = [], [], []
     with tempfile.TemporaryDirectory(prefix="raypeft-loads-") as folder:
         make_adapters(Path(folder), 16)
@@ -226,9 +228,11 @@ def measure_swaps(swaps: int) -> dict[str, Any]:
     """The figures of `swaps`."""
     from orchestrator.serve.batching import BatchingEngine
     from orchestrator.serve.engine import Generation
+    from orchestrator.serve.garbage import collect_rarely
     from orchestrator.serve.residency import Residency
 
     engine = BatchingEngine(small_base(), lambda ids: "", frozenset(), 512, cache_bytes=2**25)
+    collect_rarely()
     held: list[tuple[int, float]] = []
     answers = 0
 

@@ -25,6 +25,7 @@ from .app import build_app
 from .arbiter import Arbiter
 from .catalogue import Catalogue
 from .desired import Desired, Served
+from .garbage import collect_rarely
 from .heads import ROUTES
 from .metric_files import MetricFiles
 from .metrics import Metrics
@@ -90,6 +91,7 @@ class Replica:
         reporter.known = self._catalogue
         self._engine.pin = self._catalogue.residency.pinned
         self._others: tuple[float, Sequence[str]] = (float("-inf"), ())
+        collect_rarely()
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         """The application that Serve mounts."""
