@@ -593,7 +593,7 @@ def _torch_optimizer(parameters: list[Parameter], hyper: Hyper) -> torch.optim.O
         betas=hyper.betas,
         eps=hyper.eps,
         weight_decay=hyper.weight_decay,
-        # In one pass, where that gives torch's own bits and leaves the step count where it is.
+        # torch's one pass, where it rounds as its loop does to the last bit or so and leaves the step count on the CPU.
         fused=all(p.device.type == "cpu" and p.dtype in _IN_ONE_PASS for p in parameters) or None,
     )
 

@@ -106,8 +106,11 @@ class Bucket:
         tensors (rows, ...). Rows whose adapters stand side by side here read the arrays as they are; where nothing of
         that saves anything, all rows are one part. None where an adapter is not here, or its Parameters are elsewhere
         by now."""
-        if (slots := self.slots_of(adapters)) is None:
-            return None
+        slots = self.slots_of(adapters)
+        return None if slots is None else self.of_slots(slots)
+
+    def of_slots(self, slots: tuple[int, ...]) -> list[tuple[slice, dict[str, Tensor]]]:
+        """`by_row` for the slots that `slots_of` gave."""
         trained = set()
         if torch.is_grad_enabled():
             held = [self.held[slot] for slot in dict.fromkeys(slots)]

@@ -78,4 +78,4 @@ class _Input:
 
 
 def _state(x: Tensor) -> tuple[int, bool]:
-    return 0 if x.is_inference() else x._version, torch.is_grad_enabled()
+    return saved_tensors.version(x), torch.is_grad_enabled()

@@ -16,7 +16,7 @@ from peft_dist.rows import BASE
 from .apart import Apart
 from .engine import Generation, Piece, TokenLogprob
 from .loaded_adapters import Adapter
-from .sampling import Sampler, logprob_of
+from .sampling import Sampler, likeliest_of, logprob_of
 from .text import TextStream
 
 
@@ -101,16 +101,13 @@ def next_tokens(sequences: Sequence[LiveSequence], scores: Tensor) -> list[Token
     """
     if not sequences:
         return []
-    highest, at = scores.max(-1)  # not a number where one of them is none
-    likeliest, finite = at.tolist(), highest.isfinite().tolist()
     chosen: list[Token | None] = []
-    for row, sequence in enumerate(sequences):
+    for row, (sequence, token) in enumerate(zip(sequences, likeliest_of(scores), strict=True)):
         sampler = sequence.sampler
         assert sampler is not None
-        if not finite[row]:
+        if token is None:
             chosen.append(None)
             continue
-        token = likeliest[row]
         if not sampler.takes_the_likeliest:
             token = sampler.choose(scores[row], sequence.ids)
         note = None

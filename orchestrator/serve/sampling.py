@@ -88,6 +88,14 @@ class Sampler:
         return int(torch.multinomial(scores.softmax(-1), 1, generator=self._generator))
 
 
+def likeliest_of(scores: Tensor) -> list[int | None]:
+    """Each row's token of the highest score (rows, vocabulary); None where one of its scores is nan, or that one is not
+    finite: nothing is to be chosen by them."""
+    highest, at = scores.max(-1)  # nan where one of them is
+    both = zip(at.tolist(), highest.isfinite().tolist(), strict=True)
+    return [token if is_finite else None for token, is_finite in both]
+
+
 def logprob_of(logprobs: Tensor, token: int, num_top: int) -> TokenLogprob:
     """What (vocabulary,) log-probabilities say of the token that was taken, and of so many of the likeliest."""
     values, ids = logprobs.topk(num_top)

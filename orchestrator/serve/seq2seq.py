@@ -20,7 +20,7 @@ from ..train.tasks.task import Padded
 from .decoding_batch import DecodingBatch
 from .engine import AdapterRefused, Generation, Piece, ScoresNotFinite, TokenLogprob
 from .pieces import pieces_of
-from .sampling import Sampler, logprob_of
+from .sampling import Sampler, likeliest_of, logprob_of
 from .servable import check_placed, put_on
 from .task_engine import Asked, TaskEngine
 from .text import TextStream
@@ -170,11 +170,9 @@ class Seq2SeqEngine(TaskEngine):
         try:
             with torch.inference_mode():
                 scores = batch.step()
-                highest, at = scores.max(-1)  # not a number where one of them is none
-                likeliest, finite = at.tolist(), highest.isfinite().tolist()
                 tokens = [
-                    self._token(row, scores[place], likeliest[place], finite[place])
-                    for place, row in enumerate(batch.rows)
+                    self._token(row, own, token)
+                    for row, own, token in zip(batch.rows, scores, likeliest_of(scores), strict=True)
                 ]
                 batch.take(tokens)
         except Exception as error:
@@ -186,13 +184,12 @@ class Seq2SeqEngine(TaskEngine):
                 self._fair.served(row.queue, 1)
         self._keep_running(batch)
 
-    def _token(self, row: Any, scores: Tensor, likeliest: int, is_finite: bool) -> int:
+    def _token(self, row: Any, scores: Tensor, token: int | None) -> int:
         """Chooses a row's next token and gives it out; ends a row whose scores are no numbers."""
-        if not is_finite:
+        if token is None:
             row.is_done = True
             row.tell(ScoresNotFinite())
-            return likeliest
-        token = likeliest
+            return 0
         if not row.sampler.takes_the_likeliest:
             token = row.sampler.choose(scores, row.written)
         notes: tuple[TokenLogprob, ...] = ()

@@ -341,8 +341,7 @@ class Adapted(AdapterModule):
             return None
         if (y := self._by_slot(x, names, bucket, slots)) is not None:
             return y
-        if (parts := bucket.by_row(names)) is None:
-            return None
+        parts = bucket.of_slots(slots)
         each = [self.methods[name] for name in names]  # type: ignore[index]
         method, given = type(first), x.to(dtype_of(parts[0][1])).unsqueeze(1)
         y, additions = None, []

@@ -51,7 +51,7 @@ def reduce_intruder_dimension(
     }
     in_full = not dtypes & {torch.float16, torch.bfloat16}
     peft_model.add_adapter(new_adapter_name, copy.copy(config), autocast_adapter_dtype=in_full)
-    for name, module in adapter_modules(peft_model.get_base_model()):
+    for name, module in layers:
         if old_adapter_name not in module.adapters:
             continue
         old, new = module.tensors(old_adapter_name), module.tensors(new_adapter_name)

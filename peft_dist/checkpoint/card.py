@@ -12,11 +12,11 @@ from peft_dist.checkpoint.layout import CARD_NAME
 from peft_dist.config import PeftConfig
 
 
-def card_of(config: PeftConfig, base: Any = None, before: str | None = None) -> str:
+def card_of(config: PeftConfig, base: Any = None, before: str | None = None, tags: Sequence[str] = ()) -> str:
     """Its text: that of `before` where there is one, under the facts by which hubs find an adapter and its base.
 
     Args:
-        base: that the adapter stands on; its own tags are kept.
+        base: that the adapter stands on; its own tags are kept. tags: more of them.
     """
     given = _text_of(config) if before is None else before
     headed = given if given.startswith("---") else f"---\n{{}}\n---\n{given}"
@@ -26,7 +26,7 @@ def card_of(config: PeftConfig, base: Any = None, before: str | None = None) -> 
         card.data.base_model = config.base_model_name_or_path
     if config.task_type == "CAUSAL_LM" and not card.data.pipeline_tag:
         card.data.pipeline_tag = "text-generation"
-    card.data.tags = list(dict.fromkeys([*(card.data.tags or []), *_tags(config, base)]))
+    card.data.tags = list(dict.fromkeys([*(card.data.tags or []), *_tags(config, base), *tags]))
     return str(card)
 
 
@@ -65,9 +65,5 @@ def write_card(folder: Path, config: PeftConfig, base: Any = None, tags: Sequenc
     """Writes the card of an adapter's directory, with more tags. Text that is there stays, under its facts."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / CARD_NAME
-    text = card_of(config, base, path.read_text(encoding="utf-8") if path.is_file() else None)
-    if tags:
-        card: Any = huggingface_hub.ModelCard(text)
-        card.data.tags = list(dict.fromkeys([*card.data.tags, *tags]))
-        text = str(card)
-    path.write_text(text, encoding="utf-8")
+    before = path.read_text(encoding="utf-8") if path.is_file() else None
+    path.write_text(card_of(config, base, before, tags), encoding="utf-8")

@@ -3,11 +3,64 @@
 // The products of a decoding step are so small that a library's fixed price for each of them is most of their cost.
 // Sums are in single precision, in an order that does not depend on the other positions of the call.
 
-#include "low_rank.h"
+#include "vectors.h"
 
 namespace {
 
-constexpr int MOST = 256;  // ranks of all adapters of a position together, and so adapters; the caller sees to it
+constexpr int POSITIONS = 4;  // positions at a time, which share what is read of A and B
+constexpr int RANKS = 4;      // rows of A at a time; ranks are multiples of it
+constexpr int MOST = 256;     // ranks of all adapters of a position together, and so adapters; the caller sees to it
+
+// h[p][j] = w x[p] . A[j], for N positions and the r rows of A.
+// The order of a sum does not depend on N.
+template <typename T, int N>
+void down(const T* x, const T* A, float w, int64_t in, int64_t r, float* h) {
+    const int64_t whole = in - in % WIDTH;
+    for (int64_t j = 0; j < r; j += RANKS) {
+        Floats sums[N][RANKS] = {};
+        for (int64_t i = 0; i < whole; i += WIDTH) {
+            Floats a[RANKS];
+            __builtin_prefetch(x + (N + j / RANKS % N) * in + i, 0, 3);
+            for (int q = 0; q < RANKS; q++) a[q] = load(A + (j + q) * in + i);
+            for (int p = 0; p < N; p++) {
+                const Floats v = load(x + p * in + i);
+                for (int q = 0; q < RANKS; q++) sums[p][q] += v * a[q];
+            }
+        }
+        if (whole < in)
+            for (int p = 0; p < N; p++)
+                for (int q = 0; q < RANKS; q++)
+                    sums[p][q] += load_some(x + p * in + whole, in - whole)
+                                * load_some(A + (j + q) * in + whole, in - whole);
+        if constexpr (N * RANKS == WIDTH) {
+            const Floats all = w * sums_of(&sums[0][0]);
+            for (int p = 0; p < N; p++)
+                std::memcpy(h + p * MOST + j, (const float*)&all + p * RANKS, RANKS * sizeof(float));
+        } else {
+            for (int p = 0; p < N; p++)
+                for (int q = 0; q < RANKS; q++) h[p * MOST + j + q] = w * sum(sums[p][q]);
+        }
+    }
+}
+
+// y += h B for N positions and U vectors of columns, B being `num` matrices (r, out) one below the other, whose rows are
+// `apart`.
+template <typename T, typename TB, int N, int U>
+inline void up(const float* h, const TB* const* Bs, int num, int64_t r, int64_t apart, T* y, int64_t out) {
+    Floats sums[N][U];
+    for (int p = 0; p < N; p++)
+        for (int u = 0; u < U; u++) __builtin_prefetch(y + (N + p) * out + u * WIDTH, 1, 3);
+    for (int p = 0; p < N; p++)
+        for (int u = 0; u < U; u++) sums[p][u] = load(y + p * out + u * WIDTH);
+    for (int k = 0; k < num; k++)
+        for (int64_t j = 0; j < r; j++)
+            for (int u = 0; u < U; u++) {
+                const Floats b = load(Bs[k] + j * apart + u * WIDTH);
+                for (int p = 0; p < N; p++) sums[p][u] += h[p * MOST + k * r + j] * b;
+            }
+    for (int p = 0; p < N; p++)
+        for (int u = 0; u < U; u++) store(y + p * out + u * WIDTH, sums[p][u]);
+}
 
 template <typename T> struct Call {
     const T *x, *A, *B;
@@ -23,15 +76,15 @@ void block(const Call<T>& c, int64_t at, const int32_t* lanes, const float* weig
     float h[N * MOST];
     const TB* Bs[MOST];
     for (int k = 0; k < num; k++) {
-        down<T, N>(c.x + at * c.in, c.A + lanes[k] * c.r * c.in, weights[k], c.in, c.r, h + k * c.r, MOST);
+        down<T, N>(c.x + at * c.in, c.A + lanes[k] * c.r * c.in, weights[k], c.in, c.r, h + k * c.r);
         Bs[k] = all[k];
     }
     T* y = c.y + at * c.out;
     const auto on = [&](int vectors) { for (int k = 0; k < num; k++) Bs[k] += vectors * WIDTH; };
     int64_t i = 0;
     for (; i + AT_ONCE * WIDTH <= c.out; i += AT_ONCE * WIDTH, on(AT_ONCE))
-        up<T, TB, N, AT_ONCE>(h, MOST, Bs, num, c.r, apart, y + i, c.out);
-    for (; i + WIDTH <= c.out; i += WIDTH, on(1)) up<T, TB, N, 1>(h, MOST, Bs, num, c.r, apart, y + i, c.out);
+        up<T, TB, N, AT_ONCE>(h, Bs, num, c.r, apart, y + i, c.out);
+    for (; i + WIDTH <= c.out; i += WIDTH, on(1)) up<T, TB, N, 1>(h, Bs, num, c.r, apart, y + i, c.out);
     if (i == c.out) return;
     for (int p = 0; p < N; p++) {
         Floats sums = load_some(y + p * c.out + i, c.out - i);

@@ -12,6 +12,7 @@ from torch import Tensor
 from peft_dist.compiled import scaled_loop
 from peft_dist.fused.node import Node
 from peft_dist.fused.plain import flat, linear, shaped
+from peft_dist.saved_tensors import version
 
 
 def scaled_input(x: Tensor, W: Tensor, b: Tensor | None, scale: Tensor) -> Tensor:
@@ -53,7 +54,7 @@ class _ScaledOutputs(Node):
         ctx.save_for_backward(*ys, *Ws, *bs, *scales)
         # Whoever takes what is given may change it in place, as some activations do, and x as well: these have their
         # versions.
-        ctx.given = [(t.detach(), _version(t)) for t in (rows, *given)]
+        ctx.given = [(t.detach(), version(t)) for t in (rows, *given)]
         ctx.shape = x.shape
         ctx.set_materialize_grads(False)
         return given
@@ -83,13 +84,8 @@ class _ScaledOutputs(Node):
 
 
 def _is_as_given(ctx: Any, place: int) -> bool:
-    tensor, version = ctx.given[place]
-    return _version(tensor) == version
-
-
-def _version(t: Tensor) -> int:
-    """How often it was changed in place, where that is counted."""
-    return 0 if t.is_inference() else t._version
+    tensor, before = ctx.given[place]
+    return version(tensor) == before
 
 
 def _rows(ctx: Any) -> Tensor:
