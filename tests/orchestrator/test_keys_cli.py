@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from orchestrator import api
+from orchestrator.api import asked
 from orchestrator.cli import app, run_guarded
 from orchestrator.identity import BaseIdentity
 from orchestrator.keys import KeyBook
@@ -98,10 +98,10 @@ def test_asking_needs_no_key_where_none_is_asked_for_and_lends_itself_one_elsewh
     raypeft, tmp_path, monkeypatch
 ):
     registry = Registry(tmp_path / "registry")
-    assert api._key(registry) is None
+    assert asked.key_of(registry) is None
     raypeft("keys", "create", "acme")
-    lent = api._key(registry)
+    lent = asked.key_of(registry)
     assert KeyBook(registry.url).read().find(lent).tenant == "raypeft"
     monkeypatch.setenv("RAYPEFT_API_KEY", "mine")
-    assert api._key(registry) == "mine"
-    assert api._place_to_ask("docs", "http://somewhere/v1", None) == ("http://somewhere/v1", "mine")
+    assert asked.key_of(registry) == "mine"
+    assert asked.place_to_ask("docs", "http://somewhere/v1", None) == ("http://somewhere/v1", "mine")

@@ -10,6 +10,7 @@ from importlib import metadata
 import pytest
 
 from orchestrator import api, wiring
+from orchestrator.api import served
 from orchestrator.cli import app, run_guarded
 from orchestrator.cluster import load_cluster
 from orchestrator.errors import ClusterError, ModelError, RaypeftError, ServeError, rebuilt
@@ -125,7 +126,7 @@ def test_what_was_set_travels_too(site):
         'rollout.rollback={"any": ["error_rate > 0.1"]}',
         "engine.max_adapters=3",
     ]
-    assert api._deploy_spec(sent).rollout == api._deploy_spec(settings).rollout  # read there as here
+    assert served.deploy_spec(sent).rollout == served.deploy_spec(settings).rollout  # read there as here
 
 
 def test_the_job_has_the_wheel_and_the_clusters_places(site):
