@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,8 @@ from peft_dist.pauses import pause
 
 # Rows of a part from which calls of its own cost less than a copy of its tensors.
 _SHORT = 4
+# A plain dict's reading, whatever a subclass of it does then.
+_read = dict.__getitem__
 # On a Parameter that hangs on no module any more.
 _GONE = "_peft_dist_gone"
 
@@ -355,6 +357,27 @@ class HeldTensors(nn.ParameterDict):
         return "ParameterDict"
 
 
+class Place(NamedTuple):
+    """Where a tensor hangs: a module, the name of its table, and the key there.
+
+    The table is looked up each time, and read as a plain dict: DeepSpeed puts one of its own in its place, which takes
+    a tensor in pieces for a weight of the layer that runs when it is read.
+    """
+
+    holder: nn.Module
+    table: str
+    key: str
+
+    @property
+    def tensor(self) -> Any:
+        """The Parameter or buffer."""
+        return _read(getattr(self.holder, self.table), self.key)
+
+    def put(self, tensor: Tensor) -> None:
+        """Hangs another there."""
+        getattr(self.holder, self.table)[self.key] = tensor
+
+
 class PooledModule(nn.Module):
     """A module on which adapters' tensors hang under HF PEFT's names, and live in the pool.
 
@@ -368,8 +391,8 @@ class PooledModule(nn.Module):
         super().__init__()
         self._pool = pool
         self._site_name = site_name
-        # adapter -> method's tensor name -> (the module's dictionary that holds it, its key there)
-        self._places: dict[str, dict[str, tuple[dict[str, Any], str]]] = {}
+        # adapter -> method's tensor name -> where it hangs
+        self._places: dict[str, dict[str, Place]] = {}
         self._wanted: dict[str, dict[str, Param]] = {}
         # adapter -> what its method is called: only tensors of one method are stacked
         self._families: dict[str, str] = {}
@@ -392,7 +415,8 @@ class PooledModule(nn.Module):
     def tensors(self, adapter: str) -> dict[str, Any]:
         """The adapter's own tensors here, by the method's own names: Parameters, and buffers where they are
         not trained."""
-        return {name: held[key] for name, (held, key) in self._places[adapter].items()}
+        places = self._places[adapter].items()
+        return {name: _read(getattr(holder, table), key) for name, (holder, table, key) in places}
 
     def hold(
         self, adapter: str, method: str, wanted: dict[str, Param], dtype: torch.dtype, device: Any
@@ -435,8 +459,7 @@ class PooledModule(nn.Module):
     def let_train(self, adapter: str, requires_grad: bool) -> None:
         """Lets the adapter's tensors be trained, or not; frozen ones stay frozen. Nothing where it has none."""
         for name, param in self.wanted(adapter).items():
-            held, key = self._places[adapter][name]
-            held[key].requires_grad_(requires_grad and param.trainable)
+            self._places[adapter][name].tensor.requires_grad_(requires_grad and param.trainable)
 
     def fill(self, adapter: str) -> None:
         """Fills the adapter's tensors as its method starts them."""
@@ -448,39 +471,39 @@ class PooledModule(nn.Module):
 
     def part(self, adapter: str) -> None:
         """Gives the adapter memory of its own for what it has in common with others: it is to be written."""
-        for name, held, key in self._united(adapter):
-            if any(held[key] is t for t in self._others(adapter, name)):
-                held[key] = held[key].clone()
+        for name, place in self._united(adapter):
+            if any(place.tensor is t for t in self._others(adapter, name)):
+                place.put(place.tensor.clone())
 
     def unite(self, adapter: str) -> None:
         """Lets the adapter's tensors that are not trained be those of another, where they are equal."""
-        for name, held, key in self._united(adapter):
-            mine = held[key]
+        for name, place in self._united(adapter):
+            mine = place.tensor
             alike = (
                 t for t in self._others(adapter, name) if (t.dtype, t.device) == (mine.dtype, mine.device)
             )
-            held[key] = next((t for t in alike if t is mine or torch.equal(t, mine)), mine)
+            place.put(next((t for t in alike if t is mine or torch.equal(t, mine)), mine))
 
-    def _united(self, adapter: str) -> list[tuple[str, dict[str, Any], str]]:
+    def _united(self, adapter: str) -> list[tuple[str, Place]]:
         places = self._places[adapter].items() if self.unites else ()
         return [
-            (name, held, key)
-            for name, (held, key) in places
-            if not (isinstance(held[key], nn.Parameter) or held[key].is_meta)
+            (name, place)
+            for name, place in places
+            if not (isinstance(place.tensor, nn.Parameter) or place.tensor.is_meta)
         ]
 
     def _others(self, adapter: str, name: str) -> list[Tensor]:
         others = (
             places[name] for other, places in self._places.items() if other != adapter and name in places
         )
-        return [held[key] for held, key in others if not held[key].is_meta]
+        return [place.tensor for place in others if not place.tensor.is_meta]
 
     def _fill_fixed(self, adapter: str) -> None:
         with torch.no_grad():
             for name, param in self._wanted[adapter].items():
-                held, key = self._places[adapter][name]
-                if not param.persistent and not held[key].is_meta:
-                    param.start(held[key])
+                tensor = self._places[adapter][name].tensor
+                if not param.persistent and not tensor.is_meta:
+                    param.start(tensor)
         self.unite(adapter)
 
     def drop(self, adapter: str) -> None:
@@ -505,8 +528,8 @@ class PooledModule(nn.Module):
         stays the one that it is, since an optimizer may have it."""
         if not any(p.is_meta for p in self.tensors(adapter).values()):
             return
-        for held, key in self._places[adapter].values():
-            old = held[key]
+        for place in self._places[adapter].values():
+            old = place.tensor
             if old.is_meta:
                 room = torch.empty_like(old, device=device)
                 if isinstance(old, nn.Parameter):
@@ -514,7 +537,7 @@ class PooledModule(nn.Module):
                     # are to the Parameter, which stays.
                     torch._C._swap_tensor_impl(old, nn.Parameter(room, old.requires_grad))  # type: ignore[attr-defined]
                 else:
-                    held[key] = room
+                    place.put(room)
         self._fill_fixed(adapter)
         self.take_in(adapter)
         self._pool.waiting.discard((self._site_name, adapter))
@@ -580,7 +603,7 @@ def _room(param: Param, dtype: torch.dtype, device: Any) -> Tensor:
     return nn.Parameter(room, param.trainable) if is_parameter else room
 
 
-def _hang(module: nn.Module, param: Param, adapter: str, tensor: Tensor) -> tuple[dict[str, Any], str]:
+def _hang(module: nn.Module, param: Param, adapter: str, tensor: Tensor) -> Place:
     """Hangs `tensor` on `module` under the key of `param`, the adapter's name after its first part."""
     first, _, rest = param.key.partition(".")
     if first not in module._modules:
@@ -602,6 +625,6 @@ def _hang(module: nn.Module, param: Param, adapter: str, tensor: Tensor) -> tupl
         node._keys[adapter] = None
     if not isinstance(tensor, nn.Parameter) and not param.persistent:
         node._non_persistent_buffers_set.add(last)
-    kept = node._parameters if isinstance(tensor, nn.Parameter) else node._buffers
-    kept[last] = tensor
-    return kept, last
+    place = Place(node, "_parameters" if isinstance(tensor, nn.Parameter) else "_buffers", last)
+    place.put(tensor)
+    return place

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from peft_dist import get_peft_model_state_dict, tuner
 from peft_dist.optim import AdapterOptimizer
+from peft_dist.rows import BASE
 from peft_dist.sharding import rests_in_pieces
 from tests.distributed import one_process as run
 from tests.ranks import RankFailed, run_on_ranks
@@ -105,6 +106,27 @@ def _check(ranks: list[dict[str, Any]], one: dict[str, Any]) -> None:
         assert list(rank["state"]) == list(one["state"])
         torch.testing.assert_close(rank["state"], one["state"], **exact)
         torch.testing.assert_close(rank["saved"], one["saved"], **exact)
+
+
+def added_later() -> dict[str, Any]:
+    """A step of one adapter and one more beside another that came meanwhile, then rows that name both, and neither."""
+    with mock.patch.object(run, "AdapterOptimizer", lambda stage: AdapterOptimizer(stage, shard_from=FROM)):
+        stage, first = 3 if dist.is_initialized() else 0, {"left": run.METHODS["POLY"]()}
+        model, optimizer = run.build(stage, first, partition_first=True, checkpointing=False)
+    losses = run.train(model, optimizer, range(1))["losses"]
+    model.add_adapter("right", run.METHODS["POLY"]())
+    model.set_requires_grad("right", True)
+    optimizer.add("right", run.trained(model, "right"), run.HYPER)
+    losses += run.train(model, optimizer, range(1, 2))["losses"]
+    names = ["left", BASE, "right", "left"]
+    losses += run.train(model, optimizer, range(2, 4), names.__getitem__)["losses"]
+    return {"losses": losses, "state": get_peft_model_state_dict(model, adapter_name="right")}
+
+
+def test_an_adapter_that_comes_after_a_step_rests_in_pieces_too() -> None:
+    one = added_later()
+    for rank in run_on_ranks(added_later):
+        torch.testing.assert_close(rank, one, rtol=1e-9, atol=1e-11)
 
 
 def a_term_of_the_loss(gathers: bool = True) -> dict[str, Any]:
