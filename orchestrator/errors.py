@@ -145,5 +145,8 @@ def first_line(error: BaseException) -> str:
 
 
 def closest(word: str, choices: Iterable[str], limit: int = 1) -> list[str]:
-    """The `limit` choices that are nearest to `word` in spelling, best first; none where nothing is near."""
-    return difflib.get_close_matches(word, list(choices), n=limit, cutoff=0.55)
+    """The `limit` choices that are nearest to `word` in spelling, whatever the case, best first; none where nothing is
+    near."""
+    by_lower = {each.lower(): each for each in choices}
+    near = difflib.get_close_matches(word.lower(), list(by_lower), n=limit, cutoff=0.55)
+    return [by_lower[each] for each in near]

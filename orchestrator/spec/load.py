@@ -23,7 +23,7 @@ from .job import JobSpec
 from .overrides import apply_overrides
 from .places import Path, Place, Problem, Tree, dotted, raise_all
 from .rules import check_rules
-from .space import flatten_space
+from .space import PAIRED, SPACE, flatten_space
 from .strict import strict_job
 from .trials import check_sweep
 from .unknown import unknown_key
@@ -206,7 +206,8 @@ def _validated(
     problems: list[Problem] = []
     if "name" not in tree.values and stem is not None:
         tree.values["name"] = stem
-    _resolve_deepspeed(tree, directory, problems)
+    for path in _deepspeed_paths(tree):
+        _resolve_deepspeed(tree, path, directory, problems)
     problems += check_adapter(tree)
     try:
         spec = strict_job(tree.values)
@@ -234,9 +235,24 @@ def _about_the_stem(problem: Problem, tree: Tree, stem: str | None) -> Problem:
     return problem
 
 
-def _resolve_deepspeed(tree: Tree, directory: FilePath, problems: list[Problem]) -> None:
+def _deepspeed_paths(tree: Tree) -> list[Path]:
+    """Where a DeepSpeed config stands: the job's own, and those that a sweep draws."""
+    return [
+        ("deepspeed",),
+        *(path for path in tree.places if path[: len(SPACE)] == SPACE and _is_drawn(path, "deepspeed")),
+    ]
+
+
+def _is_drawn(path: Path, key: str) -> bool:
+    """Whether a place within a space is that of a value of `key`: in its list, or among paired ones."""
+    within = path[len(SPACE) :]
+    if within[:1] == (PAIRED,):
+        return within[-1] == key
+    return within[:1] == (key,) and len(within) == 3
+
+
+def _resolve_deepspeed(tree: Tree, path: Path, directory: FilePath, problems: list[Problem]) -> None:
     """A path becomes the file's content: the job is then whole without it, on any machine."""
-    path: Path = ("deepspeed",)
     value = tree.get(path)
     if not isinstance(value, str) or value in STAGES:
         return
@@ -246,28 +262,26 @@ def _resolve_deepspeed(tree: Tree, directory: FilePath, problems: list[Problem])
         hint = f"Closest: '{near[0]}'." if near else f"Stages: {', '.join(STAGES)}."
         problem = Problem(path, f"'{value}' is neither a stage nor a path to a .json file.", hint)
     else:
-        content = _deepspeed_file(value, directory)
+        content = _deepspeed_file(value, path, directory)
         if isinstance(content, Problem):
             problem = content
         else:
-            place = tree.places.get(path, Place(1, 1, tree.source, "deepspeed"))
-            tree.put(path, content, {(): place._replace(key=f"deepspeed ({value})")})
+            place = tree.nearest(path)
+            tree.put(path, content, {(): place._replace(key=f"{place.key} ({value})")})
     if problem:
         problems.append(problem)
-        tree.values["deepspeed"] = "zero2"
+        tree.put(path, "zero2", {(): tree.nearest(path)})
 
 
-def _deepspeed_file(value: str, directory: FilePath) -> dict[str, Any] | Problem:
+def _deepspeed_file(value: str, path: Path, directory: FilePath) -> dict[str, Any] | Problem:
     """The content of a DeepSpeed JSON, found from the current directory, else beside the job."""
-    found = next((path for path in (FilePath(value), directory / value) if path.is_file()), None)
+    found = next((each for each in (FilePath(value), directory / value) if each.is_file()), None)
     if found is None:
-        return Problem(("deepspeed",), f"'{value}': no such file.", f"Write a stage: {', '.join(STAGES)}.")
+        return Problem(path, f"'{value}': no such file.", f"Write a stage: {', '.join(STAGES)}.")
     try:
         content = json.loads(found.read_bytes())
     except (ValueError, OSError) as error:
-        return Problem(
-            ("deepspeed",), f"'{value}' is not JSON: {error}.", "Mend it, or write a stage: zero2."
-        )
+        return Problem(path, f"'{value}' is not JSON: {error}.", "Mend it, or write a stage: zero2.")
     if not isinstance(content, dict):
-        return Problem(("deepspeed",), f"'{value}' holds no JSON object.", "Write a stage: zero2.")
+        return Problem(path, f"'{value}' holds no JSON object.", "Write a stage: zero2.")
     return content

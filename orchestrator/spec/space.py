@@ -240,7 +240,9 @@ def _check_range(path: Path, kind: str, values: Any) -> Iterator[Problem]:
         yield Problem(path, f"begins at {low}; a logarithm needs a beginning above 0.", "Or write uniform.")
     elif kind == "randint" and any(each != int(each) for each in values):
         yield Problem(path, "draws whole numbers, between whole numbers.", "Or write uniform.")
-    elif kind == "quniform" and not 0 < values[2] <= high - low:
+    elif kind == "quniform" and values[2] <= 0:
+        yield Problem(path, f"a step of {values[2]} leads nowhere.", "Write one above 0.")
+    elif kind == "quniform" and values[2] > high - low:
         yield Problem(
             path, f"a step of {values[2]} does not fit between {low} and {high}.", "Write a smaller one."
         )
@@ -264,11 +266,20 @@ def _check_twice(path: Path, values: Sequence[Any]) -> Iterator[Problem]:
     """What stands in a list more than once would be tried more than once."""
     seen: set[str] = set()
     for value in values:
-        said = json.dumps(value, sort_keys=True, default=str)
+        said = json.dumps(_one_number(value), sort_keys=True, default=str)
         if said in seen:
             yield Problem(path, f"holds {show(value)} twice: the same trial would run twice.", "Remove one.")
             return
         seen.add(said)
+
+
+def _one_number(value: Any) -> Any:
+    """A value in which 4.0 is 4."""
+    if isinstance(value, float):
+        return whole(value) if math.isfinite(value) else value
+    if isinstance(value, dict):
+        return {key: _one_number(inner) for key, inner in value.items()}
+    return [_one_number(each) for each in value] if isinstance(value, list) else value
 
 
 def _check_paired(path: Path, said: Any) -> Iterator[Problem]:

@@ -16,9 +16,20 @@ from .deepspeed_keys import check_deepspeed
 from .job import JobSpec
 from .places import Path, Problem, Tree, dotted
 from .rules import check_rules, has_evaluation, produced_metrics
-from .space import PAIRED, SPACE, Dimension, Parameters, check_space, combinations, dimensions, size_of
+from .space import (
+    LISTS,
+    PAIRED,
+    RANGES,
+    SPACE,
+    Dimension,
+    Parameters,
+    check_space,
+    combinations,
+    dimensions,
+    size_of,
+)
 from .strict import strict_job
-from .sweep import SweepSpec
+from .sweep import SchedulerSpec, SweepSpec
 from .unknown import unknown_key
 from .words import explain, field_at, show
 
@@ -156,9 +167,19 @@ def _keys(space: Collection[Dimension]) -> Iterator[Problem]:
                 yield Problem(
                     place, f"{key} is a part of {whole}, which is drawn too.", f"Write it within {whole}."
                 )
+            elif (other := dotted(_INSTEAD.get(key, ()))) in every[: every.index(key)]:
+                yield Problem(
+                    place, f"{key} and {other}, which is drawn too, say the same.", "Draw one of the two."
+                )
             elif common := next((each for each in OF_ALL_TRIALS if f"{key}.".startswith(f"{each}.")), None):
                 yield Problem(
                     place, f"{common} holds for all trials of a sweep.", "Set it outside sweep.space."
+                )
+            elif each.kind == PAIRED and any(_is_distribution(entry[key]) for entry in each.values):
+                yield Problem(
+                    place,
+                    f"{key}: is drawn by itself, and paired holds values that go together.",
+                    f"Write a value, or sweep.space.{key}.",
                 )
             elif path[0] == "adapter" and len(path) > 1:
                 continue  # its method knows
@@ -173,6 +194,10 @@ def _keys(space: Collection[Dimension]) -> Iterator[Problem]:
                 yield Problem(
                     place, f"{key} is a whole section.", f"Write one of its keys, such as {key}.KEY."
                 )
+
+
+def _is_distribution(value: Any) -> bool:
+    return isinstance(value, dict) and len(value) == 1 and next(iter(value)) in (*LISTS, *RANGES)
 
 
 def _with_indices(path: Path) -> Path:
@@ -270,10 +295,22 @@ def _pack(sweep: SweepSpec, jobs: Collection[JobSpec]) -> Iterator[Problem]:
         )
 
 
+_READS = {"none": (), "asha": ("grace_period", "reduction_factor"), "median": ("grace_period",)}
+"""Scheduler -> the keys beside its type that mean something to it."""
+
+
 def _scheduler(sweep: SweepSpec, jobs: Collection[JobSpec]) -> Iterator[Problem]:
-    if sweep.scheduler.type == "none":
-        return
     kind = sweep.scheduler.type
+    for name, field in SchedulerSpec.model_fields.items():
+        if name not in ("type", *_READS[kind]) and getattr(sweep.scheduler, name) != field.default:
+            reads = " or ".join(each for each, keys in _READS.items() if name in keys)
+            yield Problem(
+                ("sweep", "scheduler", name),
+                f"{kind} does not read it.",
+                f"Remove it, or write type: {reads}.",
+            )
+    if kind == "none":
+        return
     if sweep.metric != "eval_loss":
         yield Problem(
             ("sweep", "scheduler"),

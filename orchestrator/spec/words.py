@@ -208,6 +208,9 @@ def _advice(value: Any, detail: ErrorDetails, field: FieldInfo | None, words: st
         return f"Put it in quotes: '{show(value)}'."
     if words.startswith("a list") and not isinstance(value, (dict, list)):
         return f"Write a list: [{value}]."
+    if words == "a mapping" and field and (inner := model_in(field.annotation)):
+        keys = [each.alias or name for name, each in inner.model_fields.items()]
+        return f"Its keys: {', '.join(keys if len(keys) < 6 else (*keys[:4], '...'))}"
     return None
 
 

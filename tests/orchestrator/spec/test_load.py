@@ -57,7 +57,9 @@ def test_places_give_line_and_column():
          "jobs/x.yaml:3 training.gradient_checkpointing: 'yes' is not true or false or auto. Write true."),
         ("training: {save_steps: 3, saves_per_epoch: 2}",
          "jobs/x.yaml:3 training.saves_per_epoch: given beside training.save_steps. Keep one of the two."),
-        ("training: 3", "jobs/x.yaml:3 training: 3 is not a mapping."),
+        ("training: 3",
+         "jobs/x.yaml:3 training: 3 is not a mapping. Its keys: num_epochs, max_steps, micro_batch_size, "
+         "global_batch_size, ..."),
         ("resources: {labels: {a: 1}}", "jobs/x.yaml:3 resources.labels.a: 1 is not text. Put it in quotes: '1'."),
         ("resources: {gpus_per_worker: 1.5}",
          "jobs/x.yaml:3 resources.gpus_per_worker: 1.5 GPUs cannot be given. "

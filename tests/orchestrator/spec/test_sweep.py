@@ -2,6 +2,7 @@
 
 import pytest
 
+from orchestrator.errors import SpecError
 from orchestrator.spec.canonical import canonical_hash, load_stored, resolved_yaml
 from orchestrator.spec.load import load_job, load_job_text
 from orchestrator.spec.space import combinations, dimensions
@@ -53,6 +54,22 @@ def sweep(space, more=""):
         (sweep(RATE, "  scheduler: ashas\n"), "sweep.scheduler: 'ashas' is not a scheduler. Closest: 'asha'."),
         (sweep(RATE, "  pack: 0\n"), "sweep.pack"),
         (sweep(RATE, "  metric: train_loss\n  scheduler: median\n"), "eval_loss alone is measured"),
+        (sweep(RATE, "  metric: EVAL_LOSS\n"), "'EVAL_LOSS' is not measured by this job. Closest: 'eval_loss'."),
+        (sweep(RATE, "  searcher: Optuna\n"), "Closest: 'optuna'."),
+        (sweep(RATE, "  scheduler: {type: median, reduction_factor: 2}\n"), "median does not read it. Remove it, or"),
+        (sweep(RATE, "  scheduler: {grace_period: 2}\n"), "sweep.scheduler.grace_period: none does not read it."),
+        (sweep(RATE, "  scheduler: false\n"), "false is not a mapping. Its keys: type, grace_period"),
+        ("sweep: asha", "'asha' is not a mapping. Its keys: metric, mode"),
+        (sweep("adapter.r: {choice: [4, 4.0]}"), "holds 4.0 twice: the same trial would run twice."),
+        (sweep("adapter.r: {quniform: [4, 16, 0]}"), "a step of 0 leads nowhere. Write one above 0."),
+        (sweep("adapter.r: {quniform: [4, 16, -4]}"), "a step of -4 leads nowhere."),
+        (sweep("deepspeed: {choice: [zero2, zero9]}"), "sweep.space.deepspeed.choice.1: 'zero9' is neither a stage"),
+        (sweep("paired: [{deepspeed: zeor3}]"), "'zeor3' is neither a stage nor a path to a .json file. Closest: 'ze"),
+        (sweep("paired: [{adapter.r: {choice: [4, 8]}}]"), "adapter.r: is drawn by itself, and paired holds values"),
+        (
+            sweep("training.global_batch_size: {choice: [4]}\ntraining.gradient_accumulation_steps: {choice: [2]}"),
+            "training.gradient_accumulation_steps and training.global_batch_size, which is drawn too, say the same.",
+        ),
     ],
 )  # fmt: skip
 def test_what_breaks_a_rule_is_told_with_its_place(text, message):
@@ -137,6 +154,21 @@ def test_less_or_more_is_better_by_the_metrics_name():
     assert spec_of(text).sweep.direction == "max"
     assert spec_of(text.replace("  metric", "  mode: min\n  metric")).sweep.direction == "min"
     assert spec_of(text).sweep.is_better(0.9, 0.5) and not spec_of(text).sweep.is_better(float("nan"), 0.5)
+
+
+def test_deepspeed_files_that_a_sweep_draws_are_read(tmp_path):
+    """A job is whole without them, on any machine."""
+    (tmp_path / "ds.json").write_text('{"zero_optimization": {"stage": 1}}')
+    path = tmp_path / "x.yaml"
+    path.write_text(MINIMAL + sweep("deepspeed: {choice: [zero3, ds.json]}\npaired: [{training.seed: 3}]"))
+    spec = load_job(path).spec
+    jobs = [trial_job(spec, each) for each in combinations(dimensions(spec.sweep.space))]
+    assert [job.deepspeed for job in jobs] == ["zero3", {"zero_optimization": {"stage": 1}}]
+    path.write_text(MINIMAL + sweep("paired: [{deepspeed: gone.json}, {deepspeed: zero3}]"))
+    with pytest.raises(
+        SpecError, match=r"x\.yaml:5 sweep\.space\.paired\.0\.deepspeed: 'gone\.json': no such file"
+    ):
+        load_job(path)
 
 
 def test_a_sweep_reads_back_as_it_was_stored():
