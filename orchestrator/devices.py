@@ -91,9 +91,15 @@ def precision_of(asked: str, facts: Sequence[RankFacts]) -> Precision:
     return "bf16" if has_bf16 else "fp32"
 
 
-def recomputes_activations(asked: bool | str, *, on_gpu: bool, num_parameters: int) -> bool:
+def recomputes_activations(
+    asked: bool | str, *, on_gpu: bool, num_parameters: int, keeps_past: bool = False
+) -> bool:
     """Whether gradient checkpointing is on. `auto`: on a GPU, whose memory is the scarce thing, and for bases
-    of a billion parameters and more; a small base on CPU has memory to spare and would only lose time."""
+    of a billion parameters and more; a small base on CPU has memory to spare and would only lose time.
+
+    Args:
+        keeps_past: whether the method needs the base's cache, which layers that run again in the backward have not.
+    """
     if asked == "auto":
-        return on_gpu or num_parameters >= LARGE_BASE
+        return not keeps_past and (on_gpu or num_parameters >= LARGE_BASE)
     return bool(asked)

@@ -216,7 +216,8 @@ def _sweep_runner(cluster: Cluster) -> Runner:
     def key_of(request: TrainRequest) -> str | None:
         if changes_base(request.spec) is not None:
             return None
-        return base_key(request.spec, zero_stage=request.plan.zero_stage)
+        plan = request.plan
+        return base_key(request.spec, zero_stage=plan.zero_stage, on_gpu=plan.use_gpu)
 
     def layout(request: TrainRequest, trials: int) -> Layout:
         assert request.spec.sweep is not None

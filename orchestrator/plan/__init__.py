@@ -17,7 +17,7 @@ from ..spec.places import Tree, raise_all
 from ..spec.quantization import Quantization, quantization_of
 from ..spec.rules import accumulation, check_rules
 from ..spec.rules import sizes as sizes_of
-from ..spec.sharing import unshareable
+from ..spec.sharing import keeps_past, unshareable
 from ..spec.tasks import TASKS, task_type
 from ..spec.workers import GroupSize, forwards, numbers
 from .adapter_sizes import AdapterSizes, adapter_sizes
@@ -251,7 +251,10 @@ def _memory(
             length=length,
             compute_bytes=compute_bytes,
             recomputes=recomputes_activations(
-                spec.training.gradient_checkpointing, on_gpu=on_gpu, num_parameters=sizes.parameters
+                spec.training.gradient_checkpointing,
+                on_gpu=on_gpu,
+                num_parameters=sizes.parameters,
+                keeps_past=keeps_past(spec.adapter.type),
             ),
             on_gpu=on_gpu,
             texts=_TEXTS.get(spec.data.datasets[0].type, 1),

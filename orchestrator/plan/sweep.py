@@ -9,12 +9,12 @@ from typing import Any
 
 from ..cluster import ClusterFacts
 from ..deepspeed_config import deepspeed_config
-from ..errors import PlacementError
+from ..errors import PlacementError, RaypeftError
 from ..spec.deepspeed_keys import zero_stage
 from ..spec.job import JobSpec
 from ..spec.rules import accumulation
-from ..spec.sharing import base_key, changes_base, unshareable
-from ..spec.space import combinations, dimensions
+from ..spec.sharing import changes_base, unshareable
+from ..spec.space import Parameters, combinations, dimensions
 from ..spec.sweep import SweepSpec
 from ..spec.trials import count_trials, shown, trial_job
 from ..spec.workers import forwards
@@ -24,7 +24,7 @@ from .memory import Memory
 from .model_sizes import ModelSizes
 from .placement import most_workers
 from .row_lengths import RowFacts
-from .sweep_time import loads_of, seconds_of
+from .sweep_time import loads_of, num_bases, seconds_of
 from .trial_steps import check_evaluations, steps_of
 from .view import plan_dict
 
@@ -78,14 +78,18 @@ def make_sweep_plan(
     sweep, notes = spec.sweep, list[str]()
     tried = list(itertools.islice(combinations(dimensions(sweep.space)), TRIED))
     jobs = [trial_job(spec, parameters) for parameters in tried]
-    plans = [make_plan(job, cluster, sizes, rows) for job in jobs]
+    plans = [
+        _planned(job, parameters, cluster, sizes, rows) for job, parameters in zip(jobs, tried, strict=True)
+    ]
     worst = max(range(len(plans)), key=lambda at: _total(plans[at]))
     trial, job = plans[worst], jobs[worst]
     if any(plan.fits is False for plan in plans):
         at = next(at for at, plan in enumerate(plans) if plan.fits is False)
         said = [note for note in plans[at].notes if " of a " in note] or list(plans[at].notes)
         raise PlacementError(
-            f"the trial with {shown(tried[at])} does not fit: {said[0]}", where="sweep.space"
+            f"the trial with {shown(tried[at])} does not fit: {said[0]}",
+            where="sweep.space",
+            hint="Or leave it out of the space.",
         )
     most = most_workers(job, trial.bundle, cluster) if cluster else None
     if trial.sizes:
@@ -97,7 +101,7 @@ def make_sweep_plan(
     trials = count_trials(sweep)
     reasons = [plan.alone for plan in plans]
     trial = replace(trial, alone=reasons[0] if all(reasons) else None)
-    notes += _apart(jobs, reasons, sizes.mixes_rows if sizes else None)
+    notes += _apart(jobs, reasons, sizes.mixes_rows if sizes else None, on_gpu=trial.use_gpu)
     layout = lay_out(
         sweep, trials, room, trial.memory, worker_room(trial, job, cluster), is_alone=all(reasons)
     )
@@ -126,13 +130,33 @@ def make_sweep_plan(
             _read(steps, plans),
             sizes,
             rows,
-            loads_of(jobs, trials, layout.groups),
+            loads_of(jobs, trials, layout.groups, on_gpu=trial.use_gpu),
         ),
         (*notes, *trial.notes),
     )
 
 
-def _apart(jobs: Sequence[JobSpec], reasons: Sequence[str | None], mixes: str | None) -> Iterator[str]:
+def _planned(
+    job: JobSpec,
+    parameters: Parameters,
+    cluster: ClusterFacts | None,
+    sizes: ModelSizes | None,
+    rows: RowFacts,
+) -> Plan:
+    """Raises what `make_plan` raises; where a key that is drawn is the reason, with the trial."""
+    try:
+        return make_plan(job, cluster, sizes, rows)
+    except RaypeftError as error:
+        key = error.where or ""
+        if any(f"{key}.".startswith(f"{each}.") for each in parameters):
+            problem = f"the trial with {shown(parameters)}: {error.problem}"
+            raise type(error)(problem, where=f"sweep.space.{key}", hint=error.hint) from error
+        raise
+
+
+def _apart(
+    jobs: Sequence[JobSpec], reasons: Sequence[str | None], mixes: str | None, *, on_gpu: bool
+) -> Iterator[str]:
     """Which trials do not share a base, and why, in sentences."""
     told = list(dict.fromkeys(reason for reason in reasons if reason))
     if mixes:
@@ -143,8 +167,7 @@ def _apart(jobs: Sequence[JobSpec], reasons: Sequence[str | None], mixes: str | 
         yield f"Trials of some parameters are not packed: {'; '.join(told)}."
     if any(changes_base(job) for job in jobs):
         yield "A trial that changes the base loads one of its own."
-    kinds = len({base_key(job) for job in jobs if not changes_base(job)})
-    if kinds > 1:
+    if (kinds := num_bases(jobs, on_gpu=on_gpu)) > 1:
         yield f"Trials stand on {kinds} different bases, each loaded once a group has no trials of another left."
 
 

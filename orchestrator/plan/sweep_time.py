@@ -46,11 +46,16 @@ def seconds_of(
     return loads * START_S + trials * share * 4 * sizes.parameters * tokens / speed / layout.groups
 
 
-def loads_of(jobs: Sequence[JobSpec], trials: int, groups: int) -> int:
+def num_bases(jobs: Sequence[JobSpec], *, on_gpu: bool) -> int:
+    """Bases that differ, of jobs that leave theirs as it is."""
+    return len({base_key(job, on_gpu=on_gpu) for job in jobs if not changes_base(job)})
+
+
+def loads_of(jobs: Sequence[JobSpec], trials: int, groups: int, *, on_gpu: bool = False) -> int:
     """Times that a group of workers begins with a base, one after the other."""
-    kinds = {base_key(job) for job in jobs if not changes_base(job)}
+    kinds = num_bases(jobs, on_gpu=on_gpu)
     changing = sum(changes_base(job) is not None for job in jobs) / len(jobs)
-    return math.ceil((len(kinds) + round(trials * changing)) / groups)
+    return math.ceil((kinds + round(trials * changing)) / groups)
 
 
 def _share(spec: JobSpec, scheduler: str) -> float:

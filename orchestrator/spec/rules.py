@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterator
 from functools import partial
 
 from peft_dist.catalog import METHODS, config_class
-from peft_dist.contract import PastMethod, PromptMethod
+from peft_dist.contract import PromptMethod
 
 from ..errors import closest
 from .conditions import parse_comparison
@@ -17,6 +17,7 @@ from .live_metrics import OF_SHADOW, live_metrics
 from .names import ADAPTER
 from .places import Path, Problem
 from .row_files import COMPRESSED, PLAIN, READ, unread
+from .sharing import keeps_past
 from .tasks import TASKS, evaluated_types, measured_metrics, task_type
 from .words import show
 from .workers import GroupSize, forwards, group_sizes
@@ -35,6 +36,7 @@ def check_rules(spec: JobSpec, written: Collection[Path], warnings: list[str]) -
         *_task(spec),
         *_row_files(spec),
         *_packing(spec),
+        *_recomputing(spec),
     ]
     warnings += _warnings(spec, written)
     return found
@@ -340,6 +342,16 @@ def _datasets(spec: JobSpec) -> Iterator[tuple[str, int, DatasetSpec]]:
             yield section, index, dataset
 
 
+def _recomputing(spec: JobSpec) -> Iterator[Problem]:
+    if spec.training.gradient_checkpointing is True and keeps_past(spec.adapter.type):
+        yield Problem(
+            ("training", "gradient_checkpointing"),
+            f"true: {spec.adapter.type} keeps its tokens in the base's cache, which layers that run again in the "
+            "backward have not.",
+            "Write auto or false, or take prompt_tuning or p_tuning.",
+        )
+
+
 def _packing(spec: JobSpec) -> Iterator[Problem]:
     """`data.sample_packing`: which rows can share a sequence."""
     if not spec.data.sample_packing:
@@ -354,7 +366,7 @@ def _packing(spec: JobSpec) -> Iterator[Problem]:
         )
         return
     method = config_class(spec.adapter.type.upper()) if entry is not None else None
-    if method is not None and issubclass(method, PastMethod):
+    if keeps_past(spec.adapter.type):
         yield Problem(
             path,
             f"true: {spec.adapter.type} keeps its tokens in the base's cache, where all rows of a sequence would share "

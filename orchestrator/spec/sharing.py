@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from peft_dist.catalog import METHODS, config_class
-from peft_dist.contract import Method
+from peft_dist.contract import Method, PastMethod
 
 from .job import JobSpec
 from .tasks import TASKS
@@ -48,6 +48,12 @@ def looks_ahead(kind: str) -> bool:
     return issubclass(config, Method) and config.assemble is not Method.assemble
 
 
+def keeps_past(kind: str) -> bool:
+    """Whether a method's virtual tokens stand in the base's cache of keys and values."""
+    row = METHODS.get(kind.upper())
+    return row is not None and issubclass(config_class(kind.upper()), PastMethod)
+
+
 def mixes_rows(config: Mapping[str, Any], tensors: Iterable[str] = ()) -> str | None:
     """Why runs on a base would reach each other's rows; None where they do not.
 
@@ -67,13 +73,13 @@ def mixes_rows(config: Mapping[str, Any], tensors: Iterable[str] = ()) -> str | 
     return None
 
 
-def base_key(spec: JobSpec, precision: str = "", zero_stage: int = 0) -> str:
+def base_key(spec: JobSpec, precision: str = "", zero_stage: int = 0, *, on_gpu: bool = False) -> str:
     """A digest of what runs on one base have in common; those of equal keys may share it, at once or one after the
     other (`unshareable`).
 
     Args:
         precision: what `training.precision` came to, where that is known.
-        zero_stage: of the plan.
+        zero_stage, on_gpu: of the plan.
     """
     training = spec.training
     kinds = [dataset.type for dataset in spec.data.datasets]
@@ -83,6 +89,7 @@ def base_key(spec: JobSpec, precision: str = "", zero_stage: int = 0) -> str:
         "eval": spec.eval.model_dump(mode="json"),
         "precision": precision or training.precision,
         "gradient_checkpointing": training.gradient_checkpointing,
+        "keeps its activations": on_gpu and keeps_past(spec.adapter.type),
         "base_dropout": training.base_dropout,
         "resources": spec.resources.model_dump(mode="json"),
         "zero_stage": zero_stage,

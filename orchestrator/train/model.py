@@ -17,7 +17,7 @@ from orchestrator.runner import TrainRequest
 from orchestrator.spec.adapter import peft_config
 from orchestrator.spec.job import JobSpec
 from orchestrator.spec.quantization import Quantization, quantization_of
-from orchestrator.spec.sharing import looks_ahead
+from orchestrator.spec.sharing import keeps_past, looks_ahead
 from orchestrator.spec.tasks import task_type
 from peft_dist.base_layer.quantised import num_elements
 from peft_dist.catalog import config_class
@@ -165,7 +165,10 @@ def _made_ready(spec: JobSpec, model: nn.Module, base: nn.Module, group: Group) 
     model.train()
     num_parameters = sum(num_elements(parameter) for parameter in base.parameters())
     if recomputes_activations(
-        spec.training.gradient_checkpointing, on_gpu=group.device != "cpu", num_parameters=num_parameters
+        spec.training.gradient_checkpointing,
+        on_gpu=group.device != "cpu",
+        num_parameters=num_parameters,
+        keeps_past=keeps_past(spec.adapter.type),
     ):
         recompute: Any = base.gradient_checkpointing_enable
         recompute(gradient_checkpointing_kwargs={"use_reentrant": False})

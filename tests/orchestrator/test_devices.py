@@ -111,6 +111,10 @@ def test_gradient_checkpointing():
     assert not recomputes_activations(False, on_gpu=True, num_parameters=10**12)
 
 
+def test_auto_leaves_a_method_the_cache_that_it_needs():
+    assert not recomputes_activations("auto", on_gpu=True, num_parameters=10**10, keeps_past=True)
+
+
 def test_deciding_needs_neither_torch_nor_ray():
     code = "import sys, orchestrator.devices; print('torch' in sys.modules, 'ray' in sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -98,6 +98,31 @@ def test_what_is_wrong_within_a_whole_section_is_named():
         planned(space="adapter: {choice: [{type: ia3}, {type: lora, rnk: 4}]}")
 
 
+def test_a_trial_that_the_base_refuses_is_named():
+    with pytest.raises(SpecError, match=r"the trial with .*'k_prj' matched none") as refused:
+        planned(space="adapter.target_modules: {choice: [[q_proj], [k_prj]]}")
+    assert refused.value.where == "sweep.space.adapter.target_modules"
+
+
+def test_on_a_gpu_a_prefix_has_a_base_that_recomputes_nothing():
+    """`gradient_checkpointing: auto` is on there, but for what needs the base's cache."""
+    lora, prefix = (
+        load_job_text(
+            f"name: x\nmodel: {{base_model: b}}\ndata: {{datasets: [{{path: a.jsonl}}]}}\n{text}"
+        ).spec
+        for text in ("", "adapter: {type: prefix_tuning, num_virtual_tokens: 4}")
+    )
+    assert base_key(lora) == base_key(prefix)
+    assert base_key(lora, on_gpu=True) != base_key(prefix, on_gpu=True)
+    with pytest.raises(
+        SpecError, match=r"training.gradient_checkpointing: true: prefix_tuning keeps its tokens"
+    ):
+        load_job_text(
+            "name: x\nmodel: {base_model: b}\ndata: {datasets: [{path: a.jsonl}]}\n"
+            "adapter: {type: prefix_tuning, num_virtual_tokens: 4}\ntraining: {gradient_checkpointing: true}"
+        )
+
+
 def test_an_elastic_job_has_groups_of_a_fixed_size():
     spec = load_job_text(JOB.format(training="", pack="auto", space=SEEDS), "jobs/x.yaml").spec
     elastic = spec.model_copy(update={"resources": spec.resources.model_copy(update={"num_workers": (1, 4)})})
