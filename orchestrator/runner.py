@@ -54,6 +54,8 @@ class TrainRequest:
     data_hash: str
     init_from: str | None = None
     """Directory or URL of the adapter to train on from."""
+    starts: Mapping[str, str] = field(default_factory=dict)
+    """Of a sweep: `adapter.init_from` as a trial's job says it -> directory or URL."""
     compare: Mapping[str, str] = field(default_factory=dict)
     """Adapters to evaluate beside this run's: `{"production": directory or URL}`; the bare base always is."""
     secrets: Mapping[str, str] = field(default_factory=dict, repr=False)

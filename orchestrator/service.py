@@ -43,6 +43,7 @@ from .spec.durations import format_duration
 from .spec.job import DeploySpec, JobSpec
 from .spec.quantization import quantization_of
 from .spec.tasks import SERVED, task_type
+from .spec.trials import starts_of
 from .store import Run, RunStore
 from .stored import known
 from .tracking.session import Tracking
@@ -519,7 +520,8 @@ class _Attempt:
             run_dir=self.run.url,
             run_id=self.run.id,
             data_hash=self.run.record.data_hash,
-            init_from=self._init_from(),
+            init_from=self._start(source) if (source := self.spec.adapter.init_from) else None,
+            starts={each: self._start(each) for each in starts_of(self.spec)},
             compare={"production": production.url} if production else {},
             secrets=self.secrets,
             fence=self.run.fence,
@@ -596,9 +598,9 @@ class _Attempt:
         })  # fmt: skip
         return None
 
-    def _init_from(self) -> str | None:
-        source = self.spec.adapter.init_from
-        if source is None or "@" not in source or Path(source).exists():
+    def _start(self, source: str) -> str:
+        """Where the adapter is that an `adapter.init_from` names."""
+        if "@" not in source or Path(source).exists():
             return source
         version = self.environment.registry.get(source)
         if not version.lineage.base.is_same(self.base):
@@ -629,7 +631,7 @@ class _Attempt:
             data_hash=self.run.record.data_hash,
             quantization=bits.name if (bits := quantization_of(trained.model)) else None,
             metrics=outcome.metrics,
-            parent=self.spec.adapter.init_from,
+            parent=trained.adapter.init_from,
             gate_passed=verdict.passed if deploy is not None and deploy.gate is not None else None,
             gate_reasons=verdict.reasons if deploy is not None else (),
         )
@@ -657,7 +659,7 @@ class _Attempt:
         rows = row_hashes(read(outcome.eval_rows)[0])
         registry = self.environment.registry
         compared = {production.ref: production} if production else {}
-        parent = self.spec.adapter.init_from
+        parent = (outcome.spec or self.spec).adapter.init_from
         if parent and "@" in parent and not Path(parent).exists():
             compared[parent] = registry.get(parent)
         for ref, version in compared.items():

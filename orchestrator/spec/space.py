@@ -171,6 +171,28 @@ def _leaves(value: dict[str, Any], way: tuple[str, ...] = ()) -> Iterator[tuple[
             yield (*way, key), inner
 
 
+def places_of(space: Mapping[str, Any], section: str, key: str) -> Iterator[tuple[Any, str | int]]:
+    """Where a space holds values of `SECTION.KEY`, as (owner, name): in its own list, among paired ones, or within the
+    whole section."""
+    dotted = f"{section}.{key}"
+    for name, said in space.items():
+        if name == PAIRED:
+            for each in itertools.chain.from_iterable(_paired_lists(said)):
+                yield from (*_within(each, dotted), *_within(each.get(section), key))
+            continue
+        values = next(iter(said.values()))
+        if name == dotted:
+            yield from ((values, number) for number in range(len(values)))
+        elif name == section:
+            for value in values:
+                yield from _within(value, key)
+
+
+def _within(section: Any, key: str) -> Iterator[tuple[Any, str]]:
+    if isinstance(section, dict) and section.get(key) is not None:
+        yield section, key
+
+
 def check_space(space: Any) -> list[Problem]:
     """What breaks the form of a space."""
     if not isinstance(space, dict):

@@ -26,6 +26,7 @@ from .space import (
     check_space,
     combinations,
     dimensions,
+    places_of,
     size_of,
 )
 from .strict import strict_job
@@ -112,6 +113,15 @@ def _put(values: dict[str, Any], key: str, value: Any) -> None:
                 node[part] = {}
             node = node[part]
     node[int(last) if isinstance(node, list) else last] = copy.deepcopy(value)
+
+
+def starts_of(spec: JobSpec) -> list[str]:
+    """Every `adapter.init_from` of a sweep's trials; none of a job without a sweep."""
+    if spec.sweep is None:
+        return []
+    drawn = [owner[name] for owner, name in places_of(spec.sweep.space, "adapter", "init_from")]
+    own = spec.adapter.init_from
+    return list(dict.fromkeys([*drawn, *([own] if own else [])]))
 
 
 def count_trials(sweep: SweepSpec) -> int:

@@ -21,6 +21,7 @@ from ..errors import DataError
 from ..spec.canonical import resolved_yaml
 from ..spec.job import JobSpec
 from ..spec.load import spec_from_values
+from ..spec.space import places_of
 
 UPLOAD_LIMIT_BYTES = 100 * 1024**2
 """Ray's dashboard takes no larger request (`DASHBOARD_CLIENT_MAX_SIZE`)."""
@@ -134,8 +135,10 @@ def _local_files(values: dict[str, Any]) -> Iterator[LocalFile]:
     owners += [(each, "path", f"data.datasets.{i}.path") for i, each in enumerate(values["data"]["datasets"])]
     owners += [(each, "path", f"eval.datasets.{i}.path") for i, each in enumerate(values["eval"]["datasets"])]
     owners.append((values["adapter"], "init_from", "adapter.init_from"))
+    drawn = places_of((values.get("sweep") or {}).get("space", {}), "adapter", "init_from")
+    owners += [(owner, name, "sweep.space: adapter.init_from") for owner, name in drawn]
     for number, (owner, name, key) in enumerate(owners):
-        written = owner.get(name)
+        written = owner[name] if isinstance(owner, list) else owner.get(name)
         if not written or not _is_here(written):
             continue
         sent_as = _sent_as(written, number)

@@ -53,9 +53,11 @@ class TrialRuns:
         return self._request_of(job, run_dir, f"{self._request.run_id}-group")
 
     def _request_of(self, job: JobSpec, run_dir: str, run_id: str) -> TrainRequest:
+        start = job.adapter.init_from
         return replace(
             self._request,
             spec=job,
+            init_from=None if start is None else self._request.starts[start],
             plan=trial_plan(self._request.plan, job),
             run_dir=run_dir,
             run_id=run_id,

@@ -38,7 +38,9 @@ from orchestrator.service import (
 from orchestrator.spec.canonical import resolved_yaml
 from orchestrator.spec.job import DeploySpec, JobSpec
 from orchestrator.spec.load import load_job_mapping
+from orchestrator.spec.trials import trial_job
 from orchestrator.store import RunStore
+from orchestrator.sweep.trial_runs import TrialRuns
 
 from .adapters import lineage, make_adapter
 
@@ -54,6 +56,8 @@ class MemoryRunner:
     waits: bool = False
     more: list[Event] = field(default_factory=list)
     eval_rows: tuple[str, ...] = ("aa", "bb")
+    spec: JobSpec | None = None
+    """The job that it says it trained, as a sweep says its best trial's."""
     requests: list[TrainRequest] = field(default_factory=list)
     stopped: threading.Event = field(default_factory=threading.Event)
 
@@ -90,7 +94,7 @@ class MemoryRunner:
             f"{run_dir}/train_rows.txt",
             f"{run_dir}/eval_rows.txt",
         )
-        return TrainOutcome(*files, question="What?")
+        return TrainOutcome(*files, question="What?", spec=self.spec)
 
 
 @dataclass
@@ -377,6 +381,26 @@ def test_training_on_from_a_version_makes_it_the_parent(house):
     assert house.runner.requests[1].init_from == house.environment.registry.get("docs@1").url
     assert house.environment.registry.get("docs@2").lineage.parent == "docs@1"
     assert "evaluation rows were in the training rows" not in house.said()
+
+
+def test_each_trial_of_a_sweep_trains_on_from_what_its_own_job_names(house):
+    house.run(job())
+    adapters = [{"type": "lora", "r": 8, "init_from": "docs@1"}, {"type": "lora", "r": 8}]
+    spec = job(name="more", sweep={"space": {"adapter": {"choice": adapters}}}, register={"name": "docs"})
+    best = trial_job(spec, {"adapter": adapters[0]})
+    house.runner.spec = best
+    house.run(spec)
+    request, version = house.runner.requests[1], house.environment.registry.get("docs@1")
+    runs = TrialRuns(request)
+    assert [runs.group_request(trial_job(spec, {"adapter": each})).init_from for each in adapters] == [
+        version.url,
+        None,
+    ]
+    assert house.environment.registry.get("docs@2").lineage.parent == "docs@1"
+    with pytest.raises(RegistryError, match=r"docs@9"):
+        house.run(
+            job(name="gone", sweep={"space": {"adapter.init_from": {"choice": ["docs@1", "docs@9"]}}}),
+        )
 
 
 def test_training_on_from_an_adapter_of_another_base_is_refused(house, tmp_path):

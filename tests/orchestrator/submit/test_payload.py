@@ -9,6 +9,7 @@ import pytest
 from orchestrator.cluster import Cluster, cluster_at, load_cluster
 from orchestrator.errors import DataError
 from orchestrator.spec.load import load_job_text
+from orchestrator.spec.sweep import SweepSpec
 from orchestrator.submit import payload
 from orchestrator.submit.payload import pack
 
@@ -58,6 +59,28 @@ def test_a_pattern_brings_what_it_matches(folder):
     moved = pack(make_job(data=str(folder / "parts" / "*.jsonl")), CLUSTER)
     assert moved.spec.data.datasets[0].path == "files/1/*.jsonl"
     assert {"files/1/a.jsonl", "files/1/b.jsonl"} < set(unzip(moved))
+
+
+def test_adapters_that_a_sweep_begins_with_travel(folder, monkeypatch):
+    for name in ("one", "two", "three"):
+        (folder / name).mkdir()
+        (folder / name / "adapter_config.json").write_text("{}")
+    (folder / "work").mkdir()
+    monkeypatch.chdir(folder / "work")
+    here = [str(folder / name) for name in ("one", "two", "three")]
+    job = make_job(str(folder / "base"), "../rows.jsonl")
+    whole = [{"type": "lora", "init_from": here[2]}, {"type": "lora"}]
+    for space in (
+        {"adapter.init_from": {"choice": [here[0], "docs@1", here[1]]}, "training.seed": {"randint": [1, 3]}},
+        {"paired": [{"adapter.init_from": here[0]}, {"adapter.init_from": "docs@1"}]},
+        {"adapter": {"choice": whole}},
+        {"paired": [{"adapter": each} for each in whole]},
+    ):
+        packed = pack(job.model_copy(update={"sweep": SweepSpec(space=space)}), CLUSTER)
+        files, text = unzip(packed), packed.texts["job.yaml"]
+        sent = [name for name in files if name.endswith("adapter_config.json")]
+        assert sent and all(name.removesuffix("/adapter_config.json") in text for name in sent)
+        assert str(folder) not in text and ("docs@1" in text) == ("docs@1" in str(space))
 
 
 def test_what_is_elsewhere_stays_as_it_is(folder):
