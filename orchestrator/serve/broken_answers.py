@@ -17,6 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from .api_error import ApiError
 from .asked_model import AskedModel
 from .event_stream import DONE, event
+from .waking import Waking
 
 CALLBACK_VARIABLE = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
 CALLBACK = "orchestrator.serve.broken_answers:middlewares"
@@ -30,7 +31,7 @@ _log = logging.getLogger("ray.serve")
 
 def middlewares() -> list[Middleware]:
     """For Serve's proxies."""
-    return [Middleware(AskedModel), Middleware(WholeAnswers)]
+    return [Middleware(AskedModel), Middleware(Waking), Middleware(WholeAnswers)]
 
 
 class WholeAnswers:

@@ -23,4 +23,4 @@ class EndpointArguments(BaseModel):
 
 def endpoint(arguments: EndpointArguments) -> Any:
     """The application that Serve builds; replicas and their resources stand in the config."""
-    return replica_deployment().bind(arguments.endpoint, arguments.registry)
+    return replica_deployment(arguments.registry).bind(arguments.endpoint, arguments.registry)

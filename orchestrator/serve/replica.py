@@ -37,7 +37,7 @@ from .prompts import Prompts, SourcePrompts
 from .reach import admission
 from .reporter import Reporter
 from .reports import Reports
-from .residency_router import HAS_ROOM, MODELS
+from .residency_router import HAS_ROOM, MODELS, REGISTRY
 
 ROUTER = "orchestrator.serve.residency_router.ResidencyRouter"
 _HELD_EVERY_S = 1.0
@@ -147,10 +147,11 @@ def _endpoints_but(own: str) -> list[str]:
     return [name for name in names if name is not None and name != own]
 
 
-def replica_deployment(**options: Any) -> Any:
+def replica_deployment(registry_url: str, **options: Any) -> Any:
     """The Serve deployment of `Replica`, to be bound to its arguments.
 
     Args:
+        registry_url: the second of them, also told to whoever asks Serve for the deployment's configuration.
         options: of `serve.deployment`; what is the same for every endpoint stands here.
     """
     return serve.deployment(
@@ -165,7 +166,9 @@ def replica_deployment(**options: Any) -> Any:
         max_surge_percent=100,
         logging_config={"enable_access_log": False},
         request_router_config=RequestRouterConfig(
-            request_router_class=ROUTER, request_routing_stats_period_s=_HELD_EVERY_S
+            request_router_class=ROUTER,
+            request_router_kwargs={REGISTRY: registry_url},
+            request_routing_stats_period_s=_HELD_EVERY_S,
         ),
         **options,
     )

@@ -19,6 +19,8 @@ from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, R
 MODELS, HAS_ROOM = "models", "has_room"
 """Keys of what a replica says of itself: the names that it answers to without loading anything, and whether one more
 adapter would make none leave."""
+REGISTRY = "registry"
+"""Key of what a router is given: the endpoint's registry, which others read from Serve's configuration."""
 
 SPARE_REQUESTS = 16
 """A holder with so many requests more than the least loaded replica is overloaded."""
@@ -41,6 +43,9 @@ class ResidencyRouter(RequestRouter):
         """Model -> the replica that was last given a request for it while none held it, and when."""
         self._last: OrderedDict[str, tuple[ReplicaID, float]] = OrderedDict()
         """Model -> the replica that was last given a request for it, and when."""
+
+    def initialize_state(self, registry: str = "") -> None:
+        """Takes the router's options; none of them changes what it does."""
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None

@@ -17,6 +17,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from ..errors import ServeError
 from .naming import application, endpoint_of
 from .replica import replica_deployment
+from .residency_router import REGISTRY
 
 logging.getLogger("ray.serve").setLevel(logging.WARNING)  # it says each thing that it is told to do
 
@@ -62,6 +63,8 @@ class Application:
     """How long replicas that are not needed stay, there."""
     trigger: str = ""
     """Serve's word for what its deployment's status came from."""
+    registry: str = ""
+    """The URL of the registry that its replicas follow."""
 
     @property
     def is_recovering(self) -> bool:
@@ -77,14 +80,14 @@ class Application:
         return self.status == "DEPLOY_FAILED" and not self.is_recovering
 
     @property
+    def may_sleep(self) -> bool:
+        """Whether its last replica leaves, too, when nobody asks."""
+        return self.bounds is not None and self.bounds[0] == 0
+
+    @property
     def is_idle(self) -> bool:
         """Whether it has no replica because nobody asks: the first request starts one."""
-        return (
-            self.bounds is not None
-            and self.bounds[0] == 0
-            and self.status == "RUNNING"
-            and not self.num_running
-        )
+        return self.may_sleep and self.status == "RUNNING" and not self.num_running
 
 
 @dataclass(frozen=True)
@@ -179,6 +182,18 @@ def route_taken(prefix: str) -> str | None:
     return next((name for name, details in there if details.get("route_prefix") == prefix), None)
 
 
+def mounted() -> dict[str, Application | None]:
+    """Route prefix -> our application there, None for another's; empty where no Serve runs."""
+    client = _client()
+    if client is None:
+        return {}
+    found = {}
+    for name, details in client.get_serve_details()["applications"].items():
+        endpoint = endpoint_of(name)
+        found[details.get("route_prefix")] = _application(endpoint, details) if endpoint is not None else None
+    return {prefix: application for prefix, application in found.items() if prefix is not None}
+
+
 def start_application(endpoint: str, registry_url: str, placement: Placement, version: str) -> None:
     """Starts an endpoint's application, at `/` where that is free, else at `/ENDPOINT`; returns before its
     replicas are up.
@@ -229,7 +244,7 @@ def _run(
         options["num_replicas"] = placement.num_replicas
     else:
         options["autoscaling_config"] = _autoscaling(placement.bounds, placement.idle_s)
-    deployment = replica_deployment(**options)
+    deployment = replica_deployment(registry_url, **options)
     # Serve restarts replicas whose version changes, and by itself gives a new one each time; one of our own lets an
     # application be moved in place. Ray keeps this option to itself; tests see that it holds.
     deployment = deployment.options(version=version, _internal=True)
@@ -282,6 +297,7 @@ def _application(endpoint: str, details: dict[str, Any]) -> Application:
     config = deployment["deployment_config"] if deployment else {}
     scaling = config.get("autoscaling_config")
     trigger = (deployment or {}).get("status_trigger", "")
+    routing = config.get("request_router_config") or {}
     return Application(
         endpoint=endpoint,
         status=str(getattr(details["status"], "value", details["status"])),
@@ -297,6 +313,7 @@ def _application(endpoint: str, details: dict[str, Any]) -> Application:
         bounds=(scaling["min_replicas"], scaling["max_replicas"]) if scaling else None,
         idle_s=scaling["downscale_delay_s"] if scaling else 0.0,
         trigger=str(getattr(trigger, "value", trigger)),
+        registry=routing.get("request_router_kwargs", {}).get(REGISTRY, ""),
     )
 
 

@@ -11,6 +11,7 @@ from starlette.testclient import TestClient
 from orchestrator.local_ray import READABLE_ERRORS
 from orchestrator.serve.asked_model import AskedModel
 from orchestrator.serve.broken_answers import CALLBACK, CALLBACK_VARIABLE, WholeAnswers, middlewares
+from orchestrator.serve.waking import Waking
 
 PATHS = ["/v1/completions", "/tiny/v1/chat/completions", "/tiny/v1/embeddings"]
 
@@ -97,4 +98,4 @@ def test_serve_is_told_to_load_it():
     assert (
         f"{CALLBACK_VARIABLE}={CALLBACK}" in (Path(__file__).parents[3] / "clusters/Dockerfile").read_text()
     )
-    assert [each.cls for each in middlewares()] == [AskedModel, WholeAnswers]
+    assert [each.cls for each in middlewares()] == [AskedModel, Waking, WholeAnswers]

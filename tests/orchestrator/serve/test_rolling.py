@@ -16,6 +16,7 @@ import ray
 import requests
 from ray import serve
 
+from orchestrator.keys import KeyBook
 from orchestrator.registry import Registry
 from orchestrator.serve import code_version, serve_cluster
 from orchestrator.serve.endpoints import RayEndpoints
@@ -190,3 +191,23 @@ def test_it_scales_to_zero_and_the_first_request_brings_it_back(site):
     assert row.state == "idle" and "first request" in row.message
     assert complete(made.url, "docs").status_code == 200
     assert replica_pids("tiny")
+
+    secret = KeyBook(site.registry.url).create("acme").secret
+    wait_for(lambda: not replica_pids("tiny"), timeout_s=90)
+    root = made.url.removesuffix("/v1")
+    for _ in range(3):
+        refused = [complete(made.url, "docs")]
+        refused += [requests.get(f"{root}/{path}", timeout=60) for path in ("metrics", "v1/models", "none")]
+        refused += [requests.get(f"{root}/v1/models", headers=_bearer("rp-guessed"), timeout=60)]
+        assert [each.status_code for each in refused] == [401] * 5
+        assert all(each.json()["error"]["type"] == "authentication_error" for each in refused)
+        assert requests.get(f"{root}/healthz", timeout=60).json() == {"status": "idle"}
+        time.sleep(1)
+    assert serve_cluster.applications()["tiny"].num_replicas == 0  # nor does one start
+    models = requests.get(f"{root}/v1/models", headers=_bearer(secret), timeout=60)
+    assert models.status_code == 200 and replica_pids("tiny")
+    assert requests.get(f"{root}/healthz", timeout=60).json()["status"] == "ok"
+
+
+def _bearer(secret: str) -> dict[str, str]:
+    return {"authorization": f"Bearer {secret}"}
