@@ -28,7 +28,8 @@ from .tracking.targets import open_tracking
 if TYPE_CHECKING:
     from .merging.merge import WriteFiles
     from .plan.layout import Layout
-    from .serve.endpoints import EndpointInfo, RayEndpoints
+    from .serve.endpoint_rows import EndpointInfo
+    from .serve.endpoints import RayEndpoints
     from .train.inspection import Inspection
 
 
@@ -169,7 +170,7 @@ def endpoint_rows(cluster: Cluster) -> list[EndpointInfo]:
         return _ray_endpoints(cluster, registry).status()
     if not registry.endpoint_names():
         return []
-    from .serve.endpoints import rows_over_http
+    from .serve.endpoint_rows import rows_over_http
 
     return rows_over_http(registry, f"http://{cluster.serve.host}:{cluster.serve.port}")
 

@@ -24,7 +24,7 @@ from .found import environment_of, ignore, registry_of
 from .own_ray import is_up, leave
 
 if TYPE_CHECKING:
-    from ..serve.endpoints import EndpointInfo
+    from ..serve.endpoint_rows import EndpointInfo
 
 
 def deploy(

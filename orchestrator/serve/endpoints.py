@@ -6,11 +6,9 @@ import secrets
 import socket
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-import requests
 
 from ..errors import ModelError, PlacementError, ServeError, closest
 from ..identity import BaseIdentity, base_identity
@@ -23,7 +21,8 @@ from ..spec.job import DeploySpec
 from . import serve_cluster
 from .code_version import version_of
 from .desired import Desired, EngineOptions, Served
-from .heads import route_of
+from .endpoint_calls import authorization, await_alias, await_gone, followed_registry, probe
+from .endpoint_rows import EndpointInfo, cause_of, endpoint_info
 from .key_check import require_keys
 from .naming import base_id, check_endpoint_name, default_endpoint
 from .promotion import all_desired, change, desired_of, withdraw
@@ -40,29 +39,6 @@ _SECONDS_OF_REFUSALS = 15.0
 _POLL_S = 0.1
 _JOB_FOLDER = "/working_dir_files/"
 """Part of the path of what Ray unpacks for a job alone."""
-_DOWN = "not on this cluster now: deploy an adapter to start it, or undeploy it"
-
-
-@dataclass(frozen=True)
-class EndpointInfo:
-    """An endpoint as `raypeft endpoints` shows it."""
-
-    name: str
-    url: str
-    """Where its OpenAI API is: http://HOST:PORT/NAME/v1."""
-    routes: tuple[str, ...]
-    """All URLs that reach it: also http://HOST:PORT/v1 while it is the only one."""
-    base: str
-    adapters: tuple[str, ...]
-    """`name@version` of each; with ` (forced)` where the gate had refused it, ` (canary)` while it is watched."""
-    state: str
-    """live | idle | starting | waiting | failed | down"""
-    message: str = ""
-    replicas: int = 0
-
-    def to_dict(self) -> dict[str, Any]:
-        """As `--json` prints it."""
-        return asdict(self)
 
 
 class RayEndpoints:
@@ -144,7 +120,7 @@ class RayEndpoints:
             pass  # the replicas see to it
         elif live:
             self._give_alias(endpoint, version, deploy.alias, forced=entry.forced)
-            _await_alias(
+            await_alias(
                 f"{door.url}/{endpoint}", f"{version.name}@{deploy.alias}", version.ref, deploy.bounds[1]
             )
         else:
@@ -168,7 +144,7 @@ class RayEndpoints:
         running = serve_cluster.applications()
         desired = all_desired(self._registry)
         return [
-            _info(name, desired.get(name), running.get(name), door, alone=len(running) == 1)
+            endpoint_info(name, desired.get(name), running.get(name), door, alone=len(running) == 1)
             for name in sorted(desired.keys() | running.keys())
         ]
 
@@ -385,7 +361,7 @@ class RayEndpoints:
         Raises:
             ServeError: Serve gave the application up, or the replica refuses the adapter.
         """
-        said, headers = "", _authorization(self._registry)
+        said, headers = "", authorization(self._registry)
         unplaced, ill, refusing, silent = _Stopwatch(), _Stopwatch(), _Stopwatch(), _Stopwatch()
         while True:
             app = serve_cluster.applications().get(endpoint)
@@ -393,10 +369,10 @@ class RayEndpoints:
                 raise ServeError(f"endpoint '{endpoint}' was undeployed meanwhile.", hint="Deploy again.")
             # A replica that was killed leaves the application unhealthy until the next one is up.
             if app.has_failed or ill.runs(app.is_recovering) > _SECONDS_TO_RECOVER:
-                raise ServeError(f"endpoint '{endpoint}' does not come up: {_cause(app.message)}")
+                raise ServeError(f"endpoint '{endpoint}' does not come up: {cause_of(app.message)}")
             if app.num_running or app.is_idle:
                 said = _say(on_event, said, f"endpoint {endpoint}: loading {ref}")
-                status, message, says_no = _probe(f"{door.url}/{endpoint}", ref, task, headers)
+                status, message, says_no = probe(f"{door.url}/{endpoint}", ref, task, headers)
                 if status == 200:
                     return True
                 if status == 400 or refusing.runs(says_no) > _SECONDS_OF_REFUSALS:
@@ -427,8 +403,8 @@ class RayEndpoints:
             Reports(self._registry.url, endpoint).note("undeployed", adapter=entry.ref, by="user")
         door = serve_cluster.find_door()
         if is_up and door is not None:
-            _await_gone(
-                f"{door.url}/{endpoint}", {entry.ref for entry in entries}, _authorization(self._registry)
+            await_gone(
+                f"{door.url}/{endpoint}", {entry.ref for entry in entries}, authorization(self._registry)
             )
 
     def _give_root_to_the_last(self) -> None:
@@ -440,31 +416,6 @@ class RayEndpoints:
         desired = desired_of(self._registry, last.endpoint)
         if desired is not None:
             serve_cluster.change_application(last, self._registry.url, desired.code, route_prefix="/")
-
-
-def rows_over_http(registry: Registry, root: str) -> list[EndpointInfo]:
-    """The endpoints of a registry as a process sees them that is no driver of their cluster.
-
-    Args:
-        root: where the cluster's Serve listens, http://HOST:PORT.
-    """
-    rows = []
-    for name, desired in all_desired(registry).items():
-        is_up = _followed_registry(f"{root}/{name}") == registry.url
-        routes = (f"{root}/{name}/v1",) if is_up else ()
-        rows.append(
-            _row(name, desired, routes, "live" if is_up else "down", "" if is_up else _DOWN, int(is_up))
-        )
-    return rows
-
-
-def _followed_registry(url: str, timeout_s: float = 5) -> str | None:
-    """The registry that an endpoint follows; None where none of ours answers."""
-    try:
-        answer = requests.get(f"{url}/healthz", timeout=timeout_s)
-        return answer.json()["registry"] if answer.status_code == 200 else None
-    except (requests.RequestException, ValueError, KeyError, TypeError):
-        return None
 
 
 def _check_gate(version: AdapterVersion, force: bool) -> None:
@@ -520,7 +471,7 @@ def _base_is_gone(version: AdapterVersion, folder: str) -> ModelError:
 
 def _check_registry(url: str, endpoint: str, registry_url: str) -> None:
     """Raises ServeError where a running endpoint follows another registry."""
-    follows = _followed_registry(url, timeout_s=30)
+    follows = followed_registry(url, timeout_s=30)
     if follows is not None and follows != registry_url:
         raise ServeError(
             f"endpoint '{endpoint}' on this cluster follows the registry {follows}, this command uses "
@@ -564,136 +515,9 @@ def _is_unplaced(app: Application) -> bool:
     return bool(app.num_unplaced and not app.num_running)
 
 
-def _authorization(registry: Registry) -> dict[str, str]:
-    """The header of our own calls: a short-lived key, where keys are asked for."""
-    keys = KeyBook(registry.url)
-    return {} if keys.read().is_empty else {"Authorization": f"Bearer {keys.lend()}"}
-
-
-_LEAST: dict[str, dict[str, Any]] = {
-    "SEQ_CLS": {"input": "a"},
-    "TOKEN_CLS": {"input": "a"},
-    "FEATURE_EXTRACTION": {"input": "a"},
-    "QUESTION_ANS": {"question": "a", "context": "a"},
-}
-
-
-def _probe(url: str, ref: str, task: str, headers: dict[str, str]) -> tuple[int | None, str, bool]:
-    """HTTP status and message when the least is asked of `ref`, and whether that is a no. The status is None where
-    nothing answers, or Serve's proxy alone: it does not know yet where a replica is that came this instant."""
-    asked = _LEAST.get(task, {"prompt": "a", "max_tokens": 1, "temperature": 0})
-    body: dict[str, Any] = {"model": ref, **asked}
-    try:
-        answer = requests.post(f"{url}{route_of(task)}", json=body, headers=headers, timeout=(5, 600))
-    except requests.RequestException as error:
-        return None, str(error), False
-    if not answer.headers.get("content-type", "").startswith("application/json"):
-        return None, _message(answer), False
-    return answer.status_code, _message(answer), not (answer.ok or _may_pass(answer))
-
-
-def _may_pass(answer: requests.Response) -> bool:
-    """Whether the same may be answered in a moment. A 503 without a code is an error of the storage, such as a file of
-    the adapter that is damaged."""
-    try:
-        return answer.status_code == 429 or (
-            answer.status_code == 503 and bool(answer.json()["error"]["code"])
-        )
-    except (ValueError, KeyError, TypeError):
-        return False
-
-
-def _await_gone(url: str, refs: set[str], headers: dict[str, str], timeout_s: float = 15.0) -> None:
-    """Waits until a running endpoint no longer lists versions; one that does not answer lists none."""
-    deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline:
-        try:
-            answer = requests.get(f"{url}/v1/models", headers=headers, timeout=5)
-        except requests.RequestException:
-            return
-        if answer.status_code != 200 or not refs & {card["id"] for card in answer.json()["data"]}:
-            return
-        time.sleep(_POLL_S)
-
-
-def _await_alias(url: str, alias: str, ref: str, num_replicas: int, timeout_s: float = 15.0) -> None:
-    """Waits until the replicas of a running endpoint know what an alias names: each looks every second."""
-    deadline, knowing = time.monotonic() + timeout_s, 0
-    while knowing < 3 * num_replicas - 2 and time.monotonic() < deadline:
-        try:
-            answer = requests.get(f"{url}/v1/models/{alias}", timeout=5)
-            knows = answer.status_code == 200 and answer.json().get("root") == ref
-        except (requests.RequestException, ValueError):
-            return
-        if answer.status_code in (401, 403):
-            return  # it wants a key that this process does not have
-        knowing = knowing + 1 if knows else 0
-        time.sleep(0 if knows else _POLL_S)
-
-
-def _message(answer: requests.Response) -> str:
-    try:
-        return str(answer.json()["error"]["message"])
-    except (ValueError, KeyError, TypeError):
-        return answer.text[:300]
-
-
-def _cause(message: str) -> str:
-    """The last line that says something of Serve's report, which ends in a traceback."""
-    lines = [line.strip() for line in message.splitlines() if line.strip()]
-    return lines[-1] if lines else "Serve gives no reason"
-
-
 def _without(ref: str) -> Callable[[Desired], Desired]:
     return lambda now: now.without(ref)
 
 
 def _matching(desired: Desired, adapter: str) -> list[Served]:
     return [entry for entry in desired.adapters if adapter in (entry.ref, entry.name)]
-
-
-def _info(
-    name: str, desired: Desired | None, app: Application | None, door: Door | None, *, alone: bool
-) -> EndpointInfo:
-    root = door.url if door and app else ""
-    routes: tuple[str, ...] = (f"{root}/{name}/v1",) if root else ()
-    if root and app and alone and app.route_prefix == "/":
-        routes += (f"{root}/v1",)
-    state, message = _state(app)
-    return _row(name, desired, routes, state, message, app.num_running if app else 0)
-
-
-def _row(
-    name: str, desired: Desired | None, routes: tuple[str, ...], state: str, message: str, replicas: int
-) -> EndpointInfo:
-    adapters = desired.adapters if desired else ()
-    return EndpointInfo(
-        name=name,
-        url=routes[0] if routes else "",
-        routes=routes,
-        base=base_id(desired.base) if desired else "",
-        adapters=tuple(entry.ref + _remark(entry, desired) for entry in adapters),
-        state=state,
-        message=message,
-        replicas=replicas,
-    )
-
-
-def _remark(entry: Served, desired: Desired | None) -> str:
-    rolling = desired is not None and any(each.ref == entry.ref for each in desired.rollouts)
-    said = ["forced"] * entry.forced + ["canary"] * rolling
-    return f" ({', '.join(said)})" if said else ""
-
-
-def _state(app: Application | None) -> tuple[str, str]:
-    if app is None:
-        return "down", _DOWN
-    if app.num_running:
-        return "live", ""
-    if app.is_idle:
-        return "idle", "nobody asks: the first request starts a replica"
-    if app.status in ("DEPLOY_FAILED", "UNHEALTHY"):
-        return "failed", _cause(app.message)
-    if app.num_unplaced:
-        return "waiting", "for room on the cluster"
-    return "starting", ""

@@ -26,7 +26,8 @@ from orchestrator.errors import PlacementError, RegistryError, ServeError
 from orchestrator.identity import base_identity
 from orchestrator.registry import Registry
 from orchestrator.serve import serve_cluster
-from orchestrator.serve.endpoints import RayEndpoints, rows_over_http
+from orchestrator.serve.endpoint_rows import rows_over_http
+from orchestrator.serve.endpoints import RayEndpoints
 from orchestrator.serve.reports import Reports
 from orchestrator.service import Deployment
 from orchestrator.spec.job import DeploySpec

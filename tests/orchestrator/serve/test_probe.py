@@ -49,7 +49,7 @@ def awaited(monkeypatch, tmp_path):
 
         times = SimpleNamespace(monotonic=lambda: next(clock), sleep=lambda seconds: None)
         monkeypatch.setattr(endpoints, "time", times)
-        monkeypatch.setattr(endpoints.requests, "post", post)
+        monkeypatch.setattr(requests, "post", post)
         monkeypatch.setattr(serve_cluster, "applications", lambda: {"tiny": app})
         monkeypatch.setattr(serve_cluster, "has_free", lambda asked: True)
         found = RayEndpoints(Registry(tmp_path / "registry"), local=True)
