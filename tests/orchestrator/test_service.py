@@ -472,7 +472,7 @@ def test_each_state_is_kept_once_and_in_order(house):
 def test_secrets_are_in_the_environment_only_while_private_files_are_read(house, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        "orchestrator.service.data_hash", lambda spec: seen.append(os.environ["HF_TOKEN"]) or "0" * 64
+        "orchestrator.service.jobs.data_hash", lambda spec: seen.append(os.environ["HF_TOKEN"]) or "0" * 64
     )
     monkeypatch.delenv("HF_TOKEN", raising=False)
     house.run(job(), secrets={"HF_TOKEN": "planted"})
