@@ -172,10 +172,12 @@ class Method(ABC):
     `reads` names the arguments of the model's forward (one entry per sequence, such as `task_ids`) that the
     method's functions find in `p` beside their tensors, cut to the rows that they serve. `layers` are the
     kinds that it can sit on; any module at all where it says `module`. `merges`: whether it can be merged.
+    `is_beside`: whether it is a part of an adapter that acts elsewhere, such as a module trained whole.
     """
 
     prefix: ClassVar[str]
     merges: ClassVar[bool] = True
+    is_beside: ClassVar[bool] = False
     reads: ClassVar[tuple[str, ...]] = ()
     layers: ClassVar[frozenset[str]] = frozenset({"linear"})
 

@@ -70,7 +70,8 @@ def delete_adapter(
     delete_hooked(model, adapter_name)
     inject.delete(model, adapter_name)
     left = _names(model)
-    active: list[str] = next((list(m.active_adapters) for _, m in inject.adapter_modules(model)), [])
+    # A module that is trained whole tells of its own copies alone.
+    active = max((list(m.active_adapters) for _, m in inject.adapter_modules(model)), key=len, default=[])
     if left and not active:
         active = left[:1]
         inject.activate(model, active)

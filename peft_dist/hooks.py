@@ -130,12 +130,13 @@ class Hooks:
 
     @staticmethod
     def get_model_config(model: Any) -> dict[str, Any]:
-        """The base's config as a dictionary; its `model_type` is `custom` where it has none."""
+        """The base's config as a dictionary; where it has none, its `model_type` is `custom`."""
         config: Any = getattr(model, "config", None)
         if hasattr(config, "to_dict"):
             config = config.to_dict()
-        found = config if isinstance(config, Mapping) else vars(config) if config else {}
-        return {"model_type": "custom", **found}
+        if not config:
+            return {"model_type": "custom"}
+        return dict(config) if isinstance(config, Mapping) else dict(vars(config))
 
 
 def inject_by_hooks(

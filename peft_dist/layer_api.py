@@ -29,7 +29,7 @@ class LayerApi:
     """The face of a wrapped layer. `adapter -> value` where HF PEFT has it so."""
 
     methods: dict[str, Any]
-    active_adapters: list[str]
+    active_adapters: Any
     merged_adapters: list[str]
     disabled: bool
     base_layer: Any

@@ -41,8 +41,8 @@ def merge(
     """Adds the adapters' changes to the weights of `base`, in place; the bare layers then serve them.
 
     Adapters that are merged already stay so: their changes and the new ones are put together anew on the
-    stored weights, as if merged at once. Modules trained whole (`modules_to_save`) go on serving their
-    adapter's copy.
+    stored weights, as if merged at once. A merged adapter of LN_TUNING serves its own tensors whichever adapter is
+    active; modules trained whole (`modules_to_save`) go on serving their active adapter's copy.
 
     Args:
         base: the model whose layers are wrapped.
@@ -70,14 +70,14 @@ def merge(
         if merged_before:
             warnings.warn("All adapters are already merged, nothing to do.", stacklevel=2)
         return merged_before
+    names = [*merged_before, *new]
+    check_together(base, names)
     if merged_before:
         warnings.warn(
             f"{', '.join(merged_before)} were merged already; {', '.join(new)} are now merged with them.",
             stacklevel=2,
         )
         unmerge(base)
-    names = [*merged_before, *new]
-    check_together(base, names)
     touched = [module for module in modules if any(name in module.methods for name in names)]
     users = _users(base)
     _check_tied(touched, users)
@@ -103,6 +103,9 @@ def merge(
     # Also where a merged adapter has nothing: a layer must not add the active ones on top of the merged ones.
     for module in modules:
         module.merged_adapters = list(names)
+    for wrapper in wrappers:
+        if isinstance(wrapper, Replaced) and any(_stands_in(wrapper, name) for name in names):
+            wrapper.merged_adapters = list(names)
     return names
 
 
@@ -112,12 +115,12 @@ def unmerge(base: nn.Module) -> None:
     Raises:
         MergeError: the stored weights were not kept at the merge.
     """
-    modules = [module for _, module in adapter_modules(base) if isinstance(module, Adapted)]
-    merged = [module for module in modules if module.merged_adapters]
+    merged = [module for _, module in adapter_modules(base) if module.merged_adapters]
     if not merged:
         warnings.warn("Already unmerged, nothing to do.", stacklevel=2)
         return
-    changed = [m for m in merged if any(name in m.methods for name in m.merged_adapters)]
+    layers = [module for module in merged if isinstance(module, Adapted)]
+    changed = [m for m in layers if any(name in m.methods for name in m.merged_adapters)]
     lost = [module for module in changed if not {_KEPT, _QUANTISED} & module.__dict__.keys()]
     if lost:
         raise MergeError(
@@ -134,8 +137,8 @@ def unmerge(base: nn.Module) -> None:
             continue
         _retie(module)
         module.base.restore_(module.__dict__.pop(_KEPT))
-    for module in merged:
-        module.merged_adapters = []
+    for wrapper in merged:
+        wrapper.merged_adapters = []
 
 
 def merge_and_unload(
@@ -193,6 +196,11 @@ def unload(base: nn.Module) -> nn.Module:
 def is_dequantised(base: nn.Module) -> bool:
     """Whether adapters are merged into layers that were quantised, and are dense until `unmerge`."""
     return any(_QUANTISED in module.__dict__ for _, module in adapter_modules(base))
+
+
+def _stands_in(module: Replaced, name: str) -> bool:
+    """Whether an adapter's tensors are in the place of the module's own when it is merged."""
+    return name in module.methods and not module.methods[name].is_beside
 
 
 def refuse_unmergeable(methods: Mapping[str, object], adapter_names: Sequence[str] | None) -> None:

@@ -708,17 +708,20 @@ class PeftModel(PromptedModel):
     def _check_names(
         self, adapter_names: Sequence[str | None] | None, args: tuple, kwargs: Mapping[str, Any]
     ) -> None:
-        """Refuses a number of names that is not that of the rows, of transformers' models, whose rows come first."""
+        """Refuses a number of names that is not that of the rows: of the main input of a model of transformers, of any
+        argument of another model."""
         if adapter_names is None:
             return
         main = getattr(self.get_base_model(), "main_input_name", None)
-        if main is None:
-            return
-        given = (args[0] if args else None, *(kwargs.get(key) for key in (main, *_INPUTS)))
-        rows = next((len(each) for each in given if isinstance(each, Tensor) and each.ndim), None)
-        if rows is not None and rows != len(adapter_names):
+        given = (*args, *kwargs.values())
+        if main is not None:
+            given = (args[0] if args else None, *(kwargs.get(key) for key in (main, *_INPUTS)))
+        rows = [len(each) for each in given if isinstance(each, Tensor) and each.ndim]
+        # One row may be what all sequences share.
+        fitting = {len(adapter_names)} if main is not None else {len(adapter_names), 1}
+        if rows and not fitting & set(rows[:1] if main is not None else rows):
             raise RowsError(
-                f"adapter_names: {len(adapter_names)} names for {rows} rows. Name one for "
+                f"adapter_names: {len(adapter_names)} names for {rows[0]} rows. Name one for "
                 f"each; '{BASE}' is the bare base."
             )
 

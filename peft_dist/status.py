@@ -146,12 +146,7 @@ def _of_layer(name: str, module: Any) -> TunerLayerStatus:
         name=f"{name}.token_adapter" if beside else name,
         module_type="TrainableTokensLayer" if beside else layer_title(module),
         enabled=not module.disable_adapters,
-        # A module that is trained whole has its own copies alone to choose from.
-        active_adapters=[
-            name
-            for name in module.active_adapters
-            if name in tensors.adapters or not isinstance(module, Replaced) or peft_types(module)
-        ],
+        active_adapters=list(module.active_adapters),
         merged_adapters=[name for name in module.merged_adapters if name in tensors.adapters],
         requires_grad={adapter: _agreed(flags) for adapter, flags in trained.items()},
         available_adapters=sorted(tensors.adapters),

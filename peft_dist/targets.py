@@ -6,7 +6,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -235,7 +235,7 @@ def resolve(config: Any, facts: BaseFacts) -> list[str]:
             raise TargetError(
                 f"targets: 'all-linear' matched none: {facts.name} has no linear layer that is left in."
             )
-        config.target_modules = set(_shortest(chosen, facts))
+        config.target_modules = _shortest(chosen, set(facts.layers) - {"", *chosen})
         return chosen
     matched = [name for name in facts.layers if name and is_target(config, name)]
     if not matched and not getattr(config, "target_parameters", None):
@@ -278,6 +278,7 @@ def resolve(config: Any, facts: BaseFacts) -> list[str]:
     for field_name, pattern in patterns.items():
         absent = [key for key in pattern if not any(by_pattern({key: True}, n, False) for n in matched + raw)]
         _warn_of_unmatched(absent, f"adapted layer of {facts.name}", matched, field_name)
+    _shorten(config, facts)
     return matched
 
 
@@ -444,10 +445,35 @@ def _layer_index(name: str, patterns: Sequence[str] | str | None) -> int | None:
     return None
 
 
-def _shortest(chosen: list[str], facts: BaseFacts) -> list[str]:
-    """The last parts of the names where they mean just these layers, else the names."""
-    ends = list(dict.fromkeys(name.rpartition(".")[2] for name in chosen))
-    return ends if [name for name in facts.layers if name and ends_in(ends, name)] == chosen else chosen
+# From so many names on a list of targets is shortened, as in HF PEFT.
+MANY = 20
+
+
+def _shorten(config: Any, facts: BaseFacts) -> None:
+    """Says a long list of targets by fewer names that mean the same layers. IA3's are as they are: its
+    `feedforward_modules` are some of them."""
+    targets = config.target_modules
+    if not targets or isinstance(targets, str) or len(targets) < MANY or config.peft_type == "IA3":
+        return
+    short = _shortest(targets, [name for name in facts.layers if name and not ends_in(targets, name)])
+    if len(short) < len(targets):
+        config.target_modules = short
+
+
+def _shortest(names: Iterable[str], others: Iterable[str]) -> set[str]:
+    """The shortest ends of the names that are no ends of the others."""
+    taken = {end for name in others for end in _ends(name)}
+    kept: set[str] = set()
+    for ends in sorted(_ends(name) for name in names):
+        if kept.isdisjoint(ends):
+            kept.add(next((end for end in ends if end not in taken), ends[-1]))
+    return kept
+
+
+def _ends(name: str) -> list[str]:
+    """`a.b.c`: c, b.c, a.b.c."""
+    parts = name.split(".")
+    return [".".join(parts[start:]) for start in range(len(parts) - 1, -1, -1)]
 
 
 def _nothing_matched(config: Any, facts: BaseFacts) -> str:

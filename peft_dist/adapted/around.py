@@ -39,6 +39,8 @@ class Around(AdapterModule):
             module = super().__getattr__("original_module")
             if not hasattr(module, attribute) and (held := self._borrowed(attribute)) is not None:
                 return held
+            if attribute in ("in_features", "out_features") and not hasattr(module, attribute):
+                return self._features()[attribute == "out_features"]
             return getattr(module, attribute)
 
     @property

@@ -71,6 +71,8 @@ class Adapted(AdapterModule):
                 return getattr(layer, attribute)
             if attribute in ("in_features", "out_features"):
                 return self._features()[attribute == "out_features"]
+            if attribute == "parameter_name" and self.base.site.kind == "experts":
+                return self.base.key
             if found := self._facts(attribute):
                 return found
             if (held := self._held_in_common(attribute)) is not None:
@@ -119,9 +121,7 @@ class Adapted(AdapterModule):
             return self._packed(args, kwargs, rows)
         if self.merged_adapters:
             if rows is not None and rows.adapters is not None:
-                raise RowsError(
-                    f"{self._site_name}: {self.merged_adapters} are merged. Unmerge to name adapters per row."
-                )
+                self.refuse_rows_while_merged()
             return self.base_layer(*args, **kwargs)
         if is_partitioned(self.base.parameter) and self._runs_within():
             again = self._runs_again if torch.is_grad_enabled() and self._is_large() else None

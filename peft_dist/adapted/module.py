@@ -24,12 +24,14 @@ class AdapterModule(LayerApi, PooledModule):
 
     Attributes:
         methods: adapter -> its method here.
-        active_adapters: the names that serve rows which name none; also names that have nothing here.
+        active_adapters: the names that serve rows which name none; also names that have nothing here, but for modules
+            and tokens that are trained beside adapters elsewhere.
         disabled: whether the bare base serves.
         merged_adapters: the names whose change is in the base's weights now, in the order they were merged.
     """
 
     base: Layer
+    _told_active: list[str]
     _common: PooledModule | None
     _commons: dict[str, PooledModule]
     _lenders: dict[str, AdapterModule]
@@ -49,6 +51,17 @@ class AdapterModule(LayerApi, PooledModule):
         self.__dict__["_commons"] = {}
         # Adapter -> the module whose tensors serve here too.
         self.__dict__["_lenders"] = {}
+
+    @property
+    def active_adapters(self) -> list[str]:
+        told: list[str] = self.__dict__["_told_active"]
+        if all(method.is_beside for method in self.methods.values()):
+            return [name for name in told if name in self.methods]
+        return told
+
+    @active_adapters.setter
+    def active_adapters(self, names: list[str]) -> None:
+        self.__dict__["_told_active"] = names
 
     def add(self, adapter: str, method: Method, layer: Layer, dtype: torch.dtype, device: Any) -> None:
         """Makes room for an adapter's tensors, unfilled."""
@@ -120,12 +133,19 @@ class AdapterModule(LayerApi, PooledModule):
         del self.methods[adapter]
         self._lenders.pop(adapter, None)
         self._commons.pop(adapter, None)
-        self.active_adapters = [name for name in self.active_adapters if name != adapter]
+        self.active_adapters = [name for name in self._told_active if name != adapter]
 
     def named(self, choice: str | None) -> tuple[str, ...]:
         """The adapters here that `serving` would let serve."""
-        names = self.active_adapters if choice is None else () if choice == BASE else (choice,)
+        names = self._told_active if choice is None else () if choice == BASE else (choice,)
         return tuple(name for name in names if name in self.methods)
+
+    def refuse_rows_while_merged(self) -> None:
+        """Raises RowsError where adapters are merged, so that none can be chosen for a row."""
+        if self.merged_adapters:
+            raise RowsError(
+                f"{self._site_name}: {self.merged_adapters} are merged. Unmerge to name adapters per row."
+            )
 
     def serving(self, choice: str | None) -> tuple[str, ...]:
         """The adapters here that serve rows with this choice: a name, `"__base__"`, or None for the active

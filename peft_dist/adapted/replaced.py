@@ -35,11 +35,17 @@ class Replaced(Around):
         """The active adapter that has tensors here; without one, an empty list."""
         return next((name for name in self.active_adapters if name in self.methods), [])
 
+    def named(self, choice: str | None) -> tuple[str, ...]:
+        """As every layer's; a merged adapter stands in the module's place whichever is active."""
+        if self.merged_adapters and choice is None:
+            return tuple(name for name in self.merged_adapters if name in self.methods)
+        return super().named(choice)
+
     def __getattr__(self, attribute: str) -> Any:
         # Who reads a weight without calling its module gets that of the adapter that runs.
-        name = next(
-            (n for n in self.__dict__.get("active_adapters", ()) if n in self.__dict__["methods"]), None
-        )
+        here = self.__dict__
+        names = here.get("merged_adapters") or here.get("_told_active", ())
+        name = next((name for name in names if name in here["methods"]), None)
         if name is not None and not self.disabled:
             holder = self._lenders.get(name, self)
             own = holder.tensors(name) if holder.has(name) else {}
@@ -55,10 +61,11 @@ class Replaced(Around):
         rows = self._current.rows
         if self.disabled:
             return self.original_module(*args, **kwargs)
-        if isinstance(rows, PackedRows):
-            return self._packed(rows, args, kwargs)
         if rows is None or rows.adapters is None:
             return self._run(self.serving(None), args, kwargs)
+        self.refuse_rows_while_merged()
+        if isinstance(rows, PackedRows):
+            return self._packed(rows, args, kwargs)
         choices = [(self.serving(s.adapter), s.start, s.stop) for s in rows.segments]
         if len(choices) == 1:
             y = self._run(choices[0][0], args, kwargs)
@@ -76,11 +83,12 @@ class Replaced(Around):
         if not names:
             return self.original_module(*args, **kwargs)
         p = self.held(names[-1])
-        dtype = next(iter(p.values())).dtype
-        wanted = [a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() else a for a in args]
-        y = self._called(p, tuple(wanted), kwargs)
-        cast = any(mine is not given for mine, given in zip(wanted, args, strict=True))
-        return y.to(args[0].dtype) if cast and isinstance(y, Tensor) else y
+        own, floats = next(iter(p.values())).dtype, filter(_is_float, (*args, *kwargs.values()))
+        # What takes tokens gives what its own weight is of.
+        given = next((a.dtype for a in floats), self.base.dtype)
+        if own == given:
+            return self._called(p, args, kwargs)
+        return _cast(self._called(p, *_cast((args, kwargs), own)), given)
 
     def _called(self, p: Params, args: tuple, kwargs: dict[str, Any]) -> Any:
         """What the module gives with the tensors p in the place of its own."""
@@ -146,6 +154,19 @@ class Replaced(Around):
         if apart:
             given = Beside.apply(given, bare)
         return split.restored(split.unsorted(given))
+
+
+def _is_float(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    """`value` with its floating tensors in `dtype`, also those in tuples, lists and dictionaries."""
+    if type(value) in (tuple, list):
+        return type(value)(_cast(each, dtype) for each in value)
+    if type(value) is dict:
+        return {key: _cast(each, dtype) for key, each in value.items()}
+    return value.to(dtype) if _is_float(value) else value
 
 
 def _shell(module: nn.Module) -> nn.Module:

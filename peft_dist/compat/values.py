@@ -9,7 +9,7 @@ import torch
 from peft_dist.catalog import METHODS, PeftType, mixes
 from peft_dist.checkpoint import PICKLED_NAME
 from peft_dist.checkpoint import WEIGHTS_NAME as _SAFETENSORS
-from peft_dist.targets import ALL_LINEAR, HEAD_NAMES
+from peft_dist.targets import ALL_LINEAR, HEAD_NAMES, MANY
 
 WEIGHTS_NAME = PICKLED_NAME
 SAFETENSORS_WEIGHTS_NAME = _SAFETENSORS
@@ -17,7 +17,7 @@ EMBEDDING_LAYER_NAMES = ["embed_tokens", "lm_head"]
 SEQ_CLS_HEAD_NAMES = ["score", "classifier"]
 INCLUDE_LINEAR_LAYERS_SHORTHAND = ALL_LINEAR
 DUMMY_TARGET_MODULES = "dummy-target-modules"
-MIN_TARGET_MODULES_FOR_OPTIMIZATION = 20
+MIN_TARGET_MODULES_FOR_OPTIMIZATION = MANY
 ALLOWED_COMPUTE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 UPCAST_DTYPES = (torch.float16, torch.bfloat16)
 COMPATIBLE_TUNER_TYPES = tuple(PeftType[name] for name in METHODS if mixes(name))

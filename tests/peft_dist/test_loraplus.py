@@ -86,6 +86,32 @@ def peft_dist_state(library, model) -> dict[str, torch.Tensor]:
     return {key: t.clone() for key, t in library.get_peft_model_state_dict(model).items()}
 
 
+@pytest.mark.parametrize("targets", [["embed_tokens"], ["embed_tokens", "q_proj"]], ids=len)
+def test_lorafa_of_an_embedding_learns_nothing_in_theirs(targets) -> None:
+    """There A starts at zero and stays so, and with it B's gradient."""
+    from peft.optimizers import create_lorafa_optimizer as theirs
+
+    moved = {}
+    ids = torch.randint(1, 64, (3, 7), generator=torch.Generator().manual_seed(3))
+    for library, make in ((peft, theirs), (peft_dist, create_lorafa_optimizer)):
+        config = library.LoraConfig(r=4, lora_alpha=6, task_type="CAUSAL_LM", target_modules=targets)
+        model = library.get_peft_model(bases.llama(), config)
+        if library is peft_dist and len(targets) == 1:
+            with pytest.raises(OptimizerError, match="trains no LoRA on a layer other than an embedding"):
+                make(model, r=4, lora_alpha=6, lr=1e-2)
+            continue
+        before = peft_dist_state(library, model)
+        optimizer = make(model, r=4, lora_alpha=6, lr=1e-2)
+        for _ in range(3):
+            model(input_ids=ids, labels=ids).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        after = peft_dist_state(library, model)
+        embedding = [key for key in after if "embedding" in key]
+        moved[library] = any(not torch.equal(before[key], after[key]) for key in embedding)
+    assert moved == ({peft: False, peft_dist: True} if len(targets) == 2 else {peft: False})
+
+
 def test_what_lorafa_refuses() -> None:
     model = peft_dist.get_peft_model(bases.llama(), peft_dist.LoraConfig(task_type="CAUSAL_LM"))
     with pytest.raises(OptimizerError, match="use_rslora is True, but the configs of default say otherwise"):

@@ -92,7 +92,9 @@ def test_unloading_gives_a_plain_model_that_saves_and_runs(method: str, tmp_path
     torch.testing.assert_close(logits(plain), expected, rtol=0, atol=1e-12)
     plain.save_pretrained(tmp_path)
     loaded = LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
-    assert torch.equal(logits(loaded), logits(plain))
+    assert all(torch.equal(value, bits(plain)[name]) for name, value in bits(loaded).items())
+    # Not bit for bit: where a weight begins in memory decides how BLAS adds.
+    torch.testing.assert_close(logits(loaded), logits(plain), rtol=0, atol=1e-12)
 
 
 def test_unload_without_merging_gives_the_base_back() -> None:

@@ -7,11 +7,16 @@ import dataclasses
 import peft
 import pytest
 import torch
+from torch import nn
 
 import peft_dist
 from peft_dist.catalog import config_class
+from peft_dist.errors import AdapterError, RowsError
 from tests.contract import bases
 from tests.peft_dist.test_compat import ON_LAYERS, both
+
+BOTH = (peft, peft_dist)
+IDS = torch.arange(1, 9).view(2, 4)
 
 
 def answers(library, model) -> tuple[dict, list[dict]]:
@@ -90,3 +95,118 @@ def test_no_layers() -> None:
     for ask in (peft_dist.get_layer_status, peft_dist.get_model_status):
         with pytest.raises(TypeError, match="sits on no layers"):
             ask(model)
+
+
+def place(model: nn.Module, name: str) -> nn.Module:
+    return model.get_base_model().get_submodule(name)  # type: ignore[operator, no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("beside", "name"),
+    [({"modules_to_save": ["lm_head"]}, "lm_head"), ({"trainable_token_indices": [1]}, "model.embed_tokens")],
+    ids=["whole module", "tokens"],
+)
+def test_what_is_trained_beside_an_adapter_names_its_own_alone(beside, name) -> None:
+    told = []
+    for library in BOTH:
+        targets = {"target_modules": ["q_proj"], "r": 2}
+        model = library.get_peft_model(bases.llama(), library.LoraConfig(**targets))
+        model.add_adapter("b", library.LoraConfig(**targets, **beside))
+        told.append([])
+        for names in (["default"], ["b"], ["default", "b"]):
+            model.base_model.set_adapter(names)
+            here = place(model, name).active_adapters
+            told[-1].append((here, place(model, "model.layers.0.self_attn.q_proj").active_adapters))
+            told[-1].append([layer.active_adapters for layer in library.get_layer_status(model)])
+        model.delete_adapter("b")
+        model.set_adapter("default")
+        model(input_ids=IDS)
+        told[-1].append(model.active_adapters)
+    assert told[0] == told[1]
+    assert told[0][0] == ([], ["default"]) and told[0][2] == (["b"], ["b"])
+
+
+def tuned(library) -> nn.Module:
+    """Two adapters of LN_TUNING with other values than the base's, `default` active."""
+    model = library.get_peft_model(bases.llama(), library.LNTuningConfig(target_modules=["norm"]))
+    model.add_adapter("b", library.LNTuningConfig(target_modules=["norm"]))
+    for adapter, factor in (("default", 2.0), ("b", 3.0)):
+        for key, tensor in model.named_parameters():
+            if f".{adapter}." in key:
+                tensor.data.mul_(factor)
+    return model.eval()
+
+
+def test_merged_norms_serve_whichever_adapter_is_active() -> None:
+    seen = []
+    for library in BOTH:
+        model, outputs, told = tuned(library), [], []
+        for act in (
+            lambda m: None,
+            lambda m: m.merge_adapter(["b"]),
+            lambda m: m.unmerge_adapter(),
+            lambda m: m.merge_adapter(),
+            lambda m: m.set_adapter("b"),
+        ):
+            act(model)
+            outputs.append(model(input_ids=IDS).logits)
+            layer, whole = library.get_layer_status(model)[0], library.get_model_status(model)
+            told.append(
+                (list(layer.merged_adapters), whole.merged_adapters, place(model, "model.norm").merged)
+            )
+        seen.append((told, outputs))
+    assert seen[0][0] == seen[1][0]
+    assert [merged for merged, _, _ in seen[1][0]] == [[], ["b"], [], ["default"], []]
+    for theirs, mine in zip(seen[0][1], seen[1][1], strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_a_merged_norm_is_served_alone() -> None:
+    model = tuned(peft_dist)
+    bare, active = bases.llama()(input_ids=IDS).logits, model(input_ids=IDS).logits
+    model.merge_adapter()
+    with model.disable_adapter():
+        assert torch.equal(model(input_ids=IDS).logits, bare)
+    assert torch.equal(model(input_ids=IDS).logits, active)
+    with pytest.raises(
+        RowsError, match=r"model\.norm: \['default'\] are merged. Unmerge to name adapters per row"
+    ):
+        model(input_ids=IDS, adapter_names=["b", "default"])
+    with pytest.raises(AdapterError, match=r"merged\. Unmerge it before deleting"):
+        model.delete_adapter("default")
+    merged = model.merge_and_unload()
+    assert torch.equal(merged(input_ids=IDS).logits, active)
+
+
+def test_merging_a_second_norm_is_refused() -> None:
+    models = [tuned(library) for library in BOTH]
+    for model in models:
+        model.merge_adapter()
+    with pytest.warns(UserWarning, match="Already merged with"):
+        models[0].merge_adapter(["b"])
+    assert place(models[0], "model.norm").merged_adapters == ["b"]
+    with pytest.raises(
+        AdapterError, match="'default' stands in the module's place, so 'b' cannot act on it too"
+    ):
+        models[1].merge_adapter(["b"])
+    assert place(models[1], "model.norm").merged_adapters == ["default"]
+
+
+@pytest.mark.parametrize("names", [["__base__"] * 5, ["default"] * 5, ["default", "__base__"]], ids=len)
+def test_names_for_other_than_the_rows_of_any_model(names) -> None:
+    for library in BOTH:
+        base = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+        model = library.get_peft_model(base, library.LoraConfig(target_modules=["0"], r=2)).eval()
+        with pytest.raises(ValueError, match=f"{len(names)} (names for|and) 9"):
+            model(torch.ones(9, 4), adapter_names=names)
+        model(torch.ones(len(names), 4), adapter_names=names)
+
+
+def test_layers_tell_their_sizes_and_parameter() -> None:
+    told = []
+    for library in BOTH:
+        norm = place(tuned(library), "model.norm")
+        config = library.LoraConfig(r=2, target_modules=[], target_parameters=["experts.down_proj"])
+        experts = library.get_peft_model(bases.mixtral(), config).get_base_model().model.layers[0].mlp.experts
+        told.append((norm.in_features, norm.out_features, experts.parameter_name))
+    assert told[0] == told[1] == (None, None, "down_proj")

@@ -142,6 +142,48 @@ def test_ends_that_mean_more_are_not_used() -> None:
     assert resolve(config, facts_of(model, places(model))) == ["a.x"] == list(config.target_modules)
 
 
+def many(kind: str, names: list[str]) -> list[str]:
+    """At least 20 of the names of a base's layers."""
+    return {
+        "two kinds": [name for name in names if name.endswith(("q_proj", "v_proj"))],
+        "some layers": [name for name in names if ".layers.1" in name],
+        "every second": names[::2],
+        "their ends": [name.partition("layers.")[2] for name in names if "self_attn" in name],
+        "one that is not there": [
+            *(name for name in names if name.endswith(("k_proj", "o_proj"))),
+            "a.q_proj",
+        ],
+    }[kind]
+
+
+@pytest.mark.parametrize(
+    "kind", ["two kinds", "some layers", "every second", "their ends", "one that is not there"]
+)
+@pytest.mark.filterwarnings("ignore")
+def test_a_long_list_is_shortened_as_theirs(kind) -> None:
+    found = []
+    for library in (peft, peft_dist):
+        base = LlamaForCausalLM(LlamaConfig(**SIZES))
+        names = [name for name, module in base.named_modules() if isinstance(module, torch.nn.Linear)]
+        targets = many(kind, names)
+        assert len(targets) >= 20
+        excluded = {"exclude_modules": [targets[0]]}
+        config = library.LoraConfig(r=2, target_modules=targets, **excluded)
+        model = library.get_peft_model(base, config)
+        found.append((set(config.target_modules), sorted(model.targeted_module_names)))
+    assert found[0] == found[1]
+    assert kind != "two kinds" or found[1][0] == {"q_proj", "v_proj"}
+
+
+def test_a_long_list_of_ia3_stays() -> None:
+    base = LlamaForCausalLM(LlamaConfig(**SIZES))
+    names = [name for name, _ in base.named_modules() if name.endswith(("k_proj", "down_proj"))]
+    down = [name for name in names if name.endswith("down_proj")]
+    config = peft_dist.IA3Config(target_modules=names, feedforward_modules=down)
+    peft_dist.get_peft_model(base, config)
+    assert set(config.target_modules) == set(names) and set(config.feedforward_modules) == set(down)
+
+
 ERRORS = {
     "similar": (
         {"target_modules": ["v_prj"]},

@@ -30,6 +30,7 @@ class RowsBeside(TokenRows):
     init_weights: bool = True
 
     prefix: ClassVar[str] = "token_adapter."
+    is_beside: ClassVar[bool] = True
 
     def tied(self, site: Site) -> TokenRows | None:
         return SameRowsBeside(self.token_indices) if self.ties else None
@@ -48,6 +49,7 @@ class SameRowsBeside(SameRows):
 
     peft_type: ClassVar[str | None] = None
     prefix: ClassVar[str] = "token_adapter."
+    is_beside: ClassVar[bool] = True
 
     def export(self, p: Params, site: Site) -> dict[str, Tensor]:
         return {}

@@ -24,6 +24,7 @@ class ModulesToSave(ReplaceMethod):
     """
 
     prefix: ClassVar[str] = "modules_to_save"
+    is_beside: ClassVar[bool] = True
     buffers: tuple[tuple[str, tuple[int, ...], bool], ...] = ()
 
     def params(self, site: Site) -> dict[str, Param]:
@@ -48,6 +49,7 @@ class SameModule(ReplaceMethod):
     """On a module that shares the weight of one that is trained whole: the same copy."""
 
     prefix: ClassVar[str] = ""
+    is_beside: ClassVar[bool] = True
 
     def params(self, site: Site) -> dict[str, Param]:
         return {}
