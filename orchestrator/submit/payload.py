@@ -131,7 +131,7 @@ def cluster_inside(cluster: Cluster) -> str:
 
 def _local_files(values: dict[str, Any]) -> Iterator[LocalFile]:
     """Finds the keys that name something on this machine, and changes those whose path cannot stay."""
-    owners = [(values["model"], "base_model", "model.base_model")]
+    owners: list[tuple[Any, Any, str]] = [(values["model"], "base_model", "model.base_model")]
     owners += [(each, "path", f"data.datasets.{i}.path") for i, each in enumerate(values["data"]["datasets"])]
     owners += [(each, "path", f"eval.datasets.{i}.path") for i, each in enumerate(values["eval"]["datasets"])]
     owners.append((values["adapter"], "init_from", "adapter.init_from"))
