@@ -10,6 +10,9 @@ from typing import Literal, Protocol
 
 FinishReason = Literal["stop", "length"]
 
+LEAST_TEMPERATURE = 1e-5
+"""Below it only the likeliest token has a share worth drawing by, and scores divided by it may overflow."""
+
 
 class EngineDead(RuntimeError):
     """The engine's thread has ended: the replica must be replaced."""
@@ -33,7 +36,7 @@ class AdapterRefused(Exception):
 class Generation:
     """One sequence to generate.
 
-    `adapter` is the key given to `load`, None the bare base. `temperature` 0 is greedy; `seed` makes a
+    `adapter` is the key given to `load`, None the bare base. A `temperature` of 0, or nearly, is greedy; `seed` makes a
     sampled sequence repeatable. `logprobs` asks for the log-probability of each token and of so many of the
     likeliest beside it. `queue` names whose turn it takes where more wait than run (an adapter, or a tenant's
     adapter). `shadow` is the key of a candidate that answers the same beside it, compared and seen by no client;
@@ -51,6 +54,11 @@ class Generation:
     queue: str = ""
     shadow: str | None = None
     task: int | None = None
+
+    @property
+    def draws(self) -> bool:
+        """Whether tokens are drawn, and not the likeliest ones taken."""
+        return self.temperature >= LEAST_TEMPERATURE
 
 
 @dataclass(frozen=True)

@@ -94,7 +94,7 @@ Token = tuple[int, TokenLogprob | None]
 
 
 def next_tokens(sequences: Sequence[LiveSequence], scores: Tensor) -> list[Token | None]:
-    """Each one's next token; None where its scores are not finite, so that none of them is the likeliest.
+    """Each one's next token; None where its scores are not finite, so that none can be chosen by them.
 
     Args:
         scores: (sequences, vocabulary), fp32.
@@ -105,11 +105,11 @@ def next_tokens(sequences: Sequence[LiveSequence], scores: Tensor) -> list[Token
     for row, (sequence, token) in enumerate(zip(sequences, likeliest_of(scores), strict=True)):
         sampler = sequence.sampler
         assert sampler is not None
+        if token is not None and not sampler.takes_the_likeliest:
+            token = sampler.choose(scores[row], sequence.ids)
         if token is None:
             chosen.append(None)
             continue
-        if not sampler.takes_the_likeliest:
-            token = sampler.choose(scores[row], sequence.ids)
         note = None
         if sequence.request.logprobs is not None:
             note = logprob_of(scores[row].log_softmax(-1), token, sequence.request.logprobs)

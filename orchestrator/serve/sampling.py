@@ -19,10 +19,10 @@ def generation_config(model: Any, request: Generation, eos_ids: frozenset[int]) 
     config.update(
         max_new_tokens=request.max_tokens,
         max_length=None,
-        do_sample=request.temperature > 0,
-        temperature=request.temperature if request.temperature > 0 else None,
-        top_p=request.top_p if request.temperature > 0 else None,
-        top_k=0 if request.temperature > 0 else None,
+        do_sample=request.draws,
+        temperature=request.temperature if request.draws else None,
+        top_p=request.top_p if request.draws else None,
+        top_k=0 if request.draws else None,
         eos_token_id=sorted(eos_ids) or None,
         num_beams=1,
         num_return_sequences=1,
@@ -35,7 +35,7 @@ def generation_config(model: Any, request: Generation, eos_ids: frozenset[int]) 
 
 def generator_of(request: Generation, device: torch.device) -> torch.Generator | None:
     """What draws a sequence's tokens, the same ones for the same seed; None where the likeliest are taken."""
-    if request.temperature <= 0:
+    if not request.draws:
         return None
     generator = torch.Generator(device)
     if request.seed is None:
@@ -78,14 +78,18 @@ class Sampler:
         """Whether the next token is the one of the highest score, and nothing else is to be asked."""
         return self._generator is None and not self._processors
 
-    def choose(self, scores: Tensor, ids: Sequence[int]) -> int:
-        """The next token after `ids` from the model's scores (vocabulary,), fp32."""
+    def choose(self, scores: Tensor, ids: Sequence[int]) -> int | None:
+        """The next token after `ids` from the model's scores (vocabulary,), fp32; None where they leave no shares to
+        draw by."""
         scores = scores[None].clone()
         if self._processors:
             scores = self._processors(torch.tensor([ids], device=self._device), scores)  # type: ignore[arg-type]
         if self._generator is None:
             return int(scores.argmax(-1))
-        return int(torch.multinomial(scores.softmax(-1), 1, generator=self._generator))
+        shares = scores.softmax(-1)
+        if not shares.isfinite().all():
+            return None
+        return int(torch.multinomial(shares, 1, generator=self._generator))
 
 
 def likeliest_of(scores: Tensor) -> list[int | None]:

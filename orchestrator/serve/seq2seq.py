@@ -186,12 +186,12 @@ class Seq2SeqEngine(TaskEngine):
 
     def _token(self, row: Any, scores: Tensor, token: int | None) -> int:
         """Chooses a row's next token and gives it out; ends a row whose scores are no numbers."""
+        if token is not None and not row.sampler.takes_the_likeliest:
+            token = row.sampler.choose(scores, row.written)
         if token is None:
             row.is_done = True
             row.tell(ScoresNotFinite())
             return 0
-        if not row.sampler.takes_the_likeliest:
-            token = row.sampler.choose(scores, row.written)
         notes: tuple[TokenLogprob, ...] = ()
         if row.request.logprobs is not None:
             notes = (logprob_of(scores.log_softmax(-1), token, row.request.logprobs),)

@@ -225,7 +225,7 @@ class SequentialEngine:
     def _run(self, request: Generation, stream: _Stream) -> None:
         notes = None if request.logprobs is None else _Notes(request.logprobs)
         tap = _Tap(TextStream(self._decode, request.stop), self._eos_ids, stream, notes)
-        if request.temperature > 0:
+        if request.draws:
             torch.manual_seed(request.seed if request.seed is not None else torch.seed() % 2**63)
         ids = torch.tensor([request.prompt_ids], device=self._base.device)
         with self._model.using(Rows(adapters=(request.adapter or BASE,))):

@@ -584,6 +584,40 @@ def test_scores_that_are_no_numbers_end_their_sequence_and_no_other(engine, tmp_
     asyncio.run(run())
 
 
+@pytest.mark.parametrize("temperature", [5e-324, 1e-45, 1e-38, 1e-6])
+def test_the_smallest_temperatures_take_the_likeliest_and_harm_nobody(engine, temperature):
+    prompt = zoo.prompt_of(5)
+
+    async def run():
+        alone = await said(engine, prompt)
+        drawn, beside = await asyncio.gather(
+            said(engine, prompt, temperature=temperature, seed=1), said(engine, prompt)
+        )
+        assert drawn == beside == alone
+
+    asyncio.run(run())
+
+
+def test_a_sequence_of_which_nothing_is_left_to_draw_by_ends_and_no_other():
+    """The base's own defaults may leave no token at all: here every word is a bad one."""
+    model = zoo.base()
+    model.generation_config.bad_words_ids = [[word] for word in range(64)]
+    engine = engine_of(model=model)
+    prompt = zoo.prompt_of(5)
+
+    async def run():
+        drawn, taken = await asyncio.gather(
+            said(engine, prompt, temperature=1.0), said(engine, prompt), return_exceptions=True
+        )
+        assert isinstance(drawn, ScoresNotFinite)
+        assert len(taken) == ANSWER
+
+    try:
+        asyncio.run(run())
+    finally:
+        engine.close()
+
+
 def test_what_runs_ends_with_the_engine(engine):
     async def run():
         running = asyncio.ensure_future(said(engine, zoo.prompt_of(1), num=50))
