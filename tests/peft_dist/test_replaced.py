@@ -94,6 +94,25 @@ def test_ln_tuning_of_a_half_precision_base_trains_in_fp32() -> None:
     assert dtypes == [{torch.float32}, {torch.bfloat16}]
 
 
+@pytest.mark.parametrize("module", ["embed_tokens", "self_attn", "mlp", "lm_head"])
+def test_a_whole_module_in_fp32_on_a_half_precision_base(module) -> None:
+    """It is given tokens, tensors by name, or what the layer before gave, and gives what the base goes on with."""
+    more = {"target_modules": ["up_proj" if module != "mlp" else "q_proj"], "task_type": "CAUSAL_LM"}
+    model = peft_dist.get_peft_model(
+        llama().bfloat16(), peft_dist.LoraConfig(r=2, modules_to_save=[module], **more)
+    )
+    theirs = peft.get_peft_model(llama().bfloat16(), peft.LoraConfig(r=2, modules_to_save=[module], **more))
+    logits = model(input_ids=IDS).logits
+    assert logits.dtype == torch.bfloat16
+    exact = llama().bfloat16().float()(input_ids=IDS).logits
+    assert (logits - exact).abs().max() <= (theirs(input_ids=IDS).logits - exact).abs().max()
+    logits.float().square().sum().backward()
+    trained = {
+        name: p for name, p in model.named_parameters() if p.requires_grad and "modules_to_save" in name
+    }
+    assert trained and all(p.dtype == p.grad.dtype == torch.float32 for p in trained.values())
+
+
 def test_a_module_without_parameters_is_refused() -> None:
     config = peft_dist.LNTuningConfig(target_modules=["rotary_emb"])
     with pytest.raises(TargetError, match=r"'model.rotary_emb' has no parameters that LN_TUNING could train"):
