@@ -26,6 +26,7 @@ KEY = "raypeft.key"
 _SQLITE = "sqlite:///"
 _STATUS = {"finished": "FINISHED", "failed": "FAILED", "killed": "KILLED"}
 _LONGEST_PARAM, _LONGEST_TAG = 5000, 4000
+_OF_STEPS = ("loss", "learning_rate", "grad_norm", "tokens_per_s", "epoch")
 _AT_ONCE = 100
 """Parameters that the API takes in one call."""
 
@@ -47,6 +48,8 @@ class MlflowRuns(Sink):
         self._experiment = self._found_experiment(experiment, artifacts)
         self._runs: dict[str, str] = {}
         self._last_step: dict[str, int] = {}
+        self._measured: dict[str, set[tuple[str, int]]] = {}
+        """What was told of evaluations before, by the runs' keys: name and step."""
         self._open: set[str] = set()
 
     def start(self, message: dict[str, Any]) -> None:
@@ -68,6 +71,7 @@ class MlflowRuns(Sink):
             for name, value in tags.items():
                 self._client.set_tag(known.info.run_id, name, value)
             self._last_step[key] = self._steps_of(known)
+            self._measured[key] = self._evaluations_of(known)
         self._open.add(key)
         fresh = [Param(name, value) for name, value in given.items() if name not in before]
         for at in range(0, len(fresh), _AT_ONCE):
@@ -78,13 +82,12 @@ class MlflowRuns(Sink):
                 self._client.set_tag(self._runs[key], f"resumed.{name}", value)
 
     def metrics(self, key: str, batch: Sequence[dict[str, Any]]) -> None:
-        last = self._last_step.get(key, -1)
+        last, measured = self._last_step.get(key, -1), self._measured.get(key, set())
         found = [
             Metric(name, float(value), int(each["t"] * 1000), each["step"])
             for each in batch
             for name, value in each["values"].items()
-            if each["step"] > last
-            or name not in ("loss", "learning_rate", "grad_norm", "tokens_per_s", "epoch")
+            if (each["step"] > last if name in _OF_STEPS else (name, each["step"]) not in measured)
             if value is not None and not (isinstance(value, float) and math.isinf(value))
         ]
         for at in range(0, len(found), 1000):
@@ -124,6 +127,14 @@ class MlflowRuns(Sink):
         if "loss" not in run.data.metrics:
             return -1
         return max(each.step for each in self._client.get_metric_history(run.info.run_id, "loss"))
+
+    def _evaluations_of(self, run: Any) -> set[tuple[str, int]]:
+        return {
+            (name, each.step)
+            for name in run.data.metrics
+            if name not in _OF_STEPS
+            for each in self._client.get_metric_history(run.info.run_id, name)
+        }
 
     def _found_experiment(self, name: str, artifacts: str | None) -> str:
         found = self._client.get_experiment_by_name(name)
