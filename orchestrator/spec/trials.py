@@ -71,6 +71,16 @@ def trial_job(spec: JobSpec, parameters: Parameters) -> JobSpec:
     return job.model_copy(update={"deploy": None})
 
 
+def saved_where_evaluated(job: JobSpec) -> JobSpec:
+    """A trial's job that saves a checkpoint at each evaluation, where it does not say when to save: what a trial is
+    judged by is then not trained again, whatever becomes of driver and workers."""
+    training = job.training
+    if training.save_steps or training.saves_per_epoch:
+        return job
+    every = {"save_steps": training.eval_steps, "saves_per_epoch": training.evals_per_epoch}
+    return job.model_copy(update={"training": training.model_copy(update=every)})
+
+
 def shown(parameters: Parameters) -> str:
     """`adapter.r 8, training.learning_rate 0.001`."""
     return ", ".join(

@@ -19,6 +19,8 @@ MAX_DURATION = "retry.max_duration"
 _FILE = "sweep.json"
 _LOOKS_S = 0.2
 """Between two looks at what is used up."""
+_KEEPS_S = 15.0
+"""Between two times that it is written down."""
 
 
 class Account:
@@ -27,16 +29,17 @@ class Account:
     Args:
         request: of a job with a sweep.
         groups: whose workers are paid for.
+        layout: where trials train.
     """
 
-    def __init__(self, request: TrainRequest, groups: Groups) -> None:
+    def __init__(self, request: TrainRequest, groups: Groups, layout: Layout) -> None:
         assert request.spec.sweep is not None
         self._budget, self._limit = request.spec.sweep.budget, request.spec.retry.max_duration
         self._url = join(request.run_dir, _FILE)
-        self._groups = groups
+        self._groups, self._layout = groups, layout
         self._seconds_before = request.spent.seconds
         self._worker_seconds_before = self._read()
-        self._began = time.monotonic()
+        self._began = self._kept = time.monotonic()
         self._looked = 0.0
 
     def used_up(self) -> str | None:
@@ -45,6 +48,8 @@ class Account:
         if now - self._looked < _LOOKS_S:
             return None
         self._looked = now
+        if now - self._kept >= _KEEPS_S:
+            self.keep()
         seconds = self._seconds_before + now - self._began
         if self._budget.time is not None and seconds >= self._budget.time:
             return "sweep.budget.time"
@@ -53,9 +58,11 @@ class Account:
             return "sweep.budget.worker_hours"
         return MAX_DURATION if self._limit is not None and seconds >= self._limit else None
 
-    def keep(self, layout: Layout) -> None:
-        """Writes down what was used, for the next driver, and where trials trained."""
-        document = {"worker_seconds": round(self._worker_seconds, 1), "layout": asdict(layout)}
+    def keep(self) -> None:
+        """Writes down what was used, for the next driver, and where trials trained; every quarter of a minute by
+        itself, since a driver may be killed."""
+        self._kept = time.monotonic()
+        document = {"worker_seconds": round(self._worker_seconds, 1), "layout": asdict(self._layout)}
         with contextlib.suppress(RaypeftError):
             objects.write(self._url, stored.dump(document))
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from orchestrator.errors import Interrupted, OutOfTimeError, RaypeftError, TrainingError
 from orchestrator.plan.layout import Layout
 from orchestrator.runner import Event, TrainOutcome, TrainRequest
-from orchestrator.spec.space import dimensions
+from orchestrator.spec.job import JobSpec
+from orchestrator.spec.space import Parameters, dimensions
 from orchestrator.spec.trials import count_trials, trial_job
 from peft_dist.lazy import lazy
 
@@ -52,7 +53,7 @@ class Driver:
         self._known = {trial.number: trial for trial in read_trials(request.run_dir)}
         ended = sum(each.state != RUNNING for each in self._known.values())
         self._runs = TrialRuns(request)
-        self._account = Account(request, groups)
+        self._account = Account(request, groups, layout)
         self._group_events = GroupEvents(request, tell)
         self._running = Running(groups, tell, self._judge, total=self._total, ended=ended)
         self._ending = Ending(request, self._runs, groups, self._group_events, tell)
@@ -72,7 +73,7 @@ class Driver:
         if unfinished or len(self._known) < self._total:
             self._open_first(unfinished)
             used_up = self._tune(stop)
-        return self._ending.outcome(used_up)
+        return self._ending.outcome(used_up, stop)
 
     def close(self) -> None:
         """Ends workers and proxies, and keeps what was used up."""
@@ -80,7 +81,7 @@ class Driver:
         if self._tuning is not None:
             self._tuning.close()
         self._running.close()
-        self._account.keep(self._layout)
+        self._account.keep()
 
     def _tune(self, stop: threading.Event) -> str | None:
         """Until no trial is left; the budget that was used up before."""
@@ -139,10 +140,19 @@ class Driver:
             return
         drawn = {name: value for name, value in config.items() if name != tuning.TRIAL}
         parameters = search.parameters_of(self._space, drawn)
-        job = trial_job(self._request.spec, parameters)
+        job, broken = self._job(parameters)
         run = self._runs.open(number, job, is_known=before is not None)
         trial = TrialRun(number, run, parameters, drawn, reports)
-        self._running.enter(trial, self._runs.request(run, job), "resumed" if before else "started")
+        request = self._runs.request(run, job)
+        self._running.enter(trial, request, "resumed" if before else "started", broken)
+
+    def _job(self, parameters: Parameters) -> tuple[JobSpec, str | None]:
+        """A trial's job, and why there is none: what was drawn together breaks a rule that no combination broke by
+        which the space was tried. Its run is then that of the job around it."""
+        try:
+            return trial_job(self._request.spec, parameters), None
+        except ValueError as error:
+            return trial_job(self._request.spec, {}), str(error)
 
     def _judge(
         self,

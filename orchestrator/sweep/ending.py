@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.errors import OutOfTimeError, RaypeftError, TrainingError
+from orchestrator.errors import Interrupted, OutOfTimeError, RaypeftError, TrainingError
 from orchestrator.runner import TrainOutcome, TrainRequest
 from orchestrator.spec.trials import trial_job
 from orchestrator.store import Run
@@ -57,13 +57,14 @@ class Ending:
             self._is_prepared = True
             threading.Thread(target=getattr, args=(report, "write_report"), daemon=True).start()
 
-    def outcome(self, used_up: str | None) -> TrainOutcome:
+    def outcome(self, used_up: str | None, stop: threading.Event) -> TrainOutcome:
         """The best trial, whole: chosen, measured beside production where a gate asks, the others pruned.
 
         Args:
             used_up: the budget that ended the sweep early.
 
         Raises:
+            Interrupted: `stop` was set while the best was measured.
             OutOfTimeError: no trial came to a value before the budget was used up.
             TrainingError: no trial came to a value.
         """
@@ -72,7 +73,7 @@ class Ending:
         if chosen is None:
             raise self._nothing(trials, used_up)
         if chosen.state != FINISHED or self._request.compare:
-            chosen = self._complete(chosen)
+            chosen = self._complete(chosen, stop)
         self._prune()
         write_report(self._request, self._tell)
         value = chosen.value(self._sweep.metric)
@@ -103,7 +104,7 @@ class Ending:
             hint=f"See them: raypeft sweep show {self._request.run_id}",
         )
 
-    def _complete(self, chosen: Trial) -> Trial:
+    def _complete(self, chosen: Trial, stop: threading.Event) -> Trial:
         """Measures a trial whole, and writes its final adapter where it was stopped early: no step is taken."""
         job = trial_job(self._request.spec, chosen.parameters)
         run = self._runs.open(chosen.number, job)
@@ -116,7 +117,7 @@ class Ending:
             )
         with contextlib.closing(run):
             self._groups.enter(str(chosen.number), request)
-            end = self._wait_for(str(chosen.number), run)
+            end = self._wait_for(str(chosen.number), run, stop)
             outcome = outcome_of(end)
             run.set_state(
                 "done",
@@ -128,8 +129,8 @@ class Ending:
             )
         return replace(chosen, outcome=outcome)
 
-    def _wait_for(self, name: str, run: Run) -> Mapping[str, Any]:
-        while True:
+    def _wait_for(self, name: str, run: Run, stop: threading.Event) -> Mapping[str, Any]:
+        while not stop.is_set():
             for event in self._groups.take():
                 if event.get("trial") != name:
                     if event.get("trial") is None:
@@ -141,6 +142,10 @@ class Ending:
                 elif event["event"] == "eval":
                     run.append_metrics({**event, "trial": int(name)})
             time.sleep(0.02)
+        raise Interrupted(
+            f"sweep '{self._request.run_id}' was stopped while its best trial was measured.",
+            hint="The same command goes on: every trial is kept.",
+        )
 
     def _prune(self) -> None:
         storage = self._request.spec.storage

@@ -62,17 +62,21 @@ class Running:
         """What the judge knows of a trial."""
         return self._trials[number].told()
 
-    def enter(self, trial: TrialRun, request: TrainRequest, how: str) -> None:
+    def enter(self, trial: TrialRun, request: TrainRequest, how: str, broken: str | None = None) -> None:
         """Has a trial train, now or as soon as there is a place.
 
         Args:
             how: started | resumed, as it is told.
+            broken: why it cannot: it fails at once.
         """
         self._trials[trial.number] = trial
         self._waits.add(trial.number)
         trial.begin()
         self._tell_trial(trial, how, parameters=trial.parameters)
-        self._groups.enter(str(trial.number), request)
+        if broken is not None:
+            self._failed(trial, broken)
+        else:
+            self._groups.enter(str(trial.number), request)
 
     def stop(self, number: int, by: str) -> None:
         """Has a trial leave for good; one that is not under way is passed over."""

@@ -14,7 +14,7 @@ from orchestrator.plan.sweep import trial_plan
 from orchestrator.runner import Spent, TrainRequest
 from orchestrator.spec.job import JobSpec
 from orchestrator.spec.space import Parameters
-from orchestrator.spec.trials import shown
+from orchestrator.spec.trials import saved_where_evaluated, shown
 from orchestrator.store import Run, RunStore
 
 from .trials import Report, trials_url
@@ -56,7 +56,7 @@ class TrialRuns:
         start = job.adapter.init_from
         return replace(
             self._request,
-            spec=job,
+            spec=saved_where_evaluated(job),
             init_from=None if start is None else self._request.starts[start],
             plan=trial_plan(self._request.plan, job),
             run_dir=run_dir,

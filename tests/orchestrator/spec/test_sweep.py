@@ -6,7 +6,7 @@ from orchestrator.errors import SpecError
 from orchestrator.spec.canonical import canonical_hash, load_stored, resolved_yaml
 from orchestrator.spec.load import load_job, load_job_text
 from orchestrator.spec.space import combinations, dimensions
-from orchestrator.spec.trials import count_trials, evaluations, trial_job
+from orchestrator.spec.trials import count_trials, evaluations, saved_where_evaluated, trial_job
 
 from .jobs import MINIMAL, refused_after_minimal, spec_of
 
@@ -113,6 +113,18 @@ def test_a_key_that_stands_for_another_takes_its_place():
     job = trial_job(spec, {"training.global_batch_size": 8, "training.eval_steps": 5})
     assert job.training.gradient_accumulation_steps is None and job.training.evals_per_epoch is None
     assert (job.training.global_batch_size, job.training.eval_steps) == (8, 5)
+
+
+def test_a_trial_is_saved_where_it_is_evaluated_unless_its_job_says_when():
+    for said, saved in (
+        ("eval_steps: 4", (4, None)),
+        ("evals_per_epoch: 8", (None, 8)),
+        ("eval_steps: 4, saves_per_epoch: 2", (None, 2)),
+        ("evals_per_epoch: 8, save_steps: 50", (50, None)),
+        ("num_epochs: 2", (None, None)),
+    ):
+        training = saved_where_evaluated(spec_of(f"training: {{{said}}}")).training
+        assert (training.save_steps, training.saves_per_epoch) == saved, said
 
 
 def test_how_many_trials():

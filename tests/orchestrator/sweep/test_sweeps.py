@@ -8,6 +8,7 @@ import ray
 
 from orchestrator.errors import Interrupted, LeaseError, OutOfTimeError, TrainingError
 from orchestrator.plan.layout import Layout
+from orchestrator.sweep import driver
 from orchestrator.sweep.account import Account
 from orchestrator.sweep.driver import Driver
 from orchestrator.sweep.runner import SweepRunner
@@ -257,6 +258,35 @@ def test_a_median_stops_the_worse_half(tmp_path):
     sweep = Sweep(text, tmp_path)
     sweep.run()
     assert STOPPED in {trial.state for trial in sweep.trials}
+
+
+def test_a_trial_whose_draws_break_a_rule_together_fails_alone(tmp_path, monkeypatch):
+    """Of a large space not every combination is tried before it starts."""
+    real = driver.trial_job
+
+    def strict(spec, parameters):
+        if parameters.get("adapter.r") == 8:
+            raise ValueError("the trial with adapter.r 8 breaks a rule")
+        return real(spec, parameters)
+
+    monkeypatch.setattr(driver, "trial_job", strict)
+    sweep = Sweep(JOB, tmp_path)
+    sweep.run()
+    ends = {trial.parameters["adapter.r"]: (trial.state, trial.cause) for trial in sweep.trials}
+    assert ends == {4: (FINISHED, None), 8: (FAILED, "the trial with adapter.r 8 breaks a rule")}
+    assert len(sweep.trials) == 6
+
+
+def test_workers_hours_of_a_driver_that_was_killed_count(tmp_path, monkeypatch):
+    class Used:
+        worker_seconds = 1800.0
+
+    monkeypatch.setattr("orchestrator.sweep.account._LOOKS_S", 0.0)
+    monkeypatch.setattr("orchestrator.sweep.account._KEEPS_S", 0.0)
+    request = request_of(JOB.replace("  searcher", "  budget: {worker_hours: 0.9}\n  searcher"), tmp_path)
+    first = Account(request, Used(), Layout(1, 1, 1))
+    assert first.used_up() is None  # and then it is killed
+    assert Account(request, Used(), Layout(1, 1, 1)).used_up() == "sweep.budget.worker_hours"
 
 
 def test_a_budget_that_allows_no_evaluation_says_so(tmp_path):

@@ -124,8 +124,10 @@ class FakeGroup:
             learning_rate=1.0, grad_norm=1.0, tokens_per_s=1.0, eta_s=1.0,
         )  # fmt: skip
         metrics = {"eval_loss": loss(training.learning_rate, trial.step)}
-        if trial.step % training.eval_steps == 0 or trial.step == training.max_steps:
+        is_last = trial.step == training.max_steps
+        if is_last or (training.save_steps and trial.step % training.save_steps == 0):
             self._save(trial)
+        if is_last or trial.step % training.eval_steps == 0:
             self.tell("eval", trial=trial.name, step=trial.step, metrics=metrics)
         if trial.step >= training.max_steps:
             with self.lock:
