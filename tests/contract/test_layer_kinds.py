@@ -199,6 +199,54 @@ def test_lora_on_grouped_convolutions_merges(tmp_path) -> None:
         theirs.merge_adapter()
 
 
+def test_dora_on_grouped_convolutions_stretches_its_own_change(tmp_path) -> None:
+    """HF PEFT takes the lengths of W and of B A with rows and groups mixed up."""
+
+    def base() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Conv2d(4, 6, 3, groups=2))
+
+    config = {"r": 4, "lora_alpha": 6, "target_modules": ["0"], "use_dora": True}
+    theirs = peft.get_peft_model(base(), peft.LoraConfig(**config)).eval()
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for p in theirs.parameters():
+            if p.requires_grad:
+                p.add_(torch.randn(p.shape, generator=generator) * 0.3)
+    theirs.save_pretrained(tmp_path)
+    ours = peft_dist.PeftModel.from_pretrained(base(), tmp_path).eval()
+
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    A, B, m = (
+        saved[f"base_model.model.0.lora_{key}"] for key in ("A.weight", "B.weight", "magnitude_vector")
+    )
+    conv, W, BA = base()[0], torch.zeros(6, 4, 3, 3), torch.zeros(6, 4, 3, 3)
+    for group in range(2):
+        rows = slice(3 * group, 3 * group + 3)
+        W[rows, 2 * group : 2 * group + 2] = conv.weight[rows]
+        BA[rows] = torch.einsum("or,rikl->oikl", B[rows].flatten(1), A[2 * group : 2 * group + 2])
+    direction = W + 1.5 * BA
+    W = m.reshape(6, 1, 1, 1) * direction / direction.flatten(1).norm(dim=1).view(6, 1, 1, 1)
+    x = torch.randn(2, 4, 5, 5, generator=generator)
+    wanted = nn.functional.conv2d(x, W, conv.bias)
+    torch.testing.assert_close(ours(x), wanted, rtol=1e-5, atol=1e-5)
+    assert (theirs(x) - wanted).abs().max() > 1e-2
+    with pytest.warns(UserWarning, match="the merged layer has one group"):
+        torch.testing.assert_close(ours.merge_and_unload()(x), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_a_bias_of_lora_that_attention_would_not_read(tmp_path) -> None:
+    config = {**ON_ATTENTION, "lora_bias": True, "target_modules": ["attn"]}
+    theirs, x = peft.get_peft_model(attention(), peft.LoraConfig(**config)), torch.randn(2, 5, 6)
+    before = theirs(x)
+    bias = theirs.base_model.model.attn.lora_B["default"].bias
+    with torch.no_grad():
+        bias.add_(1)
+    assert bias.requires_grad and torch.equal(theirs(x), before)
+    with pytest.raises(ConfigError, match=r"lora_bias: 'attn' is a mha, where B has no bias"):
+        peft_dist.get_peft_model(attention(), peft_dist.LoraConfig(**config))
+
+
 def test_norms_of_every_kind() -> None:
     """LN_TUNING sits on any module with tensors of its own."""
     torch.manual_seed(0)

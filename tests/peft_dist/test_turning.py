@@ -88,6 +88,32 @@ def test_convolutions_and_their_gradients_are_theirs(name, kernel, tmp_path) -> 
         torch.testing.assert_close(p.grad, others[key], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["BOFT", "HRA"])
+def test_convolutions_with_groups_are_turned_where_theirs_are_refused(name) -> None:
+    """Each row of W, which sees its own group's channels, is turned."""
+
+    def base() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Conv2d(8, 6, 3, groups=2))
+
+    mine, others = (
+        getattr(library, f"{name}Config")(**METHODS[name], target_modules=["0"])
+        for library in (peft_dist, peft)
+    )
+    with pytest.raises(NotImplementedError, match="groups > 1"):
+        peft.get_peft_model(base(), others)
+    model, x = peft_dist.get_peft_model(base(), mine), torch.randn(2, 8, 5, 5)
+    torch.testing.assert_close(model(x), base()(x), rtol=1e-5, atol=1e-5)
+    disturb(model)
+    y = model(x)
+    assert (y - base()(x)).abs().max() > 1e-2
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(merged(x), y, rtol=1e-5, atol=1e-5)
+    if name == "HRA":  # BOFT also scales rows
+        W, before = (each.weight.flatten(1) for each in (merged[0], base()[0]))
+        torch.testing.assert_close(W @ W.mT, before @ before.mT, rtol=1e-4, atol=1e-5)
+
+
 def test_a_new_oft_adapter_on_a_convolution_changes_nothing() -> None:
     """HF PEFT's fold sums where patches overlap; its new adapter changes what the layer gives."""
     mine, others = configs("OFT")
