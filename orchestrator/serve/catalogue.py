@@ -245,6 +245,12 @@ class Catalogue:
             return
         versions = []
         for name, weight in parts:
+            if name in (self.base_name, self.base.name):
+                raise ApiError(
+                    f"'{name}' is the base itself, and an ensemble names adapters, whose changes are added to it.",
+                    param="model",
+                    code="invalid_value",
+                )
             entry, _ = await self._entry(name, sticky, may_know)
             versions.append((await self._version(entry.ref), weight))
         async with self.residency.held_sum(versions) as key:

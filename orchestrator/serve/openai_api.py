@@ -17,6 +17,7 @@ _IGNORED = frozenset({
 """Keys of OpenAI's own that change nothing in the answer's text."""
 
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "audio": (None,),
     "best_of": (None, 1),
     "dimensions": (None,),
     "echo": (None, False),
@@ -26,11 +27,14 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "logit_bias": (None, {}),
     "modalities": (None, ["text"]),
     "parallel_tool_calls": (None, True, False),
+    "prediction": (None,),
     "presence_penalty": (None, 0),
+    "reasoning_effort": (None, "none"),
     "response_format": (None, {"type": "text"}),
     "suffix": (None, ""),
     "tool_choice": (None, "none", "auto"),
     "tools": (None, []),
+    "web_search_options": (None,),
 }
 """Keys that we do not serve, with the values that ask for nothing."""
 
@@ -81,10 +85,12 @@ class Ask(Strict):
                 kept[key] = value
             elif key in _NEUTRAL:
                 if not any(_same(value, neutral) for neutral in _NEUTRAL[key]):
-                    raise ValueError(f"'{key}' is not supported here; leave it out")
+                    message = f"'{key}' is not supported here; leave it out."
+                    raise ApiError(message, param=key, code="unsupported_parameter")
             elif key not in _IGNORED:
                 near = closest(key, cls.model_fields)
-                raise ValueError(f"unknown key '{key[:80]}'" + (f"; closest: '{near[0]}'" if near else ""))
+                message = f"Unknown key '{key[:80]}'" + (f"; closest: '{near[0]}'." if near else ".")
+                raise ApiError(message, param=key[:80], code="unknown_parameter")
         return kept
 
 

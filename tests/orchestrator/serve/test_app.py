@@ -383,9 +383,10 @@ BAD = [
     ({"prompt": ""}, "prompt"),
     ({"logprobs": 99}, "logprobs"),
     ({"logprobs": "yes"}, "logprobs"),
-    ({"echo": True}, None),
-    ({"best_of": 4}, None),
-    ({"tempratur": 1}, None),
+    ({"echo": True}, "echo"),
+    ({"best_of": 4}, "best_of"),
+    ({"reasoning_effort": "low"}, "reasoning_effort"),
+    ({"tempratur": 1}, "tempratur"),
     ({"stream_options": {"x": 1}}, "stream_options.x"),
 ]
 

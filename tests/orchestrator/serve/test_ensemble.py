@@ -100,4 +100,7 @@ def test_what_has_no_sum_is_refused_and_harms_nobody(site):
     assert answer.status_code == 400 and answer.json()["error"]["code"] == "adapter_refused"
     assert ask(client, "a:0.5+dogs:0.5", "def f(").status_code == 404
     assert ask(client, "a:x+b", "def f(").status_code == 400
+    for model in ("tiny", "a+tiny:0.5"):
+        answer = ask(client, f"{model}+b", "def f(")
+        assert answer.status_code == 400 and "'tiny' is the base itself" in answer.json()["error"]["message"]
     assert ask(client, "a", "def f(").status_code == 200
