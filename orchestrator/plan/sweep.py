@@ -11,11 +11,12 @@ from ..cluster import ClusterFacts
 from ..deepspeed_config import deepspeed_config
 from ..errors import PlacementError, RaypeftError
 from ..spec.deepspeed_keys import zero_stage
+from ..spec.durations import format_duration
 from ..spec.job import JobSpec
 from ..spec.rules import accumulation
 from ..spec.sharing import changes_base, unshareable
 from ..spec.space import Parameters, combinations, dimensions
-from ..spec.sweep import SweepSpec
+from ..spec.sweep import BudgetSpec, SweepSpec
 from ..spec.trials import count_trials, shown, trial_job
 from ..spec.workers import forwards
 from . import Plan, make_plan
@@ -114,6 +115,10 @@ def make_sweep_plan(
         notes.append(f"Trials take {min(filter(None, steps))} to {max(filter(None, steps))} steps.")
     if sweep.scheduler.type != "none":
         check_evaluations(sweep, jobs, rows)
+    loads = loads_of(jobs, trials, layout.groups, on_gpu=trial.use_gpu)
+    seconds = seconds_of(spec, trial, layout, trials, _read(steps, plans), sizes, rows, loads)
+    if seconds is not None:
+        notes += _over_budget(sweep.budget, seconds, layout.groups * trial.num_workers)
     return SweepPlan(
         sweep,
         trial,
@@ -122,18 +127,24 @@ def make_sweep_plan(
         memory,
         trial.fits,
         None if None in steps else max(filter(None, steps)),
-        seconds_of(
-            spec,
-            trial,
-            layout,
-            trials,
-            _read(steps, plans),
-            sizes,
-            rows,
-            loads_of(jobs, trials, layout.groups, on_gpu=trial.use_gpu),
-        ),
+        seconds,
         (*notes, *trial.notes),
     )
+
+
+def _over_budget(budget: BudgetSpec, seconds: float, workers: int) -> Iterator[str]:
+    """Which budgets are used up before all trials have ended, as far as the estimate tells."""
+    hours = seconds * workers / 3600
+    if budget.time is not None and seconds > budget.time:
+        yield (
+            f"sweep.budget.time ({format_duration(budget.time)}) is likely to be over before all trials have ended; "
+            "the best until then is taken."
+        )
+    if budget.worker_hours is not None and hours > budget.worker_hours:
+        yield (
+            f"sweep.budget.worker_hours ({budget.worker_hours:g}) are likely to be used up before all trials have "
+            f"ended ({hours:.2g}); the best until then is taken."
+        )
 
 
 def _planned(

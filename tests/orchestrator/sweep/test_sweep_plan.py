@@ -123,6 +123,19 @@ def test_on_a_gpu_a_prefix_has_a_base_that_recomputes_nothing():
         )
 
 
+@pytest.mark.parametrize("budget", ["time: 1s", "worker_hours: 0.001"])
+def test_a_budget_that_is_too_small_for_all_trials_is_said(budget):
+    text = JOB.format(training="", pack="auto", space=SEEDS).replace(
+        "  pack", f"  budget: {{{budget}}}\n  pack"
+    )
+    spec = load_job_text(text, "jobs/x.yaml").spec
+    plan = make_sweep_plan(spec, None, sizes_of(CONFIG, TENSORS))
+    assert any(note.startswith(f"sweep.budget.{budget.split(':')[0]}") for note in plan.notes)
+    assert not any("budget" in note for note in planned().notes)
+    roomy = load_job_text(text.replace("1s", "2h").replace("0.001", "9"), "jobs/x.yaml").spec
+    assert not any("budget" in note for note in make_sweep_plan(roomy, None, sizes_of(CONFIG, TENSORS)).notes)
+
+
 def test_an_elastic_job_has_groups_of_a_fixed_size():
     spec = load_job_text(JOB.format(training="", pack="auto", space=SEEDS), "jobs/x.yaml").spec
     elastic = spec.model_copy(update={"resources": spec.resources.model_copy(update={"num_workers": (1, 4)})})
