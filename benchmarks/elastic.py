@@ -32,6 +32,7 @@ sys.path.insert(0, str(ROOT))
 os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", DS_ACCELERATOR="cpu", RAY_USAGE_STATS_ENABLED="0")
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
 
+from ray._common.utils import get_default_ray_temp_dir  # noqa: E402
 from ray.cluster_utils import Cluster  # noqa: E402
 
 from orchestrator.keeper import descendants  # noqa: E402
@@ -110,6 +111,7 @@ def one_round() -> dict[str, Any]:
 
 def start_cluster(folder: str) -> Cluster:
     """A head with one CPU on a random port."""
+    Path(get_default_ray_temp_dir()).mkdir(parents=True, exist_ok=True)  # Ray writes the head's address there
     head = {"num_cpus": 1, "object_store_memory": STORE, "include_dashboard": False, "temp_dir": folder}
     return Cluster(initialize_head=True, head_node_args=head)
 

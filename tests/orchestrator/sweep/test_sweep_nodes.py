@@ -1,11 +1,8 @@
 """A sweep over several nodes, one of which dies in the middle: its trials go on elsewhere from their checkpoints."""
 
-import tempfile
 from pathlib import Path
 
 import pytest
-import ray
-from ray.cluster_utils import Cluster
 
 from orchestrator.plan import make_plan
 from orchestrator.plan.layout import lay_out
@@ -18,11 +15,11 @@ from orchestrator.train.nodes import RayCluster
 from orchestrator.train.packing import Packing
 from orchestrator.train.placement import places_in_all, places_now
 from orchestrator.train.warm import WarmGroup
+from tests.own_ray import STORE, join, own_ray
 
 # minutes: three nodes, and workers that load a base
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.matrix, pytest.mark.timeout(900)]
 
-STORE = 100_000_000
 JOB = """
 name: nodes
 model: {{base_model: {root}/jobs/assets/tiny-llama}}
@@ -40,19 +37,13 @@ sweep:
 
 
 def test_a_node_dies_and_its_trials_go_on(repository, tmp_path):
-    with tempfile.TemporaryDirectory(prefix="rpn-") as folder:
-        head = {"num_cpus": 1, "object_store_memory": STORE, "include_dashboard": False, "temp_dir": folder}
-        cluster = Cluster(initialize_head=True, head_node_args=head)
-        try:
-            nodes = [
-                cluster.add_node(num_cpus=1, object_store_memory=STORE, labels={"trains": "yes"})
-                for _ in range(2)
-            ]
-            ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR", namespace="raypeft")
-            run_and_kill(JOB.format(root=repository), tmp_path, nodes[1])
-        finally:
-            ray.shutdown()
-            cluster.shutdown()
+    with own_ray(num_cpus=1) as cluster:
+        nodes = [
+            cluster.add_node(num_cpus=1, object_store_memory=STORE, labels={"trains": "yes"})
+            for _ in range(2)
+        ]
+        join(cluster)
+        run_and_kill(JOB.format(root=repository), tmp_path, nodes[1])
 
 
 def run_and_kill(text, folder: Path, node):

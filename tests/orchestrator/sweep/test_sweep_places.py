@@ -1,11 +1,9 @@
 """A stopped trial's place on real workers, where Ray's dashboard is off: free at once, and nothing is left of it."""
 
-import tempfile
 import time
 
 import pytest
 import ray
-from ray.cluster_utils import Cluster
 
 from orchestrator.plan import make_plan
 from orchestrator.plan.layout import Layout
@@ -16,6 +14,7 @@ from orchestrator.sweep.runner import SweepRunner
 from orchestrator.sweep.trials import STOPPED, read_trials
 from orchestrator.train.packing import Packing
 from orchestrator.train.warm import WarmGroup
+from tests.own_ray import join, own_ray
 from tests.patience import patience
 
 # a Ray of its own, and workers that load a base
@@ -36,20 +35,9 @@ sweep:
 
 
 def test_a_stopped_trial_is_gone_and_the_next_steps(repository, tmp_path):
-    with tempfile.TemporaryDirectory(prefix="rpp-") as folder:
-        head = {
-            "num_cpus": 2,
-            "object_store_memory": 100_000_000,
-            "include_dashboard": False,
-            "temp_dir": folder,
-        }
-        cluster = Cluster(initialize_head=True, head_node_args=head)
-        try:
-            ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR", namespace="raypeft")
-            stopped_and_stepped(JOB.format(root=repository), tmp_path)
-        finally:
-            ray.shutdown()
-            cluster.shutdown()
+    with own_ray(num_cpus=2) as cluster:
+        join(cluster)
+        stopped_and_stepped(JOB.format(root=repository), tmp_path)
 
 
 def stopped_and_stepped(text, folder):
