@@ -295,11 +295,20 @@ def on_biases(config: PeftConfig, found: dict[str, Place], taken: set[str]) -> l
             there: Any = place.wrapper(Adapted)
             made = door if has_door(place.layer) else Layer
             base = made(place.layer, name) if there is None else there.base
-            chosen.append(Chosen(place, Adapted, base, BiasCopy()))
+            chosen.append(Chosen(place, Adapted, base, BiasCopy(_is_channels_first(base.layer))))
             outer = found.get(name.rpartition(".")[0])
             if outer is not None and isinstance(outer.layer, nn.MultiheadAttention):
                 chosen.append(Chosen(outer, Adapted, _door(outer, Adapted), Unchanged()))
     return chosen
+
+
+def _is_channels_first(layer: nn.Module) -> bool:
+    """Whether a layer's bias goes along the second dimension of what it gives."""
+    kinds = (nn.GroupNorm, nn.modules.batchnorm._NormBase, nn.modules.conv._ConvTransposeNd)
+    # Norms of transformers and of timm that stand among convolutions.
+    return isinstance(layer, kinds) or (
+        getattr(layer, "data_format", None) == "channels_first" or type(layer).__name__ == "LayerNorm2d"
+    )
 
 
 def _wrapper_of(config: Method) -> type[AdapterModule]:

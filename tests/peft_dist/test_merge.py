@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import warnings
 
+import peft
 import pytest
 import torch
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+import peft_dist
 from peft_dist import checkpoint, merge
 from peft_dist.entry import get_peft_model
 from peft_dist.errors import AdapterError, MergeError
@@ -267,3 +269,34 @@ def test_unknown_adapters_and_prompts_are_refused() -> None:
     merge.refuse_unmergeable({"p": PromptTuningConfig(num_virtual_tokens=2), "x": LoraConfig()}, ["x"])
     with pytest.warns(UserWarning, match="Already unmerged, nothing to do"):
         merge.unmerge(base)
+
+
+def images() -> nn.Module:
+    """Convolutions with norms between them; as many channels as places in a row."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.GroupNorm(2, 8),
+        nn.ReLU(),
+        nn.BatchNorm2d(8),
+        nn.ConvTranspose2d(8, 8, 3, padding=1),
+        nn.Conv2d(8, 4, 1),
+    )
+
+
+def test_biases_of_layers_that_give_images() -> None:
+    """They go along the channels: HF PEFT, which trains the base's own, gives the same."""
+    x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    settings = {"r": 2, "target_modules": ["0"], "bias": "all"}
+    model = peft_dist.get_peft_model(images(), peft_dist.LoraConfig(**settings)).eval()
+    theirs = peft.get_peft_model(images(), peft.LoraConfig(**settings)).eval()
+    generator = torch.Generator().manual_seed(2)
+    state = peft_dist.get_peft_model_state_dict(model)
+    given = {key: t + 0.3 * torch.randn(t.shape, generator=generator) for key, t in state.items()}
+    assert sum("bias" in key for key in given) == 5
+    peft_dist.set_peft_model_state_dict(model, given)
+    peft.set_peft_model_state_dict(theirs, given)
+    y = model(x)
+    torch.testing.assert_close(y, theirs(x), rtol=1e-5, atol=1e-5)
+    model.merge_adapter()
+    torch.testing.assert_close(model(x), y, rtol=1e-5, atol=1e-5)

@@ -16,8 +16,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class BiasCopy(WeightMethod):
-    """b' in the place of b; W stays."""
+    """b' in the place of b; W stays.
 
+    Args:
+        channels_first: what the layer gives has its channels before its places, as images have.
+    """
+
+    channels_first: bool = False
     prefix: ClassVar[str] = "bias"
 
     def params(self, site: Site) -> dict[str, Param]:
@@ -35,7 +40,8 @@ class BiasCopy(WeightMethod):
 
     def added(self, p: Params, base: BaseLayer, x: Tensor) -> Tensor:
         shift = self.bias_delta(p, base)
-        return shift.view(-1, *(1,) * len(base.site.kernel))
+        places = x.ndim - 2 if self.channels_first else len(base.site.kernel)
+        return shift.view(-1, *(1,) * places)
 
 
 @dataclass(frozen=True)
