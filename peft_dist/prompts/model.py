@@ -57,6 +57,7 @@ class PromptedModel(PromptAdapters):
     def _forward_prompted(self, args: tuple, kwargs: dict[str, Any]) -> Any:
         """The base's forward behind virtual tokens, and the loss as the rows' methods count it."""
         rows = PromptRows(self)
+        rows.reach_all()
         with self.base_model.reading(kwargs):
             inputs = {**dict(zip(arguments(rows.base), args, strict=False)), **kwargs}
             if (among := rows.current.rows) is not None and among.bins is not None:

@@ -13,7 +13,7 @@ from peft_dist.errors import AdapterError, RowsError
 from peft_dist.prompts.adapters import PromptAdapters
 from peft_dist.prompts.block import Block, Pick, is_in_decoder
 from peft_dist.prompts.decoder_positions import DecoderPositions
-from peft_dist.sharding import is_partitioned, reach
+from peft_dist.sharding import is_partitioned, reach, rests_in_pieces
 
 
 class PromptRows:
@@ -98,6 +98,12 @@ class PromptRows:
                 raise RowsError(f"{key}: {len(value)} entries for {len(names)} sequences. Give one for each.")
             p[key] = value.repeat_interleave(len(names) // len(value), 0)[mine]
         return p
+
+    def reach_all(self) -> None:
+        """Gathers what rests in pieces of every adapter, where each row names its own: ranks may name different
+        ones."""
+        for name in self.model.adapters if self.choose() else ():
+            reach(self.model, (t for t in self.model.tensors(name).values() if rests_in_pieces(t)))
 
     def have_tokens(self, names: Sequence[str | None]) -> bool:
         """Whether tokens stand before any of the rows, in place of keys and values."""

@@ -129,6 +129,22 @@ def test_an_adapter_that_comes_after_a_step_rests_in_pieces_too() -> None:
         torch.testing.assert_close(rank, one, rtol=1e-9, atol=1e-11)
 
 
+def encoders_by_rank() -> list[float]:
+    """Steps in which each rank names an encoder of virtual tokens of its own."""
+    configs = {"left": run.METHODS["P_TUNING"](), "right": run.METHODS["PREFIX_TUNING"]()}
+    with mock.patch.object(run, "AdapterOptimizer", lambda stage: AdapterOptimizer(stage, shard_from=FROM)):
+        stage = 3 if dist.is_initialized() else 0
+        model, optimizer = run.build(stage, configs, partition_first=True, checkpointing=False)
+    names = ["left", BASE, "right", "right"]
+    return run.train(model, optimizer, range(2), names.__getitem__)["losses"]
+
+
+def test_ranks_gather_the_encoders_of_virtual_tokens_alike() -> None:
+    one = encoders_by_rank()
+    for losses in run_on_ranks(encoders_by_rank):
+        assert losses == pytest.approx(one, rel=1e-9)
+
+
 def a_term_of_the_loss(gathers: bool = True) -> dict[str, Any]:
     """AdaLoRA's, and its adapter after a step by that alone."""
     with mock.patch.object(run, "AdapterOptimizer", lambda stage: AdapterOptimizer(stage, shard_from=FROM)):
