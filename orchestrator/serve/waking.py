@@ -30,6 +30,8 @@ Mounted = Mapping[str, Application | None]
 
 _MAX_AGE_S = 1.0
 """How old what is known of Serve's applications may be when a request comes."""
+_PATIENCE_S = 1.0
+"""How long a request waits for Serve's controller, which may be gone for a while, before what was known is used."""
 
 _log = logging.getLogger("ray.serve")
 
@@ -53,7 +55,7 @@ class Waking:
         self._app, self._read_mounted, self._read_host = app, mounted, host
         self._mounted: Mounted = {}
         self._read_at = float("-inf")
-        self._reading = asyncio.Lock()
+        self._reading: asyncio.Task[Mounted] | None = None
         self._checks: dict[str, KeyCheck] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -79,13 +81,21 @@ class Waking:
         return None
 
     async def _refresh(self) -> None:
-        asked_at = time.monotonic()
-        if self._read_at >= asked_at - _MAX_AGE_S:
+        if self._reading is None:
+            if self._read_at >= time.monotonic() - _MAX_AGE_S:
+                return
+            self._reading = asyncio.create_task(asyncio.to_thread(self._read_mounted))
+            self._reading.add_done_callback(self._take)
+        await asyncio.wait([self._reading], timeout=_PATIENCE_S)
+
+    def _take(self, read: asyncio.Task[Mounted]) -> None:
+        self._reading, self._read_at = None, time.monotonic()
+        if read.cancelled():
             return
-        async with self._reading:
-            if self._read_at < asked_at - _MAX_AGE_S:
-                self._mounted = await asyncio.to_thread(self._read_mounted)
-                self._read_at = time.monotonic()
+        if (error := read.exception()) is not None:
+            _log.warning("which endpoints sleep is not known, what was known is used: %s", error)
+            return
+        self._mounted = read.result()
 
     async def _check(self, registry_url: str) -> KeyCheck:
         """The keys of a registry, read once at least.

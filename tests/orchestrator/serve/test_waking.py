@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
+import httpx
 import pytest
 from starlette.responses import PlainTextResponse
 from starlette.routing import Router, WebSocketRoute
@@ -115,17 +119,41 @@ def test_a_websocket_without_a_key_wakes_nobody(site):
         pass
 
 
-@pytest.mark.parametrize("broken", ["serve", "registry"])
-def test_what_cannot_be_found_out_is_left_to_the_replica(site, broken, caplog):
-    def fail() -> None:
-        raise ServeError("the controller does not answer", where="serve")
-
+def test_keys_that_cannot_be_read_are_left_to_the_replica(site, caplog):
     key = site.keys.create("acme")
-    if broken == "serve":
-        app = Waking(PlainTextResponse("it wakes"), fail, lambda: site.host)
-    else:
-        Path(site.keys.url).write_text("{")
-        app = Waking(PlainTextResponse("it wakes"), site._read, lambda: site.host)
+    Path(site.keys.url).write_text("{")
     with caplog.at_level(logging.WARNING):
-        assert TestClient(app).post("/v1/completions").text == "it wakes"
+        assert site.answer() == "it wakes"
     assert "left to the replica" in caplog.text and key.secret not in caplog.text
+
+
+@pytest.mark.parametrize("knew", [False, True])
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_controller_that_is_gone_holds_nobody_up_and_leaves_what_was_known(site, monkeypatch, knew, fails):
+    monkeypatch.setattr(waking, "_PATIENCE_S", 0.05)
+    site.keys.create("acme")
+    back = threading.Event()
+    calls = []
+
+    def read() -> dict[str, Application | None]:
+        calls.append(1)
+        if knew and len(calls) == 1:
+            return site.mounted
+        if fails:
+            raise ServeError("the controller does not answer", where="serve")
+        back.wait(30)
+        return site.mounted
+
+    async def run() -> None:
+        app = httpx.ASGITransport(Waking(PlainTextResponse("it wakes"), read, lambda: site.host))
+        async with httpx.AsyncClient(transport=app, base_url="http://proxy") as client:
+            began = time.monotonic()
+            said = {(await client.post("/v1/completions")).status_code for _ in range(5)}
+            assert said == {401 if knew else 200} and time.monotonic() - began < 5
+            if not fails:
+                assert len(calls) == 1 + knew  # nobody asks again while an answer is outstanding
+                back.set()
+                await asyncio.sleep(0.2)
+                assert (await client.post("/v1/completions")).status_code == 401
+
+    asyncio.run(run())
