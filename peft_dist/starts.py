@@ -1,10 +1,11 @@
-"""Named initialisers: each fills a tensor in place. Imports torch when first called."""
+"""Named initialisers: each fills a tensor in place, and can be pickled with the model that holds it. Imports torch when
+first called."""
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from peft_dist.lazy import lazy
@@ -32,7 +33,7 @@ def normal(t: Tensor) -> Tensor:
 
 def gaussian(r: int):
     """Normal with standard deviation 1/r, as LoRA's `gaussian` start has it."""
-    return lambda t: t.normal_(std=1 / r)
+    return gauss(1 / r)
 
 
 def kaiming_uniform(t: Tensor) -> Tensor:
@@ -47,30 +48,60 @@ def inherit(t: Tensor) -> Tensor:
 
 def constant(value: float):
     """All `value`."""
-    return lambda t: t.fill_(value)
+    return functools.partial(_constant, value=value)
+
+
+def _constant(t: Tensor, value: float) -> Tensor:
+    return t.fill_(value)
 
 
 def uniform(bound: float):
     """Uniform between minus `bound` and `bound`."""
-    return lambda t: t.uniform_(-bound, bound)
+    return functools.partial(_uniform, bound=bound)
 
 
-def gauss(std: float):
-    """Normal with this standard deviation."""
-    return lambda t: t.normal_(std=std)
+def _uniform(t: Tensor, bound: float) -> Tensor:
+    return t.uniform_(-bound, bound)
+
+
+def gauss(std: float, mean: float = 0.0):
+    """Normal with this standard deviation and mean."""
+    return functools.partial(_gauss, mean=mean, std=std)
+
+
+def _gauss(t: Tensor, mean: float, std: float) -> Tensor:
+    return t.normal_(mean, std)
+
+
+def given(values: Sequence[int]):
+    """These numbers."""
+    return functools.partial(_given, values=tuple(values))
+
+
+def _given(t: Tensor, values: Sequence[int]) -> Tensor:
+    return t.copy_(torch.tensor(values))
 
 
 def transposed(start: Callable[[Tensor], object]):
     """Matrices (..., columns, rows), each of which `start` fills as (rows, columns)."""
+    return functools.partial(_transposed, start=start)
 
-    def fill(t: Tensor) -> Tensor:
-        for matrix in t.flatten(0, -3):
-            one = torch.empty_like(matrix.mT, memory_format=torch.contiguous_format)
-            start(one)
-            matrix.copy_(one.mT)
-        return t
 
-    return fill
+def _transposed(t: Tensor, start: Callable[[Tensor], object]) -> Tensor:
+    for matrix in t.flatten(0, -3):
+        one = torch.empty_like(matrix.mT, memory_format=torch.contiguous_format)
+        start(one)
+        matrix.copy_(one.mT)
+    return t
+
+
+def some_places(size: int, n: int, seed: int | None):
+    """`places` of these."""
+    return functools.partial(_some_places, size=size, n=n, seed=seed)
+
+
+def _some_places(t: Tensor, size: int, n: int, seed: int | None) -> Tensor:
+    return t.copy_(places(size, n, seed))
 
 
 @functools.lru_cache(maxsize=64)

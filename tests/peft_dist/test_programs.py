@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import pickle
 from typing import ClassVar
 
 import huggingface_hub
@@ -18,7 +19,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers.pytorch_utils import Conv1D
 
 import peft_dist
-from peft_dist.catalog import METHODS
+from peft_dist.catalog import METHODS, config_class
 from peft_dist.fused.scaled import _zeros_and_ones
 from peft_dist.fused.turned import _above, _places
 from tests.contract import bases
@@ -48,6 +49,25 @@ def test_a_model_that_answered_in_inference_mode_trains(name) -> None:
     model(input_ids=IDS, labels=IDS, **more).loss.backward()
     grads = [p.grad for p in model.parameters() if p.requires_grad]
     assert grads and any(g is not None and g.abs().sum() > 0 for g in grads)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("random", [False, True], ids=["as it starts", "at random"])
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "XLORA"])
+def test_a_model_is_pickled_whole(name, random) -> None:
+    """torch.save of a model, or a process that is spawned with it."""
+    values = base_values(name)
+    switch = "init_lora_weights" if name == "LORA" else "init_weights"
+    if random and (config_class(name).is_prompt_learning or not hasattr(config_class(name), switch)):
+        pytest.skip("it starts in one way")
+    model = made(name, **values, **({switch: False} if random else {})).eval()
+    more = (
+        {"task_ids": torch.zeros(2, dtype=torch.long)} if name in ("POLY", "MULTITASK_PROMPT_TUNING") else {}
+    )
+    copied = pickle.loads(pickle.dumps(model))
+    torch.testing.assert_close(copied(input_ids=IDS, **more).logits, model(input_ids=IDS, **more).logits)
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert [name for name, p in copied.named_parameters() if p.requires_grad] == trained
 
 
 def test_the_type_in_a_file_decides_whichever_class_is_asked(tmp_path) -> None:

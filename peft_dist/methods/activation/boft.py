@@ -99,8 +99,8 @@ class BOFTConfig(TargetedConfig, OwnBias, Turning):
 
     def params(self, site: Site) -> dict[str, Param]:
         (num, b), m = self.blocks(site), self.boft_n_butterfly_factor
-        R = starts.zeros if self.init_weights else lambda t: t.normal_(std=0.1)
-        s = starts.ones if self.init_weights else lambda t: t.normal_(1.0, 0.1)
+        R = starts.zeros if self.init_weights else starts.gauss(0.1)
+        s = starts.ones if self.init_weights else starts.gauss(0.1, mean=1.0)
         # HF PEFT's convolution holds it the other way round.
         scale = (("1", "out"), (1, site.out)) if site.kernel else (("out", "1"), (site.out, 1))
         return {

@@ -121,7 +121,7 @@ class OFTConfig(TargetedConfig, OwnBias, Turning):
         b = self.block_size(site)
         shape = (1 if self.block_share else turned_size(site) // b, b * (b - 1) // 2)
         key = "oft_embedding_R.weight" if site.kind == "embedding" else "oft_R.weight"
-        start = starts.zeros if self.init_weights else lambda t: t.normal_(std=0.1)
+        start = starts.zeros if self.init_weights else starts.gauss(0.1)
         return {"Q": Param(key, ("blocks", "b(b-1)/2"), shape, start), **self.bias_params(site)}
 
     def draws(self, site: Site) -> dict[str, Draw]:

@@ -62,7 +62,7 @@ class RoadConfig(TargetedConfig, ActivationMethod):
         n = int(_NUMBERS[self.variant] * site.out)
         theta, alpha = starts.zeros, starts.ones
         if not self.init_weights:
-            theta, alpha = (lambda t: t.normal_(std=0.5)), (lambda t: t.normal_(1.0, 0.5))
+            theta, alpha = starts.gauss(0.5), starts.gauss(0.5, mean=1.0)
         return {
             "theta": Param("road_theta", ("n",), (n,), theta),
             "alpha": Param("road_alpha", ("n",), (n,), alpha),

@@ -38,9 +38,8 @@ class Biased(Variant):
         return True
 
     def params(self, site: Site) -> dict[str, Param]:
-        bound = self.lora.rank(site) ** -0.5
         zero = self.lora.init_lora_weights is not False
-        start = starts.zeros if zero else lambda t: t.uniform_(-bound, bound)
+        start = starts.zeros if zero else starts.uniform(self.lora.rank(site) ** -0.5)
         return {**super().params(site), "c": Param("lora_B.bias", ("out",), (site.out,), start)}
 
     def bias_delta(self, p: Params, base: BaseLayer) -> Tensor:

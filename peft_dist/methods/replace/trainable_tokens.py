@@ -64,7 +64,7 @@ class TokenRows(WeightMethod):
                 "trainable_tokens_index",
                 ("tokens",),
                 (len(tokens),),
-                lambda t: t.copy_(torch.tensor(tokens)),
+                starts.given(tokens),
                 trainable=False,
                 persistent=False,
                 is_index=True,

@@ -131,7 +131,7 @@ class AdaLoraConfig(LoraConfig):
 
     def params(self, site: Site) -> dict[str, Param]:
         r, zero = self.rank(site), self.init_lora_weights
-        small = (lambda t: t.normal_(std=0.02)) if zero else starts.normal
+        small = starts.gauss(0.02) if zero else starts.normal
         wanted = {
             "A": Param("lora_A", ("r", "in"), (r, site.in_), small),
             "E": Param("lora_E", ("r", "1"), (r, 1), starts.zeros if zero else starts.normal),
@@ -139,7 +139,7 @@ class AdaLoraConfig(LoraConfig):
         }
         # HF PEFT counts a tensor of the rank among the parameters.
         wanted["num"] = Param(
-            "ranknum", ("1",), (1,), lambda t: t.fill_(self.init_r), False, persistent=False, counted=True
+            "ranknum", ("1",), (1,), starts.constant(self.init_r), False, persistent=False, counted=True
         )
         own = super().params(site).get("bias")
         return wanted if own is None else {**wanted, "bias": own}

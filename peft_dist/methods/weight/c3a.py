@@ -83,7 +83,7 @@ class C3AConfig(TargetedConfig, BiasedMethod):
         bound = math.sqrt(
             1 / site.in_ if self.init_weights == "kaiming_uniform" else 6 / (site.in_ + site.out)
         )
-        return lambda t: t.uniform_(-bound, bound)
+        return starts.uniform(bound)
 
     def delta(self, p: Params, base: BaseLayer) -> Tensor:
         b = p["kernel"].shape[-1]

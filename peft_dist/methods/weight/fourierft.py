@@ -5,6 +5,7 @@ Gao et al. 2024, arXiv:2405.03003. The places follow from the seed as in HF PEFT
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
@@ -65,11 +66,7 @@ class FourierFTConfig(TargetedConfig, BiasedMethod):
         n = by_pattern(self.n_frequency_pattern or {}, site.name, self.n_frequency)
         check_number(type(self).__name__, n, site)
         start = starts.zeros if self.init_weights else starts.normal
-
-        def places(t: Tensor) -> None:
-            chosen = starts.places(site.out * site.in_, n, self.random_loc_seed)
-            t.copy_(halves(chosen, site.out, site.in_))
-
+        places = functools.partial(_places, shape=(site.out, site.in_), n=n, seed=self.random_loc_seed)
         return {
             "spectrum": Param("fourierft_spectrum", ("n",), (n,), start),
             "places": Param(
@@ -87,6 +84,10 @@ class FourierFTConfig(TargetedConfig, BiasedMethod):
 
     def forward(self, p: Params, base: BaseLayer, x: Tensor, enter: Enter) -> Tensor:
         return fused.by_delta(self, p, base, x, enter)
+
+
+def _places(t: Tensor, shape: tuple[int, int], n: int, seed: int | None) -> Tensor:
+    return t.copy_(halves(starts.places(shape[0] * shape[1], n, seed), *shape))
 
 
 def halves(places: Tensor, out: int, in_: int) -> Tensor:

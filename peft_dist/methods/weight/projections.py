@@ -6,6 +6,7 @@ Each function returns what makes a start of the first (0) or the second (1) of i
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -24,44 +25,44 @@ Starts: TypeAlias = "Callable[[int], Callable[[Tensor], Tensor]]"
 
 def kaiming(key: int, first: tuple[int, int], second: tuple[int, int]) -> Starts:
     """Two matrices of these shapes, Kaiming uniform by their columns: VeRA's."""
+    return _starts(key, functools.partial(_kaiming, shapes=(first, second)))
 
-    def draw(generator: Any) -> list[Tensor]:
-        bounds = (math.sqrt(3.0) * (math.sqrt(2.0) / math.sqrt(shape[1])) for shape in (first, second))
-        return [
-            torch.empty(shape).uniform_(-bound, bound, generator=generator)
-            for shape, bound in zip((first, second), bounds, strict=True)
-        ]
 
-    return _starts(key, draw)
+def _kaiming(generator: Any, shapes: Sequence[tuple[int, int]]) -> list[Tensor]:
+    bounds = (math.sqrt(3.0) * (math.sqrt(2.0) / math.sqrt(shape[1])) for shape in shapes)
+    return [
+        torch.empty(shape).uniform_(-bound, bound, generator=generator)
+        for shape, bound in zip(shapes, bounds, strict=True)
+    ]
 
 
 def normalised(key: int, r: int, smaller: int, larger: int, num: int) -> Starts:
     """(r, 1, smaller) and (larger, num, r), uniform, over their standard deviations: RandLoRA's. Drawn and
     divided in bf16."""
+    return _starts(key, functools.partial(_normalised, first=(r, 1, smaller), second=(larger, 1, r), num=num))
 
-    def uniform(generator: Any, *shape: int) -> Tensor:
-        t = torch.empty(shape, dtype=torch.bfloat16)
-        return torch.nn.init.kaiming_uniform_(t, a=math.sqrt(5), generator=generator)
 
-    def draw(generator: Any) -> list[Tensor]:
-        first = uniform(generator, r, 1, smaller)
-        second = torch.cat([uniform(generator, larger, 1, r) for _ in range(num)], dim=1)
-        return [first / first.std(), second / second.std()]
+def _normalised(generator: Any, first: tuple[int, ...], second: tuple[int, ...], num: int) -> list[Tensor]:
+    drawn = _uniform(generator, first), torch.cat([_uniform(generator, second) for _ in range(num)], dim=1)
+    return [t / t.std() for t in drawn]
 
-    return _starts(key, draw)
+
+def _uniform(generator: Any, shape: tuple[int, ...]) -> Tensor:
+    t = torch.empty(shape, dtype=torch.bfloat16)
+    return torch.nn.init.kaiming_uniform_(t, a=math.sqrt(5), generator=generator)
 
 
 def ternary(key: int, r: int, smaller: int, larger: int, num: int, sparsity: float) -> Starts:
     """The same shapes of -1, 0 and 1, of which a share 1 / sparsity is not 0, over their standard deviations:
     RandLoRA's sparse ones (Li et al. 2006, very sparse random projections)."""
+    shapes = ((r, 1, smaller), (larger, num, r))
+    return _starts(key, functools.partial(_ternary, shapes=shapes, tail=1 / (2 * sparsity)))
 
-    def draw(generator: Any) -> list[Tensor]:
-        drawn = [torch.rand(shape, generator=generator) for shape in ((r, 1, smaller), (larger, num, r))]
-        tail = 1 / (2 * sparsity)
-        signs = [(t > 1 - tail).float() - (t < tail).float() for t in drawn]
-        return [t / t.std() for t in signs]
 
-    return _starts(key, draw)
+def _ternary(generator: Any, shapes: Sequence[tuple[int, ...]], tail: float) -> list[Tensor]:
+    drawn = [torch.rand(shape, generator=generator) for shape in shapes]
+    signs = [(t > 1 - tail).float() - (t < tail).float() for t in drawn]
+    return [t / t.std() for t in signs]
 
 
 def warn_unsaved(config: Any, names: str) -> None:
@@ -110,7 +111,12 @@ def check_saved(config: Any, saved: Mapping[str, Tensor], keys: tuple[str, str])
 
 
 def _starts(key: int, draw: Callable[[Any], list[Tensor]]) -> Starts:
-    def pair(which: int) -> Callable[[Tensor], Tensor]:
-        return lambda t: t.copy_(draw(torch.Generator(device="cpu").manual_seed(key))[which])
+    return functools.partial(_start, key, draw)
 
-    return pair
+
+def _start(key: int, draw: Callable[[Any], list[Tensor]], which: int) -> Callable[[Tensor], Tensor]:
+    return functools.partial(_fill, key=key, draw=draw, which=which)
+
+
+def _fill(t: Tensor, key: int, draw: Callable[[Any], list[Tensor]], which: int) -> Tensor:
+    return t.copy_(draw(torch.Generator(device="cpu").manual_seed(key))[which])

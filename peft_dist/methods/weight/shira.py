@@ -7,6 +7,7 @@ weight, with r x (in + out) ones.
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -34,6 +35,12 @@ def random_mask(base_layer: Any, r: int, random_seed: int | None = None, **kwarg
     out, in_ = base_layer.out_features, base_layer.in_features
     mask = torch.zeros(out * in_, dtype=torch.bool)
     return mask.index_fill_(0, starts.places(out * in_, r * (out + in_), random_seed), True).view(out, in_)
+
+
+def _places(t: Tensor, size: int, in_: int, n: int, seed: int | None) -> Tensor:
+    # In the mask's own order.
+    flat = starts.places(size, n, seed).sort()[0]
+    return t.copy_(torch.stack([flat // in_, flat % in_]))
 
 
 @dataclass
@@ -82,13 +89,11 @@ class ShiraConfig(TargetedConfig, WeightMethod):
                 f"ShiraConfig.r: {self.r} asks for {n} numbers at {site.name}, which has {out} x {in_} = "
                 f"{out * in_}; it is at most {out * in_ // (out + in_)} there."
             )
-
-        def places(t: Tensor) -> None:
-            if self.mask_fn is random_mask:
-                # In the mask's own order.
-                flat = starts.places(out * in_, n, self.random_seed).sort()[0]
-                t.copy_(torch.stack([flat // in_, flat % in_]))
-
+        places = (
+            functools.partial(_places, size=out * in_, in_=in_, n=n, seed=self.random_seed)
+            if self.mask_fn is random_mask
+            else starts.inherit
+        )
         return {
             "weight": Param(
                 "shira_weight", ("n",), (n,), starts.zeros if self.init_weights else starts.normal

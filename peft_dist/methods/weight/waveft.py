@@ -107,11 +107,8 @@ class WaveFTConfig(TargetedConfig, BiasedMethod):
     def params(self, site: Site) -> dict[str, Param]:
         n = self.number(site)
         check_number(type(self).__name__, n, site)
-        start = starts.zeros if self.init_weights else lambda t: t.normal_(std=0.01)
-
-        def places(t: Tensor) -> None:
-            t.copy_(starts.places(site.out * site.in_, n, self.random_loc_seed))
-
+        start = starts.zeros if self.init_weights else starts.gauss(0.01)
+        places = starts.some_places(site.out * site.in_, n, self.random_loc_seed)
         return {
             "spectrum": Param("waveft_spectrum", ("n",), (n,), start),
             "places": Param("waveft_places", ("n",), (n,), places, False, persistent=False, is_index=True),
