@@ -23,7 +23,15 @@ from peft_dist.errors import AdapterError, MergeError, suggest
 from peft_dist.inject import adapter_modules, check_together, remove_wrappers
 from peft_dist.packed import is_quantised
 from peft_dist.pool import outer_modules
-from peft_dist.sharding import gathered, is_partitioned, layers_changed, set_whole, stored_bits, whole
+from peft_dist.sharding import (
+    gathered,
+    is_partitioned,
+    layers_changed,
+    partition_like,
+    set_whole,
+    stored_bits,
+    whole,
+)
 
 _KEPT = "_kept_at_merge"
 _OWN_WEIGHT = "_tied_before_merge"
@@ -59,7 +67,7 @@ def merge(
         AdapterError: an adapter that has no layer here.
         MergeError: a merged weight would not be finite (`safe_merge`); other adapters are merged and the
         stored
-            weights were not kept; a weight that is both tied and partitioned.
+            weights were not kept.
     """
     wrappers = [module for _, module in adapter_modules(base)]
     modules = [module for module in wrappers if isinstance(module, Adapted)]
@@ -80,11 +88,10 @@ def merge(
         unmerge(base)
     touched = [module for module in modules if any(name in module.methods for name in names)]
     users = _users(base)
-    _check_tied(touched, users)
     if safe_merge:
         _check_finite(touched, names)
     dtype = dtype_of(base) if dequantize else torch.float32
-    if dequantize:
+    if dequantize or any(_is_tied(module, users) for module in touched):
         layers_changed(base)
     for module in touched:
         dW, db = _change(module, names)
@@ -128,7 +135,7 @@ def unmerge(base: nn.Module) -> None:
             "merged, and "
             "subtracting would not restore its bits. Load the base again, or merge with keep=True."
         )
-    if is_dequantised(base):
+    if is_dequantised(base) or any(_OWN_WEIGHT in module.base.layer.__dict__ for module in changed):
         layers_changed(base)
     for module in changed:
         if _QUANTISED in module.__dict__:
@@ -334,17 +341,6 @@ def _is_tied(module: Adapted, users: dict[int, int]) -> bool:
     return users.get(id(module.base.parameter), 0) > 1
 
 
-def _check_tied(modules: Sequence[Adapted], users: dict[int, int]) -> None:
-    for module in modules:
-        if _is_tied(module, users) and is_partitioned(module.base.parameter):
-            raise MergeError(
-                f"{module._site_name}: its weight is tied to another layer's and partitioned by ZeRO-3; a "
-                "merge would "
-                "change both layers. Merge on an unpartitioned base, or leave tied embeddings out of the "
-                "targets."
-            )
-
-
 def _untie(module: Adapted, users: dict[int, int], names: Sequence[str]) -> None:
     """Gives a layer that shares its weight one of its own, so that a merge leaves the other layer as it
     is."""
@@ -354,7 +350,12 @@ def _untie(module: Adapted, users: dict[int, int], names: Sequence[str]) -> None
         # Whose tensors change it: layers that they change alike are tied again when the wrappers go.
         sources = [(name, id(module._lenders.get(name, module))) for name in names if name in module.methods]
         layer.__dict__[_OWN_WEIGHT] = (shared, module.base.key, sources)
-        own = copy.deepcopy(shared)
+        own = (
+            nn.Parameter(whole(shared), requires_grad=False)
+            if is_partitioned(shared)
+            else copy.deepcopy(shared)
+        )
+        partition_like(own, shared)
         setattr(layer, module.base.key, own.requires_grad_(False))
 
 
