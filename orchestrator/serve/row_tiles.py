@@ -76,6 +76,25 @@ def _baddbmm(bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: floa
     return bias * beta + _bmm(a, b) * alpha
 
 
+def _grouped(
+    a: Tensor,
+    b: Tensor,
+    offs: Tensor | None = None,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Rows of a mixture's tokens, sorted by expert: a (rows, k), b (experts, k, n), offs (experts,) the ends of their
+    rows; products of other shapes are none of a batch's."""
+    if a.dim() != 2 or b.dim() != 3 or offs is None or bias is not None or out_dtype not in (None, a.dtype):
+        return _aten._grouped_mm.default(a, b, offs, bias, out_dtype)  # type: ignore[no-any-return]
+    out = a.new_zeros(len(a), b.shape[2])
+    start = 0
+    for weight, stop in zip(b, offs.tolist(), strict=True):
+        out[start:stop] = tiled(a[start:stop], weight)
+        start = stop
+    return out
+
+
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     y = tiled(x.reshape(-1, x.shape[-1]), weight.t()).view(*x.shape[:-1], weight.shape[0])
     return y if bias is None else y + bias
@@ -88,6 +107,7 @@ _TILED: dict[Any, Callable[..., Tensor]] = {
     _aten.bmm.default: _bmm,
     _aten.baddbmm.default: _baddbmm,
     _aten.linear.default: _linear,
+    _aten._grouped_mm.default: _grouped,
 }
 _OF_ONE_NUMBER = {
     _aten.silu.default,
