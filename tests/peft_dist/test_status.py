@@ -210,3 +210,25 @@ def test_layers_tell_their_sizes_and_parameter() -> None:
         experts = library.get_peft_model(bases.mixtral(), config).get_base_model().model.layers[0].mlp.experts
         told.append((norm.in_features, norm.out_features, experts.parameter_name))
     assert told[0] == told[1] == (None, None, "down_proj")
+
+
+def test_a_merged_adapter_serves_alone_on_every_layer(tmp_path) -> None:
+    """In HF PEFT the active one goes on serving the layers that the merged one does not sit on."""
+    saved = {}
+    for name, target in (("a", "q_proj"), ("b", "v_proj")):
+        config = peft.LoraConfig(r=2, target_modules=[target], init_lora_weights=False)
+        saved[name] = peft.get_peft_model(bases.llama(), config)
+        saved[name].save_pretrained(tmp_path / name)
+    outputs = []
+    for library in BOTH:
+        model = library.PeftModel.from_pretrained(bases.llama(), tmp_path / "a", adapter_name="a")
+        model.load_adapter(tmp_path / "b", adapter_name="b")
+        model.eval().merge_adapter(["b"])
+        assert model.active_adapters == ["a"]
+        outputs.append(model(input_ids=IDS).logits)
+    alone = saved["b"].eval()(input_ids=IDS).logits
+    torch.testing.assert_close(outputs[1], alone, rtol=1e-5, atol=1e-5)
+    model.unmerge_adapter()
+    model.base_model.set_adapter(["a", "b"])
+    torch.testing.assert_close(outputs[0], model(input_ids=IDS).logits, rtol=1e-5, atol=1e-5)
+    assert (outputs[0] - alone).abs().max() > 1e-2
