@@ -115,9 +115,10 @@ def joined(
         keywords = getattr(getattr(run, "run", run), "keywords", {})
         if getattr(module, "gradient_checkpointing", False) and keywords.get("use_reentrant"):
             raise ShardingError(
-                "rows name adapters, a DeepSpeed engine of your own trains them, and gradient checkpointing has "
-                "use_reentrant=True, which gives each layer's gradients by themselves: ranks would reduce different "
-                "ones with one another. Enable it with gradient_checkpointing_kwargs={'use_reentrant': False}."
+                "a DeepSpeed engine of your own trains adapters that rows name, or of which one adds to the loss, and "
+                "gradient checkpointing has use_reentrant=True, which gives each layer's gradients by themselves: "
+                "ranks would reduce different ones with one another. Enable it with "
+                "gradient_checkpointing_kwargs={'use_reentrant': False}."
             )
     return Joint(
         {p: parameters[p] for p in trained},

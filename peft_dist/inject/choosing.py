@@ -32,6 +32,7 @@ from peft_dist.methods.replace.modules_to_save import ModulesToSave, SameModule
 from peft_dist.methods.weight.bias import BiasCopy, Unchanged
 from peft_dist.pauses import pause
 from peft_dist.targets import (
+    READ_BY_KERNELS,
     BaseFacts,
     ends_in,
     resolve,
@@ -284,14 +285,23 @@ def _say_untied(config: Any, facts: BaseFacts, others: list[str], taken: list[Ch
         )
 
 
-def on_biases(config: PeftConfig, found: dict[str, Place], taken: set[str]) -> list[Chosen]:
-    """The other layers whose biases are trained too: `bias: all`."""
+def on_biases(config: PeftConfig, found: dict[str, Place], facts: BaseFacts, taken: set[str]) -> list[Chosen]:
+    """The other layers whose biases are trained too: `bias: all`.
+
+    Raises:
+        TargetError: the model reads one of them without calling its layer.
+    """
     if getattr(config, "bias", "none") != "all":
         return []
     chosen = []
     for name, place in found.items():
         inside = any(name == other or name.startswith(f"{other}.") for other in taken)
         if place.layer._parameters.get("bias") is not None and not inside:
+            if facts.layers[name] == READ_BY_KERNELS:
+                raise TargetError(
+                    f"bias: all: {facts.name} reads the bias of {name!r} past its layer's forward, so that a copy "
+                    "would do nothing there. Train the targets' biases alone (`lora_only` and its like), or none."
+                )
             there: Any = place.wrapper(Adapted)
             made = door if has_door(place.layer) else Layer
             base = made(place.layer, name) if there is None else there.base

@@ -151,7 +151,7 @@ def _inject(
         if (over := config.over(sites)) is not config:
             targeted = [replace(each, method=over.at(each.base.site)) for each in targeted]
     chosen = [*targeted, *whole, *rows]
-    chosen += on_biases(config, found, {each.place.name for each in chosen})
+    chosen += on_biases(config, found, facts, {each.place.name for each in chosen})
     for each in chosen:
         pause()
         wanted = each.method.params(each.base.site)  # type: ignore[attr-defined]

@@ -13,6 +13,8 @@ from transformers import (
     BertForSequenceClassification,
     LlamaConfig,
     LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
     ResNetConfig,
     ResNetForImageClassification,
     ViTConfig,
@@ -303,3 +305,11 @@ def test_patterns_of_parameters_and_of_learned_ranks_are_no_mistakes() -> None:
         assert resolve(peft_dist.LoraConfig(**given), facts) == resolve(ada, facts) == ["a"]
     with pytest.warns(RuntimeWarning, match="rank_pattern: 'c' matched no adapted layer"):
         resolve(peft_dist.LoraConfig(target_modules=["a"], rank_pattern={"c": 3}), facts)
+
+
+def test_biases_that_a_model_reads_past_their_layers_are_refused() -> None:
+    config = MambaConfig(vocab_size=9, hidden_size=8, state_size=2, num_hidden_layers=1)
+    more = {"r": 2, "target_modules": ["in_proj"], "task_type": "CAUSAL_LM"}
+    with pytest.raises(TargetError, match=r"reads the bias of 'backbone.layers.0.mixer.conv1d'"):
+        peft_dist.get_peft_model(MambaForCausalLM(config), peft_dist.LoraConfig(bias="all", **more))
+    peft_dist.get_peft_model(MambaForCausalLM(config), peft_dist.LoraConfig(bias="lora_only", **more))
