@@ -46,12 +46,16 @@ class Seat:
         return self.adapter if self.is_shared else None
 
     def trained(self) -> dict[str, nn.Parameter]:
-        """The parameters that are trained, by the names that they have in a run alone."""
-        return {
+        """The parameters that are trained, by the names that they have in a run alone; those of a layer in
+        their names' order: who stood on it first decides theirs there, and the order of a sum how a norm is rounded."""
+        found = {
             self._alone(name): parameter
             for name, parameter in self.model.named_parameters()
             if parameter.requires_grad and (not self.is_shared or self._is_own(name, parameter))
         }
+        layers = {name: name.partition(f".{ADAPTER}")[0].rpartition(".")[0] for name in found}
+        place = {layer: number for number, layer in enumerate(dict.fromkeys(layers.values()))}
+        return {name: found[name] for name in sorted(found, key=lambda name: (place[layers[name]], name))}
 
     def controller(self) -> Any:
         """What acts on the adapter as a whole once a step; None for most methods."""

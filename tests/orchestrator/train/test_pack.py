@@ -194,6 +194,18 @@ def test_wrappers_of_others_around_a_layer_are_in_no_name(tmp_path):
     check({name: heard[name] for name in others}, {name: wanted[name] for name in others})
 
 
+def test_who_stood_on_the_base_first_is_in_no_sum(tmp_path):
+    """A layer keeps the kinds of tensors in the order in which they came; norms are summed as in a run alone."""
+    requests = unlike(tmp_path, of("lora"), of("adalora"))
+    orders = []
+    for names in (["run0", "run1"], ["run1"]):
+        pack, heard = started(requests)
+        for name in names:
+            assert pack.enter(name, requests[name], heard[name])
+        orders.append(list(pack.trials["run1"].run.seat.trained()))
+    assert orders[0] == orders[1]
+
+
 def test_a_run_that_turns_nan_leaves_alone(tmp_path):
     requests = unlike(tmp_path, of("lora"), of("lora"), of("ia3"))
     wanted = the_same_alone(requests)
