@@ -59,13 +59,13 @@ from orchestrator.runner import TrainOutcome, TrainRequest  # noqa: E402
 from orchestrator.service import Environment, StopRequest, run_job  # noqa: E402
 from orchestrator.spec.load import load_job_mapping  # noqa: E402
 from orchestrator.store import RunStore  # noqa: E402
-from orchestrator.train.checkpoint import OPTIMIZER_FILE  # noqa: E402
-from orchestrator.train.launch import RayRunner  # noqa: E402
+from orchestrator.train.driver.launch import RayRunner  # noqa: E402
+from orchestrator.train.worker.checkpoint import OPTIMIZER_FILE  # noqa: E402
 from peft_dist.lazy import lazy  # noqa: E402
 from tests.orchestrator.faulty import FaultyStorage  # noqa: E402
 
 # they import torch, which the drivers' processes can do without
-tensors, running = lazy("safetensors.torch"), lazy("orchestrator.train.run")
+tensors, running = lazy("safetensors.torch"), lazy("orchestrator.train.worker.run")
 
 STORAGES = ("storage", "full", "slow")
 KILLS = ("worker", "node", "driver", "head")

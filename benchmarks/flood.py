@@ -75,7 +75,7 @@ def write_adapters(folder: Path, layers: int) -> None:
 
 async def one(engine: Any, key: str, prompt: int, chance: random.Random, clock: Clock, times: Times) -> None:
     """One request; its times are added."""
-    from orchestrator.serve.engine import Generation
+    from orchestrator.serve.engines.engine import Generation
 
     tokens = tuple(chance.randrange(1, 40000) for _ in range(prompt))
     began = last = clock()
@@ -137,7 +137,7 @@ def main() -> int:
     parser.add_argument("--write", action="store_true", help="keep the figures under benchmarks/results")
     said = parser.parse_args()
     from benchmarks.loads import on_one_core, quantile
-    from orchestrator.serve.batching import BatchingEngine
+    from orchestrator.serve.engines.batching import BatchingEngine
 
     on_one_core()
     clock = time.process_time if said.clock == "cpu" else time.perf_counter

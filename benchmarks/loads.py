@@ -97,7 +97,7 @@ class Streams:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def _one(self, number: int) -> None:
-        from orchestrator.serve.engine import Generation
+        from orchestrator.serve.engines.engine import Generation
 
         prompt = tuple(range(1 + 50 * number, 1 + 50 * number + PROMPT))
         request = Generation(prompt, self._keys[number % len(self._keys)], 2048 - PROMPT)
@@ -132,8 +132,8 @@ async def one_round(engine: Any, folder: Path, clock: Clock) -> tuple[list[float
 def measure_loads(dtype: str, rounds: int, clock: Clock) -> dict[str, Any]:
     """The figures of `loads`."""
     from benchmarks.serving import base_model, make_adapters
-    from orchestrator.serve.batching import BatchingEngine
-    from orchestrator.serve.garbage import collect_rarely
+    from orchestrator.serve.engines.batching import BatchingEngine
+    from orchestrator.serve.engines.garbage import collect_rarely
 
     engine = BatchingEngine(base_model(dtype), lambda ids: "", frozenset(), 2048, cache_bytes=2**28)
     collect_rarely()  # as a replica does
@@ -226,10 +226,10 @@ def write_small(folder: Path) -> None:
 
 def measure_swaps(swaps: int) -> dict[str, Any]:
     """The figures of `swaps`."""
-    from orchestrator.serve.batching import BatchingEngine
-    from orchestrator.serve.engine import Generation
-    from orchestrator.serve.garbage import collect_rarely
-    from orchestrator.serve.residency import Residency
+    from orchestrator.serve.engines.batching import BatchingEngine
+    from orchestrator.serve.engines.engine import Generation
+    from orchestrator.serve.engines.garbage import collect_rarely
+    from orchestrator.serve.engines.residency import Residency
 
     engine = BatchingEngine(small_base(), lambda ids: "", frozenset(), 512, cache_bytes=2**25)
     collect_rarely()

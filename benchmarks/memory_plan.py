@@ -275,7 +275,7 @@ def measure(what: dict) -> dict[str, int]:
     import torch
     import torch.distributed as dist
 
-    from orchestrator.train.allocator import map_large_blocks
+    from orchestrator.train.worker.allocator import map_large_blocks
 
     map_large_blocks()
     torch.set_num_threads(1)
@@ -313,10 +313,10 @@ def work(what: dict, found: dict[str, int]) -> None:
 
     from orchestrator.runner import TrainRequest
     from orchestrator.train.group import Group
-    from orchestrator.train.model import build_model, load_frozen_base
-    from orchestrator.train.seat import Seat
     from orchestrator.train.tasks.causal import CausalLM
     from orchestrator.train.tasks.task import Batch, Step
+    from orchestrator.train.worker.model import build_model, load_frozen_base
+    from orchestrator.train.worker.seat import Seat
     from peft_dist.optim import AdapterOptimizer, Hyper
 
     spec, plan = planned(what, what["base"])

@@ -198,8 +198,8 @@ class Maker:
 
     def ground(self) -> Any:
         """A base of its own, loaded."""
-        from orchestrator.train.ground import Ground
         from orchestrator.train.group import Group
+        from orchestrator.train.worker.ground import Ground
 
         precision = "fp32" if self.case["device"] == "cpu" else "bf16"
         return Ground(
@@ -208,7 +208,7 @@ class Maker:
 
     def alone(self) -> Callable[[], None]:
         """A step of a run that has a base for itself."""
-        from orchestrator.train.run import Run
+        from orchestrator.train.worker.run import Run
 
         run = Run(self.request("alone", 1), self.ground(), Silent(), self.folder / "scratch")
         run.training.rehearse()
@@ -217,8 +217,8 @@ class Maker:
 
     def pack(self, way: Any, count: int) -> Any:
         """A pack of so many runs."""
-        from orchestrator.train.pack import Pack
         from orchestrator.train.packing import Packing
+        from orchestrator.train.worker.pack import Pack
 
         clock = time.process_time if self.case["device"] == "cpu" else time.perf_counter
         pack = Pack(self.ground(), Packing(way), clock=clock)

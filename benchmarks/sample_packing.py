@@ -27,8 +27,8 @@ import torch
 from orchestrator.plan import make_plan
 from orchestrator.runner import TrainRequest
 from orchestrator.spec.load import load_job
-from orchestrator.train import loop
-from orchestrator.train.run import train
+from orchestrator.train.worker import loop
+from orchestrator.train.worker.run import train
 
 ROOT = Path(__file__).parent.parent
 ROWS, LENGTH = 64, 256

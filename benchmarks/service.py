@@ -70,10 +70,10 @@ class Service:
         from transformers import AutoTokenizer
 
         from benchmarks.serving import base_model
-        from orchestrator.serve.app import build_app
-        from orchestrator.serve.batching import BatchingEngine
-        from orchestrator.serve.catalogue import Target
-        from orchestrator.serve.prompts import Prompts
+        from orchestrator.serve.engines.batching import BatchingEngine
+        from orchestrator.serve.engines.prompts import Prompts
+        from orchestrator.serve.routes.app import build_app
+        from orchestrator.serve.routes.catalogue import Target
 
         tokenizer = AutoTokenizer.from_pretrained(ROOT / "jobs" / "assets" / "tiny-llama")
         size = len(tokenizer)
@@ -131,7 +131,7 @@ class Service:
         return at_once * ANSWER / (time.process_time() - began)
 
     async def _directly(self, prompts: Sequence[Sequence[int]]) -> None:
-        from orchestrator.serve.engine import Generation
+        from orchestrator.serve.engines.engine import Generation
 
         async def one(prompt: Sequence[int]) -> None:
             taken = [

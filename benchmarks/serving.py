@@ -127,8 +127,8 @@ def run_mixed(dtype: str, folder: Path, _: int, __: int) -> float:
 
 def run_engine(dtype: str, folder: Path, resident: int, active: int) -> float:
     """This engine with so many adapters loaded, of which so many are asked for: tokens per CPU second."""
-    from orchestrator.serve.batching import BatchingEngine
-    from orchestrator.serve.engine import Generation
+    from orchestrator.serve.engines.batching import BatchingEngine
+    from orchestrator.serve.engines.engine import Generation
 
     engine = BatchingEngine(base_model(dtype), lambda ids: "", frozenset(), 2048, cache_bytes=2**28)
 

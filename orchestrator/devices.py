@@ -1,7 +1,7 @@
 """Which backend, device and precision a worker uses: pure functions of the spec, the plan and what a rank
 sees.
 
-No torch and no Ray here: `train.worker` collects the facts, these functions decide, and the tests hand in
+No torch and no Ray here: `train.worker.entry` collects the facts, these functions decide, and the tests hand in
 facts of machines that are not at hand.
 """
 

@@ -42,7 +42,7 @@ LOOPBACK_ONLY = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 QUICK_TRAIN = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2"}
 # Serve's proxies answer for a replica that went away as OpenAI's clients read it; see serve/broken_answers.py.
 READABLE_ERRORS = {
-    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "orchestrator.serve.broken_answers:middlewares"
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "orchestrator.serve.proxy.broken_answers:middlewares"
 }
 # Left by a Ray that this process belongs to or was told to use; they would misdirect a new one.
 FOREIGN = (

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from .plan.layout import Layout
     from .serve.endpoint_rows import EndpointInfo
     from .serve.endpoints import RayEndpoints
-    from .train.inspection import Inspection
+    from .train.worker.inspection import Inspection
 
 
 def environment(cluster: Cluster, *, storage: str | None = None) -> Environment:
@@ -200,7 +200,7 @@ def rayjob(spec: JobSpec, cluster: Cluster) -> str:
 
 def _runner(cluster: Cluster) -> Runner:
     connect(cluster)
-    from .train.launch import RayRunner
+    from .train.driver.launch import RayRunner
 
     return RayRunner()
 
@@ -209,10 +209,10 @@ def _sweep_runner(cluster: Cluster) -> Runner:
     _runner(cluster)  # joins its Ray
     from .plan.layout import lay_out, worker_room
     from .sweep.runner import SweepRunner
-    from .train.nodes import RayCluster
+    from .train.driver.nodes import RayCluster
+    from .train.driver.placement import places_in_all, places_now
+    from .train.driver.warm import WarmGroup
     from .train.packing import Packing
-    from .train.placement import places_in_all, places_now
-    from .train.warm import WarmGroup
 
     def key_of(request: TrainRequest) -> str | None:
         if changes_base(request.spec) is not None:
@@ -242,14 +242,14 @@ def _sweep_runner(cluster: Cluster) -> Runner:
 def inspect_rows(spec: JobSpec, rows: int) -> Inspection:
     """Renders a job's rows as the workers will read them."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from .train import inspection
+    from .train.worker import inspection
 
     return inspection.inspect(spec, rows)
 
 
 def evaluate(spec: JobSpec, adapter_dir: str) -> dict[str, float]:
     """Metrics over the rows of `eval.datasets`, in this process: the adapter's, and `base.NAME`."""
-    from .train.measure import measure_adapter
+    from .train.worker.measure import measure_adapter
 
     return measure_adapter(spec, adapter_dir)
 

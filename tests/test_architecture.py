@@ -47,6 +47,12 @@ LAYERS = {
     ],
 }  # fmt: skip
 
+# Folders of one package, each of which may import those before it.
+FOLDERS = {
+    "orchestrator.train": ["rows", "tasks", "worker", "driver"],
+    "orchestrator.serve": ["engines", "rollouts", "routes", "proxy"],
+}
+
 
 def modules(package: str) -> dict[str, Path]:
     return {
@@ -109,6 +115,21 @@ def test_imports_point_downwards(package):
                     wrong.append(f"{name} imports {target}: peft_dist may not know the orchestrator")
             elif layer_of(target) > layer_of(name):
                 wrong.append(f"{name} (layer {layer_of(name)}) imports {target} (layer {layer_of(target)})")
+    assert not wrong, "\n".join(sorted(wrong))
+
+
+@pytest.mark.parametrize("package", FOLDERS)
+def test_folders_import_those_before_them(package):
+    order = FOLDERS[package]
+    known = modules("peft_dist") | modules("orchestrator")
+    wrong = []
+    for number, folder in enumerate(order):
+        inside = {name: path for name, path in known.items() if name.startswith(f"{package}.{folder}.")}
+        assert inside, f"{package} has no folder {folder}"
+        for name, path in inside.items():
+            for target in imports(name, path, set(known)):
+                if any(target.startswith(f"{package}.{later}.") for later in order[number + 1 :]):
+                    wrong.append(f"{name} imports {target}")
     assert not wrong, "\n".join(sorted(wrong))
 
 

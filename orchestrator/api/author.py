@@ -18,7 +18,7 @@ from ..spec.load import LoadedJob
 from .found import JobSource, cluster_of, environment_of, load
 
 if TYPE_CHECKING:
-    from ..train.inspection import Inspection
+    from ..train.worker.inspection import Inspection
 
 
 def validate(job: JobSource, overrides: Sequence[str] = ()) -> LoadedJob:

@@ -11,7 +11,7 @@ from .. import service, wiring
 from ..cluster import load_cluster
 from ..errors import ServeError, SpecError
 from ..registry import Registry
-from ..serve import promotion, traffic
+from ..serve.rollouts import promotion, traffic
 from ..service import Deployment, OnEvent
 from ..spec.job import DeploySpec
 from ..spec.overrides import apply_overrides

@@ -9,7 +9,7 @@ from typing import Any
 from .. import wiring
 from ..cluster import load_cluster
 from ..keys import PERIODS, KeyBook, KeyRow, NewKey
-from ..serve.askable import check_askable
+from ..serve.rollouts.askable import check_askable
 from ..spending import Spending
 from .found import registry_of
 

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .. import api
-from ..serve.traffic import RolloutRow, TrafficRow
+from ..serve.rollouts.traffic import RolloutRow, TrafficRow
 from ..spec.durations import format_duration
 from ..terminal import JsonView
 from .app import (

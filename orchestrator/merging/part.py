@@ -10,8 +10,8 @@ from typing import Any
 from peft_dist.merged.offline import OfflineMerge
 from peft_dist.merged.request import Request
 
-from ..train.allocator import map_large_blocks
 from ..train.task_file import read_task_file
+from ..train.worker.allocator import map_large_blocks
 from .room import own_bytes
 
 REPORT_BYTES = 64 << 20

@@ -9,7 +9,7 @@ import requests
 
 from ..keys import KeyBook
 from ..registry import Registry
-from .heads import route_of
+from .engines.heads import route_of
 
 _POLL_S = 0.1
 

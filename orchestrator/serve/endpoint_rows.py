@@ -9,7 +9,7 @@ from ..registry import Registry
 from .desired import Desired, Served
 from .endpoint_calls import followed_registry
 from .naming import base_id
-from .promotion import all_desired
+from .rollouts.promotion import all_desired
 from .serve_cluster import Application, Door
 
 _DOWN = "not on this cluster now: deploy an adapter to start it, or undeploy it"

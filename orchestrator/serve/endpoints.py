@@ -23,11 +23,11 @@ from .code_version import version_of
 from .desired import Desired, EngineOptions, Served
 from .endpoint_calls import authorization, await_alias, await_gone, followed_registry, probe
 from .endpoint_rows import EndpointInfo, cause_of, endpoint_info
-from .key_check import require_keys
 from .naming import base_id, check_endpoint_name, default_endpoint
-from .promotion import all_desired, change, desired_of, withdraw
-from .reports import Reports
 from .rollout import Rollout
+from .rollouts.promotion import all_desired, change, desired_of, withdraw
+from .rollouts.reports import Reports
+from .routes.key_check import require_keys
 from .serve_cluster import Application, Door, Placement
 
 OnEvent = Callable[[Event], None]

@@ -7,8 +7,8 @@ from ray.serve.context import _get_global_client
 
 from ..keys import KeyBook
 from ..spending import Spending
-from .admission import Admission
-from .key_check import KeyCheck, is_loopback, require_keys
+from .routes.admission import Admission
+from .routes.key_check import KeyCheck, is_loopback, require_keys
 
 
 def serve_host() -> str:

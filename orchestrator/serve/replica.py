@@ -21,31 +21,31 @@ from peft_dist.lazy import lazy
 from ..errors import ServeError
 from ..registry import Registry
 from . import scratch
-from .app import build_app
-from .arbiter import Arbiter
-from .catalogue import Catalogue
 from .desired import Desired, Served
-from .garbage import collect_rarely
-from .heads import ROUTES
-from .metric_files import MetricFiles
-from .metrics import Metrics
+from .engines.garbage import collect_rarely
+from .engines.heads import ROUTES
+from .engines.prompts import Prompts, SourcePrompts
 from .naming import endpoint_of
-from .observed import Observed
-from .observed_heads import ObservedHeads
-from .promotion import change, desired_of
-from .prompts import Prompts, SourcePrompts
+from .proxy.residency_router import HAS_ROOM, MODELS, REGISTRY
 from .reach import admission
-from .reporter import Reporter
-from .reports import Reports
-from .residency_router import HAS_ROOM, MODELS, REGISTRY
+from .rollouts.arbiter import Arbiter
+from .rollouts.observed import Observed
+from .rollouts.observed_heads import ObservedHeads
+from .rollouts.promotion import change, desired_of
+from .rollouts.reporter import Reporter
+from .rollouts.reports import Reports
+from .routes.app import build_app
+from .routes.catalogue import Catalogue
+from .routes.metric_files import MetricFiles
+from .routes.metrics import Metrics
 
-ROUTER = "orchestrator.serve.residency_router.ResidencyRouter"
+ROUTER = "orchestrator.serve.proxy.residency_router.ResidencyRouter"
 _HELD_EVERY_S = 1.0
 """How often a replica is asked what it holds: as often as it looks at the registry."""
 
 # Whoever deploys imports this file too, and needs neither torch nor transformers for it.
-base_model = lazy("orchestrator.serve.base_model")
-engine_choice = lazy("orchestrator.serve.engine_choice")
+base_model = lazy("orchestrator.serve.engines.base_model")
+engine_choice = lazy("orchestrator.serve.engines.engine_choice")
 
 
 class Replica:

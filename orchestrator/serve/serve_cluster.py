@@ -16,8 +16,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ..errors import ServeError
 from .naming import application, endpoint_of
+from .proxy.residency_router import REGISTRY
 from .replica import replica_deployment
-from .residency_router import REGISTRY
 
 logging.getLogger("ray.serve").setLevel(logging.WARNING)  # it says each thing that it is told to do
 

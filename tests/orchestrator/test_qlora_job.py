@@ -12,7 +12,7 @@ from orchestrator import api
 from orchestrator.plan import make_plan
 from orchestrator.plan.model_sizes import read_sizes
 from orchestrator.runner import TrainRequest
-from orchestrator.train.run import train
+from orchestrator.train.worker.run import train
 
 ROOT = Path(__file__).parents[2]
 # Few rows, few steps; nothing is deployed.

@@ -14,9 +14,9 @@ from orchestrator.gate import check
 from orchestrator.plan import make_plan
 from orchestrator.plan.model_sizes import read_sizes
 from orchestrator.runner import TrainRequest
-from orchestrator.train.data import load_examples
-from orchestrator.train.run import train
-from orchestrator.train.tokenizer import load_tokenizer
+from orchestrator.train.rows.tokenizer import load_tokenizer
+from orchestrator.train.worker.data import load_examples
+from orchestrator.train.worker.run import train
 
 ROOT = Path(__file__).parents[2]
 

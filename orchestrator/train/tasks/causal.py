@@ -14,14 +14,14 @@ from orchestrator.spec.job import DatasetSpec, EvalSpec
 from peft_dist.bins import bins_of
 from peft_dist.contract import PromptMethod
 
-from ..batches import collate
-from ..head import for_targets
-from ..loss import num_targets, target_loss
-from ..outline import IGNORED
-from ..records import Record, record
-from ..render import Example, render
-from ..sources import SourceRow
+from ..rows.batches import collate
+from ..rows.outline import IGNORED
+from ..rows.records import Record, record
+from ..rows.render import Example, render
+from ..rows.sources import SourceRow
 from .generation import continuations
+from .head import for_targets
+from .loss import num_targets, target_loss
 from .task import Answering, Batch, Task, pad_id, right_padded
 
 

@@ -21,10 +21,10 @@ from orchestrator.errors import DataError, closest
 from orchestrator.spec.job import DatasetSpec
 from peft_dist.lazy import lazy
 
-from ..chunks import chunks
-from ..outline import IGNORED, Outline
-from ..records import hash_of, present, text_in
-from ..sources import SourceRow
+from ..rows.chunks import chunks
+from ..rows.outline import IGNORED, Outline
+from ..rows.records import hash_of, present, text_in
+from ..rows.sources import SourceRow
 from .encoding import encode
 from .task import Answering, Batch, Facts, Padded, Task, measured, pad_id
 

@@ -22,10 +22,10 @@ from torch import Tensor, nn
 
 from orchestrator.spec.job import DatasetSpec
 
-from ..chunks import chunks
-from ..outline import IGNORED, Outline
-from ..records import hash_of, present, text_in
-from ..sources import SourceRow
+from ..rows.chunks import chunks
+from ..rows.outline import IGNORED, Outline
+from ..rows.records import hash_of, present, text_in
+from ..rows.sources import SourceRow
 from .encoding import Encoded, encode, own_positions
 from .task import Answering, Batch, Padded, Step, Task, pad_id
 

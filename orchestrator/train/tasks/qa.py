@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from orchestrator.errors import DataError
 from orchestrator.spec.job import DatasetSpec
 
-from ..outline import IGNORED, Outline
-from ..records import hash_of, kind_of, present, text_in
-from ..sources import SourceRow
+from ..rows.outline import IGNORED, Outline
+from ..rows.records import hash_of, kind_of, present, text_in
+from ..rows.sources import SourceRow
 from .encoding import check_offsets, own_positions
 from .task import Answering, Batch, Facts, Padded, Task, pad_id
 

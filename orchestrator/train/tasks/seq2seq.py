@@ -15,10 +15,10 @@ from orchestrator.errors import ModelError
 from orchestrator.spec.job import DatasetSpec, EvalSpec
 from peft_dist.lazy import lazy
 
-from ..chunks import chunks
-from ..outline import IGNORED, Outline
-from ..records import hash_of, text_in
-from ..sources import SourceRow
+from ..rows.chunks import chunks
+from ..rows.outline import IGNORED, Outline
+from ..rows.records import hash_of, text_in
+from ..rows.sources import SourceRow
 from .causal import matches
 from .encoding import encode, own_positions
 from .generation import written

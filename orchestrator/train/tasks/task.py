@@ -21,8 +21,8 @@ from peft_dist.bins import Bins
 from peft_dist.rows import Rows
 
 from ..group import Group
-from ..outline import IGNORED, Outline
-from ..sources import SourceRow
+from ..rows.outline import IGNORED, Outline
+from ..rows.sources import SourceRow
 
 
 class Row(Protocol):

@@ -18,10 +18,10 @@ from orchestrator.errors import DataError
 from orchestrator.spec.job import DatasetSpec
 from peft_dist.lazy import lazy
 
-from ..chunks import chunks
-from ..outline import IGNORED, Outline
-from ..records import hash_of, kind_of, present
-from ..sources import SourceRow
+from ..rows.chunks import chunks
+from ..rows.outline import IGNORED, Outline
+from ..rows.records import hash_of, kind_of, present
+from ..rows.sources import SourceRow
 from .classification import unknown_label
 from .encoding import check_offsets, own_positions
 from .task import Answering, Batch, Facts, Padded, Task, measured, pad_id, right_padded

@@ -12,12 +12,12 @@ from starlette.testclient import TestClient
 
 from orchestrator.identity import base_identity
 from orchestrator.registry import AdapterVersion, Registry
-from orchestrator.serve import base_model
-from orchestrator.serve.app import build_app
-from orchestrator.serve.catalogue import Catalogue
 from orchestrator.serve.desired import Desired, Served
-from orchestrator.serve.prompts import Prompts
-from orchestrator.serve.sequential import SequentialEngine
+from orchestrator.serve.engines import base_model
+from orchestrator.serve.engines.prompts import Prompts
+from orchestrator.serve.engines.sequential import SequentialEngine
+from orchestrator.serve.routes.app import build_app
+from orchestrator.serve.routes.catalogue import Catalogue
 from orchestrator.spec.job import ModelSpec
 from tests.orchestrator.serve import tiny
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from orchestrator.identity import BaseIdentity
 from orchestrator.lineage import Lineage
 from orchestrator.registry import AdapterVersion
-from orchestrator.serve.engine import AdapterRefused, Generation, Piece, TokenLogprob
+from orchestrator.serve.engines.engine import AdapterRefused, Generation, Piece, TokenLogprob
 
 BASE = BaseIdentity(name="tiny", source="/tiny", revision=None, content_hash="b" * 64)
 

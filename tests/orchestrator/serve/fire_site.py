@@ -18,7 +18,7 @@ from orchestrator.lineage import Lineage
 from orchestrator.registry import AdapterVersion, Registry
 from orchestrator.serve import code_version
 from orchestrator.serve.endpoints import RayEndpoints
-from orchestrator.serve.reports import Report, Reports
+from orchestrator.serve.rollouts.reports import Report, Reports
 from orchestrator.spec.job import DeploySpec
 from tests.orchestrator.serve import tiny
 from tests.orchestrator.serve.fire import Load, References, Timeline

@@ -19,12 +19,9 @@ import uvicorn
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from orchestrator.serve.admission import Admission
 from orchestrator.serve.api_error import ApiError
-from orchestrator.serve.app import build_app
-from orchestrator.serve.catalogue import Target
-from orchestrator.serve.engine import EngineDead, Figures, Generation, Piece, TokenLogprob
-from orchestrator.serve.heads import (
+from orchestrator.serve.engines.engine import EngineDead, Figures, Generation, Piece, TokenLogprob
+from orchestrator.serve.engines.heads import (
     TERMS,
     Classified,
     Embedded,
@@ -37,9 +34,12 @@ from orchestrator.serve.heads import (
     Terms,
     TooLong,
 )
-from orchestrator.serve.prompts import Prompts
-from orchestrator.serve.replies import model_card
-from orchestrator.serve.text import TextStream
+from orchestrator.serve.engines.prompts import Prompts
+from orchestrator.serve.engines.text import TextStream
+from orchestrator.serve.routes.admission import Admission
+from orchestrator.serve.routes.app import build_app
+from orchestrator.serve.routes.catalogue import Target
+from orchestrator.serve.routes.replies import model_card
 from tests.orchestrator.serve.tiny import TEMPLATE
 
 CONTEXT = 512

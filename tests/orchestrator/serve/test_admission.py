@@ -13,12 +13,12 @@ import requests
 
 from orchestrator.errors import ServeError, StorageError
 from orchestrator.keys import KeyBook, KeyRing, Limits
-from orchestrator.serve.admission import Admission
 from orchestrator.serve.api_error import ApiError
-from orchestrator.serve.ensemble import parse_ensemble
-from orchestrator.serve.key_check import KeyCheck, Tenant, is_loopback, require_keys
-from orchestrator.serve.replies import Usage
-from orchestrator.serve.token_bucket import TokenBucket
+from orchestrator.serve.engines.ensemble import parse_ensemble
+from orchestrator.serve.routes.admission import Admission
+from orchestrator.serve.routes.key_check import KeyCheck, Tenant, is_loopback, require_keys
+from orchestrator.serve.routes.replies import Usage
+from orchestrator.serve.routes.token_bucket import TokenBucket
 from orchestrator.spending import Spending
 from tests.orchestrator.serve.scripted import ScriptedEngine, eventually, listening
 

@@ -13,13 +13,13 @@ from orchestrator import lease
 from orchestrator.errors import ServeError
 from orchestrator.processes import this_process
 from orchestrator.registry import Registry
-from orchestrator.serve.arbiter import Arbiter
 from orchestrator.serve.desired import Desired, Served
-from orchestrator.serve.numbers import Agreement, Numbers
-from orchestrator.serve.promotion import change, desired_of, promote, rollback
-from orchestrator.serve.reports import Report, Reports, RolloutNumbers
 from orchestrator.serve.rollout import Rollout
-from orchestrator.serve.traffic import audit_lines, rollout_rows, traffic_rows
+from orchestrator.serve.rollouts.arbiter import Arbiter
+from orchestrator.serve.rollouts.numbers import Agreement, Numbers
+from orchestrator.serve.rollouts.promotion import change, desired_of, promote, rollback
+from orchestrator.serve.rollouts.reports import Report, Reports, RolloutNumbers
+from orchestrator.serve.rollouts.traffic import audit_lines, rollout_rows, traffic_rows
 from tests.orchestrator.adapters import BASE, lineage, make_adapter
 from tests.patience import patience
 

@@ -8,8 +8,8 @@ import json
 import pytest
 from ray.serve._private.constants import SERVE_MULTIPLEXED_MODEL_ID
 
-from orchestrator.serve import asked_model
-from orchestrator.serve.asked_model import HEADER, AskedModel
+from orchestrator.serve.proxy import asked_model
+from orchestrator.serve.proxy.asked_model import HEADER, AskedModel
 
 
 class Behind:

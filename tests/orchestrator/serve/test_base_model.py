@@ -9,9 +9,9 @@ import pytest
 from orchestrator.identity import BaseIdentity
 from orchestrator.lineage import Lineage
 from orchestrator.registry import AdapterVersion
-from orchestrator.serve import base_model
 from orchestrator.serve.desired import Desired
 from orchestrator.serve.endpoints import _trusts_code
+from orchestrator.serve.engines import base_model
 from orchestrator.spec.canonical import resolved_yaml
 from orchestrator.spec.job import ModelSpec
 from orchestrator.spec.load import load_job_text

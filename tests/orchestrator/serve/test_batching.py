@@ -12,11 +12,11 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import peft_dist
-from orchestrator.serve import batching
-from orchestrator.serve.batching import BatchingEngine
-from orchestrator.serve.continuous import _SaltedCache
-from orchestrator.serve.engine import AdapterRefused, EngineDead, Generation, ScoresNotFinite
-from orchestrator.serve.packed_base import PackedBase
+from orchestrator.serve.engines import batching
+from orchestrator.serve.engines.batching import BatchingEngine
+from orchestrator.serve.engines.continuous import _SaltedCache
+from orchestrator.serve.engines.engine import AdapterRefused, EngineDead, Generation, ScoresNotFinite
+from orchestrator.serve.engines.packed_base import PackedBase
 from peft_dist.catalog import METHODS
 from peft_dist.rows import BASE
 from tests.orchestrator.serve import adapter_zoo as zoo

@@ -9,9 +9,9 @@ import pytest
 from starlette.testclient import TestClient
 
 from orchestrator.local_ray import READABLE_ERRORS
-from orchestrator.serve.asked_model import AskedModel
-from orchestrator.serve.broken_answers import CALLBACK, CALLBACK_VARIABLE, WholeAnswers, middlewares
-from orchestrator.serve.waking import Waking
+from orchestrator.serve.proxy.asked_model import AskedModel
+from orchestrator.serve.proxy.broken_answers import CALLBACK, CALLBACK_VARIABLE, WholeAnswers, middlewares
+from orchestrator.serve.proxy.waking import Waking
 
 PATHS = ["/v1/completions", "/tiny/v1/chat/completions", "/tiny/v1/embeddings"]
 

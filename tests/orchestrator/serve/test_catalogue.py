@@ -10,12 +10,12 @@ import pytest
 
 from orchestrator.errors import StorageError
 from orchestrator.serve.api_error import ApiError
-from orchestrator.serve.catalogue import Catalogue
 from orchestrator.serve.desired import Desired, Served
-from orchestrator.serve.engine import Generation
-from orchestrator.serve.observed import Observed
+from orchestrator.serve.engines.engine import Generation
 from orchestrator.serve.rollout import Rollout
-from orchestrator.serve.sticky import Sticky
+from orchestrator.serve.rollouts.observed import Observed
+from orchestrator.serve.rollouts.sticky import Sticky
+from orchestrator.serve.routes.catalogue import Catalogue
 from tests.orchestrator.serve.counting_engine import BASE, CountingEngine, Shelf
 
 

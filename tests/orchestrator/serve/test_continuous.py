@@ -17,8 +17,8 @@ from transformers.generation.continuous_batching.input_outputs import Continuous
 from transformers.generation.continuous_batching.requests import RequestState
 from transformers.generation.continuous_batching.scheduler import FIFOScheduler
 
-from orchestrator.serve import continuous
-from orchestrator.serve.continuous import ContinuousBatches, Sizes, salted
+from orchestrator.serve.engines import continuous
+from orchestrator.serve.engines.continuous import ContinuousBatches, Sizes, salted
 
 LLAMA = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,

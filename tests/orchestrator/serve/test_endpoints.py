@@ -28,7 +28,7 @@ from orchestrator.registry import Registry
 from orchestrator.serve import serve_cluster
 from orchestrator.serve.endpoint_rows import rows_over_http
 from orchestrator.serve.endpoints import RayEndpoints
-from orchestrator.serve.reports import Reports
+from orchestrator.serve.rollouts.reports import Reports
 from orchestrator.service import Deployment
 from orchestrator.spec.job import DeploySpec
 from tests.orchestrator.serve import tiny

@@ -5,13 +5,13 @@ import asyncio
 import pytest
 import torch
 
-from orchestrator.serve import base_model
-from orchestrator.serve.batching import BatchingEngine
 from orchestrator.serve.desired import Desired, EngineOptions
-from orchestrator.serve.engine import Generation
-from orchestrator.serve.engine_choice import engine_for
-from orchestrator.serve.prompts import Prompts
-from orchestrator.serve.steps import Steps
+from orchestrator.serve.engines import base_model
+from orchestrator.serve.engines.batching import BatchingEngine
+from orchestrator.serve.engines.engine import Generation
+from orchestrator.serve.engines.engine_choice import engine_for
+from orchestrator.serve.engines.prompts import Prompts
+from orchestrator.serve.engines.steps import Steps
 from orchestrator.spec.job import ModelSpec
 from tests.orchestrator.serve import tiny
 from tests.orchestrator.serve.counting_engine import BASE

@@ -11,12 +11,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from orchestrator.identity import base_identity
 from orchestrator.registry import Registry
-from orchestrator.serve import base_model
-from orchestrator.serve.app import build_app
-from orchestrator.serve.catalogue import Catalogue
 from orchestrator.serve.desired import Desired, EngineOptions, Served
-from orchestrator.serve.engine_choice import engine_for
-from orchestrator.serve.prompts import Prompts
+from orchestrator.serve.engines import base_model
+from orchestrator.serve.engines.engine_choice import engine_for
+from orchestrator.serve.engines.prompts import Prompts
+from orchestrator.serve.routes.app import build_app
+from orchestrator.serve.routes.catalogue import Catalogue
 from orchestrator.spec.job import ModelSpec
 from tests.orchestrator.serve import tiny
 

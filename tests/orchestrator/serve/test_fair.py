@@ -1,6 +1,6 @@
 """Whose turn it is, by the tokens that each queue was served."""
 
-from orchestrator.serve.fair import FairQueue
+from orchestrator.serve.engines.fair import FairQueue
 
 
 def drained(queue: FairQueue[str]) -> list[str]:

@@ -10,12 +10,12 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import peft_dist
-from orchestrator.serve.batching import BatchingEngine
 from orchestrator.serve.desired import EngineOptions
-from orchestrator.serve.engine import Generation
-from orchestrator.serve.engine_choice import engine_for
-from orchestrator.serve.fitting import sizes_for
-from orchestrator.serve.sequential import SequentialEngine
+from orchestrator.serve.engines.batching import BatchingEngine
+from orchestrator.serve.engines.engine import Generation
+from orchestrator.serve.engines.engine_choice import engine_for
+from orchestrator.serve.engines.fitting import sizes_for
+from orchestrator.serve.engines.sequential import SequentialEngine
 from tests.orchestrator.serve import adapter_zoo as zoo
 
 SMALL = {

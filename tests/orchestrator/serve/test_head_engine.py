@@ -15,14 +15,14 @@ from orchestrator import api
 from orchestrator.plan import make_plan
 from orchestrator.plan.model_sizes import read_sizes
 from orchestrator.runner import TrainRequest
-from orchestrator.serve.base_model import load
-from orchestrator.serve.engine import AdapterRefused, EngineDead
-from orchestrator.serve.head_engine import HeadEngine
-from orchestrator.serve.heads import Input, NoTokens, Terms, TooLong
+from orchestrator.serve.engines.base_model import load
+from orchestrator.serve.engines.engine import AdapterRefused, EngineDead
+from orchestrator.serve.engines.head_engine import HeadEngine
+from orchestrator.serve.engines.heads import Input, NoTokens, Terms, TooLong
 from orchestrator.spec.job import ModelSpec
-from orchestrator.train.run import train
 from orchestrator.train.tasks import Answering, Facts
 from orchestrator.train.tasks.qa import QuestionAnswering, Record
+from orchestrator.train.worker.run import train
 from tests.orchestrator.serve import tiny_heads
 
 TEXTS = ["a", "def f(x): return x", "os.path.join", "what is it?", "one two three four five six", "ü"]

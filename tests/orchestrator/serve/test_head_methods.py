@@ -7,10 +7,10 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from orchestrator.serve.base_model import load
-from orchestrator.serve.engine import AdapterRefused
-from orchestrator.serve.head_engine import HeadEngine
-from orchestrator.serve.heads import Input, Terms
+from orchestrator.serve.engines.base_model import load
+from orchestrator.serve.engines.engine import AdapterRefused
+from orchestrator.serve.engines.head_engine import HeadEngine
+from orchestrator.serve.engines.heads import Input, Terms
 from orchestrator.spec.job import ModelSpec
 from tests.orchestrator.serve import tiny_heads
 

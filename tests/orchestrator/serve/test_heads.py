@@ -9,7 +9,7 @@ import openai
 import pytest
 import requests
 
-from orchestrator.serve.heads import ROUTES
+from orchestrator.serve.engines.heads import ROUTES
 from tests.orchestrator.serve.scripted import ScriptedEngine, ScriptedHeads, eventually, listening
 
 

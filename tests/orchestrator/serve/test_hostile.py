@@ -19,16 +19,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from starlette.testclient import TestClient
 
-from orchestrator.serve.admission import Admission
-from orchestrator.serve.body import MAX_BODY_BYTES
-from orchestrator.serve.head_api import (
+from orchestrator.serve.engines.heads import ROUTES
+from orchestrator.serve.routes.admission import Admission
+from orchestrator.serve.routes.body import MAX_BODY_BYTES
+from orchestrator.serve.routes.head_api import (
     ClassifyRequest,
     EmbeddingRequest,
     QuestionAnsweringRequest,
     TokenClassifyRequest,
 )
-from orchestrator.serve.heads import ROUTES
-from orchestrator.serve.openai_api import ChatRequest, CompletionRequest
+from orchestrator.serve.routes.openai_api import ChatRequest, CompletionRequest
 from tests.orchestrator.serve.scripted import (
     FixedCatalogue,
     ScriptedEngine,
@@ -411,7 +411,7 @@ def test_a_slow_reader_gets_all_of_its_answer_and_holds_nobody_up():
 
 
 def test_a_reader_that_takes_nothing_for_too_long_is_dropped(monkeypatch):
-    from orchestrator.serve import event_stream
+    from orchestrator.serve.routes import event_stream
 
     monkeypatch.setattr(event_stream.EventStream.__init__, "__defaults__", (0.5,))
     engine = ScriptedEngine()

@@ -12,9 +12,9 @@ import pytest
 import requests
 from prometheus_client.parser import text_string_to_metric_families
 
-from orchestrator.serve.engine import Figures
-from orchestrator.serve.metric_files import MetricFiles, merged
-from orchestrator.serve.metrics import OTHER, Metrics, Timing
+from orchestrator.serve.engines.engine import Figures
+from orchestrator.serve.routes.metric_files import MetricFiles, merged
+from orchestrator.serve.routes.metrics import OTHER, Metrics, Timing
 from tests.orchestrator.serve.scripted import ScriptedEngine, eventually, listening
 
 DASHBOARD = Path(__file__).parents[3] / "clusters" / "grafana" / "endpoints.json"

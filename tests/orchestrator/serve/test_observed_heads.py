@@ -4,8 +4,18 @@ import asyncio
 
 import pytest
 
-from orchestrator.serve.heads import Classified, Embedded, Entity, Found, Input, Span, Tagged, Terms, TooLong
-from orchestrator.serve.observed_heads import ObservedHeads
+from orchestrator.serve.engines.heads import (
+    Classified,
+    Embedded,
+    Entity,
+    Found,
+    Input,
+    Span,
+    Tagged,
+    Terms,
+    TooLong,
+)
+from orchestrator.serve.rollouts.observed_heads import ObservedHeads
 
 
 class Two:

@@ -6,9 +6,9 @@ import pytest
 
 from orchestrator.errors import StorageError
 from orchestrator.serve.api_error import ApiError
-from orchestrator.serve.engine import AdapterRefused
-from orchestrator.serve.ensemble import ensemble_name, parse_ensemble
-from orchestrator.serve.residency import Residency, sum_key
+from orchestrator.serve.engines.engine import AdapterRefused
+from orchestrator.serve.engines.ensemble import ensemble_name, parse_ensemble
+from orchestrator.serve.engines.residency import Residency, sum_key
 from tests.orchestrator.serve.counting_engine import CountingEngine, Shelf
 
 

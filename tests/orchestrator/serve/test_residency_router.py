@@ -14,8 +14,7 @@ from ray.serve._private.common import DeploymentHandleSource, DeploymentID, Repl
 from ray.serve.config import RequestRouterConfig
 from ray.serve.request_router import RunningReplica
 
-from orchestrator.serve.replica import ROUTER
-from orchestrator.serve.residency_router import (
+from orchestrator.serve.proxy.residency_router import (
     HAS_ROOM,
     MODELS,
     MOST_REMEMBERED,
@@ -23,6 +22,7 @@ from orchestrator.serve.residency_router import (
     ResidencyRouter,
     parts_of,
 )
+from orchestrator.serve.replica import ROUTER
 
 DEPLOYMENT = DeploymentID("endpoint", "raypeft-tiny")
 

@@ -20,9 +20,9 @@ from orchestrator.keys import KeyBook
 from orchestrator.registry import Registry
 from orchestrator.serve import code_version, serve_cluster
 from orchestrator.serve.endpoints import RayEndpoints
-from orchestrator.serve.promotion import promote
-from orchestrator.serve.reports import Reports
 from orchestrator.serve.rollout import Rollout
+from orchestrator.serve.rollouts.promotion import promote
+from orchestrator.serve.rollouts.reports import Reports
 from orchestrator.spec.job import DeploySpec
 from tests.orchestrator.serve import tiny
 from tests.orchestrator.serve.test_endpoints import complete, replica_pids, wait_for

@@ -6,9 +6,9 @@ import pytest
 
 from orchestrator.identity import BaseIdentity
 from orchestrator.serve.desired import Desired, Served
-from orchestrator.serve.numbers import Agreement, Numbers, Seconds
 from orchestrator.serve.rollout import Observed, Rollout, Step, decide, falls_below
-from orchestrator.serve.sticky import Sticky
+from orchestrator.serve.rollouts.numbers import Agreement, Numbers, Seconds
+from orchestrator.serve.rollouts.sticky import Sticky
 from orchestrator.spec.live_metrics import OF_EACH, OF_SHADOW
 from tests.orchestrator.spec.jobs import spec_of
 

@@ -8,11 +8,11 @@ import torch
 from transformers import AutoTokenizer, BartConfig, BartForConditionalGeneration
 
 import peft_dist
-from orchestrator.serve.base_model import load
-from orchestrator.serve.decoding_batch import DecodingBatch
-from orchestrator.serve.engine import AdapterRefused, Generation, ScoresNotFinite
-from orchestrator.serve.prompts import SourcePrompts
-from orchestrator.serve.seq2seq import Seq2SeqEngine
+from orchestrator.serve.engines.base_model import load
+from orchestrator.serve.engines.decoding_batch import DecodingBatch
+from orchestrator.serve.engines.engine import AdapterRefused, Generation, ScoresNotFinite
+from orchestrator.serve.engines.prompts import SourcePrompts
+from orchestrator.serve.engines.seq2seq import Seq2SeqEngine
 from orchestrator.spec.job import ModelSpec
 from tests.orchestrator.serve import tiny_heads
 

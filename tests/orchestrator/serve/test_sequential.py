@@ -5,13 +5,13 @@ import asyncio
 import pytest
 from transformers import AutoTokenizer
 
-from orchestrator.serve import base_model
-from orchestrator.serve.engine import EngineDead, Generation, ScoresNotFinite
-from orchestrator.serve.prompts import Prompts
-from orchestrator.serve.sequential import SequentialEngine
+from orchestrator.serve.engines import base_model
+from orchestrator.serve.engines.engine import EngineDead, Generation, ScoresNotFinite
+from orchestrator.serve.engines.prompts import Prompts
+from orchestrator.serve.engines.sequential import SequentialEngine
 from orchestrator.spec.job import ModelSpec
-from orchestrator.train.records import Record
-from orchestrator.train.render import render
+from orchestrator.train.rows.records import Record
+from orchestrator.train.rows.render import render
 from tests.orchestrator.serve import adapter_zoo as zoo
 
 PROMPT = tuple(range(40, 60))

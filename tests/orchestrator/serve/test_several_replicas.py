@@ -17,8 +17,8 @@ from ray import serve
 from orchestrator.registry import Registry
 from orchestrator.serve import serve_cluster
 from orchestrator.serve.endpoints import RayEndpoints
-from orchestrator.serve.reports import Reports
-from orchestrator.serve.residency_router import SPARE_REQUESTS
+from orchestrator.serve.proxy.residency_router import SPARE_REQUESTS
+from orchestrator.serve.rollouts.reports import Reports
 from orchestrator.spec.job import DeploySpec
 from tests.orchestrator.serve import tiny
 from tests.orchestrator.serve.test_endpoints import complete, wait_for

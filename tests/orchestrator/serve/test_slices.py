@@ -7,7 +7,7 @@ from concurrent.futures import Future
 
 import pytest
 
-from orchestrator.serve.slices import Slices
+from orchestrator.serve.engines.slices import Slices
 from peft_dist.pauses import pause, pausing
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from orchestrator.serve.step_cost import StepCost
+from orchestrator.serve.engines.step_cost import StepCost
 
 
 def noted(seconds_of, *sizes: int) -> StepCost:

@@ -13,12 +13,12 @@ from starlette.testclient import TestClient
 from orchestrator.identity import base_identity
 from orchestrator.lineage import Lineage
 from orchestrator.registry import Registry
-from orchestrator.serve import base_model, engine_choice
-from orchestrator.serve.app import build_app
-from orchestrator.serve.catalogue import Catalogue
 from orchestrator.serve.desired import Desired, EngineOptions, Served
-from orchestrator.serve.observed import Observed
-from orchestrator.serve.prompts import Prompts
+from orchestrator.serve.engines import base_model, engine_choice
+from orchestrator.serve.engines.prompts import Prompts
+from orchestrator.serve.rollouts.observed import Observed
+from orchestrator.serve.routes.app import build_app
+from orchestrator.serve.routes.catalogue import Catalogue
 from orchestrator.spec.job import ModelSpec
 from tests.orchestrator.serve import tiny
 

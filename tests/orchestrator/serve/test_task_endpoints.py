@@ -7,7 +7,7 @@ from orchestrator.identity import base_identity
 from orchestrator.registry import Registry
 from orchestrator.serve.desired import Desired
 from orchestrator.serve.endpoints import RayEndpoints
-from orchestrator.serve.heads import route_of
+from orchestrator.serve.engines.heads import route_of
 
 
 @pytest.fixture

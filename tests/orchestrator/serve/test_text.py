@@ -2,7 +2,7 @@
 
 import pytest
 
-from orchestrator.serve.text import TextStream
+from orchestrator.serve.engines.text import TextStream
 
 
 def decode(ids):

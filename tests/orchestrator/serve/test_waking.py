@@ -18,9 +18,10 @@ from starlette.websockets import WebSocketDisconnect
 
 from orchestrator.errors import ServeError
 from orchestrator.keys import KeyBook
-from orchestrator.serve import key_check, waking
+from orchestrator.serve.proxy import waking
+from orchestrator.serve.proxy.waking import Waking
+from orchestrator.serve.routes import key_check
 from orchestrator.serve.serve_cluster import Application
-from orchestrator.serve.waking import Waking
 
 ASLEEP = Application(
     endpoint="tiny", status="RUNNING", message="", route_prefix="/", num_replicas=0, num_running=0,

@@ -8,7 +8,7 @@ from orchestrator.spec.canonical import canonical_hash
 from orchestrator.spec.rules import accumulation, sizes
 from orchestrator.spec.schema import json_schema
 from orchestrator.spec.workers import forwards, group_sizes, numbers
-from orchestrator.train.batches import steps
+from orchestrator.train.rows.batches import steps
 
 from .jobs import refused, spec_of
 

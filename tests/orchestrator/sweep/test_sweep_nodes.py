@@ -11,10 +11,10 @@ from orchestrator.spec.load import load_job_text
 from orchestrator.spec.sharing import base_key
 from orchestrator.sweep.runner import SweepRunner
 from orchestrator.sweep.trials import FINISHED, read_trials
-from orchestrator.train.nodes import RayCluster
+from orchestrator.train.driver.nodes import RayCluster
+from orchestrator.train.driver.placement import places_in_all, places_now
+from orchestrator.train.driver.warm import WarmGroup
 from orchestrator.train.packing import Packing
-from orchestrator.train.placement import places_in_all, places_now
-from orchestrator.train.warm import WarmGroup
 from tests.own_ray import STORE, join, own_ray
 
 # minutes: three nodes, and workers that load a base

@@ -12,8 +12,8 @@ from orchestrator.spec.load import load_job_text
 from orchestrator.spec.sharing import base_key
 from orchestrator.sweep.runner import SweepRunner
 from orchestrator.sweep.trials import STOPPED, read_trials
+from orchestrator.train.driver.warm import WarmGroup
 from orchestrator.train.packing import Packing
-from orchestrator.train.warm import WarmGroup
 from tests.own_ray import join, own_ray
 from tests.patience import patience
 

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.train.batches import collate, epoch_order, num_steps, share, steps
-from orchestrator.train.render import IGNORED, Example
+from orchestrator.train.rows.batches import collate, epoch_order, num_steps, share, steps
+from orchestrator.train.rows.render import IGNORED, Example
 
 JOBS = st.fixed_dictionaries(
     {

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from orchestrator import objects
-from orchestrator.train.checkpoint import (
+from orchestrator.train.worker.checkpoint import (
     MANIFEST,
     OPTIMIZER_FILE,
     Position,

@@ -13,7 +13,7 @@ import torch
 from orchestrator import lease, objects
 from orchestrator.errors import LeaseError, StorageError
 from orchestrator.store import Run, RunStore
-from orchestrator.train.checkpoint import (
+from orchestrator.train.worker.checkpoint import (
     OPTIMIZER_FILE,
     Position,
     damage_of,
@@ -24,7 +24,7 @@ from orchestrator.train.checkpoint import (
     steps_in,
     write_checkpoint,
 )
-from orchestrator.train.run import train
+from orchestrator.train.worker.run import train
 
 from ..faulty import FaultyStorage, dies_at
 from ..test_store import job as small_job

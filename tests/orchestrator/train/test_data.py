@@ -6,7 +6,7 @@ import pytest
 
 from orchestrator.errors import DataError
 from orchestrator.spec.job import JobSpec
-from orchestrator.train.data import allowed_length, load_examples
+from orchestrator.train.worker.data import allowed_length, load_examples
 
 from .chats import tokenizer
 

@@ -16,10 +16,10 @@ from orchestrator.plan import Plan
 from orchestrator.runner import Spent, TrainRequest
 from orchestrator.spec.job import RetrySpec
 from orchestrator.spec.workers import group_sizes
-from orchestrator.train.attempts import Attempts, Leave
-from orchestrator.train.elastic import Growth, largest, size_to_try
-from orchestrator.train.nodes import NODE_LABEL, labels_without
-from orchestrator.train.placement import NodeRoom, places_in_all, places_now
+from orchestrator.train.driver.attempts import Attempts, Leave
+from orchestrator.train.driver.elastic import Growth, largest, size_to_try
+from orchestrator.train.driver.nodes import NODE_LABEL, labels_without
+from orchestrator.train.driver.placement import NodeRoom, places_in_all, places_now
 from orchestrator.train.retries import FailureKind, Retries, smaller_micro_batch
 
 from .tiny import plan

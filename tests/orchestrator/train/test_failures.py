@@ -18,7 +18,7 @@ from orchestrator.errors import (
     StorageError,
     TrainingError,
 )
-from orchestrator.train.failures import failure_of, failure_of_ranks, one_line
+from orchestrator.train.driver.failures import failure_of, failure_of_ranks, one_line
 from orchestrator.train.retries import FailureKind
 
 LOST = WorkerHealthCheckFailedError(

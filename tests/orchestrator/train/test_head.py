@@ -10,8 +10,8 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import peft_dist
-from orchestrator.train.head import for_targets
-from orchestrator.train.loss import IGNORED, num_targets, target_loss
+from orchestrator.train.tasks.head import for_targets
+from orchestrator.train.tasks.loss import IGNORED, num_targets, target_loss
 
 SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
 

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from orchestrator.errors import ModelError
 from orchestrator.spec.job import JobSpec
-from orchestrator.train.inspection import histogram, inspect, inspected, max_positions, token_texts
+from orchestrator.train.worker.inspection import histogram, inspect, inspected, max_positions, token_texts
 
 from .chats import TINY_LLAMA, tokenizer
 

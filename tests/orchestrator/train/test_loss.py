@@ -1,7 +1,7 @@
 import torch
 import torch.nn.functional as F
 
-from orchestrator.train.loss import IGNORED, LossScale, num_targets, target_loss
+from orchestrator.train.tasks.loss import IGNORED, LossScale, num_targets, target_loss
 
 
 def batch(virtual: int = 0):

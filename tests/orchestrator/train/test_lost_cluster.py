@@ -6,7 +6,7 @@ import pytest
 from ray.exceptions import RaySystemError
 
 from orchestrator.errors import ClusterError, DataError, NotFiniteError, TrainingError
-from orchestrator.train.launch import RayRunner
+from orchestrator.train.driver.launch import RayRunner
 
 from .tiny import job, request
 

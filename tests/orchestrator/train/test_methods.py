@@ -8,9 +8,9 @@ from transformers import AutoTokenizer
 
 import peft_dist
 from orchestrator.spec.adapter import method_names
-from orchestrator.train.data import load_examples
-from orchestrator.train.run import train
 from orchestrator.train.tasks.causal import CausalLM
+from orchestrator.train.worker.data import load_examples
+from orchestrator.train.worker.run import train
 from peft_dist.catalog import METHODS, config_class
 from peft_dist.loading import load_base
 

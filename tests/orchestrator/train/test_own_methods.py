@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from orchestrator.spec.load import load_job_text
 from orchestrator.spec.methods import method_rows
-from orchestrator.train.run import train
+from orchestrator.train.worker.run import train
 from tests.orchestrator.train.tiny import job, plan, request
 
 torch.set_num_threads(1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from orchestrator.train.pace import Kind, Mode, Pace
+from orchestrator.train.worker.pace import Kind, Mode, Pace
 
 
 def run(pace: Pace, kind: Kind, together: float, turns: float, rounds: int = 10) -> list[Mode]:

@@ -15,13 +15,13 @@ import torch
 from orchestrator.plan import Plan
 from orchestrator.runner import TrainRequest
 from orchestrator.spec.sharing import base_key
-from orchestrator.train import joint
-from orchestrator.train.checkpoint import steps_in
-from orchestrator.train.ground import Ground
 from orchestrator.train.group import Group
-from orchestrator.train.loop import Training
-from orchestrator.train.pack import Pack
 from orchestrator.train.packing import Packing
+from orchestrator.train.worker import joint
+from orchestrator.train.worker.checkpoint import steps_in
+from orchestrator.train.worker.ground import Ground
+from orchestrator.train.worker.loop import Training
+from orchestrator.train.worker.pack import Pack
 from peft_dist.rows import Rows
 
 from .packs import Heard, alone, apart, packed, tensors_of
@@ -136,7 +136,7 @@ def test_runs_enter_and_leave_and_go_on_alone(way, tmp_path):
     """One leaves after two steps and goes on by itself; one that began by itself goes on in the pack."""
     requests = unlike(tmp_path, of("lora", lora_dropout=0.2), of("lora"), of("ia3"), of("lora"))
     wanted = the_same_alone(requests)
-    from orchestrator.train.run import train
+    from orchestrator.train.worker.run import train
 
     train(requests["run2"], reporter=Heard(stop_after=1))
     pack, heard = started(requests, way)
@@ -358,7 +358,7 @@ def test_auto_measures_both_ways_and_keeps_to_the_law(tmp_path):
 
 def mixtures(folder: Path, kind: str = "xlora") -> list[dict[str, Any]]:
     """Adapters that weigh two that are there."""
-    from orchestrator.train.run import train
+    from orchestrator.train.worker.run import train
 
     parts = {
         name: train(
@@ -402,7 +402,7 @@ class Normed(torch.nn.Embedding):
 
 def test_runs_on_a_base_with_batch_norm_come_after_one_another(tmp_path, monkeypatch):
     """Each begins with the statistics that were loaded, and measures the bare base with its own."""
-    from orchestrator.train import ground
+    from orchestrator.train.worker import ground
 
     real = ground.load_frozen_base
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from orchestrator.runner import TrainRequest
-from orchestrator.train.run import train
+from orchestrator.train.worker.run import train
 from tests.ranks import run_on_ranks
 
 from .packs import Heard, packed

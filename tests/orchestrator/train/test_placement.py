@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 
 from orchestrator.spec.workers import group_sizes
-from orchestrator.train.placement import NodeRoom, capacity, what_is_missing, why_impossible
+from orchestrator.train.driver.placement import NodeRoom, capacity, what_is_missing, why_impossible
 
 from .tiny import plan
 

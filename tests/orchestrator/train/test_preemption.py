@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from orchestrator.train import preemption
-from orchestrator.train.checkpoint import steps_in
 from orchestrator.train.events import Reporter
-from orchestrator.train.run import train
+from orchestrator.train.worker.checkpoint import steps_in
+from orchestrator.train.worker.run import train
 from tests.ranks import run_on_ranks
 
 from .ends import difference

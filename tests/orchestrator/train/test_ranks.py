@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from orchestrator.train.run import train
+from orchestrator.train.worker.run import train
 from tests.ranks import RankFailed, run_on_ranks
 
 from .ends import difference

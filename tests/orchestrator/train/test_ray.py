@@ -17,8 +17,8 @@ from ray.util.placement_group import placement_group, placement_group_table, rem
 
 from orchestrator.errors import DataError, Interrupted, OutOfTimeError, PlacementError, TrainingError
 from orchestrator.keeper import descendants
-from orchestrator.train.checkpoint import steps_in
-from orchestrator.train.launch import RayRunner
+from orchestrator.train.driver.launch import RayRunner
+from orchestrator.train.worker.checkpoint import steps_in
 
 from .ends import difference
 from .tiny import job, plan, request
@@ -108,7 +108,7 @@ def test_a_run_tells_its_story(uninterrupted, folder):
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_killed_or_frozen_worker_changes_nothing(uninterrupted, folder, number, monkeypatch):
-    monkeypatch.setattr("orchestrator.train.trainer.FROZEN_S", 10.0)
+    monkeypatch.setattr("orchestrator.train.driver.trainer.FROZEN_S", 10.0)
     runner = RayRunner()
     runner.start(request(folder, job(folder, training=LONG), plan(workers=2), run=f"ended-{number.name}"))
     failures = []
@@ -171,7 +171,7 @@ def raise_beside_a_peer_that_waits() -> None:
     import torch.distributed as dist
     from ray.train import get_context
 
-    from orchestrator.train.worker import join, rank_facts
+    from orchestrator.train.worker.entry import join, rank_facts
 
     join(rank_facts())
     if get_context().get_world_rank() == 1:
@@ -256,7 +256,7 @@ FAKE_GPUS = """
 import sys
 from pathlib import Path
 from orchestrator.local_ray import down, ensure_up
-from orchestrator.train.launch import RayRunner
+from orchestrator.train.driver.launch import RayRunner
 from tests.orchestrator.train.tiny import job, plan, request
 up = ensure_up(num_cpus=2, num_gpus=2, object_store_bytes=100_000_000)
 try:

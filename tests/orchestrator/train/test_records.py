@@ -6,8 +6,8 @@ import pytest
 
 from orchestrator.errors import DataError
 from orchestrator.spec.job import DatasetSpec
-from orchestrator.train.records import ALPACA, ALPACA_WITH_INPUT, records
-from orchestrator.train.sources import SourceRow
+from orchestrator.train.rows.records import ALPACA, ALPACA_WITH_INPUT, records
+from orchestrator.train.rows.sources import SourceRow
 
 MESSAGES = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 SHAREGPT = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]

@@ -5,9 +5,9 @@ import pytest
 from orchestrator.chat_template import DEFAULT_CHAT_TEMPLATE
 from orchestrator.errors import DataError
 from orchestrator.spec.job import DatasetSpec
-from orchestrator.train.records import Record, records
-from orchestrator.train.render import IGNORED, render
-from orchestrator.train.sources import read_rows
+from orchestrator.train.rows.records import Record, records
+from orchestrator.train.rows.render import IGNORED, render
+from orchestrator.train.rows.sources import read_rows
 
 from . import chats
 from .chats import CHATML, DIALOGUE, LLAMA3, MISTRAL, THINKING, TINY_LLAMA, tokenizer

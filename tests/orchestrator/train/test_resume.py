@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file
 
 from orchestrator.plan import Plan
-from orchestrator.train.checkpoint import newest_good, steps_in
-from orchestrator.train.loop import Training
-from orchestrator.train.run import train
+from orchestrator.train.worker.checkpoint import newest_good, steps_in
+from orchestrator.train.worker.loop import Training
+from orchestrator.train.worker.run import train
 from peft_dist.optim import AdapterOptimizer
 from tests.ranks import run_on_ranks
 

@@ -13,15 +13,15 @@ from peft import get_peft_model as hf_get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from orchestrator.errors import DataError, ModelError, SpecError, TrainingError
-from orchestrator.train.batches import collate, steps
-from orchestrator.train.checkpoint import damage_of, steps_in
-from orchestrator.train.data import load_examples
-from orchestrator.train.evaluate import Evaluation, evaluate_adapter
 from orchestrator.train.group import Group
-from orchestrator.train.model import silence_dropout
-from orchestrator.train.run import train
-from orchestrator.train.schedule import learning_rate
+from orchestrator.train.rows.batches import collate, steps
 from orchestrator.train.tasks import causal
+from orchestrator.train.worker.checkpoint import damage_of, steps_in
+from orchestrator.train.worker.data import load_examples
+from orchestrator.train.worker.evaluate import Evaluation, evaluate_adapter
+from orchestrator.train.worker.model import silence_dropout
+from orchestrator.train.worker.run import train
+from orchestrator.train.worker.schedule import learning_rate
 from peft_dist.loading import load_base
 
 from .ends import adapter_of

@@ -29,14 +29,14 @@ from orchestrator.plan.model_sizes import read_sizes
 from orchestrator.plan.row_lengths import RowFacts
 from orchestrator.spec.adapter import method_names, peft_config
 from orchestrator.spec.job import AdapterSpec
-from orchestrator.train.batches import steps
-from orchestrator.train.bins import balanced, in_order
-from orchestrator.train.data import load_examples
 from orchestrator.train.group import Group
-from orchestrator.train.run import train
-from orchestrator.train.sequences import check_apart
+from orchestrator.train.rows.batches import steps
+from orchestrator.train.rows.bins import balanced, in_order
 from orchestrator.train.tasks import Step
 from orchestrator.train.tasks.causal import CausalLM
+from orchestrator.train.worker.data import load_examples
+from orchestrator.train.worker.run import train
+from orchestrator.train.worker.sequences import check_apart
 from peft_dist.bins import bins_of
 from peft_dist.catalog import METHODS, config_class
 from peft_dist.errors import RowsError

@@ -5,7 +5,7 @@ import torch
 from transformers import get_scheduler
 
 from orchestrator.spec.job import TrainingSpec
-from orchestrator.train.schedule import evaluates_at, is_due, learning_rate, num_warmup_steps, saves_at
+from orchestrator.train.worker.schedule import evaluates_at, is_due, learning_rate, num_warmup_steps, saves_at
 
 
 @pytest.mark.parametrize("kind", ["constant", "linear", "cosine"])

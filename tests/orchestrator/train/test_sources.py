@@ -15,8 +15,8 @@ import pytest
 from orchestrator.errors import DataError
 from orchestrator.spec.job import DatasetSpec
 from orchestrator.spec.row_files import READ
-from orchestrator.train import sources
-from orchestrator.train.sources import read_rows
+from orchestrator.train.rows import sources
+from orchestrator.train.rows.sources import read_rows
 from tests.orchestrator.s3 import Bucket, s3_bucket, s3_endpoint  # noqa: F401
 
 ROWS = [{"text": "2020-01-01", "n": 1}, {"text": "NA", "n": None}, {"text": "ü\u2028x", "n": 3}]

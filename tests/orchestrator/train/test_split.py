@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.train.split import held_out, place, repeats
+from orchestrator.train.rows.split import held_out, place, repeats
 
 
 def hashes(count: int, start: int = 0) -> list[str]:

@@ -8,11 +8,11 @@ import pytest
 
 from orchestrator.errors import DataError
 from orchestrator.spec.job import AdapterSpec
-from orchestrator.train.data import load_examples
-from orchestrator.train.run import train
-from orchestrator.train.sources import SourceRow
-from orchestrator.train.task_ids import TaskNumbers, task_numbers
-from orchestrator.train.tokenizer import load_tokenizer
+from orchestrator.train.rows.sources import SourceRow
+from orchestrator.train.rows.task_ids import TaskNumbers, task_numbers
+from orchestrator.train.rows.tokenizer import load_tokenizer
+from orchestrator.train.worker.data import load_examples
+from orchestrator.train.worker.run import train
 
 from .ends import adapter_of
 from .tiny import job, plan, request

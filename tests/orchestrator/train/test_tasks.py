@@ -21,18 +21,18 @@ from transformers import (
 import peft_dist
 from orchestrator.errors import DataError, ModelError
 from orchestrator.spec.job import DatasetSpec, EvalSpec
-from orchestrator.train.data import load_examples
-from orchestrator.train.evaluate import Evaluation
 from orchestrator.train.group import Group
-from orchestrator.train.inspection import inspected
-from orchestrator.train.run import train
-from orchestrator.train.sources import SourceRow
+from orchestrator.train.rows.sources import SourceRow
 from orchestrator.train.task_file import read_task_file, write_task_file
 from orchestrator.train.tasks import BY_TYPE, Answering, Facts, task_class
 from orchestrator.train.tasks.classification import in_order, sequence_logits
 from orchestrator.train.tasks.embedding import TEMPERATURE, embeddings, pair_loss, retrieval_ranks
 from orchestrator.train.tasks.qa import exact, overlap, plain
 from orchestrator.train.tasks.token_classification import first_tokens
+from orchestrator.train.worker.data import load_examples
+from orchestrator.train.worker.evaluate import Evaluation
+from orchestrator.train.worker.inspection import inspected
+from orchestrator.train.worker.run import train
 from peft_dist.loading import load_base
 
 from .chats import TINY_LLAMA

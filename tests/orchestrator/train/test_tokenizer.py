@@ -5,7 +5,7 @@ import pytest
 
 from orchestrator.errors import ModelError
 from orchestrator.spec.job import ModelSpec
-from orchestrator.train.tokenizer import load_tokenizer
+from orchestrator.train.rows.tokenizer import load_tokenizer
 
 from .chats import TINY_LLAMA
 

@@ -14,9 +14,9 @@ import pytest
 import ray
 
 from orchestrator.runner import TrainRequest
-from orchestrator.train.checkpoint import steps_in
+from orchestrator.train.driver.warm import GroupDied, WarmGroup
 from orchestrator.train.packing import Packing
-from orchestrator.train.warm import GroupDied, WarmGroup
+from orchestrator.train.worker.checkpoint import steps_in
 
 from .packs import Heard, alone, apart
 from .test_ray import KEEPER, settled, train_workers

@@ -1,0 +1,1 @@
+"""What runs in Ray Serve's proxies, before and around a replica."""

@@ -1,0 +1,1 @@
+"""The driver's side of training: a group of workers placed, started, followed, started again."""
