@@ -126,6 +126,26 @@ def test_orthogonal_factors_cancel_and_both_learn() -> None:
 
 
 @pytest.mark.parametrize(
+    ("make", "target"),
+    [(bases.llama, "q_proj"), (bases.llama, "embed_tokens"), (bases.gpt2, "c_attn"), (bases.gpt2, "wte")],
+)
+def test_mica_keeps_b_at_the_minor_directions(make, target) -> None:
+    config = {"r": 3, "target_modules": [target], "init_lora_weights": "mica", "task_type": "CAUSAL_LM"}
+    models = [library.get_peft_model(make(), library.LoraConfig(**config)) for library in (peft_dist, peft)]
+    close(logits(models[0]), logits(make()))
+    ours, theirs = (
+        library.get_peft_model_state_dict(m) for library, m in zip((peft_dist, peft), models, strict=True)
+    )
+    assert ours.keys() == theirs.keys()
+    for name, t in ours.items():
+        close(t.abs(), theirs[name].abs())  # which of a direction's two signs is left to the library
+    assert models[0].get_nb_trainable_parameters() == models[1].get_nb_trainable_parameters()
+    models[0](input_ids=IDS, labels=IDS).loss.backward()
+    trained = {name for name, p in models[0].named_parameters() if p.grad is not None and p.grad.any()}
+    assert trained == {name for name, p in models[1].named_parameters() if p.requires_grad} != set()
+
+
+@pytest.mark.parametrize(
     ("values", "message"),
     [
         (
@@ -147,7 +167,8 @@ def test_orthogonal_factors_cancel_and_both_learn() -> None:
         ),
         ({"lora_bias": True, "use_dora": True}, "lora_bias: does not go with use_dora"),
         ({"kasa_config": {"beta": 0.1}}, "kasa_config: .* is not supported; only None is"),
-        ({"init_lora_weights": "mica"}, "'mica' is not one of"),
+        ({"r": 20, "init_lora_weights": "mica"}, "r: 20 at .*, which is 16 x 16"),
+        ({"init_lora_weights": "mica", "use_dora": True}, "'mica' does not go with use_dora"),
         ({"target_parameters": "experts"}, "target_parameters: 'experts'; it is a list of names"),
         (
             {"eva_config": 3, "init_lora_weights": "eva"},

@@ -104,12 +104,28 @@ def linear_alone(lora: Any, site: Site) -> bool:
     Raises:
         TargetError: the layer is of another kind.
     """
-    if site.kind in ("linear", "embedding"):
-        return site.kind == "linear"
-    raise TargetError(
-        f"LoraConfig.init_lora_weights: {lora.init_lora_weights!r} starts linear layers; {site.name!r} is a "
-        f"{site.kind}. Leave it out of the targets, or choose another start."
-    )
+    if site.kind != "embedding":
+        check_kind(lora, site, "linear layers", ("linear",))
+    return site.kind == "linear"
+
+
+def check_kind(lora: Any, site: Site, layers: str, kinds: tuple[str, ...]) -> None:
+    """Raises TargetError where the start is for layers of these kinds, and `site` is of another."""
+    if site.kind not in kinds:
+        raise TargetError(
+            f"LoraConfig.init_lora_weights: {lora.init_lora_weights!r} starts {layers}; {site.name!r} is a "
+            f"{site.kind}. Leave it out of the targets, or choose another start."
+        )
+
+
+def check_directions(lora: Any, site: Site) -> None:
+    """Raises ConfigError where W has fewer directions than the rank."""
+    r = lora.rank(site)
+    if r > min(site.out, site.in_):
+        raise ConfigError(
+            f"LoraConfig.r: {r} at {site.name!r}, which is {site.out} x {site.in_}: init_lora_weights "
+            f"{lora.init_lora_weights!r} takes at most {min(site.out, site.in_)} directions of it."
+        )
 
 
 class Residual(Variant):
@@ -130,12 +146,7 @@ class Residual(Variant):
         """(B0 (out, r), A0 (r, in)) of a linear layer."""
 
     def params(self, site: Site) -> dict[str, Param]:
-        r = self.lora.rank(site)
-        if r > min(site.out, site.in_):
-            raise ConfigError(
-                f"LoraConfig.r: {r} at {site.name!r}, which is {site.out} x {site.in_}: init_lora_weights "
-                f"{self.lora.init_lora_weights!r} takes at most {min(site.out, site.in_)} directions of it."
-            )
+        check_directions(self.lora, site)
         return with_start(super().params(site), starts.inherit)
 
     def restore(self, saved: Mapping[str, Tensor], site: Site) -> Mapping[str, Tensor]:

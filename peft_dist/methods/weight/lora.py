@@ -38,13 +38,14 @@ VARIANTS: tuple[tuple[Callable[[LoraConfig], bool], str], ...] = (
     (lambda c: c.start == "corda", "peft_dist.methods.lora.corda:Corda"),
     (lambda c: c.start == "loftq", "peft_dist.methods.lora.loftq:Loftq"),
     (lambda c: c.start == "orthogonal", "peft_dist.methods.lora.orthogonal:Orthogonal"),
+    (lambda c: c.start == "mica", "peft_dist.methods.lora.mica:Mica"),
     (lambda c: c.lora_bias, "peft_dist.methods.lora.bias:Biased"),
     (lambda c: c.use_dora, "peft_dist.methods.lora.dora:Dora"),
     (lambda c: bool(c.target_parameters), "peft_dist.methods.lora.experts:Experts"),
 )
 # Where programs look for an adapter's tensors on any layer with LoRA.
 HOLDERS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
-_STARTS = ("gaussian", "eva", "olora", "pissa", "corda", "loftq", "orthogonal")
+_STARTS = ("gaussian", "eva", "olora", "pissa", "corda", "loftq", "orthogonal", "mica")
 _NITER = re.compile(r"pissa_niter_\d+")
 # Fields of variants that are not here, with the values that leave them out.
 _NOT_HERE: dict[str, tuple[Any, ...]] = {
@@ -74,7 +75,7 @@ class LoraConfig(TargetedConfig, WeightMethod):
         bias: which biases are trained too: none, all, or those of the targets (lora_only).
         use_rslora: scale by alpha / sqrt(r).
         init_lora_weights: True: A Kaiming uniform, B zero; "gaussian": A normal, B zero; False: both random;
-            "orthogonal", "pissa", "pissa_niter_N", "olora", "eva", "corda", "loftq": see `methods/lora`.
+            "orthogonal", "pissa", "pissa_niter_N", "olora", "eva", "corda", "loftq", "mica": see `methods/lora`.
         layers_to_transform: indices of the layers to adapt; all where None.
         layers_pattern: name of the list of layers that those indices count.
         rank_pattern, alpha_pattern: other ranks and alphas, by regular expressions on the ends of names.

@@ -31,6 +31,7 @@ CASES = (
     Case("LORA", "pissa of an embedding", {"r": 4, "init_lora_weights": "pissa"}, ("embedding",)),
     Case("LORA", "fast pissa", {"r": 2, "init_lora_weights": "pissa_niter_4"}, ("linear",)),
     Case("LORA", "olora", {"r": 2, "lora_alpha": 3, "init_lora_weights": "olora"}, LINEAR),
+    Case("LORA", "mica", {"r": 2, "lora_alpha": 3, "init_lora_weights": "mica"}, (*LINEAR, "embedding")),
     Case("LORA", "eva", {"r": 4, "init_lora_weights": "eva"}, ("linear",)),
     Case("LORA", "dora from pissa", {"r": 4, "use_dora": True, "init_lora_weights": "pissa"}, ("linear",)),
 )
@@ -121,6 +122,10 @@ PARITY = {
     ),
     "lora_bias": Parity("llama", "LoraConfig", {**_LORA, "lora_bias": True}),
     "orthogonal": Parity("llama", "LoraConfig", {**_LORA, "init_lora_weights": "orthogonal"}),
+    "mica": Parity("llama", "LoraConfig", {**_LORA, "init_lora_weights": "mica"}),
+    "mica of an embedding": Parity(
+        "llama", "LoraConfig", {**_LORA, "init_lora_weights": "mica", "target_modules": ["embed_tokens"]}
+    ),
     "gaussian": Parity("llama", "LoraConfig", {**_LORA, "init_lora_weights": "gaussian"}),
     "tokens beside lora": Parity("llama", "LoraConfig", {**_LORA, "trainable_token_indices": [3, 5, 40]}),
     "tokens of a tied embedding": Parity(
@@ -190,7 +195,7 @@ FIELDS = {
     "init_lora_weights": (
         *(
             Field(start, "start")
-            for start in (False, "gaussian", "orthogonal", "pissa", "pissa_niter_2", "olora")
+            for start in (False, "gaussian", "orthogonal", "pissa", "pissa_niter_2", "olora", "mica")
         ),
         Field("nonsense", "error"),
     ),
