@@ -113,9 +113,9 @@ def test_a_context_is_trained_on_its_own_answers_too(tmp_path):
     [
         {"use_dora": True}, {"use_rslora": True}, {"lora_bias": True}, {"init_lora_weights": "gaussian"},
         {"init_lora_weights": "orthogonal"}, {"init_lora_weights": "pissa"}, {"init_lora_weights": "pissa_niter_4"},
-        {"init_lora_weights": "olora"}, {"init_lora_weights": "mica"}, {"init_lora_weights": "eva"}, {"init_lora_weights": "corda"},
-        {"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4}}, {"trainable_token_indices": [70, 71]},
-        {"modules_to_save": ["embed_tokens"]}, {"rank_pattern": {"q_proj": 2}},
+        {"init_lora_weights": "olora"}, {"init_lora_weights": "mica"}, {"init_lora_weights": "eva"},
+        {"init_lora_weights": "corda"}, {"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4}},
+        {"trainable_token_indices": [70, 71]}, {"modules_to_save": ["embed_tokens"]}, {"rank_pattern": {"q_proj": 2}},
         {"layer_replication": [[0, 2], [1, 2]]},
     ],
     ids=str,
