@@ -208,7 +208,9 @@ async def _unexpected(request: Request, error: Exception) -> Response:
 def _no_route(request: Request, error: Exception, paths: list[str]) -> Response:
     path = request.url.path
     if getattr(error, "status_code", 404) == 405:
-        return _error_response(ApiError(f"{path} does not take {request.method}.", status=405))
+        refused = _error_response(ApiError(f"{path} does not take {request.method}.", status=405))
+        refused.headers.update(getattr(error, "headers", None) or {})  # which methods it takes
+        return refused
     near = closest(path, paths)
     hint = f" Closest: {near[0]}." if near else f" Here are: {', '.join(paths)}."
     return _error_response(ApiError(f"There is no {path}.{hint}", status=404, code="unknown_url"))
