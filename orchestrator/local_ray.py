@@ -40,7 +40,7 @@ RAY_HEAD = Path(__file__).parent / "submit" / "ray_head.py"
 LOOPBACK_ONLY = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 # Ray Train's controller looks at its workers every 2 s by default: that long, a finished run seems to go on.
 QUICK_TRAIN = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2"}
-# Serve's proxies answer for a replica that went away as OpenAI's clients read it; see serve/broken_answers.py.
+# Serve's proxies answer for a replica that went away as OpenAI's clients read it; see serve/proxy/broken_answers.py.
 READABLE_ERRORS = {
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "orchestrator.serve.proxy.broken_answers:middlewares"
 }

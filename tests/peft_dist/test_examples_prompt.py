@@ -125,7 +125,7 @@ def test_multitask_prompt_tuning_of_t5_and_on_to_a_task(tmp_path) -> None:
     )
     model = get_peft_model(t5(tmp_path), peft_config)
     tasks = torch.tensor([0, 1, 1, 0])
-    train(model, {**PAIRS, "task_ids": tasks})
+    train(model, {**PAIRS, "task_ids": tasks}, 1e-5)
     saved_and_loaded(model, t5(tmp_path), tmp_path, task_ids=tasks)
     for start in ("EXACT_SOURCE_TASK", "AVERAGE_SOURCE_TASKS"):
         target = get_peft_model(
@@ -139,7 +139,7 @@ def test_multitask_prompt_tuning_of_t5_and_on_to_a_task(tmp_path) -> None:
                 num_transformer_submodules=1,
             ),
         )
-        train(target, {**PAIRS, "task_ids": torch.zeros(4, dtype=torch.long)})
+        train(target, {**PAIRS, "task_ids": torch.zeros(4, dtype=torch.long)}, 1e-5)
 
 
 def test_the_modules_docstrings() -> None:

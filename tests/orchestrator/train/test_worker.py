@@ -9,7 +9,7 @@ SCRIPT = """
 import sys, types
 import torch
 from orchestrator.merging.room import own_bytes
-from orchestrator.train import entry as worker
+from orchestrator.train.worker import entry as worker
 
 if sys.argv[1] == "without":
     worker.map_large_blocks = lambda: None
