@@ -17,6 +17,7 @@ from ..merging.merge import merge as merge_adapter
 from ..service import OnEvent
 from .found import ignore, registry_of
 from .own_ray import is_up, leave, stays_up
+from .signals import handled, interrupt
 
 
 def merge(
@@ -52,7 +53,7 @@ def merge(
     where = load_cluster(cluster)
     check_out(out)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_terminated_as_interrupted())
+        stack.enter_context(handled((signal.SIGTERM,), interrupt))  # what was half-made is taken away
         adapter = stack.enter_context(_adapter_to_merge(ref, cluster))
         ours = load_cluster("local") if where.is_remote else where
         was_up = is_up(ours)
@@ -76,24 +77,6 @@ def merge(
             if not stays_up(ours, was_up):
                 leave(ours)
             wiring.disconnect()
-
-
-@contextlib.contextmanager
-def _terminated_as_interrupted() -> Iterator[None]:
-    """Within the context SIGTERM ends what runs as Ctrl-C does: what was half-made is taken away."""
-
-    def end(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    try:
-        before = signal.signal(signal.SIGTERM, end)
-    except ValueError:  # not the main thread: signals are the program's own business
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import time
@@ -24,6 +23,7 @@ from ..sweep.result import SweepResult, read_sweep
 from .asked import key_of
 from .found import JobSource, cluster_of, environment_of, ignore, load, stored_run
 from .own_ray import is_up, leave, stays_up
+from .signals import handled
 
 CANCEL_S = 40.0
 """A run leaves within 30 s of being asked to."""
@@ -61,7 +61,7 @@ def run(
         on_event({"event": "warning", "message": warning})
     stop = service.StopRequest()
     try:
-        with _signals(stop):
+        with handled((signal.SIGINT, signal.SIGTERM), stop.ask):
             result = service.run_job(
                 loaded.spec,
                 environment,
@@ -85,25 +85,6 @@ def run(
     )
     notes = (f"Ray stays up for {why}",) if stays and not was_up else ()
     return replace(result, notes=(*result.notes, *notes))
-
-
-@contextlib.contextmanager
-def _signals(stop: service.StopRequest) -> Iterator[None]:
-    """Within the context Ctrl-C and SIGTERM ask for a checkpoint first."""
-
-    def ask(number: int, frame: object) -> None:
-        stop.ask()
-
-    try:
-        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not the main thread: signals are the program's own business
-        yield
-        return
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _with_answers(result: RunResult, registry: Registry) -> RunResult:
