@@ -386,6 +386,7 @@ def main() -> int:
                     "ours": round(line.ours, 3),
                     "target": round(line.target, 3),
                     "met": line.is_met,
+                    **({"beside": line.beside.removeprefix("; ")} if line.beside else {}),
                 }
                 for line in lines
             ],
