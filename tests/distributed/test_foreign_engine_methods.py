@@ -266,6 +266,7 @@ def test_a_term_of_the_loss_needs_whole_factors() -> None:
 READS_THE_BASE: dict[str, PeftConfig | str] = {
     "pissa": LoraConfig(r=2, init_lora_weights="pissa", **run.SOME),
     "olora": LoraConfig(r=2, init_lora_weights="olora", **run.SOME),
+    "mica": LoraConfig(r=2, init_lora_weights="mica", **run.SOME),
     "dora": LoraConfig(r=2, use_dora=True, **run.SOME),
     "DELORA": "DELORA",
     "OSF": "OSF",

@@ -27,6 +27,7 @@ CONFIGS: dict[str, tuple[str, dict]] = {
     "lora_bias": ("llama", {"lora_bias": True, "target_modules": ["q_proj"]}),
     "pissa": ("llama", {"init_lora_weights": "pissa"}),
     "olora": ("llama", {"init_lora_weights": "olora"}),
+    "mica": ("llama", {"init_lora_weights": "mica"}),
     "loftq": ("llama", {"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4, "loftq_iter": 2}}),
     "tokens": ("tied_llama", {"trainable_token_indices": IDS[0, :3].tolist()}),
     "tied": ("tied_llama", {"target_modules": ["embed_tokens", "q_proj"], "ensure_weight_tying": True}),

@@ -198,6 +198,7 @@ STARTS: dict[str, Callable[[], PeftConfig]] = {
     "PROMPT_TUNING": run.METHODS["PROMPT_TUNING"],
     "PiSSA": lambda: LoraConfig(r=3, init_lora_weights="pissa", **SOME),
     "OLoRA": lambda: LoraConfig(r=3, init_lora_weights="olora", **SOME),
+    "MiCA": lambda: LoraConfig(r=3, init_lora_weights="mica", **SOME),
     "DoRA": lambda: LoraConfig(r=3, use_dora=True, **SOME),
     "DELORA": lambda: DeloraConfig(r=3, **SOME),
     "OSF": lambda: OSFConfig(effective_rank=5, **SOME),

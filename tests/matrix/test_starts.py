@@ -22,6 +22,7 @@ from tests.ranks import run_on_ranks
 VARIANTS: dict[str, dict[str, Any]] = {
     "PiSSA": {"init_lora_weights": "pissa"},
     "OLoRA": {"init_lora_weights": "olora"},
+    "MiCA": {"init_lora_weights": "mica"},
     "DoRA": {"use_dora": True},
 }
 STORAGES = ("fp32", "bf16", "nf4")
