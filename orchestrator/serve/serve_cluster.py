@@ -161,13 +161,16 @@ def find_door() -> Door | None:
     return Door(options.host, options.port)
 
 
+def _details() -> dict[str, dict[str, Any]]:
+    """What Serve says of each application, ours or another's, by its name; empty where no Serve runs."""
+    client = _client()
+    return {} if client is None else client.get_serve_details()["applications"]
+
+
 def applications() -> dict[str, Application]:
     """Our applications by endpoint; empty where no Serve runs."""
-    client = _client()
-    if client is None:
-        return {}
     found = {}
-    for name, details in client.get_serve_details()["applications"].items():
+    for name, details in _details().items():
         if (endpoint := endpoint_of(name)) is not None:
             found[endpoint] = _application(endpoint, details)
     return found
@@ -175,23 +178,17 @@ def applications() -> dict[str, Application]:
 
 def route_taken(prefix: str) -> str | None:
     """The application, ours or another's, that is mounted at a prefix."""
-    client = _client()
-    if client is None:
-        return None
-    there = client.get_serve_details()["applications"].items()
-    return next((name for name, details in there if details.get("route_prefix") == prefix), None)
+    return next((name for name, details in _details().items() if details.get("route_prefix") == prefix), None)
 
 
 def mounted() -> dict[str, Application | None]:
     """Route prefix -> our application there, None for another's; empty where no Serve runs."""
-    client = _client()
-    if client is None:
-        return {}
-    found = {}
-    for name, details in client.get_serve_details()["applications"].items():
-        endpoint = endpoint_of(name)
-        found[details.get("route_prefix")] = _application(endpoint, details) if endpoint is not None else None
-    return {prefix: application for prefix, application in found.items() if prefix is not None}
+    found: dict[str, Application | None] = {}
+    for name, details in _details().items():
+        if (prefix := details.get("route_prefix")) is not None:
+            endpoint = endpoint_of(name)
+            found[prefix] = None if endpoint is None else _application(endpoint, details)
+    return found
 
 
 def start_application(endpoint: str, registry_url: str, placement: Placement, version: str) -> None:
