@@ -6,17 +6,13 @@ arXiv:2604.01694, minor component adaptation.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from peft_dist.contract import BaseLayer, Param, Params, Site
 from peft_dist.errors import ConfigError
 from peft_dist.lazy import lazy
 from peft_dist.methods.lora.variant import Variant, check_directions, check_kind
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 torch = lazy("torch")
 
@@ -42,8 +38,3 @@ class Mica(Variant):
         U, _, _ = torch.linalg.svd(W.to(torch.promote_types(W.dtype, torch.float32)), full_matrices=False)
         p["B"].copy_(U[:, -self.lora.rank(base.site) :])
         p["A"].zero_()
-
-    @classmethod
-    def mixed(cls, methods: Sequence[Any], p: Params, base: BaseLayer, x: Tensor) -> Tensor | None:
-        # Only trained tensors come stacked: each part runs by itself.
-        return None
