@@ -1,5 +1,5 @@
 """The job: one immutable object per section of the YAML. Rules inside a section stand here, rules across
-sections in `rules.py`; loading and places in the file in `load.py`, other projects' names in `aliases.py`.
+sections in `rules.py`; loading and places in the file in `load.py`, other projects' names in `alias_table.py`.
 
 Names are those that users of Axolotl, Hugging Face and LLaMA-Factory know.
 """

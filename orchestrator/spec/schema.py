@@ -8,7 +8,7 @@ from pydantic import TypeAdapter
 from pydantic.errors import PydanticSchemaGenerationError
 
 from .adapter import MethodField, method_fields, method_names
-from .aliases import DATASET_TYPES, ROWS, SECTION_ALIASES
+from .alias_table import DATASET_TYPES, ROWS, SECTION_ALIASES
 from .job import JobSpec
 from .load import FORMAT
 from .places import MISSING

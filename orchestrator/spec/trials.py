@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from ..errors import closest
 from .adapter import check_adapter
-from .aliases import BY_NAME
+from .alias_table import BY_NAME
 from .deepspeed_keys import check_deepspeed
 from .job import JobSpec
 from .places import Path, Problem, Tree, dotted

@@ -9,7 +9,7 @@ from pydantic import BaseModel
 from peft_dist.catalog import METHODS, config_class
 
 from ..errors import closest
-from .aliases import BY_NAME, ROWS, SECTION_ALIASES
+from .alias_table import BY_NAME, ROWS, SECTION_ALIASES
 from .job import JobSpec
 from .places import Path, Problem, dotted
 from .words import field_at, known_paths, model_in

@@ -1,6 +1,6 @@
 import pytest
 
-from orchestrator.spec.aliases import BY_NAME, DATASET_REFUSED, DATASET_TYPES, ROWS
+from orchestrator.spec.alias_table import BY_NAME, DATASET_REFUSED, DATASET_TYPES, ROWS
 from orchestrator.spec.canonical import resolved_values
 from orchestrator.spec.load import load_job_text
 

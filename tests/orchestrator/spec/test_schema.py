@@ -5,7 +5,7 @@ from jsonschema import Draft202012Validator
 from ruamel.yaml import YAML
 
 from orchestrator.spec.adapter import method_names
-from orchestrator.spec.aliases import ROWS
+from orchestrator.spec.alias_table import ROWS
 from orchestrator.spec.canonical import resolved_yaml
 from orchestrator.spec.job import JobSpec
 from orchestrator.spec.schema import json_schema
