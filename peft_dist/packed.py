@@ -152,8 +152,10 @@ def follow_the_weight(layer: Any) -> None:
     Raises:
         BaseLayerError: the engine has cast the codes.
     """
+    if not is_quantised(layer) or statistics(layer):
+        return
     weight = layer.weight
-    if not hasattr(weight, "ds_id") or statistics(layer) or getattr(weight, "has_fp16_weights", False):
+    if not hasattr(weight, "ds_id") or getattr(weight, "has_fp16_weights", False):
         return
     stored_in = weight.quant_storage if is_4bit(type(layer)) else torch.int8
     if weight.dtype != stored_in:

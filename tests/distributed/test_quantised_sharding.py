@@ -482,6 +482,11 @@ def dequantised(storage: str, sharded: bool) -> dict[str, Any]:
     model.unmerge_adapter()
     report["unmerged"] = run.evaluate(model)
     report["restored"] = stored(model)
+    # Layers that are dense by the first forward after an adapter came.
+    model.add_adapter("second", run.METHODS["IA3"]())
+    model.merge_adapter(["default"], dequantize=True)
+    report["merged anew"] = run.evaluate(model)
+    model.unmerge_adapter()
     plain = model.merge_and_unload(dequantize=True)
     report["left"] = [name for name, m in plain.named_modules() if packed.is_quantised(m)]
     report["bytes"] = sharding.bytes_at_rest(plain)
@@ -505,6 +510,7 @@ def test_a_merge_that_dequantises_is_exact_on_every_rank_and_undone(storage: str
         bound = 5e-3 if storage == "int8" else 1e-5
         assert (report["merged"] - report["before"]).abs().max() < bound
         assert torch.equal(report["merged again"], report["merged"])
+        assert torch.equal(report["merged anew"], report["merged"])
         assert torch.equal(report["unmerged"], report["before"])
         assert all(torch.equal(report["restored"][key], value) for key, value in report["stored"].items())
         for key in ("before", "merged", "disabled", "alone"):
