@@ -61,7 +61,6 @@ class Pack:
         self.ground, self.group, self.way = ground, ground.group, packing.way
         self.trials: dict[str, Trial] = {}
         self._tell, self._clock, self._pace = tell, clock, Pace()
-        self._entered = 0
         self._most = packing.joined or 2**31
         self._apart: dict[Kind, str] = {}
         """Kinds of rounds that cannot run together, and why."""
@@ -74,6 +73,7 @@ class Pack:
         told.
 
         Args:
+            name: without dots; the adapter's on the base is made of it, and what is said of it calls it so.
             from_checkpoint: URL of another run's, to go on from where this one has none.
 
         Raises:
@@ -82,8 +82,7 @@ class Pack:
         if name in self.trials:
             raise ValueError(f"the pack has a run {name!r} already")
         began = self._clock()
-        self._entered += 1
-        adapter = f"trial-{self._entered}"
+        adapter = f"trial-{name}"
         scratch = tempfile.TemporaryDirectory(prefix="raypeft-")
         made: list[Trial] = []
 
