@@ -308,13 +308,6 @@ class Tensors(nn.Module):
         """The columns of its matrix."""
         return self._matrix("in_features").shape[1]
 
-    def __getattr__(self, attribute: str) -> Any:
-        # A linear layer without a bias says None.
-        held = self.__dict__["_parameters"]
-        if attribute == "bias" and "bias" not in held and "weight" in held:
-            return None
-        return super().__getattr__(attribute)
-
     def _matrix(self, wanted: str) -> Tensor:
         weight = self._parameters.get("weight")
         if weight is None or weight.ndim != 2:
@@ -627,4 +620,7 @@ def _hang(module: nn.Module, param: Param, adapter: str, tensor: Tensor) -> Plac
         node._non_persistent_buffers_set.add(last)
     place = Place(node, "_parameters" if isinstance(tensor, nn.Parameter) else "_buffers", last)
     place.put(tensor)
+    if isinstance(node, Tensors) and last == "weight":
+        # A linear layer without a bias says None.
+        node._parameters.setdefault("bias", None)
     return place

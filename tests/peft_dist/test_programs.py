@@ -534,12 +534,22 @@ def test_embeddings_that_a_base_does_not_tell_are_not_left_out_in_silence(tmp_pa
         assert not any("base_layer" in key for key in load_file(tmp_path / "adapter_model.safetensors"))
 
 
-def test_a_model_within_fully_sharded_data_parallel_has_the_names_of_its_own(tmp_path) -> None:
-    """As far as one process shows it: names and values, and a forward on tensors that are no Parameters then."""
+@pytest.mark.parametrize(
+    ("peft_type", "values"),
+    [
+        ("LORA", {**TARGETS, "init_lora_weights": False}),
+        ("LORA", {**TARGETS, "init_lora_weights": False, "lora_bias": True}),
+        ("LN_TUNING", {"base": "gpt2", "target_modules": ["ln_f"]}),
+    ],
+    ids=["lora", "lora with a bias", "layer norms"],
+)
+def test_a_model_within_fully_sharded_data_parallel_has_the_names_of_its_own(peft_type, values) -> None:
+    """As far as one process shows it: names and values, and a forward on tensors that are no Parameters then. It
+    takes weights and biases off their modules and hangs its own there."""
     store = torch.distributed.HashStore()
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
-        model = made("LORA", **TARGETS, init_lora_weights=False).eval()
+        model = made(peft_type, **values).eval()
         wanted = model(input_ids=IDS).logits.detach()
         state = {key: t.clone() for key, t in peft_dist.get_peft_model_state_dict(model).items()}
         wrapped = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
