@@ -69,6 +69,8 @@ class PeftModel(PromptedModel):
         if peft_config is None:
             inject.freeze(model)
             return
+        # Of the adapter that it is made with, whatever comes to stand beside that one.
+        self.peft_type = peft_config.peft_type
         self._add(adapter_name, peft_config, autocast_adapter_dtype, low_cpu_mem_usage, start=True)
         self.set_adapter(adapter_name, inference_mode=peft_config.inference_mode)
 

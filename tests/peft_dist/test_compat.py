@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import json
 from pathlib import Path
@@ -17,6 +18,7 @@ from peft_dist.catalog import METHODS, config_class
 from peft_dist.errors import AdapterError, ConfigError
 from tests.contract import bases
 from tests.contract.test_fields import base_values
+from tests.contract.test_peft_parity import PARITY
 
 LINES = [
     line.split()
@@ -155,6 +157,41 @@ def test_programs_ask_a_layer_where_its_tensors_are() -> None:
         )
         head.set_adapter([])
         assert head.active_adapter == []
+
+
+def _settings(layer) -> dict[str, dict]:
+    """What HF PEFT's layers say of their adapters in plain values."""
+    told = {name: getattr(layer, name) for name in layer.other_param_names if name.isidentifier()}
+    return {
+        name: each
+        for name, each in told.items()
+        if type(each) is dict
+        and each
+        and all(isinstance(value, (str, int, float)) for value in each.values())
+    }
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("label", [k for k, v in PARITY.items() if hasattr(peft, v.config)])
+def test_what_a_layer_says_of_its_adapters_is_theirs(label) -> None:
+    """r, scaling, block sizes, numbers of frequencies and the like, layer by layer."""
+    parity = PARITY[label]
+    ours, theirs = (
+        library.get_peft_model(
+            getattr(bases, parity.base)(), getattr(library, parity.config)(**copy.deepcopy(parity.values))
+        )
+        for library in (peft_dist, peft)
+    )
+    assert ours.peft_type == theirs.peft_type
+    layers = dict(ours.named_modules())
+    for name, theirs_here in theirs.named_modules():
+        # HF PEFT puts the wrappers of one module's parameters into one another in another order.
+        if not isinstance(theirs_here, TheirLayer) or hasattr(theirs_here, "parameter_name"):
+            continue
+        for attribute, told in _settings(theirs_here).items():
+            # HF PEFT divides AdaLoRA's by the rank later.
+            if (parity.config, attribute) != ("AdaLoraConfig", "scaling"):
+                assert dict(getattr(layers[name], attribute)) == told, (name, attribute)
 
 
 def test_a_factor_with_a_bias_has_it() -> None:

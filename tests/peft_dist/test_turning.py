@@ -331,7 +331,7 @@ def test_what_is_warned_of() -> None:
     with pytest.warns(
         UserWarning, match=r"OFTConfig.oft_block_size: 5 does not divide the 12 columns of a.b; 4 is"
     ):
-        assert OFTConfig(oft_block_size=5).block_size(SITE) == 4
+        assert OFTConfig(oft_block_size=5).params(SITE)["Q"].shape == (3, 6)
     with pytest.warns(UserWarning, match=r"HRAConfig.r: 3 is odd"):
         HRAConfig(r=3).params(SITE)
     old = {"peft_type": "OFT", "oft_block_size": 4, "use_cayley_neumann": True}

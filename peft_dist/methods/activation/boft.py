@@ -8,7 +8,7 @@ here there are as many as it says. Dropout replaces blocks of one factor by I wh
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from peft_dist import starts
 from peft_dist.config import TargetedConfig
@@ -96,6 +96,12 @@ class BOFTConfig(TargetedConfig, OwnBias, Turning):
                 f"of {b}; 2^{m - 1} has to divide their number, and 2 their size."
             )
         return num, b
+
+    def facts(self, site: Site) -> dict[str, Any]:
+        return {
+            "boft_block_num": self.blocks(site)[0],
+            "boft_block_size": self.blocks(site)[1],
+        }
 
     def params(self, site: Site) -> dict[str, Param]:
         (num, b), m = self.blocks(site), self.boft_n_butterfly_factor

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from peft_dist import starts
 from peft_dist.config import TargetedConfig
@@ -58,6 +58,9 @@ class HRAConfig(TargetedConfig, OwnBias, Turning):
         self.peft_type = "HRA"
         self.check_layers()
         self.check_bias()
+
+    def facts(self, site: Site) -> dict[str, Any]:
+        return {"hra_r": self.r, "hra_apply_GS": self.apply_GS}
 
     def params(self, site: Site) -> dict[str, Param]:
         if not 1 <= self.r <= site.in_:

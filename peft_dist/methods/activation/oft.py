@@ -108,18 +108,22 @@ class OFTConfig(TargetedConfig, OwnBias, Turning):
     def block_size(self, site: Site) -> int:
         """b at `site`: what is asked for, or what divides and is nearest to it."""
         size = turned_size(site)
-        name, wish = ("r", self.r) if self.r else ("oft_block_size", self.oft_block_size)
-        fits = nearest_divisor(size, wish)
+        fits = nearest_divisor(size, self.r or self.oft_block_size)
+        return size // fits if self.r else fits
+
+    def facts(self, site: Site) -> dict[str, Any]:
+        size = self.block_size(site)
+        return {"r": turned_size(site) // size, "oft_block_size": size}
+
+    def params(self, site: Site) -> dict[str, Param]:
+        size, b = turned_size(site), self.block_size(site)
+        name, wish, fits = ("r", self.r, size // b) if self.r else ("oft_block_size", self.oft_block_size, b)
         if fits != wish:
             warnings.warn(
                 f"OFTConfig.{name}: {wish} does not divide the {size} columns of {site.name}; {fits} is used.",
                 stacklevel=2,
             )
-        return size // fits if self.r else fits
-
-    def params(self, site: Site) -> dict[str, Param]:
-        b = self.block_size(site)
-        shape = (1 if self.block_share else turned_size(site) // b, b * (b - 1) // 2)
+        shape = (1 if self.block_share else size // b, b * (b - 1) // 2)
         key = "oft_embedding_R.weight" if site.kind == "embedding" else "oft_R.weight"
         start = starts.zeros if self.init_weights else starts.gauss(0.1)
         return {"Q": Param(key, ("blocks", "b(b-1)/2"), shape, start), **self.bias_params(site)}

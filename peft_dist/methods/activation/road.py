@@ -8,7 +8,7 @@ road_4 one for each number of the formula.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from peft_dist import starts
 from peft_dist.config import TargetedConfig
@@ -53,6 +53,9 @@ class RoadConfig(TargetedConfig, ActivationMethod):
             )
         if self.group_size <= 0 or self.group_size % 2:
             raise ConfigError(f"RoadConfig.group_size: {self.group_size!r}; it is positive and even.")
+
+    def facts(self, site: Site) -> dict[str, Any]:
+        return {"variant": self.variant, "group_size": self.group_size}
 
     def params(self, site: Site) -> dict[str, Param]:
         if site.out % self.group_size:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from peft_dist import starts
 from peft_dist.config import TargetedConfig
@@ -63,8 +63,15 @@ class C3AConfig(TargetedConfig, BiasedMethod):
                 f"{', '.join(map(repr, _STARTS))}.{suggest(str(self.init_weights), _STARTS)}"
             )
 
+    def size(self, site: Site) -> int:
+        """b at `site`."""
+        return by_pattern(self.block_size_pattern or {}, site.name, self.block_size)
+
+    def facts(self, site: Site) -> dict[str, Any]:
+        return {"block_size": self.size(site)}
+
     def params(self, site: Site) -> dict[str, Param]:
-        b = by_pattern(self.block_size_pattern or {}, site.name, self.block_size)
+        b = self.size(site)
         for side, size in (("in", site.in_), ("out", site.out)):
             if b < 1 or size % b:
                 raise ConfigError(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from peft_dist import starts
 from peft_dist.config import TargetedConfig
@@ -62,8 +62,16 @@ class FourierFTConfig(TargetedConfig, BiasedMethod):
         self.check_layers()
         self.check_bias()
 
+    def number(self, site: Site) -> int:
+        """n at `site`."""
+        return by_pattern(self.n_frequency_pattern or {}, site.name, self.n_frequency)
+
+    def facts(self, site: Site) -> dict[str, Any]:
+        own = {f"fourierft_{name}": getattr(self, name) for name in ("scaling", "random_loc_seed")}
+        return {"fourierft_n_frequency": self.number(site), **own}
+
     def params(self, site: Site) -> dict[str, Param]:
-        n = by_pattern(self.n_frequency_pattern or {}, site.name, self.n_frequency)
+        n = self.number(site)
         check_number(type(self).__name__, n, site)
         start = starts.zeros if self.init_weights else starts.normal
         places = functools.partial(_places, shape=(site.out, site.in_), n=n, seed=self.random_loc_seed)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from peft_dist import starts
 from peft_dist.config import TargetedConfig
@@ -82,6 +82,9 @@ class LoKrConfig(TargetedConfig, LycorisMethod):
         """o1, o2, i1 and i2 at `site`."""
         channels = site.in_ // math.prod(site.kernel)
         return (*factors(site.out, self.decompose_factor), *factors(channels, self.decompose_factor))
+
+    def facts(self, site: Site) -> dict[str, Any]:
+        return {**super().facts(site), "rank_dropout_scale": self.rank_dropout_scale}
 
     def params(self, site: Site) -> dict[str, Param]:
         r, random = self.rank(site), starts.kaiming_uniform

@@ -8,7 +8,7 @@ no place in `bat`, as in HF PEFT.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from peft_dist import starts
 from peft_dist.config import TargetedConfig
@@ -49,6 +49,9 @@ class ShardSharing(BiasedMethod):
     @property
     def dropout(self) -> float:
         return 0.0 if self.is_bat else self.miss_dropout
+
+    def facts(self, site: Site) -> dict[str, Any]:
+        return {"miss_r": self.r, "miss_mini_r": self.mini_r}
 
     def params(self, site: Site) -> dict[str, Param]:
         r, where = self.r, type(self).__name__

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from peft_dist import starts
 from peft_dist.config import TargetedConfig
@@ -70,6 +70,9 @@ class OSFConfig(TargetedConfig, WeightMethod):
                 f"it keeps between 1 and {size - 1}."
             )
         return k
+
+    def facts(self, site: Site) -> dict[str, Any]:
+        return {"effective_rank": self.num_frozen(site)}
 
     def params(self, site: Site) -> dict[str, Param]:
         k = self.num_frozen(site)

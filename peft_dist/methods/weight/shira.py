@@ -82,6 +82,9 @@ class ShiraConfig(TargetedConfig, WeightMethod):
                 stacklevel=3,
             )
 
+    def facts(self, site: Site) -> dict[str, Any]:
+        return {"r": self.r, "scaling": 1.0}
+
     def params(self, site: Site) -> dict[str, Param]:
         out, in_, n = site.out, site.in_, self.r * (site.out + site.in_)
         if n > out * in_:

@@ -13,7 +13,7 @@ import copy
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from peft_dist import starts
 from peft_dist.config import TargetedConfig
@@ -103,6 +103,11 @@ class WaveFTConfig(TargetedConfig, BiasedMethod):
         if site.name in shares:
             return shares[site.name]
         return by_pattern(self.n_frequency_pattern or {}, site.name, self.n_frequency)
+
+    def facts(self, site: Site) -> dict[str, Any]:
+        names = ("scaling", "random_loc_seed", "wavelet_family", "use_idwt")
+        own = {f"waveft_{name}": getattr(self, name) for name in names}
+        return {"waveft_n_frequency": self.number(site), **own}
 
     def params(self, site: Site) -> dict[str, Param]:
         n = self.number(site)
