@@ -101,15 +101,22 @@ class Desired:
         kept = tuple(entry for entry in self.adapters if entry.ref != ref)
         return replace(self, adapters=kept, rollouts=tuple(each for each in self.rollouts if each.ref != ref))
 
+    def set_up_as(self, other: Desired) -> Desired:
+        """With what another one tells its replicas when they start."""
+        return replace(
+            self, engine=other.engine, threads=other.threads, trust_remote_code=other.trust_remote_code
+        )
+
     def without_promise(self, name: str, alias: str) -> Desired:
-        """No version of `name` takes that alias when it becomes live: another one has it now."""
+        """No version of `name` is on its way to that alias, nor takes it when it becomes live: another one does."""
         kept = tuple(
             replace(entry, alias_when_live=None)
             if (entry.name, entry.alias_when_live) == (name, alias)
             else entry
             for entry in self.adapters
         )
-        return replace(self, adapters=kept)
+        others = tuple(each for each in self.rollouts if (each.name, each.alias) != (name, alias))
+        return replace(self, adapters=kept, rollouts=others)
 
     # rollouts
 
@@ -121,6 +128,14 @@ class Desired:
         """Rolling that out, in place of what was on its way to the same alias."""
         others = tuple(each for each in self.rollouts if each.takes != rollout.takes)
         return replace(self, rollouts=(*others, rollout))
+
+    def watching(self, rollout: Rollout) -> Desired:
+        """Rolling that out from now on. Where the same version was baking on its way there, it is from now on by other
+        terms: those who have it keep it."""
+        there = self.rollout(rollout.name, rollout.alias)
+        if there is not None and (there.ref, there.state) == (rollout.ref, "baking"):
+            rollout = replace(rollout, state="baking", began=rollout.created)
+        return self.with_rollout(rollout)
 
     def after(self, id: str, step: Step, now: float, before: int | None = None) -> Desired:
         """With a rollout's next state; as it is where another has decided it meanwhile.

@@ -98,8 +98,7 @@ class RayEndpoints:
         if running is not None and running.num_running:
             _check_registry(f"{door.url}/{endpoint}", endpoint, self._registry.url)
         entry = Served(version.name, version.version, forced=force and version.lineage.gate_passed is False)
-        rollout = self._rollout(endpoint, version, deploy)
-        before = self._record(endpoint, base, task, version, entry, deploy, rollout)
+        before = self._record(endpoint, base, task, version, entry, deploy)
         started = False
         try:
             if running is None or running.status in ("DELETING", "NOT_STARTED") or _is_dead(running):
@@ -112,10 +111,13 @@ class RayEndpoints:
                 self._change_running(endpoint, running, placement, deploy, on_event)
             live = self._await(endpoint, version.ref, task, door, on_event)
         except BaseException:
-            self._restore(endpoint, before, version.ref, rollout)
+            self._restore(endpoint, before, version.ref)
             if started:
                 serve_cluster.delete_application(endpoint)
+            elif running is not None:
+                self._change_back(endpoint, running)
             raise
+        rollout = self._watch(endpoint, version, deploy)
         if rollout is not None:
             pass  # the replicas see to it
         elif live:
@@ -127,7 +129,9 @@ class RayEndpoints:
             change(
                 self._registry,
                 endpoint,
-                lambda now: now.with_adapter(replace(entry, alias_when_live=deploy.alias)),
+                lambda now: now.without_promise(version.name, deploy.alias).with_adapter(
+                    replace(entry, alias_when_live=deploy.alias)
+                ),
             )
         return Deployment(
             endpoint=endpoint,
@@ -223,20 +227,23 @@ class RayEndpoints:
             )
         return Placement(deploy.num_replicas, cpus, gpus, hide_gpus=gpus == 0)
 
-    def _rollout(self, endpoint: str, version: AdapterVersion, deploy: DeploySpec) -> Rollout | None:
-        """How the version is watched before it takes the alias; None: it takes it at once, as does one that takes it
-        from nobody."""
-        if not deploy.rollout.is_watched:
-            return None
+    def _watch(self, endpoint: str, version: AdapterVersion, deploy: DeploySpec) -> Rollout | None:
+        """Has the version watched before it takes the alias; None: it takes it at once, as does one that takes it from
+        nobody. What was on its way to the alias is taken back, unless it is the same version."""
         desired = desired_of(self._registry, endpoint)
+        if desired is None:
+            raise _undeployed(endpoint)
+        under_way = desired.rollout(version.name, deploy.alias)
+        if under_way is not None and under_way.ref != version.ref:
+            withdraw(self._registry, endpoint, under_way, f"{version.ref} is deployed in its place")
         stable = self._registry.alias(version.name, deploy.alias)
         if (
-            desired is None
+            not deploy.rollout.is_watched
             or stable in (None, version.version)
             or desired.served(f"{version.name}@{stable}") is None
         ):
             return None
-        return Rollout.of(
+        rollout = Rollout.of(
             deploy.rollout,
             version.name,
             version.version,
@@ -244,6 +251,17 @@ class RayEndpoints:
             id=secrets.token_hex(6),
             now=time.time(),
         )
+        change(self._registry, endpoint, lambda now: now.watching(rollout))
+        Reports(self._registry.url, endpoint).note(
+            "rollout",
+            adapter=rollout.ref,
+            alias=rollout.alias,
+            rollout=rollout.id,
+            stable=stable,
+            reasons=[rollout.describe()],
+            by="deploy",
+        )
+        return rollout
 
     def _record(
         self,
@@ -253,7 +271,6 @@ class RayEndpoints:
         version: AdapterVersion,
         entry: Served,
         deploy: DeploySpec,
-        rollout: Rollout | None,
     ) -> Desired | None:
         """Adds a version to the desired state; returns the state before."""
         before = desired_of(self._registry, endpoint)
@@ -263,8 +280,6 @@ class RayEndpoints:
             raise _other_task(endpoint, before.task, task)
         threads = max(1, int(deploy.cpus_per_replica))
         options = EngineOptions.of(deploy.engine) if "engine" in deploy.model_fields_set else None
-        if before is not None and (under_way := before.rollout(entry.name, deploy.alias)) is not None:
-            withdraw(self._registry, endpoint, under_way, f"{entry.ref} is deployed in its place")
 
         def add(now: dict[str, Any] | None) -> dict[str, Any]:
             there = Desired.from_dict(now) if now else Desired(endpoint, base, task=task)
@@ -272,23 +287,11 @@ class RayEndpoints:
             there = replace(
                 there, base=base, threads=threads, trust_remote_code=trusts, engine=options or there.engine
             )
-            there = there.with_adapter(entry)
-            return (there.with_rollout(rollout) if rollout else there).to_dict()
+            return there.with_adapter(entry).to_dict()
 
         reasons = version.lineage.gate_reasons if entry.forced else ()
         self._registry.hold(entry.ref, endpoint, forced=entry.forced, reasons=reasons)
         self._registry.update_endpoint(endpoint, add)
-        if rollout is not None:
-            stable = self._registry.alias(rollout.name, rollout.alias)
-            Reports(self._registry.url, endpoint).note(
-                "rollout",
-                adapter=rollout.ref,
-                alias=rollout.alias,
-                rollout=rollout.id,
-                stable=stable,
-                reasons=[rollout.describe()],
-                by="deploy",
-            )
         return before
 
     def _change_running(
@@ -317,7 +320,7 @@ class RayEndpoints:
         """The version of this code with the endpoint's settings, noted as that which it runs."""
         desired = desired_of(self._registry, endpoint)
         if desired is None:
-            raise ServeError(f"endpoint '{endpoint}' was undeployed meanwhile.", hint="Deploy again.")
+            raise _undeployed(endpoint)
         code = version_of(desired)
         change(self._registry, endpoint, lambda now: replace(now, code=code))
         return code
@@ -336,24 +339,29 @@ class RayEndpoints:
         facts = {"adapter": version.ref, "alias": alias, "before": before, "reasons": why}
         Reports(self._registry.url, endpoint).note("deployed", **facts, by="deploy")
 
-    def _restore(
-        self, endpoint: str, before: Desired | None, ref: str, rollout: Rollout | None = None
-    ) -> None:
+    def _restore(self, endpoint: str, before: Desired | None, ref: str) -> None:
         """Takes a failed deployment back."""
         earlier = before.served(ref) if before else None
 
-        def as_before(now: Desired, entry: Served) -> Desired:
-            kept = tuple(each for each in now.rollouts if rollout is None or each.id != rollout.id)
-            return replace(now.with_adapter(entry), rollouts=kept)
+        def as_before(now: Desired) -> Desired:
+            kept = now.without(ref) if earlier is None else now.with_adapter(earlier)
+            return kept if before is None else kept.set_up_as(before)
 
         if before is None:
             self._registry.update_endpoint(endpoint, lambda stored: None)
-        elif earlier is not None:
-            change(self._registry, endpoint, lambda now: as_before(now, earlier))
         else:
-            change(self._registry, endpoint, lambda now: now.without(ref))
+            change(self._registry, endpoint, as_before)
         if earlier is None:
             self._registry.release(ref, endpoint)
+
+    def _change_back(self, endpoint: str, before: Application) -> None:
+        """Gives a running application the settings and the number of replicas again that it had."""
+        desired, now = desired_of(self._registry, endpoint), serve_cluster.applications().get(endpoint)
+        if desired is None or now is None:
+            return
+        as_many = now.bounds == before.bounds and (now.bounds or now.num_replicas == before.num_replicas)
+        if not as_many or desired.code != version_of(desired):
+            serve_cluster.change_application(before, self._registry.url, self._note_code(endpoint))
 
     def _await(self, endpoint: str, ref: str, task: str, door: Door, on_event: OnEvent) -> bool:
         """Waits until the endpoint answers as `ref`; False where its replica has found no place.
@@ -366,7 +374,7 @@ class RayEndpoints:
         while True:
             app = serve_cluster.applications().get(endpoint)
             if app is None:
-                raise ServeError(f"endpoint '{endpoint}' was undeployed meanwhile.", hint="Deploy again.")
+                raise _undeployed(endpoint)
             # A replica that was killed leaves the application unhealthy until the next one is up.
             if app.has_failed or ill.runs(app.is_recovering) > _SECONDS_TO_RECOVER:
                 raise ServeError(f"endpoint '{endpoint}' does not come up: {cause_of(app.message)}")
@@ -434,6 +442,10 @@ def _other_task(endpoint: str, there: str, task: str) -> ServeError:
         where="deploy.endpoint",
         hint="Deploy it to another endpoint (--endpoint NAME), or leave the name out.",
     )
+
+
+def _undeployed(endpoint: str) -> ServeError:
+    return ServeError(f"endpoint '{endpoint}' was undeployed meanwhile.", hint="Deploy again.")
 
 
 def _trusts_code(version: AdapterVersion) -> bool:

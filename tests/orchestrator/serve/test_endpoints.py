@@ -26,8 +26,10 @@ from orchestrator.errors import PlacementError, RegistryError, ServeError
 from orchestrator.identity import base_identity
 from orchestrator.registry import Registry
 from orchestrator.serve import serve_cluster
+from orchestrator.serve.desired import Desired
 from orchestrator.serve.endpoint_rows import rows_over_http
 from orchestrator.serve.endpoints import RayEndpoints
+from orchestrator.serve.rollout import falls_below
 from orchestrator.serve.rollouts.reports import Reports
 from orchestrator.service import Deployment
 from orchestrator.spec.job import DeploySpec
@@ -145,14 +147,14 @@ def complete(url: str, model: str, **options: Any) -> requests.Response:
 
 
 @contextlib.contextmanager
-def under_load(url: str, model: str) -> Iterator[list[requests.Response]]:
+def under_load(url: str, model: str, **options: Any) -> Iterator[list[requests.Response]]:
     """One client that asks again and again."""
     answers: list[requests.Response] = []
     stop = threading.Event()
 
     def client() -> None:
         while not stop.is_set():
-            answers.append(complete(url, model, max_tokens=2))
+            answers.append(complete(url, model, max_tokens=2, **options))
 
     thread = threading.Thread(target=client)
     thread.start()
@@ -255,6 +257,69 @@ def test_a_damaged_adapter_leaves_the_endpoint_as_it_was(site, live):
     assert site.registry.endpoint_state("tiny") == state and site.registry.holders("bad@1") == []
     assert site.registry.alias("bad", "production") is None
     assert complete(live.url, "docs").status_code == 200
+
+
+WATCHED = {"rollout": {"canary_percent": 30, "bake": "10m"}}
+
+
+@pytest.fixture
+def watched(site, live) -> Any:
+    """Three versions of a new name: the first has the alias, and the second is watched on its way there; a user who
+    gets the second."""
+    name = f"watched-{len(site.registry.names())}"
+    versions = [site.register(name, seed=seed) for seed in (21, 22, 23)]
+    site.deploy(versions[0])
+    assert site.deploy(versions[1], **WATCHED).state == "canary"
+    ref = versions[1].ref
+    user = next(str(user) for user in range(99) if falls_below(30, f"{ref}:{user}"))
+    wait_for(lambda: complete(live.url, name, user=user).headers["x-raypeft-adapter"] == ref)
+    return versions, user
+
+
+def rollout_steps(site, name: str) -> list[tuple[str, str]]:
+    audit = Reports(site.registry.url, "tiny").audit()
+    return [(step["event"], step["adapter"]) for step in audit if step["adapter"].startswith(name)][1:]
+
+
+def test_a_version_that_fails_leaves_what_is_watched_and_how_replicas_are_set_up(site, live, watched):
+    (_, second, third), user = watched
+    with open(f"{third.url}/adapter_model.safetensors", "r+b") as file:
+        file.truncate(100)
+    state = site.registry.endpoint_state("tiny")
+    with pytest.raises(ServeError, match=f"{third.ref} is not served: "):
+        site.deploy(third, engine={"max_context": 16}, num_replicas=2, **WATCHED)
+    assert site.registry.endpoint_state("tiny") == state
+    wait_for(lambda: len(replica_pids("tiny")) == 1)
+    wait_for(lambda: complete(live.url, "tiny", max_tokens=32).status_code == 200)
+    assert complete(live.url, second.name, user=user).headers["x-raypeft-adapter"] == second.ref
+    assert rollout_steps(site, second.name) == [("rollout", second.ref), ("began", second.ref)]
+
+
+def test_other_terms_for_what_is_watched_take_it_from_nobody(site, live, watched):
+    (_, second, _), user = watched
+    with under_load(live.url, second.name, user=user) as answers:
+        site.deploy(second, rollout={"canary_percent": 60, "bake": "10m"})
+        time.sleep(3)
+    assert {answer.headers["x-raypeft-adapter"] for answer in answers} == {second.ref}
+    rollout = Desired.from_dict(site.registry.endpoint_state("tiny")).rollout(second.name, "production")
+    assert (rollout.canary_percent, rollout.state) == (60, "baking")
+    site.deploy(second)
+    assert site.registry.alias(second.name, "production") == 2
+    assert Desired.from_dict(site.registry.endpoint_state("tiny")).rollout(second.name, "production") is None
+    assert [event for event, _ in rollout_steps(site, second.name)] == [
+        "rollout", "began", "rollout", "deployed",
+    ]  # fmt: skip
+
+
+def test_another_version_takes_the_place_of_what_is_watched(site, watched):
+    (_, second, third), _ = watched
+    assert site.deploy(third, **WATCHED).state == "canary"
+    desired = Desired.from_dict(site.registry.endpoint_state("tiny"))
+    assert desired.served(second.ref) is None and desired.rollout(third.name, "production").ref == third.ref
+    assert rollout_steps(site, second.name)[:5] == [
+        ("rollout", second.ref), ("began", second.ref), ("rolling back", second.ref),
+        ("rolled back", second.ref), ("rollout", third.ref),
+    ]  # fmt: skip
 
 
 def test_a_replica_that_can_never_be_placed_is_refused(site):

@@ -7,6 +7,7 @@ from orchestrator.identity import base_identity
 from orchestrator.registry import Registry
 from orchestrator.serve.desired import Desired, Served
 from orchestrator.serve.endpoints import RayEndpoints
+from orchestrator.serve.rollout import Rollout
 from orchestrator.spec.job import DeploySpec
 from tests.orchestrator.serve import tiny
 
@@ -92,19 +93,18 @@ def test_desired_states_are_read_as_written_and_unknown_keys_passed_over(bases):
     assert desired.without_promise("b", "other") == desired
 
 
-def test_a_deployment_that_fails_leaves_no_rollout_of_a_version_that_was_served_before(
-    registry, bases, tmp_path
-):
+def test_a_deployment_that_fails_leaves_what_there_was(registry, bases, tmp_path):
     base = base_identity(str(bases[0]))
     one, two = (tiny.register(registry, "docs", bases[0], tmp_path, seed=seed) for seed in (1, 2))
     served = tuple(Served("docs", version.version) for version in (one, two))
-    registry.update_endpoint("one", lambda now: Desired("one", base, adapters=served).to_dict())
+    rolling = Rollout("id", "docs", "production", 2, state="baking", began=1.0)
+    state = Desired("one", base, adapters=served, rollouts=(rolling,))
+    registry.update_endpoint("one", lambda now: state.to_dict())
     registry.set_alias("docs", 1, "production")
     endpoints = RayEndpoints(registry, local=True)
     before = registry.endpoint_state("one")
-    watched = DeploySpec(rollout={"canary_percent": 10, "bake": "5m"})
-    rollout = endpoints._rollout("one", two, watched)
-    now = endpoints._record("one", base, "CAUSAL_LM", two, Served("docs", 2), watched, rollout)
-    assert registry.endpoint_state("one")["rollouts"]
-    endpoints._restore("one", now, two.ref, rollout)
+    asked = DeploySpec(rollout={"canary_percent": 10, "bake": "5m"}, engine={"max_context": 16})
+    now = endpoints._record("one", base, "CAUSAL_LM", two, Served("docs", 2), asked)
+    assert registry.endpoint_state("one") != before
+    endpoints._restore("one", now, two.ref)
     assert registry.endpoint_state("one") == before

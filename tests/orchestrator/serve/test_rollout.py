@@ -162,6 +162,15 @@ def test_an_alias_has_one_rollout():
     assert desired().without("docs@2").rollouts == ()
 
 
+def test_the_same_version_by_other_terms_keeps_its_users():
+    wider = replace(ROLLOUT, id="other", canary_percent=60, created=5000.0)
+    (now,) = desired(BAKING).watching(wider).rollouts
+    assert now == replace(wider, state="baking", began=5000.0)
+    assert desired(ROLLOUT).watching(wider).rollouts == (wider,)
+    (now,) = desired(BAKING).watching(replace(wider, candidate=3)).rollouts
+    assert now.state == "starting"
+
+
 # numbers
 
 
