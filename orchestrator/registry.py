@@ -282,9 +282,10 @@ class Registry:
         """The version that an alias names; None where there is no such alias."""
         return self._book(name)[0]["aliases"].get(alias)
 
-    def aliases(self, name: str) -> dict[str, int]:
-        """Alias -> version."""
-        return dict(self._book(name)[0]["aliases"])
+    def aliases(self, name: str) -> dict[str, int] | None:
+        """Alias -> version; None where the storage has no book of `name`, as it has of all that an endpoint holds."""
+        book, etag = self._book(name)
+        return None if etag is None else dict(book["aliases"])
 
     def aliases_mark(self, name: str) -> tuple[int, int] | None:
         """What is another as soon as an alias of `name` is, at the price of a look at the folder; None on storages that
@@ -354,9 +355,22 @@ class Registry:
         names = [name.removesuffix(".json") for name in objects.list_(join(self.url, "endpoints"))]
         return [name for name in names if self.endpoint_state(name) is not None]
 
-    def endpoint_state(self, name: str) -> dict[str, Any] | None:
-        """What an endpoint shall serve, as `update_endpoint` stored it; None: there is no such endpoint."""
-        return self._endpoint(name)[0]
+    def endpoint_state(self, name: str, *, was_there: bool = False) -> dict[str, Any] | None:
+        """What an endpoint shall serve, as `update_endpoint` stored it; None: there is no such endpoint.
+
+        Args:
+            was_there: for whoever follows it: what is taken away leaves a note, so a storage without a trace is away.
+
+        Raises:
+            StorageError: there is none, though there was.
+        """
+        state, etag = self._endpoint(name)
+        if was_there and etag is None:
+            raise StorageError(
+                f"the registry {self.url} has no trace of endpoint '{name}'.",
+                hint="If its storage is mounted, see that it is.",
+            )
+        return state
 
     def update_endpoint(
         self, name: str, change: Callable[[dict[str, Any] | None], dict[str, Any] | None]

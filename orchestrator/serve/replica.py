@@ -59,7 +59,7 @@ class Replica:
     def __init__(self, endpoint: str, registry_url: str) -> None:
         self._registry = Registry(registry_url)
         self._endpoint = endpoint
-        read_desired = partial(desired_of, self._registry, endpoint)
+        read_desired = partial(desired_of, self._registry, endpoint, was_there=True)
         desired = read_desired()
         if desired is None:
             raise ServeError(f"endpoint '{endpoint}' is not in the registry {registry_url}.")

@@ -95,7 +95,7 @@ def test_ids_resolve_by_number_alias_and_bare_name(registry: Registry, adapter: 
         "production is docs@3. Name one of them, or set the alias: raypeft alias docs@3 candidate."
     )
     registry.remove_alias("docs", "production")
-    assert registry.aliases("docs") == {}
+    assert registry.aliases("docs") == {} and registry.aliases("dogs") is None
 
 
 def test_unknown_ids_say_what_there_is(registry: Registry, adapter: Path) -> None:
@@ -555,7 +555,9 @@ def test_endpoint_state(registry: Registry) -> None:
     assert registry.endpoint_state("tiny") == {"format": 1, "adapters": []}
     assert registry.endpoint_names() == ["tiny"]
     assert registry.update_endpoint("tiny", lambda state: None) is None
-    assert registry.endpoint_names() == [] and registry.endpoint_state("tiny") is None
+    assert registry.endpoint_names() == [] and registry.endpoint_state("tiny", was_there=True) is None
+    with pytest.raises(StorageError, match="has no trace of endpoint 'tinny'"):
+        registry.endpoint_state("tinny", was_there=True)
     assert registry.update_endpoint("tiny", lambda state: {"again": state is None})["again"] is True
 
 

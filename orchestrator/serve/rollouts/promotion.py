@@ -16,9 +16,10 @@ from ..rollout import Rollout, Step
 from .reports import Reports
 
 
-def desired_of(registry: Registry, endpoint: str) -> Desired | None:
-    """What an endpoint shall serve; None where there is no such endpoint."""
-    state = registry.endpoint_state(endpoint)
+def desired_of(registry: Registry, endpoint: str, *, was_there: bool = False) -> Desired | None:
+    """What an endpoint shall serve; None where there is no such endpoint. For `was_there` see
+    `Registry.endpoint_state`."""
+    state = registry.endpoint_state(endpoint, was_there=was_there)
     return None if state is None else _read(registry, endpoint, state)
 
 

@@ -113,7 +113,7 @@ def traffic_rows(registry: Registry, before: Counted | None = None) -> tuple[lis
     totals: dict[tuple[str, str], tuple[int, int]] = {}
     for endpoint, desired in all_desired(registry).items():
         reports = [each for each in Reports(registry.url, endpoint).read() if each.is_live(now)]
-        aliases = {name: registry.aliases(name) for name in {entry.name for entry in desired.adapters}}
+        aliases = {name: registry.aliases(name) or {} for name in {entry.name for entry in desired.adapters}}
         for model in [base_id(desired.base), *(entry.ref for entry in desired.adapters)]:
             numbers = _sum(each.totals[model] for each in reports if model in each.totals)
             key = (endpoint, model)

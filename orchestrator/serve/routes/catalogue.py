@@ -46,8 +46,8 @@ class AdapterSource(Protocol):
     def get(self, ref: str) -> AdapterVersion:
         """The version of `name@version`."""
 
-    def aliases(self, name: str) -> dict[str, int]:
-        """Alias -> version."""
+    def aliases(self, name: str) -> dict[str, int] | None:
+        """Alias -> version; None where the storage has nothing of the name."""
 
     def aliases_mark(self, name: str) -> tuple[int, int] | None:
         """What changes with a name's aliases, where that is cheap to know."""
@@ -212,7 +212,10 @@ class Catalogue:
         found = {}
         for name in names:
             mark = self._registry.aliases_mark(name)  # first: what changes meanwhile is read again
-            found[name] = _Book(self._registry.aliases(name), mark, time.monotonic())
+            aliases = self._registry.aliases(name)
+            if aliases is None:  # whatever is deployed has some: the storage is away
+                aliases = self._books[name].aliases if name in self._books else {}
+            found[name] = _Book(aliases, mark, time.monotonic())
         return found
 
     # requests

@@ -9,7 +9,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from orchestrator.errors import RaypeftError, ServeError
+from orchestrator.errors import RaypeftError, ServeError, StorageError
 from orchestrator.keys import KeyRing, Limits
 
 from ..api_error import ApiError
@@ -116,7 +116,10 @@ class KeyCheck:
             if (early := self._read_at + _MAX_AGE_S - time.monotonic()) > 0:
                 await asyncio.sleep(early)
             try:
-                self._ring = await asyncio.to_thread(self._keys.read)
+                ring = await asyncio.to_thread(self._keys.read)
+                if ring.is_empty and not self._ring.is_empty:  # keys end, and stay: the storage is away
+                    raise StorageError("the registry has no keys any more")
+                self._ring = ring
             except (RaypeftError, OSError) as error:
                 _log.warning("keys not read, those known stay in force: %s", error)
             self._read_at = time.monotonic()

@@ -108,9 +108,9 @@ class Shelf:
         self.reads["get"] += 1
         return self.versions[ref]
 
-    def aliases(self, name: str) -> dict[str, int]:
+    def aliases(self, name: str) -> dict[str, int] | None:
         self.reads["aliases"] += 1
-        return dict(self.named.get(name, {}))
+        return dict(self.named[name]) if name in self.named else None
 
     def aliases_mark(self, name: str) -> tuple[int, int] | None:
         return None

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import threading
 import time
+from pathlib import Path
 
 import openai
 import pytest
@@ -384,6 +385,27 @@ def test_a_storage_that_fails_leaves_the_known_keys_in_force():
         starting = KeyCheck(flaky, required=True)
         with pytest.raises(StorageError):
             await starting.start()
+
+    asyncio.run(ask())
+
+
+def test_a_storage_that_forgot_its_keys_opens_nothing(tmp_path):
+    keys = KeyBook(str(tmp_path))
+    secret = keys.create("acme").secret
+
+    async def ask() -> None:
+        check = KeyCheck(keys, required=False)
+        await check.start()
+        Path(keys.url).rename(tmp_path / "away")  # as where a folder is mounted no more
+        await asyncio.sleep(1.1)
+        with pytest.raises(ApiError, match="did not provide an API key"):
+            await check.tenant(None)
+        assert (await check.tenant(f"Bearer {secret}")).name == "acme"
+        (tmp_path / "away").rename(keys.url)
+        keys.revoke("acme")
+        await asyncio.sleep(1.1)
+        with pytest.raises(ApiError, match="has been revoked"):
+            await check.tenant(f"Bearer {secret}")
 
     asyncio.run(ask())
 

@@ -113,6 +113,21 @@ def test_a_storage_that_is_away_leaves_all_as_it_was(tmp_path):
     asyncio.run(run())
 
 
+def test_aliases_that_no_storage_knows_any_more_stay_what_they_were(tmp_path):
+    async def run():
+        async with running(Site(tmp_path)) as site:
+            site.shelf.named.clear()  # as where a folder is mounted no more
+            await asyncio.sleep(0.05)
+            assert await site.name_for() == "docs@1"
+            site.shelf.named["docs"] = {"production": 2}
+            assert await site.name_for() == "docs@2"
+            site.shelf.named["docs"] = {}
+            with pytest.raises(ApiError, match="has no version with the alias 'production'"):
+                await site.name_for()
+
+    asyncio.run(run())
+
+
 def test_one_that_cannot_be_brought_stops_no_other_and_is_not_tried_all_the_time(tmp_path):
     async def run():
         site = Site(tmp_path)
