@@ -34,7 +34,7 @@ from peft_dist.sharding import (
 )
 
 _KEPT = "_kept_at_merge"
-_OWN_WEIGHT = "_tied_before_merge"
+_TIED = "_tied_before_merge"
 _QUANTISED = "_quantised_before_merge"
 
 
@@ -91,15 +91,16 @@ def merge(
     if safe_merge:
         _check_finite(touched, names)
     dtype = dtype_of(base) if dequantize else torch.float32
-    if dequantize or any(_is_tied(module, users) for module in touched):
+    if dequantize or any(_is_tied(module, key, users) for module in touched for key in _keys(module)):
         layers_changed(base)
     for module in touched:
         dW, db = _change(module, names)
         if dequantize and isinstance(module.base, QuantisedLayer) and dW is not None:
             _merge_dense(module, dW, db, dtype, keep)
             continue
-        if dW is not None:
-            _untie(module, users, names)
+        for key, change in zip(_keys(module), (dW, db), strict=True):
+            if change is not None:
+                _untie(module, key, users, names)
         old = module.base.exchange_(_own(dW, module, names)) if keep and dW is not None else None
         if keep:
             _keep(module, old)
@@ -135,7 +136,7 @@ def unmerge(base: nn.Module) -> None:
             "merged, and "
             "subtracting would not restore its bits. Load the base again, or merge with keep=True."
         )
-    if is_dequantised(base) or any(_OWN_WEIGHT in module.base.layer.__dict__ for module in changed):
+    if is_dequantised(base) or any(_TIED in module.base.layer.__dict__ for module in changed):
         layers_changed(base)
     for module in changed:
         if _QUANTISED in module.__dict__:
@@ -323,7 +324,7 @@ def _dequantise(base: Any) -> None:
         del base.config.quantization_config
 
 
-# Weights that two layers share
+# Weights and biases that two layers share
 
 
 def _users(base: nn.Module) -> dict[int, int]:
@@ -337,49 +338,53 @@ def _users(base: nn.Module) -> dict[int, int]:
     return counts
 
 
-def _is_tied(module: Adapted, users: dict[int, int]) -> bool:
-    return users.get(id(module.base.parameter), 0) > 1
+def _keys(module: Adapted) -> tuple[str, str]:
+    """Of the weight and the bias."""
+    return module.base.key, module.base.bias_key
 
 
-def _untie(module: Adapted, users: dict[int, int], names: Sequence[str]) -> None:
-    """Gives a layer that shares its weight one of its own, so that a merge leaves the other layer as it
+def _is_tied(module: Adapted, key: str, users: dict[int, int]) -> bool:
+    return users.get(id(module.base.layer._parameters.get(key)), 0) > 1
+
+
+def _untie(module: Adapted, key: str, users: dict[int, int], names: Sequence[str]) -> None:
+    """Gives a layer that shares its weight, or its bias, one of its own, so that a merge leaves the other layer as it
     is."""
-    if _is_tied(module, users):
-        layer, shared = module.base.layer, module.base.parameter
-        assert shared is not None
+    if _is_tied(module, key, users):
+        layer = module.base.layer
+        shared: Any = layer._parameters[key]
         # Whose tensors change it: layers that they change alike are tied again when the wrappers go.
         sources = [(name, id(module._lenders.get(name, module))) for name in names if name in module.methods]
-        layer.__dict__[_OWN_WEIGHT] = (shared, module.base.key, sources)
+        layer.__dict__.setdefault(_TIED, {})[key] = (shared, sources)
         own = (
             nn.Parameter(whole(shared), requires_grad=False)
             if is_partitioned(shared)
             else copy.deepcopy(shared)
         )
         partition_like(own, shared)
-        setattr(layer, module.base.key, own.requires_grad_(False))
+        setattr(layer, key, own.requires_grad_(False))
 
 
 def _retie(module: Adapted) -> None:
-    tied = module.base.layer.__dict__.pop(_OWN_WEIGHT, None)
-    if tied is not None:
-        setattr(module.base.layer, module.base.key, tied[0])
-        # The shared weight was never changed; what was kept of the copy must not be written into it.
-        module.__dict__[_KEPT].pop(module.base.key)
+    for key, (shared, _) in module.base.layer.__dict__.pop(_TIED, {}).items():
+        setattr(module.base.layer, key, shared)
+        # The shared one was never changed; what was kept of the copy must not be written into it.
+        module.__dict__[_KEPT].pop(key)
 
 
 def _stay_untied(base: nn.Module) -> bool:
-    """Ties again all layers of one weight that a merge has changed alike; whether others stay apart."""
-    groups: dict[int, list[tuple[nn.Module, Any, str, Any]]] = {}
+    """Ties again all layers of one parameter that a merge has changed alike; whether others stay apart."""
+    groups: dict[int, list[tuple[nn.Module, str, Any, Any]]] = {}
     for module in base.modules():
-        if (own := module.__dict__.pop(_OWN_WEIGHT, None)) is not None:
-            groups.setdefault(id(own[0]), []).append((module, *own))
+        for key, (shared, sources) in module.__dict__.pop(_TIED, {}).items():
+            groups.setdefault(id(shared), []).append((module, key, shared, sources))
     users, apart = _users(base), False
     for layers in groups.values():
-        (first, shared, key, sources), *others = layers
+        (first, key, shared, sources), *others = layers
         if users.get(id(shared), 0) or sources is None or any(other[3] != sources for other in others):
             apart = True
             continue
-        for layer, _, own_key, _ in others:
+        for layer, own_key, *_ in others:
             setattr(layer, own_key, getattr(first, key))
     return apart
 
@@ -444,6 +449,6 @@ def _take_over(module: Replaced, names: Sequence[str], apart: set[int]) -> None:
             if id(shared) in apart:
                 above, _, last = key.rpartition(".")
                 layer = module.original_module.get_submodule(above)
-                layer.__dict__[_OWN_WEIGHT] = (shared, last, None)
+                layer.__dict__.setdefault(_TIED, {})[last] = (shared, None)
                 setattr(layer, last, copy.deepcopy(shared).requires_grad_(False))
             set_whole(module.original_module.get_parameter(key), whole(value))

@@ -254,6 +254,14 @@ CASES: dict[str, tuple] = {
         TEXT,
         {key.replace("layers.1.", "layers.2.") for key in llama().state_dict() if "layers.1." in key},
     ),
+    "layers and their biases that stand twice": (
+        lambda: llama(attention_bias=True),
+        LoraConfig(**Q, lora_bias=True, layer_replication=[[0, 1], [0, 2]]),
+        AutoModelForCausalLM,
+        TEXT,
+        {key.replace("layers.1.", "layers.2.") for key in llama().state_dict() if "layers.1." in key}
+        | {f"model.layers.2.self_attn.{each}_proj.bias" for each in "qkvo"},
+    ),
     "weights stored turned": (
         gpt2,
         LoraConfig(**LM, target_modules=["c_attn", "wte"], bias="all", fan_in_fan_out=True),

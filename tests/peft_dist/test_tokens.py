@@ -337,6 +337,21 @@ def test_replicated_layers_share_weights_and_have_adapters_of_their_own(tmp_path
     assert torch.equal(grown, slow)
 
 
+@pytest.mark.parametrize("biases", [{"lora_bias": True}, {"bias": "all"}, {"bias": "lora_only"}])
+def test_replicated_layers_share_no_merged_bias(biases) -> None:
+    ours = replicated(peft_dist, **biases)
+    disturb(ours)
+    wanted = logits(ours)
+    mine = [layer.self_attn.q_proj.base_layer for layer in ours.get_base_model().model.layers]
+    ours.merge_adapter()
+    close(logits(ours), wanted)
+    assert mine[1].bias is not mine[2].bias
+    ours.unmerge_adapter()
+    assert torch.equal(logits(ours), wanted)
+    assert mine[1].bias is mine[2].bias
+    close(logits(ours.merge_and_unload()), wanted)
+
+
 def test_replicated_layers_on_other_bases_and_meta() -> None:
     config = {"r": 2, "target_modules": ["query"], "layer_replication": REPLICATION}
     models = [
