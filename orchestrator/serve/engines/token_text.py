@@ -3,6 +3,7 @@ shown with."""
 
 from __future__ import annotations
 
+import codecs
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -63,27 +64,45 @@ def readable(data: bytes) -> str:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
 
+class Characters:
+    """Counts the characters of a text whose bytes come piece by piece; what is no UTF-8 is shown as U+FFFD, and
+    counts as that."""
+
+    def __init__(self) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._count = 0
+
+    def begin(self, data: bytes) -> int:
+        """Takes the next bytes; returns how many characters stand before the one that they begin or go on."""
+        is_broken = bool(self._decoder.getstate()[0]) and bool(data) and not _goes_on(data[0])
+        before = self._count + is_broken
+        self._count += len(self._decoder.decode(data))
+        return before
+
+
+def _goes_on(byte: int) -> bool:
+    """Whether UTF-8 has this byte within a character alone."""
+    return byte & 0b1100_0000 == 0b1000_0000
+
+
 class TakenTokens:
     """The tokens of one answer in step with its text: a token counts once text from where it begins was given
     out, so the end token, and what a stop string cut off, never do."""
 
     def __init__(self, token_bytes: Callable[[int], bytes]) -> None:
         self._bytes = token_bytes
-        self._begins, self._text_bytes = 0, 0
+        self._characters, self._given_out = Characters(), 0
         self._waiting: list[tuple[int, TokenLogprob]] = []
 
     def push(self, text: str, tokens: Sequence[TokenLogprob], reason: str | None) -> list[TokenLogprob]:
         """Takes a piece; returns the tokens that its text has reached."""
-        self._text_bytes += len(text.encode(errors="replace"))
+        self._given_out += len(text)
         for token in tokens:
-            self._waiting.append((self._begins, token))
-            self._begins += len(self._bytes(token.token))
+            self._waiting.append((self._characters.begin(self._bytes(token.token)), token))
         if reason == "length":
             reached, self._waiting = self._waiting, []
         else:
-            last = next(
-                (at for at, (begin, _) in enumerate(self._waiting) if begin >= self._text_bytes), None
-            )
+            last = next((at for at, (begin, _) in enumerate(self._waiting) if begin >= self._given_out), None)
             last = len(self._waiting) if last is None else last
             reached, self._waiting = self._waiting[:last], self._waiting[last:]
         return [token for _, token in reached]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -105,6 +105,12 @@ class _Request(Ask):
     stop: StopString | Annotated[list[StopString], Field(max_length=16)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+
+    @model_validator(mode="after")
+    def _of_a_stream(self) -> Self:
+        if self.stream_options is not None and not self.stream:
+            raise ApiError("'stream_options' says how to stream; set stream: true.", param="stream_options")
+        return self
 
     @property
     def stops(self) -> tuple[str, ...]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 import uuid
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from ..engines.engine import FinishReason, TokenLogprob
-from ..engines.token_text import TakenTokens, readable
+from ..engines.token_text import Characters, TakenTokens, readable
 
 TokenBytes = Callable[[int], bytes]
 
@@ -70,7 +71,7 @@ class Reply:
         self._whole_head = {**head, "object": "chat.completion" if chat else "text_completion"}
         self._chunk_head = {**head, "object": "chat.completion.chunk" if chat else "text_completion"}
         self.include_usage = include_usage
-        self._offsets: dict[int, int] = {}
+        self._characters: defaultdict[int, Characters] = defaultdict(Characters)
 
     @property
     def wants_tokens(self) -> bool:
@@ -126,10 +127,6 @@ class Reply:
         assert self._token_bytes is not None
         if self._chat:
             return {"content": [self._chat_token(token) for token in tokens], "refusal": None}
-        offsets = []
-        for token in tokens:
-            offsets.append(self._offsets.get(index, 0))
-            self._offsets[index] = offsets[-1] + len(self._token_bytes(token.token).decode(errors="ignore"))
         return {
             "tokens": [readable(self._token_bytes(token.token)) for token in tokens],
             "token_logprobs": [token.logprob for token in tokens],
@@ -137,7 +134,9 @@ class Reply:
                 {readable(self._token_bytes(other)): logprob for other, logprob in token.top}
                 for token in tokens
             ],
-            "text_offset": offsets,
+            "text_offset": [
+                self._characters[index].begin(self._token_bytes(token.token)) for token in tokens
+            ],
         }
 
     def _chat_token(self, token: TokenLogprob) -> dict[str, Any]:

@@ -388,6 +388,7 @@ BAD = [
     ({"reasoning_effort": "low"}, "reasoning_effort"),
     ({"tempratur": 1}, "tempratur"),
     ({"stream_options": {"x": 1}}, "stream_options.x"),
+    ({"stream_options": {"include_usage": True}}, "stream_options"),
 ]
 
 
