@@ -247,6 +247,25 @@ def test_a_bias_of_lora_that_attention_would_not_read(tmp_path) -> None:
         peft_dist.get_peft_model(attention(), peft_dist.LoraConfig(**config))
 
 
+@torch.no_grad()
+def test_dora_on_attention_stretches_both_projections() -> None:
+    config = {**ON_ATTENTION, "use_dora": True, "target_modules": ["attn"]}
+    with pytest.raises(ValueError, match="does not support DoRA"):
+        peft.get_peft_model(attention(), peft.LoraConfig(**config))
+    ours, x = peft_dist.get_peft_model(attention(), peft_dist.LoraConfig(**config)), torch.randn(2, 5, 6)
+    for parameter in ours.parameters():
+        if parameter.requires_grad:
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    dense, adapted = attention(), ours.get_base_model().attn
+    parts = ((dense.attn.in_proj_weight, adapted), (dense.attn.out_proj.weight, adapted.base_layer.out_proj))
+    for W, layer in parts:
+        A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        m, V = layer.lora_magnitude_vector["default"].weight, W + 6 / 4 * B @ A
+        W.copy_((m / V.norm(dim=1))[:, None] * V)
+    torch.testing.assert_close(ours(x), dense(x), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ours.merge_and_unload()(x), dense(x), rtol=1e-5, atol=1e-5)
+
+
 def test_norms_of_every_kind() -> None:
     """LN_TUNING sits on any module with tensors of its own."""
     torch.manual_seed(0)
