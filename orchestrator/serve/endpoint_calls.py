@@ -40,16 +40,32 @@ _LEAST: dict[str, dict[str, Any]] = {
 
 def probe(url: str, ref: str, task: str, headers: dict[str, str]) -> tuple[int | None, str, bool]:
     """HTTP status and message when the least is asked of `ref`, and whether that is a no. The status is None where
-    nothing answers, or Serve's proxy alone: it does not know yet where a replica is that came this instant."""
+    nothing answers, or Serve's proxy alone: it does not know yet where a replica is that came this instant. An adapter
+    that learned several tasks is asked as one for the first."""
     asked = _LEAST.get(task, {"prompt": "a", "max_tokens": 1, "temperature": 0})
     body: dict[str, Any] = {"model": ref, **asked}
+
+    def ask(**more: Any) -> requests.Response:
+        whole = {**body, **more}
+        return requests.post(f"{url}{route_of(task)}", json=whole, headers=headers, timeout=(5, 600))
+
     try:
-        answer = requests.post(f"{url}{route_of(task)}", json=body, headers=headers, timeout=(5, 600))
+        answer = ask()
+        if _wants_task(answer):
+            answer = ask(task_id=0)
     except requests.RequestException as error:
         return None, str(error), False
     if not answer.headers.get("content-type", "").startswith("application/json"):
         return None, _message(answer), False
     return answer.status_code, _message(answer), not (answer.ok or _may_pass(answer))
+
+
+def _wants_task(answer: requests.Response) -> bool:
+    """Whether an adapter would answer if it were told which of its tasks is meant."""
+    try:
+        return answer.status_code == 400 and answer.json()["error"]["param"] == "task_id"
+    except (ValueError, KeyError, TypeError):
+        return False
 
 
 def _may_pass(answer: requests.Response) -> bool:

@@ -85,7 +85,7 @@ class ScriptedEngine:
         return 0
 
     def num_tasks(self, adapter: str | None) -> int:
-        return 3 if adapter == "tasks" else 0
+        return 3 if (adapter or "").startswith("tasks") else 0
 
     def loaded(self) -> frozenset[str]:
         return frozenset({"docs", "slow"})
@@ -200,7 +200,7 @@ class ScriptedHeads:
         return 0
 
     def num_tasks(self, adapter: str | None) -> int:
-        return 3 if adapter == "tasks" else 0
+        return 3 if (adapter or "").startswith("tasks") else 0
 
     def loaded(self) -> frozenset[str]:
         return frozenset()

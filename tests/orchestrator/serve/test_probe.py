@@ -13,8 +13,10 @@ import requests
 from orchestrator.errors import ServeError
 from orchestrator.registry import Registry
 from orchestrator.serve import endpoints, serve_cluster
+from orchestrator.serve.endpoint_calls import probe
 from orchestrator.serve.endpoints import RayEndpoints
 from orchestrator.spec.job import DeploySpec
+from tests.orchestrator.serve.scripted import listening
 
 APP = serve_cluster.Application(
     "tiny", "RUNNING", "", "/", 1, num_running=1, num_unplaced=0, actor_options={}
@@ -106,3 +108,13 @@ def test_what_is_started_again_has_as_many_replicas_as_before():
     assert endpoints._as_many(dead, one, DeploySpec(num_replicas=1)).num_replicas == 1
     scaled = replace(dead, bounds=(0, 4), idle_s=9.0)
     assert endpoints._as_many(scaled, one, DeploySpec()).bounds == (0, 4)
+
+
+def test_an_adapter_of_several_tasks_answers_for_one():
+    with listening() as served:
+        served.catalogue.names = ("tasks@1", "docs@1")
+        for model in ("tasks@1", "docs@1"):
+            status, _, is_no = probe(served.url, model, "CAUSAL_LM", {})
+            assert (status, is_no) == (200, False), model
+        status, message, is_no = probe(served.url, "other@1", "CAUSAL_LM", {})
+        assert (status, is_no) == (404, True) and "other@1" in message
