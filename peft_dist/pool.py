@@ -183,10 +183,11 @@ class Bucket:
             {name for name, p in held.items() if self._is_view(slot, p, name)}
             for slot, held in enumerate(self.held)
         ]
-        self.arrays = {name: a.new_empty((len(a) + more, *a.shape[1:])) for name, a in old.items()}
+        arrays = {name: a.new_empty((len(a) + more, *a.shape[1:])) for name, a in old.items()}
         for name, a in old.items():
             if len(a) and not a.is_meta:
-                self.arrays[name][: len(a)] = a
+                arrays[name][: len(a)] = a
+        self.arrays = arrays  # filled: a forward in another thread reads the old ones or these
         for slot, names in enumerate(at_home):
             for name in names:
                 self.held[slot][name].data = self.arrays[name][slot]
