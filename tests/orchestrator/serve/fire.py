@@ -26,6 +26,9 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 PROMPTS = ("def f(", "for x in", "class A:", "import os")
 LEAST, LONGEST = 4, 64
 """Tokens of the shortest and the longest answers."""
+CLEAR = 1e-4
+"""How far each token's logit stands above all others': sums in another order, as beside others in a batch, move it by
+a hundredth of this."""
 Tokens = dict[tuple[str, str], list[int]]
 """(completions | chat, prompt) -> the answer's."""
 STALE_S = 5.0
@@ -80,12 +83,12 @@ class References:
         self._tokenizer = AutoTokenizer.from_pretrained(base)
         self._known: dict[Path | None, Tokens] = {}
         self._answers: dict[str, Tokens] = {}
-        self.prepare(None)
+        assert self.prepare(None)
         self.learn("tiny", None)
 
     def prepare(self, folder: Path | None) -> bool:
-        """Computes an adapter's answers, or the bare base's; False where they begin like another's, so that nothing
-        would be told by them."""
+        """Computes an adapter's answers, or the bare base's; False where they begin like another's, or hang on the last
+        bits of two logits, so that nothing would be told by them."""
         model: Any = LlamaForCausalLM.from_pretrained(self._base)
         if folder is not None:
             model = peft.PeftModel.from_pretrained(model, folder)
@@ -94,13 +97,18 @@ class References:
         for route, prompt in itertools.product(("completions", "chat"), PROMPTS):
             ids = torch.tensor([self._ids(route, prompt)])
             with torch.no_grad():
-                whole = model.generate(
+                made = model.generate(
                     input_ids=ids,
                     attention_mask=torch.ones_like(ids),
                     do_sample=False,
                     max_new_tokens=LONGEST,
+                    return_dict_in_generate=True,
+                    output_logits=True,
                 )
-            found[route, prompt] = whole[0, ids.shape[1] :].tolist()
+            first, second = torch.cat(made.logits).topk(2).values.unbind(1)
+            if (first - second).min() < CLEAR:
+                return False
+            found[route, prompt] = made.sequences[0, ids.shape[1] :].tolist()
         if any(other[key][:LEAST] == found[key][:LEAST] for other in self._known.values() for key in found):
             return False
         self._known[folder] = found

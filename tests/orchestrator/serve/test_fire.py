@@ -12,7 +12,7 @@ import ray
 from ray import serve
 
 from orchestrator.serve import serve_cluster
-from tests.orchestrator.serve import tiny
+from tests.orchestrator.serve import fire, tiny
 from tests.orchestrator.serve.fire import Answer, Asked, References, Timeline, judge
 from tests.orchestrator.serve.fire_site import STAYING, FireSite
 from tests.orchestrator.serve.test_endpoints import wait_for
@@ -160,3 +160,12 @@ def test_an_adapter_that_answers_as_another_one_is_no_use(references, tmp_path):
     base = tiny.save_base(tmp_path / "tiny")
     assert not references.prepare(tiny.save_adapter(base, tmp_path / "twin", seed=1))
     assert not references.prepare(None)  # the base is known already
+
+
+def test_an_adapter_whose_tokens_hang_on_a_last_bit_is_no_use(references, tmp_path, monkeypatch):
+    base = tiny.save_base(tmp_path / "tiny")
+    folder = tiny.save_adapter(base, tmp_path / "other", seed=3)
+    monkeypatch.setattr(fire, "CLEAR", 100.0)
+    assert not references.prepare(folder)
+    monkeypatch.undo()
+    assert references.prepare(folder)
