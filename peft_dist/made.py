@@ -37,8 +37,8 @@ class Made:
 
 def _is_special() -> bool:
     return (
-        saved_tensors.are_hooked()
-        or torch.compiler.is_compiling()
+        torch.compiler.is_compiling()
+        or saved_tensors.are_hooked()
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch.is_autocast_enabled("cpu")
         or torch.is_autocast_enabled("cuda")

@@ -25,8 +25,6 @@ from peft_dist.pauses import pause
 
 # Rows of a part from which calls of its own cost less than a copy of its tensors.
 _SHORT = 4
-# A plain dict's reading, whatever a subclass of it does then.
-_read = dict.__getitem__
 # On a Parameter that hangs on no module any more.
 _GONE = "_peft_dist_gone"
 
@@ -365,7 +363,7 @@ class Place(NamedTuple):
     @property
     def tensor(self) -> Any:
         """The Parameter or buffer."""
-        return _read(getattr(self.holder, self.table), self.key)
+        return dict.__getitem__(getattr(self.holder, self.table), self.key)
 
     def put(self, tensor: Tensor) -> None:
         """Hangs another there."""
@@ -410,7 +408,7 @@ class PooledModule(nn.Module):
         """The adapter's own tensors here, by the method's own names: Parameters, and buffers where they are
         not trained."""
         places = self._places[adapter].items()
-        return {name: _read(getattr(holder, table), key) for name, (holder, table, key) in places}
+        return {name: dict.__getitem__(getattr(holder, table), key) for name, (holder, table, key) in places}
 
     def hold(
         self, adapter: str, method: str, wanted: dict[str, Param], dtype: torch.dtype, device: Any

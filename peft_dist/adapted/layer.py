@@ -269,8 +269,10 @@ class Adapted(AdapterModule):
         """What this layer gives, computed at once with the layers that take x next; None where there are none."""
         siblings, rows = self._current.siblings, self._current.rows
         # Between calls of layers by hand anything may change; within a whole model's forward nothing does.
+        # A compiler joins them itself.
         if (
             self._current.made is None
+            or torch.compiler.is_compiling()
             or self.base.is_running
             or (rows is not None and rows.num is not None and len(rows.segments) > 1)
         ):

@@ -34,7 +34,7 @@ def forward_between(rows: PromptRows, inputs: dict[str, Any], bins: Bins) -> Any
     ids, embeds = inputs.pop("input_ids", None), inputs.get("inputs_embeds")
     embeds = rows.model.word_embeddings(ids) if embeds is None else embeds
     block = rows.block(names, lambda _, tokens: tokens, embeds)
-    counts = block.counts.tolist()
+    counts = block.numbers
     every = [length for row in bins.lengths for length in row]
     wide = _widened(bins, counts)
     device = embeds.device
@@ -48,13 +48,13 @@ def forward_between(rows: PromptRows, inputs: dict[str, Any], bins: Bins) -> Any
     return _of_own(outputs, wide.shape, own.to(device))
 
 
-def _widened(bins: Bins, counts: list[int]) -> Bins:
+def _widened(bins: Bins, counts: tuple[int, ...]) -> Bins:
     left = iter(counts)
     return bins_of([[length + next(left) for length in row] for row in bins.lengths])
 
 
 def _index(
-    bins: Bins, wide: Bins, every: list[int], counts: list[int], longest: int
+    bins: Bins, wide: Bins, every: list[int], counts: tuple[int, ...], longest: int
 ) -> tuple[Tensor, Tensor]:
     """(where each position of the wide rows comes from: the virtual tokens (sequences x longest), then the rows'
     own; where each of the rows' own positions went)."""

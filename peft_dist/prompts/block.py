@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,29 +20,36 @@ class Block:
     """The virtual tokens of a batch in one stack of the base.
 
     Args:
-        tokens: (B, longest, width), rows with fewer padded on the left; None where no row has any.
-        counts: (B,) how many each row has. longest: the largest of them.
+        tokens: (B, longest, width), rows with fewer padded on the left; None where no row has any, or they are not
+            at hand.
+        numbers: how many each row has.
+        device: where the base's inputs are.
     """
 
     tokens: Tensor | None
-    counts: Tensor
-    longest: int
-
-    @classmethod
-    def counted(cls, counts: Sequence[int], device: Any) -> Block:
-        """Of rows with so many tokens each, which themselves are not at hand."""
-        return cls(None, torch.tensor(counts, device=device, dtype=torch.long), max(counts, default=0))
+    numbers: tuple[int, ...]
+    device: Any
 
     @property
-    def shown(self) -> Tensor:
-        """(B, longest) which of them are some."""
-        places = torch.arange(self.longest, device=self.counts.device)
-        return places >= self.longest - self.counts[:, None]
+    def longest(self) -> int:
+        """The largest number."""
+        return max(self.numbers, default=0)
 
     @property
     def is_uneven(self) -> bool:
         """Whether rows differ in number."""
-        return bool((self.counts < self.longest).any())
+        return min(self.numbers, default=0) < self.longest
+
+    @property
+    def counts(self) -> Tensor:
+        """(B,) the numbers."""
+        return torch.tensor(self.numbers, device=self.device, dtype=torch.long)
+
+    @property
+    def shown(self) -> Tensor:
+        """(B, longest) which of them are some."""
+        places = torch.arange(self.longest, device=self.device)
+        return places >= self.longest - self.counts[:, None]
 
 
 def is_in_decoder(method: Any) -> bool:

@@ -70,7 +70,7 @@ def place_in_decoder(
     """
     device = rows.model.base.device
     behind = put_past(rows, names, inputs, device)
-    block = Block.counted([0] * len(names), device)
+    block = Block(None, (0,) * len(names), device)
     if any(name is not None and rows.model.methods[name].in_decoder for name in names):
         block = rows.block(names, decoders_part, _decoders_own(rows, inputs))
     uneven = behind.is_uneven or (steps and block.is_uneven)
@@ -107,7 +107,7 @@ def continue_decoder(rows: PromptRows, names: list[str | None], inputs: dict[str
     if mask is None and (block.is_uneven or behind.is_uneven):
         virtual = block.longest + behind.longest
         own = inputs["past_key_values"].get_seq_length() - virtual + _decoders_length(inputs)
-        mask = torch.ones(len(names), own, dtype=torch.long, device=block.counts.device)
+        mask = torch.ones(len(names), own, dtype=torch.long, device=block.device)
     if mask is not None:
         parts = [behind.shown.to(mask), block.shown.to(mask), mask]
         inputs["decoder_attention_mask"] = torch.cat(parts, dim=1)

@@ -17,7 +17,7 @@ from peft_dist.prompts.rows import PromptRows, distinct
 def labelled(labels: Tensor, block: Block, task_type: str | None) -> Tensor:
     """Labels with those of virtual tokens, of which there are none; (B, longest + T)."""
     labels = F.pad(labels, (block.longest, 0), value=-100)
-    if task_type == "CAUSAL_LM":
+    if task_type == "CAUSAL_LM" and 0 in block.numbers:
         # Nothing stands before a row's first token where it has no virtual ones, so nothing predicts it.
         first = torch.arange(labels.shape[1], device=labels.device) == block.longest
         labels = labels.masked_fill((block.counts.to(labels.device) == 0)[:, None] & first, -100)

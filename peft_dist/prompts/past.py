@@ -36,8 +36,8 @@ def past(rows: PromptRows, names: Sequence[str | None], device: torch.device) ->
         method = rows.model.methods[name]
         if isinstance(method, PastMethod):
             made[name] = method.past(rows.given(name, names), rows.model.training)
-    counts = [made[name][0][0].shape[1] if name in made else 0 for name in names]
-    block = Block.counted(counts, device)
+    numbers = tuple(made[name][0][0].shape[1] if name in made else 0 for name in names)
+    block = Block(None, numbers, device)
     if not made:
         return block, []
     first = next(iter(made.values()))

@@ -35,7 +35,7 @@ def place(rows: PromptRows, inputs: dict[str, Any]) -> tuple[dict[str, Any], tup
         inputs["inputs_embeds"] = rows.model.word_embeddings(ids) if embeds is None else embeds
         block = rows.block(names, lambda _, tokens: tokens, inputs["inputs_embeds"])
     else:
-        block = Block.counted([0] * len(names), like.device)
+        block = Block(None, (0,) * len(names), like.device)
     behind = put_past(rows, names, inputs, like.device)
     if not block.longest and not behind.longest:
         return inputs, None
@@ -50,8 +50,8 @@ def _put(
     rows: PromptRows, inputs: dict[str, Any], ids: Tensor | None, block: Block, behind: Block, own: int
 ) -> None:
     """Puts virtual tokens before a batch's own, and all that has an entry for each position with them."""
-    num_rows, longest = len(block.counts), block.longest
-    device = block.counts.device
+    num_rows, longest = len(block.numbers), block.longest
+    device = block.device
     uneven = block.is_uneven or behind.is_uneven
     mask = plain_mask(inputs, "attention_mask")
     if mask is None and uneven:

@@ -121,26 +121,24 @@ class PromptRows:
             tokens = pick(method, method.embeds(self.given(name, names), self.model.training))
             if tokens is not None:
                 made[name] = tokens.to(like.dtype)
-        counts = [made[name].shape[-2] if name in made else 0 for name in names]
-        longest = max(counts, default=0)
-        on_device = torch.tensor(counts, device=like.device)
+        numbers = tuple(made[name].shape[-2] if name in made else 0 for name in names)
+        longest = max(numbers, default=0)
         if not longest:
-            return Block(None, on_device, 0)
+            return Block(None, numbers, like.device)
         if all(name == names[0] for name in names):
             tokens = made[names[0]]
-            return Block(
-                tokens if tokens.ndim == 3 else tokens.expand(len(names), -1, -1), on_device, longest
-            )
+            whole = tokens if tokens.ndim == 3 else tokens.expand(len(names), -1, -1)
+            return Block(whole, numbers, like.device)
         used: dict[str | None, int] = {}
         rows = []
-        for adapter, count in zip(names, counts, strict=True):
+        for adapter, count in zip(names, numbers, strict=True):
             row = like.new_zeros(longest - count, like.shape[2])
             if count:
                 tokens = made[adapter]
                 row = torch.cat([row, tokens[used.get(adapter, 0)] if tokens.ndim == 3 else tokens])
                 used[adapter] = used.get(adapter, 0) + 1
             rows.append(row)
-        return Block(torch.stack(rows), on_device, longest)
+        return Block(torch.stack(rows), numbers, like.device)
 
     def counts(self, names: Sequence[str | None], device: Any, decoder: bool = False) -> tuple[Block, Block]:
         """How many virtual tokens rows have before their own, and how many in the past; in the decoder if
@@ -152,7 +150,7 @@ class PromptRows:
                 behind[row] = method.num_tokens
             elif method is not None and (not decoder or is_in_decoder(method)):
                 before[row] = method.num_tokens
-        return Block.counted(before, device), Block.counted(behind, device)
+        return Block(None, tuple(before), device), Block(None, tuple(behind), device)
 
 
 def distinct(names: Sequence[str | None]) -> list[str]:
