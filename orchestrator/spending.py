@@ -8,7 +8,8 @@ from datetime import UTC, datetime
 from typing import Any
 
 from . import objects, stored
-from .keys import Period
+from .errors import StorageError
+from .keys import KeyBook, Period
 from .objects import NotFound, join
 
 _MAX_TRIES = 100
@@ -35,9 +36,14 @@ class Spending:
 
     def __init__(self, registry_url: str) -> None:
         self._url = join(registry_url, "spending")
+        self._keys = KeyBook(registry_url).url
 
     def read(self, tenant: str) -> Used:
-        """What a tenant has used so far."""
+        """What a tenant has used so far.
+
+        Raises:
+            StorageError: it cannot be read.
+        """
         return self._read(tenant)[0]
 
     def add(self, tenant: str, tokens: int, requests: int, now: float | None = None) -> Used:
@@ -64,9 +70,20 @@ class Spending:
         try:
             data, etag = objects.read(url)
         except NotFound:
+            if not objects.exists(self._keys):  # whoever spends has a key: it is the storage that is away
+                raise StorageError(
+                    "there is neither what was spent nor who has a key.",
+                    where=url,
+                    hint="If the registry's storage is mounted, see that it is.",
+                ) from None
             return Used(), None
         document: dict[str, Any] = stored.load(data, url)
         return Used(document.get("tokens", {}), document.get("requests", {})), etag
+
+
+def falls_in(period: Period, then: float, now: float) -> bool:
+    """Whether `then` belongs to the day or month of `now`, both Unix seconds."""
+    return _names(then)[period] == _names(now)[period]
 
 
 def next_period(period: Period, now: float) -> float | None:

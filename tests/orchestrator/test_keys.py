@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.errors import RegistryError
+from orchestrator.errors import RegistryError, StorageError
 from orchestrator.keys import OURS, KeyBook, Limits
 from orchestrator.spending import Spending, next_period
 
@@ -93,6 +93,7 @@ def test_keys_made_at_once_are_all_there(tmp_path):
 
 
 def test_spending_adds_up_over_processes_days_and_months(tmp_path):
+    book(tmp_path).create("acme")
     spending = Spending(str(tmp_path))
     day, month = 86400, 31 * 86400
     at = 1_700_000_000  # 2023-11-14
@@ -109,10 +110,27 @@ def test_spending_adds_up_over_processes_days_and_months(tmp_path):
 
 
 def test_old_days_fall_out_and_the_sum_stays(tmp_path):
+    book(tmp_path).create("acme")
     spending = Spending(str(tmp_path))
     for number in range(40):
         used = spending.add("acme", 1, 1, 1_700_000_000 + number * 86400)
     assert len([name for name in used.tokens if len(name) == 10]) == 31 and used.tokens["total"] == 40
+
+
+def test_a_storage_without_keys_has_no_books(tmp_path):
+    root = tmp_path / "mount"
+    book(root).create("acme")
+    spending = Spending(str(root))
+    spending.add("acme", 5, 1)
+    (root / "spending" / "acme.json").unlink()
+    assert spending.read("acme").tokens == {}  # by hand: the budget begins anew
+    spending.add("acme", 7, 1)
+    root.rename(tmp_path / "away")
+    root.mkdir()  # as where a folder is mounted no more
+    for use in (lambda: spending.read("acme"), lambda: spending.add("acme", 1, 1)):
+        with pytest.raises(StorageError, match="see that it is"):
+            use()
+    assert not any(root.iterdir())
 
 
 def test_when_a_budget_begins_anew():

@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from typing import Protocol
 
 from orchestrator.errors import RaypeftError
-from orchestrator.spending import Used, next_period
+from orchestrator.spending import Used, falls_in, next_period
 
 from ..api_error import ApiError
 from .key_check import KeyCheck, Tenant
@@ -26,6 +26,7 @@ MAX_PER_TENANT = 256
 """Likewise of one tenant, where its limits say nothing else."""
 MAX_IN_ALL = 1024
 _BOOKED_EVERY_S = 5.0
+_DAY_S = 86400
 _RETRY_S = 2.0
 """When a queue that is full may have room again."""
 
@@ -36,8 +37,8 @@ class Books(Protocol):
     def read(self, tenant: str) -> Used:
         """What a tenant has used so far."""
 
-    def add(self, tenant: str, tokens: int, requests: int) -> Used:
-        """Adds to a tenant's books."""
+    def add(self, tenant: str, tokens: int, requests: int, now: float) -> Used:
+        """Adds to a tenant's books what was spent at `now` (Unix seconds)."""
 
 
 class Admission:
@@ -70,7 +71,8 @@ class Admission:
         self._buckets: dict[tuple[str, str], TokenBucket] = {}
         self._under_way: Counter[tuple[str, str]] = Counter()
         self._reserved: Counter[str] = Counter()
-        self._unbooked: defaultdict[str, list[int]] = defaultdict(lambda: [0, 0])
+        self._unbooked: defaultdict[str, dict[int, list[int]]] = defaultdict(dict)
+        """Tenant -> day (since 1970, UTC) -> tokens and requests."""
         self._used: dict[str, tuple[float, Used]] = {}
         self._booking: asyncio.Task[None] | None = None
 
@@ -97,19 +99,32 @@ class Admission:
         return Tenant() if self._keys is None else await self._keys.tenant(authorization)
 
     async def know(self, tenant: Tenant) -> None:
-        """Reads what a tenant with a budget has used, at other replicas too, where that was long ago."""
+        """Reads what a tenant with a budget has used, at other replicas too, where that was long ago. A storage that
+        does not answer leaves in force what was known.
+
+        Raises:
+            ApiError: 503: it was never known here, so nothing can be held against the budget.
+        """
         if tenant.limits.token_budget is None or self._books is None:
             return
         read_at, used = self._used.get(tenant.name, (float("-inf"), Used()))
         if self._clock() - read_at < _BOOKED_EVERY_S:
             return
-        if tenant.name in self._used:  # whoever else comes now need not read it too
+        is_known = tenant.name in self._used
+        if is_known:  # whoever else comes now need not read it too
             self._used[tenant.name] = (self._clock(), used)
         try:
             used = await asyncio.to_thread(self._books.read, tenant.name)
         except (RaypeftError, OSError) as error:
             _log.warning("what '%s' has used is not read: %s", tenant.name, error)
-            return
+            if is_known or tenant.name in self._used:
+                return
+            raise ApiError(
+                "What you have used of your budget cannot be read now. Try again a little later.",
+                status=503,
+                code="budget_unknown",
+                retry_after_s=_RETRY_S,
+            ) from error
         self._used[tenant.name] = (self._clock(), used)
 
     @contextmanager
@@ -150,7 +165,7 @@ class Admission:
             if "tokens" in buckets:
                 buckets["tokens"][0].take(spent - num_tokens, self._clock())
             if tenant.name:
-                book = self._unbooked[tenant.name]
+                book = self._unbooked[tenant.name].setdefault(int(self._now() // _DAY_S), [0, 0])
                 book[0] += spent
                 book[1] += 1
 
@@ -201,14 +216,16 @@ class Admission:
             return
         now = self._now()
         booked = self._used.get(tenant.name, (0.0, Used()))[1]
-        used = booked.tokens_in(period, now) + self._unbooked[tenant.name][0]
+        unbooked = self._unbooked[tenant.name].items()
+        used = booked.tokens_in(period, now)
+        used += sum(tokens for day, (tokens, _) in unbooked if falls_in(period, day * _DAY_S, now))
         if used + self._reserved[tenant.name] + num_tokens <= budget:
             return
         again = next_period(period, now)
         left = max(0, budget - used)
-        ends = {"day": "today's budget", "month": "this month's budget", "total": "budget"}[period]
+        whose = {"day": "today's", "month": "this month's", "total": "your"}[period]
         raise ApiError(
-            f"This request may take {num_tokens} tokens, and of your {ends} of {budget} are left {left}"
+            f"This request may take {num_tokens} tokens, and of {whose} budget of {budget} are left {left}"
             + (" (less what runs now)." if self._reserved[tenant.name] else "."),
             status=429,
             code="insufficient_quota",
@@ -225,15 +242,15 @@ class Admission:
         if self._books is None:
             self._unbooked.clear()
             return
-        for tenant, (tokens, requests) in list(self._unbooked.items()):
-            if not requests:
-                continue
-            try:
-                used = await asyncio.to_thread(self._books.add, tenant, tokens, requests)
-            except (RaypeftError, OSError) as error:
-                _log.warning("what '%s' has used is not written down yet: %s", tenant, error)
-                continue
-            book = self._unbooked[tenant]
-            book[0] -= tokens
-            book[1] -= requests
-            self._used[tenant] = (self._clock(), used)
+        for tenant, days in list(self._unbooked.items()):
+            for day, (tokens, requests) in list(days.items()):
+                try:
+                    used = await asyncio.to_thread(self._books.add, tenant, tokens, requests, day * _DAY_S)
+                except (RaypeftError, OSError) as error:
+                    _log.warning("what '%s' has used is not written down yet: %s", tenant, error)
+                    break
+                days[day][0] -= tokens
+                days[day][1] -= requests
+                if not days[day][1]:
+                    del days[day]
+                self._used[tenant] = (self._clock(), used)

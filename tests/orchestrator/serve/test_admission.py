@@ -80,6 +80,12 @@ def enter(admission: Admission, tenant: Tenant, tokens: int, spent: int | None =
         usage.prompt_tokens = tokens if spent is None else spent
 
 
+def books_at(folder: Path) -> Spending:
+    """The books of a registry, which has a key."""
+    KeyBook(str(folder)).create("acme")
+    return Spending(str(folder))
+
+
 def refused(admission: Admission, tenant: Tenant, tokens: int, **options) -> ApiError:
     with pytest.raises(ApiError) as error:
         enter(admission, tenant, tokens, **options)
@@ -131,7 +137,7 @@ def test_a_refused_request_costs_nothing():
 
 
 def test_a_budget_counts_what_runs_and_what_was_spent_before(tmp_path):
-    books = Spending(str(tmp_path))
+    books = books_at(tmp_path)
     door, clock = admission(books=books)
     books.add("acme", 50, 1, clock.now)
     tenant = Tenant("acme", Limits(token_budget=100, budget_period="day"))
@@ -159,7 +165,7 @@ def test_a_budget_holds_over_replicas(tmp_path):
     tenant = Tenant("acme", Limits(token_budget=100, budget_period="total"))
 
     async def ask() -> None:
-        (one, _), (two, _) = (admission(books=Spending(str(tmp_path))) for _ in range(2))
+        (one, _), (two, _) = (admission(books=books_at(tmp_path)) for _ in range(2))
         for door in (one, two):
             await door.know(tenant)
         enter(one, tenant, 90)
@@ -180,7 +186,7 @@ def test_a_budget_for_good_has_no_time_to_come_again():
 
 
 def test_books_that_cannot_be_written_wait(tmp_path, monkeypatch):
-    books = Spending(str(tmp_path))
+    books = books_at(tmp_path)
     door, _ = admission(books=books)
     enter(door, Tenant("acme"), 7)
     monkeypatch.setattr(books, "add", lambda *_: (_ for _ in ()).throw(StorageError("full")))
@@ -188,6 +194,56 @@ def test_books_that_cannot_be_written_wait(tmp_path, monkeypatch):
     monkeypatch.undo()
     asyncio.run(door.stop())
     assert books.read("acme").tokens["total"] == 7
+
+
+def test_a_budget_whose_books_are_away_is_held_against_what_was_known(tmp_path):
+    root = tmp_path / "mount"
+    books = books_at(root)
+    tenant = Tenant("acme", Limits(token_budget=100, budget_period="total"))
+    (knowing, clock), (new, _) = admission(books=books), admission(books=books)
+
+    async def ask() -> ApiError:
+        books.add("acme", 60, 1)
+        await knowing.know(tenant)
+        root.rename(tmp_path / "away")
+        root.mkdir()
+        clock.now += 6
+        await knowing.know(tenant)
+        enter(knowing, tenant, 30)
+        assert "of 100 are left 10" in refused(knowing, tenant, 11).message
+        with pytest.raises(ApiError) as error:
+            await new.know(tenant)
+        await new.know(Tenant("acme"))  # without a budget nothing need be known
+        await knowing.stop()
+        assert not any(root.iterdir())
+        root.rmdir()
+        (tmp_path / "away").rename(root)
+        await knowing.stop()
+        await new.know(tenant)
+        assert "of 100 are left 10" in refused(new, tenant, 11).message
+        return error.value
+
+    error = asyncio.run(ask())
+    assert (error.status, error.code, error.headers["retry-after"]) == (503, "budget_unknown", "2")
+
+
+def test_what_is_written_down_after_midnight_counts_for_the_day_before(tmp_path):
+    books = books_at(tmp_path)
+    door, clock = admission(books=books)
+    clock.now += 86400 - clock.now % 86400 - 1  # a second to midnight
+    tenant = Tenant("acme", Limits(token_budget=100, budget_period="day"))
+    enter(door, tenant, 100)
+    refused(door, tenant, 1)
+    before = clock.now
+    clock.now += 2
+    enter(door, tenant, 30)
+    refused(door, tenant, 71)
+    asyncio.run(door.stop())
+    used = books.read("acme")
+    assert (used.tokens_in("day", before), used.tokens_in("day", clock.now)) == (100, 30)
+    assert used.tokens_in("total", clock.now) == 130
+    refused(door, tenant, 71)
+    enter(door, tenant, 70)
 
 
 @pytest.mark.parametrize(
