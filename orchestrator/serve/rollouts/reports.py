@@ -20,6 +20,7 @@ from orchestrator.objects import NotFound, join
 from orchestrator.processes import ProcessId, is_alive
 
 from ..rollout import Observed, Rollout
+from ..shared_folder import SharedFolder
 from .numbers import Agreement, Numbers
 
 SILENT_S = 20.0
@@ -121,13 +122,14 @@ class Reports:
     """The reports and the audit log of one endpoint."""
 
     def __init__(self, registry_url: str, endpoint: str) -> None:
-        self.folder = join(registry_url, "serving", endpoint)
+        self._shared = SharedFolder(registry_url, endpoint)
+        self.folder = self._shared.url
         self.lease_url = join(self.folder, "decider.json")
         self._audit_url = join(self.folder, "audit")
 
     def write(self, report: Report) -> None:
-        """Replaces a replica's own report."""
-        objects.write(join(self.folder, "replicas", f"{report.replica}.json"), stored.dump(report.to_dict()))
+        """Replaces a replica's own report; raises as `SharedFolder.write`."""
+        self._shared.write(stored.dump(report.to_dict()), "replicas", f"{report.replica}.json")
 
     def read(self) -> list[Report]:
         """Those of all replicas, also of some that are gone; damaged ones are passed over."""

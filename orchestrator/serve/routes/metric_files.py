@@ -15,6 +15,8 @@ from orchestrator import objects, stored
 from orchestrator.errors import StorageError
 from orchestrator.objects import NotFound, join
 
+from ..shared_folder import SharedFolder
+
 _log = logging.getLogger("ray.serve")
 
 EVERY_S = 5.0
@@ -27,12 +29,13 @@ class MetricFiles:
     """Where the replicas of one endpoint write down their metrics."""
 
     def __init__(self, registry_url: str, endpoint: str, replica: str) -> None:
-        self._folder = join(registry_url, "serving", endpoint, "metrics")
+        self._shared = SharedFolder(registry_url, endpoint)
+        self._folder = join(self._shared.url, "metrics")
         self._own = f"{re.sub(r'[^A-Za-z0-9._-]', '-', replica)}.json"
 
     def write(self, text: str) -> None:
-        """Replaces what this replica has written."""
-        objects.write(join(self._folder, self._own), stored.dump({"at": time.time(), "text": text}))
+        """Replaces what this replica has written; raises as `SharedFolder.write`."""
+        self._shared.write(stored.dump({"at": time.time(), "text": text}), "metrics", self._own)
 
     def others(self) -> list[str]:
         """What the other replicas wrote lately; what is long forgotten is deleted."""

@@ -10,7 +10,7 @@ from multiprocessing import get_context
 import pytest
 
 from orchestrator import lease
-from orchestrator.errors import ServeError
+from orchestrator.errors import ServeError, StorageError
 from orchestrator.processes import this_process
 from orchestrator.registry import Registry
 from orchestrator.serve.desired import Desired, Served
@@ -66,6 +66,14 @@ class Site:
 @pytest.fixture
 def site(place, tmp_path):
     return Site(place, tmp_path)
+
+
+def test_a_storage_that_is_away_gets_no_reports(site, tmp_path):
+    site.report()
+    away = Reports(str(tmp_path / "mount"), "tiny")
+    with pytest.raises(StorageError, match="no trace of endpoint 'tiny'"):
+        away.write(site.reports.read()[0])
+    assert not (tmp_path / "mount").exists()
 
 
 def test_it_begins_bakes_and_is_promoted(site):

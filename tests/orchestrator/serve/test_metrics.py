@@ -12,6 +12,8 @@ import pytest
 import requests
 from prometheus_client.parser import text_string_to_metric_families
 
+from orchestrator.errors import StorageError
+from orchestrator.registry import Registry
 from orchestrator.serve.engines.engine import Figures
 from orchestrator.serve.routes.metric_files import MetricFiles, merged
 from orchestrator.serve.routes.metrics import OTHER, Metrics, Timing
@@ -167,6 +169,7 @@ def test_what_is_served_no_more_makes_room_for_what_is():
 
 
 def test_replicas_show_one_anothers_series(tmp_path):
+    Registry(tmp_path).update_endpoint("tiny", lambda now: {"endpoint": "tiny"})
     replicas = 2
     first, second = (
         Metrics(
@@ -198,6 +201,18 @@ def test_replicas_show_one_anothers_series(tmp_path):
     assert len(names) == len(set(names)) and 'replica="two"' not in alone
     replicas = 1
     assert 'replica="two"' not in asyncio.run(first.whole_text())
+
+
+def test_nothing_is_written_where_the_storage_is_away(tmp_path):
+    root = tmp_path / "mount"
+    Registry(root).update_endpoint("tiny", lambda now: {"endpoint": "tiny"})
+    files = MetricFiles(str(root), "tiny", "one")
+    files.write("a 1")
+    root.rename(tmp_path / "away")
+    root.mkdir()
+    with pytest.raises(StorageError, match="no trace of endpoint 'tiny'"):
+        files.write("a 2")
+    assert files.others() == [] and not any(root.iterdir())
 
 
 def test_merging_keeps_the_lines_of_a_metric_together():
