@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -116,6 +116,10 @@ class Numbers:
         )
 
 
+Choices = Mapping[Hashable, float]
+"""What is said of one text, each with its log-probability."""
+
+
 @dataclass
 class Agreement:
     """Answers of a candidate beside those of the version that clients got."""
@@ -126,7 +130,8 @@ class Agreement:
     positions: int = 0
     agreed: float = 0
     scored: int = 0
-    """Tokens that both chose after the same beginning, whose log-probabilities can be compared."""
+    """Tokens that both chose after the same beginning, and choices that both made, whose log-probabilities can be
+    compared."""
     difference: float = 0.0
     """Sum of the absolute differences of those, in nats."""
 
@@ -152,6 +157,17 @@ class Agreement:
         self.positions += max(len(theirs), len(ours))
         for a, b in zip(theirs, ours, strict=False):
             self.agreed += max(0.0, sum(map(operator.mul, a, b))) if len(a) == len(b) else 0.0
+
+    def count_choices(self, theirs: Sequence[Choices], ours: Sequence[Choices]) -> None:
+        """Takes one pair of answers that are labels, entities or spans of texts: those of a text agree that both have,
+        wherever they stand among its others."""
+        self.requests += 1
+        for a, b in zip(theirs, ours, strict=True):
+            both = a.keys() & b.keys()
+            self.positions += max(len(a), len(b))
+            self.agreed += len(both)
+            self.scored += len(both)
+            self.difference += sum(abs(a[choice] - b[choice]) for choice in both)
 
     def plus(self, other: Agreement) -> Agreement:
         """Those of both."""

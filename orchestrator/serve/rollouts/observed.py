@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..engines.engine import Engine, Generation, Piece
-from .numbers import Agreement, Numbers
+from .numbers import Agreement, Choices, Numbers
 
 _log = logging.getLogger("ray.serve")
 
@@ -47,11 +47,15 @@ class Answered:
     is_whole: bool = False
     vectors: tuple[tuple[float, ...], ...] = ()
     """What it is in the place of tokens, of a base that embeds."""
+    choices: tuple[Choices, ...] = ()
+    """What it is in the place of tokens, of a base that classifies, tags or finds: those of each text."""
 
     def compare(self, other: Answered, into: Agreement) -> None:
         """Notes how far another answer to the same agrees."""
         if self.vectors:
             into.count_vectors(self.vectors, other.vectors)
+        elif self.choices:
+            into.count_choices(self.choices, other.choices)
         else:
             into.count(self.tokens, other.tokens)
 

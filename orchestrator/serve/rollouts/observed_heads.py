@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Hashable, Sequence
 from typing import Any, TypeVar
 
 from ..engines.engine import AdapterRefused
 from ..engines.heads import TERMS, Classified, Embedded, Found, Input, NoTokens, Tagged, Terms, TooLong
+from .numbers import Choices
 from .observed import SHADOWS_AT_ONCE, Answered, Observed
 
 _OF_THE_REQUEST = (TooLong, NoTokens, AdapterRefused)
@@ -21,8 +22,8 @@ Answer = TypeVar("Answer", Embedded, Classified, Tagged, Found)
 class ObservedHeads(Observed):
     """`heads`, with every call counted as one request of the tokens that were read; everything else is the heads' own.
 
-    What a candidate chooses is compared with what clients get as tokens are: labels, entities and best spans, each with
-    the logarithm of its probability. Of vectors it is their cosine that is noted.
+    What a candidate chooses for each text is compared with what clients get: labels, entities and best spans, each
+    with the logarithm of its probability. Of vectors it is their cosine that is noted.
     """
 
     def __init__(self, heads: Any) -> None:
@@ -84,20 +85,21 @@ class ObservedHeads(Observed):
 
 
 def _whole(answers: Sequence[Embedded | Classified | Tagged | Found]) -> Answered:
-    """What was chosen, as tokens with their log-probabilities."""
-    chosen = [
-        (hash(choice), math.log(max(score, 1e-30))) for each in answers for choice, score in _choices(each)
-    ]
-    vectors = tuple(each.vector for each in answers if isinstance(each, Embedded))
-    return Answered(chosen, sum(each.num_tokens for each in answers), is_whole=True, vectors=vectors)
+    """What was chosen for each text, with its log-probability."""
+    return Answered(
+        num_tokens=sum(each.num_tokens for each in answers),
+        is_whole=True,
+        vectors=tuple(each.vector for each in answers if isinstance(each, Embedded)),
+        choices=tuple(_choices(each) for each in answers if not isinstance(each, Embedded)),
+    )
 
 
-def _choices(answer: Embedded | Classified | Tagged | Found) -> list[tuple[object, float]]:
+def _choices(answer: Classified | Tagged | Found) -> Choices:
     match answer:
         case Classified():
-            return [answer.scores[0]]
+            said: list[tuple[Hashable, float]] = [answer.scores[0]]
         case Tagged():
-            return [((each.label, each.start, each.end), each.score) for each in answer.entities]
+            said = [((each.label, each.start, each.end), each.score) for each in answer.entities]
         case Found():
-            return [((each.start, each.end), each.score) for each in answer.spans[:1]]
-    return []
+            said = [((each.start, each.end), each.score) for each in answer.spans[:1]]
+    return {choice: math.log(max(score, 1e-30)) for choice, score in said}

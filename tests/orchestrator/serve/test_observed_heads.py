@@ -15,6 +15,7 @@ from orchestrator.serve.engines.heads import (
     Terms,
     TooLong,
 )
+from orchestrator.serve.rollouts.numbers import Agreement
 from orchestrator.serve.rollouts.observed_heads import ObservedHeads
 
 
@@ -88,6 +89,37 @@ def test_a_candidate_is_compared_by_what_it_chooses():
     assert (shadow.requests, shadow.errors, shadow.positions, shadow.agreed) == (4, 0, 5, 3)
     assert shadow.difference == pytest.approx(0.6931, abs=1e-3)
     assert "new" not in heads.totals
+
+
+class Tagger:
+    """`new` finds one entity more at the head of the first text, and says otherwise to the second."""
+
+    async def tag(self, inputs, adapter, terms):
+        both = tuple(Entity("A", 0.5, at, at + 1) for at in range(2, 6))
+        more = (Entity("B", 0.9, 0, 1),) if adapter == "new" else ()
+        return [Tagged((*more, *both), 9), *(Tagged(both, 9) for _ in inputs[1:])]
+
+    async def classify(self, inputs, adapter, terms):
+        return [
+            Classified((("y" if adapter == "new" and each.text == "b" else "x", 0.5),), 3) for each in inputs
+        ]
+
+
+def test_what_a_candidate_says_otherwise_of_one_text_is_no_difference_in_the_others():
+    heads = ObservedHeads(Tagger())
+    heads.watch({"r": ("new", "old")})
+
+    async def run(ask):
+        await ask
+        await settled(heads)
+        shadow, heads.watches["r"].shadow = heads.watches["r"].shadow, Agreement()
+        return shadow
+
+    texts = [Input("a"), Input("b"), Input("c")]
+    tagged = asyncio.run(run(heads.tag(texts, "old", Terms(shadow="new"))))
+    assert (tagged.positions, tagged.agreed, tagged.scored) == (13, 12, 12)
+    classified = asyncio.run(run(heads.classify(texts, "old", Terms(shadow="new"))))
+    assert (classified.positions, classified.agreed, classified.scored) == (3, 2, 2)
 
 
 def test_a_candidate_that_fails_in_the_shadow_is_told_of_and_the_client_answered():
