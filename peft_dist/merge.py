@@ -22,7 +22,7 @@ from peft_dist.contract import Method, PromptMethod
 from peft_dist.errors import AdapterError, MergeError, suggest
 from peft_dist.inject import adapter_modules, check_together, remove_wrappers
 from peft_dist.packed import is_quantised
-from peft_dist.pool import outer_modules
+from peft_dist.pooled import outer_modules
 from peft_dist.sharding import (
     gathered,
     is_partitioned,

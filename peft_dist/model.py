@@ -25,7 +25,7 @@ from peft_dist.foreign_engine import refuse_foreign_engine
 from peft_dist.hooks import without_hooked
 from peft_dist.lazy import lazy
 from peft_dist.merge import is_dequantised, refuse_unmergeable
-from peft_dist.pool import outer_modules
+from peft_dist.pooled import outer_modules
 from peft_dist.prompts import PromptedModel
 from peft_dist.prompts.generation import rows_each
 from peft_dist.ranks import is_writer

@@ -30,7 +30,7 @@ from torch.nn import Parameter
 
 from peft_dist.errors import OptimizerError
 from peft_dist.gradients import keeps_gradient_whole, sums_gradient
-from peft_dist.pool import holder_of, is_gone, leave_pool
+from peft_dist.pooled import holder_of, is_gone, leave_pool
 from peft_dist.sharding import (
     gathered,
     is_partitioned,

@@ -29,7 +29,7 @@ from peft_dist.idle import Idle
 from peft_dist.joint import Joint, joined
 from peft_dist.lazy import lazy
 from peft_dist.made import Made
-from peft_dist.pool import PooledModule, outer_modules
+from peft_dist.pooled import PooledModule, outer_modules
 from peft_dist.sharding import is_partitioned_base, reach, rests_in_pieces
 from peft_dist.targets import usual_targets
 from peft_dist.tuner_layer import hooked_layers, layer_class, merge_hooked, unmerge_hooked

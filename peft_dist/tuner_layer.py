@@ -20,7 +20,7 @@ from peft_dist.catalog import class_name
 from peft_dist.config import PeftConfig
 from peft_dist.contract import Param
 from peft_dist.packed import quantised_name
-from peft_dist.pool import outer_modules
+from peft_dist.pooled import outer_modules
 
 
 class Answers(ABCMeta):

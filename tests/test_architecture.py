@@ -17,8 +17,8 @@ LAYERS = {
         },
         {
             "foreign_engine", "base_layer", "fused", "packed", "targets", "sharding", "resting", "ranks", "pool",
-            "rows", "bins", "packed_rows", "lanes", "lane_products", "replicate", "siblings", "made", "layer_api",
-            "loss", "recompute", "beside", "idle", "joint", "saved_tensors",
+            "pooled", "holders", "rows", "bins", "packed_rows", "lanes", "lane_products", "replicate", "siblings",
+            "made", "layer_api", "loss", "recompute", "beside", "idle", "joint", "saved_tensors",
         },
         {"methods"},
         {"adapted", "tuner_layer"},

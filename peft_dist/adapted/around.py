@@ -8,7 +8,8 @@ from torch import nn
 
 from peft_dist.adapted.module import AdapterModule
 from peft_dist.base_layer import Layer
-from peft_dist.pool import AdapterPool, PooledModule
+from peft_dist.pool import AdapterPool
+from peft_dist.pooled import PooledModule
 from peft_dist.rows import Current
 
 

@@ -21,7 +21,8 @@ from peft_dist.compiled import lane_loop
 from peft_dist.contract import BaseLayer, Method, Params, SiteMethod, WeightMethod
 from peft_dist.errors import RowsError
 from peft_dist.packed_rows import PackedRows, Stretch
-from peft_dist.pool import AdapterPool, Bucket, PooledModule
+from peft_dist.pool import AdapterPool, Bucket
+from peft_dist.pooled import PooledModule
 from peft_dist.recompute import Remembering
 from peft_dist.rows import Current, Rows, Segment, Split
 from peft_dist.sharding import is_partitioned, reach

@@ -14,7 +14,8 @@ from peft_dist.contract import Draw, Method, Params
 from peft_dist.errors import AdapterError, RowsError
 from peft_dist.layer_api import LayerApi
 from peft_dist.made import makes
-from peft_dist.pool import AdapterPool, PooledModule
+from peft_dist.pool import AdapterPool
+from peft_dist.pooled import PooledModule
 from peft_dist.rows import BASE, Current, Rows, uniform
 from peft_dist.sharding import is_partitioned, reach, set_whole, whole, whole_shape
 

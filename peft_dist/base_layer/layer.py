@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from peft_dist.contract import Kind, Site
 from peft_dist.errors import BaseLayerError, RowsError
-from peft_dist.pool import outer_modules
+from peft_dist.pooled import outer_modules
 from peft_dist.rows import Cut, Rows
 from peft_dist.sharding import gathered, is_partitioned, restore_bits, stored_bits, whole_shape
 

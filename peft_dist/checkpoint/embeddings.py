@@ -14,7 +14,7 @@ from peft_dist.adapted.around import Around
 from peft_dist.errors import AdapterWarning
 from peft_dist.inject import asked
 from peft_dist.methods.replace.trainable_tokens import TokenRows
-from peft_dist.pool import PooledModule, name_in, outer_modules
+from peft_dist.pooled import PooledModule, name_in, outer_modules
 
 _EMBEDDING_NAMES = ("embed_tokens", "lm_head")
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from peft_dist.contract import Method, PromptMethod, Site
 from peft_dist.errors import AdapterError, suggest
-from peft_dist.pool import PooledModule, outer_modules
+from peft_dist.pooled import PooledModule, outer_modules
 from peft_dist.tuner_layer import BaseTunerLayer, HookedTensors
 
 

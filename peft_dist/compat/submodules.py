@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from peft_dist.compat.classes import AuxiliaryTrainingWrapper
 from peft_dist.errors import ConfigError
-from peft_dist.pool import name_in, outer_modules
+from peft_dist.pooled import name_in, outer_modules
 
 
 def _get_submodules(model: nn.Module, key: str) -> tuple[nn.Module, nn.Module, str]:

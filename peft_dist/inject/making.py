@@ -37,7 +37,8 @@ from peft_dist.inject.places import (
 )
 from peft_dist.inject.serving import delete
 from peft_dist.pauses import pause
-from peft_dist.pool import AdapterPool, PooledModule, outer_modules
+from peft_dist.pool import AdapterPool
+from peft_dist.pooled import PooledModule, outer_modules
 from peft_dist.replicate import replicate
 from peft_dist.rows import BASE, Current
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from peft_dist.adapted import AdapterModule
 from peft_dist.base_layer import Layer
 from peft_dist.errors import AdapterError
-from peft_dist.pool import PooledModule, outer_modules
+from peft_dist.pooled import PooledModule, outer_modules
 from peft_dist.sharding import is_partitioned
 
 

@@ -18,7 +18,7 @@ from peft_dist.config import PeftConfig
 from peft_dist.contract import BaseLayer, PastMethod, PromptMethod
 from peft_dist.errors import ConfigError, TaskError
 from peft_dist.foreign_engine import refuse_foreign_engine
-from peft_dist.pool import PooledModule
+from peft_dist.pooled import PooledModule
 from peft_dist.prompts.base import arguments, backbone, base_sizes, reads_one_way, refuse_recomputation
 from peft_dist.sharding import set_whole, whole
 

@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from peft_dist import inject
 from peft_dist.adapted import Adapted
-from peft_dist.pool import PooledModule
+from peft_dist.pooled import PooledModule
 from tests.contract import methods
 from tests.contract.case import Case
 

@@ -25,7 +25,7 @@ from peft_dist.errors import BaseLayerError, TargetError
 from peft_dist.inject import adapter_dtype
 from peft_dist.methods.replace.ln_tuning import LNTuningConfig
 from peft_dist.methods.weight.lora import LoraConfig
-from peft_dist.pool import PooledModule
+from peft_dist.pooled import PooledModule
 from peft_dist.rows import BASE, Rows
 from tests.contract.case import Case
 from tests.contract.cases import CASES, disturb

@@ -20,7 +20,7 @@ from peft_dist import merge, sharding
 from peft_dist.catalog import METHODS as CATALOG
 from peft_dist.checkpoint import WEIGHTS_NAME
 from peft_dist.optim import AdapterOptimizer
-from peft_dist.pool import PooledModule
+from peft_dist.pooled import PooledModule
 from tests.distributed import one_process as run
 from tests.ranks import run_on_ranks
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from peft_dist.pool import PooledModule
+from peft_dist.pooled import PooledModule
 
 # The objects by which DeepSpeed and bitsandbytes keep tensors beside a module's own.
 _HOLDERS = ("QuantState", "MatmulLtState")

@@ -30,7 +30,7 @@ from peft_dist import (
 from peft_dist.checkpoint import WEIGHTS_NAME
 from peft_dist.errors import MergeError
 from peft_dist.optim import AdapterOptimizer, Hyper
-from peft_dist.pool import PooledModule
+from peft_dist.pooled import PooledModule
 from tests.distributed import one_process as run
 from tests.matrix import at_rest, own_engine, storages
 from tests.matrix.axes import OFFLOAD, Cell

@@ -15,7 +15,7 @@ from peft_dist.ahead import looks_ahead
 from peft_dist.contract import Method, PromptMethod, WeightMethod
 from peft_dist.errors import PeftDistError
 from peft_dist.pauses import pause
-from peft_dist.pool import outer_modules
+from peft_dist.pooled import outer_modules
 
 from .engine import AdapterRefused
 

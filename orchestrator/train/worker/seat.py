@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from peft_dist.pool import PooledModule, adapter_of
+from peft_dist.pooled import PooledModule, adapter_of
 from peft_dist.rows import Rows
 
 ADAPTER = "default"

@@ -141,7 +141,6 @@ class WaveFTConfig(TargetedConfig, BiasedMethod):
 
 
 @functools.cache
-@torch.compiler.assume_constant_result
 def _filters(family: str) -> tuple[list[float], list[float]]:
     """The two filters of the inverse transform: low and high pass."""
     wavelet = pywt.Wavelet(family)
