@@ -18,8 +18,8 @@ from tests.contract.cases import disturb
 
 IDS = torch.randint(5, 64, (2, 8), generator=torch.Generator().manual_seed(0))
 IN_PIECES = ("multitask_prompt_tuning", "poly", "waveft")
-"""Two look at the numbers of a batch's tasks, to refuse those that there are none of, which no graph can; the third asks
-a library for its wavelet's filters."""
+"""Two look at the numbers of a batch's tasks, to refuse those that there are none of, which no graph can; the third
+asks a library for its wavelet's filters."""
 
 
 def chosen() -> dict[str, Parity]:
